@@ -1,0 +1,324 @@
+// The only file that knows Python. Tensors arrive as addresses (tensor.data_ptr());
+// greedyprune/ops.py has checked them. Structs are the ones of kernels.h, field by field.
+#include <pybind11/pybind11.h>
+
+#include <chrono>
+#include <cstdint>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace greedyprune;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+const char* active_name = instruction_sets()[0];
+const Kernels* active = kernels_for(active_name);
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class S, class T>
+void pointer(py::class_<S>& c, const char* name, T* S::* member) {
+  c.def_property(
+      name, [member](const S& s) { return reinterpret_cast<Address>(s.*member); },
+      [member](S& s, Address address) { s.*member = at<T>(address); });
+}
+
+// Python callbacks behind the plain Caller. An exception ends the kernel and is raised after it.
+class PythonCaller {
+ public:
+  PythonCaller(int threads, py::object step, py::object fetch)
+      : step_(std::move(step)), fetch_(std::move(fetch)) {
+    caller = {this, poll, this->step, fetch_.is_none() ? nullptr : this->fetch, threads};
+  }
+
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  Caller caller;
+
+ private:
+  template <class Body>
+  int guarded(const Body& body) {
+    py::gil_scoped_acquire gil;
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      return body() ? 1 : 0;
+    } catch (...) {
+      error_ = std::current_exception();
+      return 1;
+    }
+  }
+
+  static int poll(void* self) {
+    return static_cast<PythonCaller*>(self)->guarded([] { return false; });
+  }
+
+  static int step(void* self, int64_t k, int64_t unit, double loss) {
+    auto* caller = static_cast<PythonCaller*>(self);
+    if (caller->step_.is_none()) {  // still look for Ctrl-C, but not at every microsecond's step
+      const auto now = std::chrono::steady_clock::now();
+      if (now - caller->asked_ < std::chrono::milliseconds(50)) return 0;
+      caller->asked_ = now;
+      return poll(self);
+    }
+    return caller->guarded([&] { return caller->step_(k, unit, loss).cast<bool>(); });
+  }
+
+  static int fetch(void* self, int64_t slot, int64_t count) {
+    auto* caller = static_cast<PythonCaller*>(self);
+    return caller->guarded([&] {
+      caller->fetch_(slot, count);
+      return false;
+    });
+  }
+
+  py::object step_, fetch_;
+  std::exception_ptr error_;
+  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
+};
+
+void check(Status status, const PythonCaller& caller) {
+  caller.rethrow();
+  if (status == Status::bad_argument) throw std::invalid_argument("bad argument for a kernel");
+  if (status == Status::device_error) throw std::runtime_error("a device kernel failed");
+}
+
+// Runs a kernel without the interpreter lock and raises what went wrong.
+template <class Kernel>
+void run(int threads, py::object step, py::object fetch, const Kernel& kernel) {
+  PythonCaller caller(threads, std::move(step), std::move(fetch));
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = kernel(caller.caller);
+  }
+  check(status, caller);
+}
+
+template <class Real>
+void bind_target(py::module_& m, const char* name) {
+  using T = Target<Real>;
+  py::class_<T> target(m, name);
+  target.def(py::init<>())
+      .def_property(
+          "loss", [](const T& t) { return static_cast<int>(t.loss); },
+          [](T& t, int loss) { t.loss = static_cast<Loss>(loss); })
+      .def_readwrite("outputs", &T::outputs)
+      .def_readwrite("scale", &T::scale);
+  pointer(target, "value", &T::value);
+  pointer(target, "label", &T::label);
+  pointer(target, "weight", &T::weight);
+}
+
+void bind_structs(py::module_& m) {
+  py::class_<Features> features(m, "Features");
+  features.def(py::init<>())
+      .def_property(
+          "type", [](const Features& f) { return static_cast<int>(f.type); },
+          [](Features& f, int type) { f.type = static_cast<Type>(type); })
+      .def_readwrite("units", &Features::units)
+      .def_readwrite("samples", &Features::samples)
+      .def_readwrite("stride", &Features::stride);
+  pointer(features, "data", &Features::data);
+
+  bind_target<float>(m, "TargetF32");
+  bind_target<double>(m, "TargetF64");
+
+  py::class_<Rule> rule(m, "Rule");
+  rule.def(py::init<>())
+      .def_readwrite("steps", &Rule::steps)
+      .def_readwrite("size", &Rule::size)
+      .def_readwrite("replacement", &Rule::replacement)
+      .def_readwrite("candidates", &Rule::candidates);
+  pointer(rule, "draws", &Rule::draws);
+
+  py::class_<Path> path(m, "Path");
+  path.def(py::init<>())
+      .def_readonly("length", &Path::length)
+      .def_readonly("rescored", &Path::rescored);
+  pointer(path, "order", &Path::order);
+  pointer(path, "losses", &Path::losses);
+  pointer(path, "gap", &Path::gap);
+
+  py::class_<Workspace> workspace(m, "Workspace");
+  workspace.def(py::init<>());
+  pointer(workspace, "available", &Workspace::available);
+  pointer(workspace, "scores", &Workspace::scores);
+  pointer(workspace, "errors", &Workspace::errors);
+  pointer(workspace, "contenders", &Workspace::contenders);
+  pointer(workspace, "picked", &Workspace::picked);
+
+  py::class_<Quadratic> quadratic(m, "Quadratic");
+  quadratic.def(py::init<>())
+      .def_readwrite("units", &Quadratic::units)
+      .def_readwrite("outputs", &Quadratic::outputs)
+      .def_readwrite("scale", &Quadratic::scale)
+      .def_readwrite("target_norm", &Quadratic::target_norm)
+      .def_readwrite("rounding", &Quadratic::rounding)
+      .def_property(
+          "features", [](const Quadratic& q) { return q.features; },
+          [](Quadratic& q, const Features* seen) { q.features = seen; },
+          py::return_value_policy::reference);
+  pointer(quadratic, "norm", &Quadratic::norm);
+  pointer(quadratic, "beta", &Quadratic::beta);
+  pointer(quadratic, "state", &Quadratic::state);
+  pointer(quadratic, "outgoing", &Quadratic::outgoing);
+  pointer(quadratic, "target", &Quadratic::target);
+  pointer(quadratic, "sum", &Quadratic::sum);
+  pointer(quadratic, "residual", &Quadratic::residual);
+
+  py::class_<ColumnCache> cache(m, "ColumnCache");
+  cache.def(py::init<>())
+      .def_readwrite("capacity", &ColumnCache::capacity)
+      .def_readwrite("block", &ColumnCache::block);
+  pointer(cache, "columns", &ColumnCache::columns);
+  pointer(cache, "slot_of", &ColumnCache::slot_of);
+  pointer(cache, "unit_in", &ColumnCache::unit_in);
+  pointer(cache, "wanted", &ColumnCache::wanted);
+  pointer(cache, "best", &ColumnCache::best);
+
+  using P = Pointwise;
+  py::class_<P> pointwise(m, "Pointwise");
+  pointwise.def(py::init<>())
+      .def_readwrite("features", &P::features)
+      .def_readwrite("target", &P::target)
+      .def_readwrite("batch", &P::batch);
+  pointer(pointwise, "outgoing", &P::outgoing);
+  pointer(pointwise, "bias", &P::bias);
+  pointer(pointwise, "linear", &P::linear);
+  pointer(pointwise, "sum", &P::sum);
+  pointer(pointwise, "batches", &P::batches);
+  pointer(pointwise, "outputs64", &P::outputs64);
+  pointer(pointwise, "outputs32", &P::outputs32);
+  pointer(pointwise, "outgoing32", &P::outgoing32);
+  pointer(pointwise, "weight32", &P::weight32);
+  pointer(pointwise, "value32", &P::value32);
+  pointer(pointwise, "linear_unit", &P::linear_unit);
+  pointer(pointwise, "slopes", &P::slopes);
+  pointer(pointwise, "slope_errors", &P::slope_errors);
+  pointer(pointwise, "features_batch", &P::features_batch);
+  pointer(pointwise, "weight_batch", &P::weight_batch);
+  pointer(pointwise, "value_batch", &P::value_batch);
+  pointer(pointwise, "linear_batch", &P::linear_batch);
+  pointer(pointwise, "label_batch", &P::label_batch);
+}
+
+// One binding for both types of Real; `kernel` is the table's entry.
+template <class Real, class Entry>
+void bind_candidate_kernels(py::module_& m, const std::string& suffix, Entry loss_entry,
+                            Status (*Kernels::*slope_entry)(double*, double*, const int64_t*,
+                                                            int64_t, const Features&, const Real*,
+                                                            const Real*, int64_t, const Caller&)) {
+  m.def(("candidate_loss_" + suffix).c_str(),
+        [loss_entry](Address losses, Address errors, Address units, int64_t n,
+                     const Features& features, Address outgoing, double shrink, Address base,
+                     const Target<Real>& target, int threads) {
+          run(threads, py::none(), py::none(), [&](const Caller& caller) {
+            return (active->*loss_entry)(
+                at<double>(losses), at<double>(errors), at<const int64_t>(units), n, features,
+                at<const Real>(outgoing), shrink, at<const Real>(base), target, caller);
+          });
+        });
+  m.def(("candidate_slope_" + suffix).c_str(),
+        [slope_entry](Address slopes, Address errors, Address units, int64_t n,
+                      const Features& features, Address outgoing, Address gradient, int64_t outputs,
+                      int threads) {
+          run(threads, py::none(), py::none(), [&](const Caller& caller) {
+            return (active->*slope_entry)(
+                at<double>(slopes), at<double>(errors), at<const int64_t>(units), n, features,
+                at<const Real>(outgoing), at<const Real>(gradient), outputs, caller);
+          });
+        });
+}
+
+void bind_greedy(py::module_& m) {
+  m.def("greedy_gram", [](Path& path, Address gram, const Quadratic& objective, const Rule& rule,
+                          const Workspace& workspace, int threads, py::object step) {
+    run(threads, std::move(step), py::none(), [&](const Caller& caller) {
+      return active->greedy_gram(path, at<const double>(gram), objective, rule, workspace, caller);
+    });
+  });
+  m.def("greedy_columns",
+        [](Path& path, const ColumnCache& cache, const Quadratic& objective, const Rule& rule,
+           const Workspace& workspace, int threads, py::object step, py::object fetch) {
+          run(threads, std::move(step), std::move(fetch), [&](const Caller& caller) {
+            return active->greedy_columns(path, cache, objective, rule, workspace, caller);
+          });
+        });
+  m.def("greedy_pointwise", [](Path& path, const Pointwise& objective, const Rule& rule,
+                               const Workspace& workspace, int threads, py::object step) {
+    run(threads, std::move(step), py::none(), [&](const Caller& caller) {
+      return active->greedy_pointwise(path, objective, rule, workspace, caller);
+    });
+  });
+}
+
+#ifdef GREEDYPRUNE_CUDA
+template <class Real, class Launcher>
+void bind_cuda(py::module_& m, const char* name, Launcher launcher) {
+  m.def(name, [launcher](Address losses, Address partial, Address units, int64_t n,
+                         const Features& features, Address outgoing, double shrink, Address base,
+                         const Target<Real>& target, Address stream) {
+    const Status status =
+        launcher(at<double>(losses), at<double>(partial), at<const int64_t>(units), n, features,
+                 at<const Real>(outgoing), shrink, at<const Real>(base), target, at<void>(stream));
+    if (status != Status::ok) throw std::runtime_error(std::string("CUDA: ") + cuda::last_error());
+  });
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "greedyprune's compiled kernels; use them through greedyprune.ops";
+  bind_structs(m);
+  bind_candidate_kernels<float>(m, "f32", &Kernels::candidate_loss_f32,
+                                &Kernels::candidate_slope_f32);
+  bind_candidate_kernels<double>(m, "f64", &Kernels::candidate_loss_f64,
+                                 &Kernels::candidate_slope_f64);
+  bind_greedy(m);
+#ifdef GREEDYPRUNE_CUDA
+  bind_cuda<float>(m, "cuda_candidate_loss_f32", cuda::candidate_loss_f32);
+  bind_cuda<double>(m, "cuda_candidate_loss_f64", cuda::candidate_loss_f64);
+  m.def("cuda_candidate_loss_splits", cuda::candidate_loss_splits);
+#endif
+
+  m.def("instruction_sets", [] {
+    py::list names;
+    for (const char* const* name = instruction_sets(); *name; ++name) names.append(*name);
+    return names;
+  });
+  m.def("active_instruction_set", [] { return active_name; });
+  m.def("use_instruction_set", [](const std::string& wanted) {
+    for (const char* const* name = instruction_sets(); *name; ++name) {
+      if (wanted != *name) continue;
+      active_name = *name;
+      active = kernels_for(*name);
+      return;
+    }
+    throw py::value_error("instruction set " + wanted +
+                          " is not compiled in, or this processor does not run it");
+  });
+  m.attr("version") = GREEDYPRUNE_VERSION;
+  m.attr("compiler") = GREEDYPRUNE_COMPILER;
+#ifdef GREEDYPRUNE_CUDA
+  m.attr("cuda") = GREEDYPRUNE_CUDA;
+#else
+  m.attr("cuda") = py::none();
+#endif
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+}

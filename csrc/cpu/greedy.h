@@ -1,0 +1,105 @@
+// The greedy loop, equation (1), for any objective; every greedy_*.cpp runs this one.
+//
+// An objective knows z, the sum of the phi picked so far, and offers
+//   score(k, units, n, scores, errors)    what step k minimises, for each of these units, and how
+//                                         far rounding can have moved it
+//   rescore(k, units, n, scores, errors)  the same in float64 (or false: it has nothing better)
+//   add(k, unit)                          z += phi_unit
+//   loss(k)                               L(b + z / k)
+//   gap(k)                                <L'(z / k), z / k> - min_j <L'(z / k), phi_j>
+// each answering Status, and a loss or a gap through a pointer.
+#pragma once
+
+#include "../kernels.h"
+#include "../loss.h"
+
+namespace greedyprune {
+namespace GREEDYPRUNE_ISA {
+
+// sum += weight * features, over one unit's row.
+template <class Feature>
+inline void add_scaled(const Feature* features, double weight, double* sum, int64_t n) {
+  for (int64_t s = 0; s < n; ++s) sum[s] += weight * static_cast<double>(features[s]);
+}
+
+// Keeps of units[0:n] those that rounding does not rule out as the minimum; how many those are.
+inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, int64_t n) {
+  double lowest = scores[0] + errors[0];
+  for (int64_t i = 1; i < n; ++i) {
+    const double above = scores[i] + errors[i];
+    if (above < lowest || lowest != lowest) lowest = above;
+  }
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (scores[i] - errors[i] > lowest) continue;  // a score that overflowed stays in
+    units[kept] = units[i];
+    scores[kept] = scores[i];
+    errors[kept] = errors[i];
+    ++kept;
+  }
+  return kept;
+}
+
+template <class Objective>
+Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
+              const Workspace& workspace, const Caller& caller) {
+  int64_t* available = workspace.available;
+  int64_t left = units, distinct = 0;
+  for (int64_t j = 0; j < units; ++j) available[j] = j;
+  path.length = 0;
+  path.rescored = 0;
+  int64_t* picked = workspace.picked;
+  for (int64_t j = 0; j < units; ++j) picked[j] = 0;
+
+  for (int64_t k = 1; k <= rule.steps && distinct < rule.size; ++k) {
+    // Which units to score: all that may be picked, or so many of them at random, moved to the
+    // front by the first steps of a Fisher-Yates shuffle.
+    int64_t n = left;
+    if (rule.candidates) {
+      n = rule.candidates < left ? rule.candidates : left;
+      const double* draw = rule.draws + (k - 1) * rule.candidates;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t other = i + static_cast<int64_t>(draw[i] * static_cast<double>(left - i));
+        const int64_t unit = available[i];
+        available[i] = available[other];
+        available[other] = unit;
+      }
+    }
+    int64_t* contenders = workspace.contenders;
+    for (int64_t i = 0; i < n; ++i) contenders[i] = available[i];
+
+    Status status = objective.score(k, contenders, n, workspace.scores, workspace.errors);
+    if (status != Status::ok) return status;
+    n = keep_contenders(contenders, workspace.scores, workspace.errors, n);
+    if (n > 1 && objective.can_rescore()) {
+      status = objective.rescore(k, contenders, n, workspace.scores, workspace.errors);
+      if (status != Status::ok) return status;
+      path.rescored += n;
+      n = keep_contenders(contenders, workspace.scores, workspace.errors, n);
+    }
+    int64_t unit = contenders[0];  // those left are equal: the lowest index
+    for (int64_t i = 1; i < n; ++i) unit = contenders[i] < unit ? contenders[i] : unit;
+
+    double* gap = path.gap ? path.gap + (k - 1) : nullptr;
+    status = objective.add(k, unit);
+    if (status == Status::ok) status = objective.loss(k, path.losses + (k - 1));
+    if (status == Status::ok && gap) status = objective.gap(k, gap);
+    if (status != Status::ok) return status;
+    path.order[k - 1] = unit;
+    path.length = k;
+
+    if (!picked[unit]) ++distinct;
+    picked[unit] = 1;
+    if (!rule.replacement) {
+      int64_t at = 0;
+      while (available[at] != unit) ++at;
+      available[at] = available[--left];
+    }
+    if (caller.step && caller.step(caller.self, k, unit, path.losses[k - 1])) break;
+    if (!left) break;
+  }
+  return Status::ok;
+}
+
+}  // namespace GREEDYPRUNE_ISA
+}  // namespace greedyprune

@@ -1,0 +1,75 @@
+// Squared error, all greedy steps on columns of the Gram matrix, for k small beside N: (2) needs
+// only the columns of the units that get picked. When a picked unit's column is missing, the caller
+// computes it together with those of the units that scored best at that moment (one matrix
+// product), and they stay in a ring of blocks. Exact: which columns are at hand changes no number.
+#include "greedy_kernels.h"
+#include "quadratic.h"
+
+namespace greedyprune {
+namespace GREEDYPRUNE_ISA {
+namespace {
+
+struct CachedColumns {
+  const ColumnCache& cache;
+  int64_t units;
+  const Caller& caller;
+  int64_t next = 0;    // the slot that the next block goes to
+  int64_t wanted = 0;  // cache.wanted[1:wanted] are the best missing units, best first
+
+  // Note the best-scoring units whose columns are missing; place 0 is for the pick.
+  Status remember(const int64_t* scored, const double* scores, int64_t n) {
+    wanted = 1;
+    for (int64_t i = 0; i < n; ++i) {
+      if (cache.slot_of[scored[i]] >= 0) continue;
+      if (wanted == cache.block && !(scores[i] < cache.best[wanted - 1])) continue;
+      int64_t at = wanted < cache.block ? wanted++ : wanted - 1;
+      for (; at > 1 && scores[i] < cache.best[at - 1]; --at) {
+        cache.wanted[at] = cache.wanted[at - 1];
+        cache.best[at] = cache.best[at - 1];
+      }
+      if (at < cache.block) {
+        cache.wanted[at] = scored[i];
+        cache.best[at] = scores[i];
+      }
+    }
+    return Status::ok;
+  }
+
+  const double* column(int64_t unit) {
+    if (cache.slot_of[unit] < 0 && !fetch(unit)) return nullptr;
+    return cache.columns + cache.slot_of[unit] * units;
+  }
+
+  bool fetch(int64_t unit) {
+    int64_t count = 1;
+    cache.wanted[0] = unit;
+    for (int64_t i = 1; i < wanted; ++i)
+      if (cache.wanted[i] != unit) cache.wanted[count++] = cache.wanted[i];
+    for (int64_t i = 0; i < cache.block; ++i) {  // the oldest block makes room
+      const int64_t old = cache.unit_in[next + i];
+      if (old >= 0) cache.slot_of[old] = -1;
+      cache.unit_in[next + i] = -1;
+    }
+    if (caller.fetch(caller.self, next, count)) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      cache.slot_of[cache.wanted[i]] = next + i;
+      cache.unit_in[next + i] = cache.wanted[i];
+    }
+    next = (next + cache.block) % cache.capacity;
+    return true;
+  }
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+
+Status greedy_columns(Path& path, const ColumnCache& cache, const Quadratic& quadratic,
+                      const Rule& rule, const Workspace& workspace, const Caller& caller) {
+  CachedColumns columns{cache, quadratic.units, caller};
+  QuadraticObjective<CachedColumns> objective(quadratic, columns, workspace, caller);
+  return greedy(path, objective, quadratic.units, rule, workspace, caller);
+}
+
+}  // namespace GREEDYPRUNE_ISA
+}  // namespace greedyprune

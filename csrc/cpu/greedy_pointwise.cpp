@@ -1,0 +1,267 @@
+// Any loss of kernels.h, all greedy steps in one call, by scoring the candidates' losses. Also the
+// stochastic form: each step scores on a mini-batch of its own, while the losses that are reported
+// stay those of all samples.
+//
+// Screening is in float32 with a rounding bound for every candidate; the candidates that the bounds
+// cannot tell apart are scored again in float64.
+#include <cmath>
+
+#include "candidate_loss.h"
+#include "greedy.h"
+#include "greedy_kernels.h"
+#include "parallel.h"
+
+namespace greedyprune {
+namespace GREEDYPRUNE_ISA {
+namespace {
+
+class PointwiseObjective {
+ public:
+  PointwiseObjective(const Pointwise& p, const Workspace& workspace, const Caller& caller)
+      : p_(p), workspace_(workspace), caller_(caller) {}
+
+  int64_t units() const { return p_.features.units; }
+
+  // What does not change from step to step.
+  Status start() {
+    for (int64_t i = 0; i < units() * outputs(); ++i)
+      p_.outgoing32[i] = static_cast<float>(p_.outgoing[i]);
+    all_ = {p_.features, p_.target};
+    if (!p_.batch) convert_target(all_.target);
+    if (!p_.linear) return Status::ok;
+    for (int64_t c = 0; c < outputs(); ++c) {
+      for (int64_t s = 0; s < samples(); ++s)
+        linear_bias_ += p_.bias[c] * p_.linear[c * samples() + s];
+    }
+    for (int64_t j = 0; j < units(); ++j) workspace_.contenders[j] = j;
+    return candidate_slope<double>(p_.linear_unit, nullptr, workspace_.contenders, units(),
+                                   p_.features, p_.outgoing, p_.linear, outputs(), caller_);
+  }
+
+  Status score(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
+    seen_ = all_;
+    Status status = Status::ok;
+    if (p_.batch) status = gather(k, candidates, n);
+    if (status != Status::ok) return status;
+    outputs_at(k, p_.batch ? p_.batches + (k - 1) * p_.batch : nullptr);
+    const int64_t size = outputs() * seen_.features.samples;
+    for (int64_t i = 0; i < size; ++i) p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
+    status = candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32,
+                                   part(k), p_.outputs32, target32(), caller_);
+    return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
+  }
+
+  bool can_rescore() const { return true; }
+
+  Status rescore(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
+    const Status status =
+        candidate_loss<double>(scores, errors, candidates, n, seen_.features, p_.outgoing, part(k),
+                               p_.outputs64, without_value(seen_.target), caller_);
+    return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
+  }
+
+  Status add(int64_t, int64_t unit) {
+    const Features& f = p_.features;
+    for (int64_t c = 0; c < outputs(); ++c) {
+      const double weight = p_.outgoing[unit * outputs() + c];
+      double* sum = p_.sum + c * samples();
+      if (f.type == Type::float32)
+        add_scaled(static_cast<const float*>(f.data) + unit * f.stride, weight, sum, samples());
+      else
+        add_scaled(static_cast<const double*>(f.data) + unit * f.stride, weight, sum, samples());
+    }
+    if (p_.linear) linear_sum_ += p_.linear_unit[unit];
+    return Status::ok;
+  }
+
+  Status loss(int64_t k, double* value) {
+    seen_ = all_;
+    outputs_at(k, nullptr);
+    const Status status =
+        outputs_loss<double>(value, p_.outputs64, without_value(all_.target), samples(), caller_);
+    if (p_.linear) *value += linear_bias_ + part(k) * linear_sum_;
+    return status;
+  }
+
+  // Follows loss(k), whose outputs it turns into the loss's gradient.
+  Status gap(int64_t k, double* value) {
+    outputs_gradient<double>(p_.outputs64, without_value(all_.target), samples(), caller_);
+    double along = 0;
+    for (int64_t i = 0; i < outputs() * samples(); ++i) {
+      if (p_.linear) p_.outputs64[i] += p_.linear[i];
+      along += p_.outputs64[i] * p_.sum[i];
+      p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
+    }
+    int64_t* candidates = workspace_.contenders;  // free between two steps
+    for (int64_t j = 0; j < units(); ++j) candidates[j] = j;
+    Status status =
+        candidate_slope<float>(workspace_.scores, workspace_.errors, candidates, units(),
+                               p_.features, p_.outgoing32, p_.outputs32, outputs(), caller_);
+    if (status != Status::ok) return status;
+    const int64_t n = keep_contenders(candidates, workspace_.scores, workspace_.errors, units());
+    status = candidate_slope<double>(workspace_.scores, nullptr, candidates, n, p_.features,
+                                     p_.outgoing, p_.outputs64, outputs(), caller_);
+    if (status != Status::ok) return status;
+    double lowest = workspace_.scores[0];
+    for (int64_t i = 1; i < n; ++i)
+      lowest = workspace_.scores[i] < lowest ? workspace_.scores[i] : lowest;
+    *value = part(k) * along - lowest;
+    return Status::ok;
+  }
+
+ private:
+  struct Seen {  // the samples that a step looks at
+    Features features;
+    Target<double> target;
+  };
+
+  int64_t outputs() const { return p_.target.outputs; }
+  int64_t samples() const { return p_.features.samples; }
+  static double part(int64_t k) { return 1 / static_cast<double>(k); }
+
+  bool weight_per_sample() const { return p_.target.loss == Loss::cross_entropy; }
+
+  Target<double> without_value(Target<double> target) const {
+    if (target.loss == Loss::squared_error) target.value = nullptr;  // subtracted in outputs_at
+    return target;
+  }
+
+  Target<float> target32() const {
+    const Target<double>& t = seen_.target;
+    return {t.loss,
+            outputs(),
+            t.loss == Loss::logistic ? p_.value32 : nullptr,
+            t.label,
+            t.weight ? p_.weight32 : nullptr,
+            t.scale};
+  }
+
+  void convert_target(const Target<double>& target) {
+    const int64_t seen = p_.batch ? p_.batch : samples();
+    if (target.weight) {
+      const int64_t size = weight_per_sample() ? seen : outputs() * seen;
+      for (int64_t i = 0; i < size; ++i) p_.weight32[i] = static_cast<float>(target.weight[i]);
+    }
+    if (target.loss == Loss::logistic) {
+      for (int64_t i = 0; i < outputs() * seen; ++i)
+        p_.value32[i] = static_cast<float>(target.value[i]);
+    }
+  }
+
+  // outputs64 = b + z / k at the seen samples, relative to the target: squared error subtracts the
+  // target, cross-entropy the label's own logit (so that small losses keep their digits).
+  void outputs_at(int64_t k, const int64_t* batch) {
+    const int64_t seen = seen_.features.samples;
+    const Target<double>& target = seen_.target;
+    const double scale = part(k);
+    for (int64_t c = 0; c < outputs(); ++c) {
+      const double* sum = p_.sum + c * samples();
+      double* out = p_.outputs64 + c * seen;
+      const double bias = p_.bias[c];
+      if (batch)
+        for (int64_t s = 0; s < seen; ++s) out[s] = bias + scale * sum[batch[s]];
+      else
+        for (int64_t s = 0; s < seen; ++s) out[s] = bias + scale * sum[s];
+      if (target.loss == Loss::squared_error) {
+        for (int64_t s = 0; s < seen; ++s) out[s] -= target.value[c * seen + s];
+      }
+    }
+    if (target.loss != Loss::cross_entropy) return;
+    parallel_blocks(seen, 512, 2 * outputs(), quiet(), [&](int64_t first, int64_t last) {
+      double own[512];
+      for (int64_t s = first; s < last; ++s)
+        own[s - first] = p_.outputs64[target.label[s] * seen + s];
+      for (int64_t c = 0; c < outputs(); ++c)
+        for (int64_t s = first; s < last; ++s) p_.outputs64[c * seen + s] -= own[s - first];
+    });
+  }
+
+  Caller quiet() const {
+    Caller caller = caller_;
+    caller.poll = nullptr;
+    return caller;
+  }
+
+  // The candidates' features and the targets of the step's own samples, contiguous.
+  Status gather(int64_t k, const int64_t* candidates, int64_t n) {
+    const int64_t* batch = p_.batches + (k - 1) * p_.batch;
+    const int64_t size = p_.batch;
+    const Features& f = p_.features;
+    const bool finished =
+        parallel_blocks(n, 16, 8 * size, caller_, [&](int64_t first, int64_t last) {
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t j = candidates[i];
+            if (f.type == Type::float32)
+              pick(static_cast<float*>(p_.features_batch) + j * size,
+                   static_cast<const float*>(f.data) + j * f.stride, batch, size);
+            else
+              pick(static_cast<double*>(p_.features_batch) + j * size,
+                   static_cast<const double*>(f.data) + j * f.stride, batch, size);
+          }
+        });
+    if (!finished) return Status::stopped;
+    const Target<double>& all = p_.target;
+    if (all.label) pick(p_.label_batch, all.label, batch, size);
+    for (int64_t c = 0; c < outputs(); ++c) {
+      if (all.value) pick(p_.value_batch + c * size, all.value + c * samples(), batch, size);
+      if (p_.linear) pick(p_.linear_batch + c * size, p_.linear + c * samples(), batch, size);
+      if (all.weight && !weight_per_sample())
+        pick(p_.weight_batch + c * size, all.weight + c * samples(), batch, size);
+    }
+    if (all.weight && weight_per_sample()) pick(p_.weight_batch, all.weight, batch, size);
+    seen_.features = {p_.features_batch, f.type, units(), size, size};
+    seen_.target.value = all.value ? p_.value_batch : nullptr;
+    seen_.target.label = all.label ? p_.label_batch : nullptr;
+    seen_.target.weight = all.weight ? p_.weight_batch : nullptr;
+    convert_target(seen_.target);
+    return Status::ok;
+  }
+
+  template <class T>
+  static void pick(T* out, const T* from, const int64_t* at, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = from[at[i]];
+  }
+
+  // The loss's linear term for the candidates, if it has one.
+  Status add_linear(int64_t k, const int64_t* candidates, int64_t n, double* scores,
+                    double* errors) {
+    if (!p_.linear) return Status::ok;
+    if (!p_.batch) {
+      for (int64_t i = 0; i < n; ++i) {
+        const double term = linear_bias_ + part(k) * (linear_sum_ + p_.linear_unit[candidates[i]]);
+        scores[i] += term;
+        errors[i] += 4 * Format<double>::epsilon * std::fabs(term);
+      }
+      return Status::ok;
+    }
+    const Status status =
+        candidate_slope<double>(p_.slopes, p_.slope_errors, candidates, n, seen_.features,
+                                p_.outgoing, p_.linear_batch, outputs(), caller_);
+    for (int64_t i = 0; i < n; ++i) {  // what all candidates share is left out
+      scores[i] += part(k) * p_.slopes[i];
+      errors[i] += part(k) * p_.slope_errors[i];
+    }
+    return status;
+  }
+
+  const Pointwise& p_;
+  const Workspace& workspace_;
+  const Caller& caller_;
+  Seen all_{}, seen_{};
+  double linear_bias_ = 0, linear_sum_ = 0;
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+
+Status greedy_pointwise(Path& path, const Pointwise& pointwise, const Rule& rule,
+                        const Workspace& workspace, const Caller& caller) {
+  PointwiseObjective objective(pointwise, workspace, caller);
+  const Status status = objective.start();
+  if (status != Status::ok) return status;
+  return greedy(path, objective, objective.units(), rule, workspace, caller);
+}
+
+}  // namespace GREEDYPRUNE_ISA
+}  // namespace greedyprune

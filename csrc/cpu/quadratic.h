@@ -1,0 +1,130 @@
+// The objective of greedy_gram and greedy_columns: squared error through sums over the samples,
+//
+//   argmin of (1)  =  argmin_j  G_jj / 2 + c_j - k beta_j,      c += G[:, i_k] after each step (2)
+//   L_k = ( |t|^2 - (2/k) sum_S beta_i + (1/k^2) sum_S c_i ) / (m C)
+//
+// `Columns` gives the rows of G: const double* column(unit), or null after asking the caller
+// failed. Columns that come from float32 products may be wrong by `rounding` |phi_i| |phi_j|; what
+// that leaves open is scored from the features, where <phi_j, z - k t> is one pass over h_j.
+#pragma once
+
+#include <cmath>
+
+#include "candidate_loss.h"
+#include "greedy.h"
+
+namespace greedyprune {
+namespace GREEDYPRUNE_ISA {
+
+template <class Columns>
+class QuadraticObjective {
+ public:
+  QuadraticObjective(const Quadratic& q, Columns& columns, const Workspace& workspace,
+                     const Caller& caller)
+      : q_(q), columns_(columns), workspace_(workspace), caller_(caller) {}
+
+  Status score(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors) {
+    const double steps = static_cast<double>(k);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t j = units[i];
+      scores[i] = 0.5 * q_.norm[j] + q_.state[j] - steps * q_.beta[j];
+      errors[i] = error_of(j, steps);
+    }
+    return columns_.remember(units, scores, n);
+  }
+
+  bool can_rescore() const { return q_.features != nullptr; }
+
+  Status rescore(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors) {
+    const double steps = static_cast<double>(k);
+    for (int64_t i = 0; i < q_.outputs * samples(); ++i)
+      q_.residual[i] = q_.sum[i] - steps * q_.target[i];
+    const Status status = candidate_slope<double>(scores, errors, units, n, *q_.features,
+                                                  q_.outgoing, q_.residual, q_.outputs, caller_);
+    for (int64_t i = 0; i < n; ++i) scores[i] += 0.5 * q_.norm[units[i]];
+    return status;
+  }
+
+  Status add(int64_t, int64_t unit) {
+    const double* column = columns_.column(unit);
+    if (!column) return Status::stopped;
+    beta_sum_ += q_.beta[unit];
+    state_sum_ += 2 * q_.state[unit] + q_.norm[unit];
+    reach_ += std::sqrt(q_.norm[unit]);
+    for (int64_t j = 0; j < q_.units; ++j) q_.state[j] += column[j];
+    if (q_.features) {
+      for (int64_t c = 0; c < q_.outputs; ++c)
+        add_row(unit, q_.outgoing[unit * q_.outputs + c], q_.sum + c * samples());
+    }
+    return Status::ok;
+  }
+
+  Status loss(int64_t k, double* value) {
+    const double part = 1 / static_cast<double>(k);
+    double total = q_.target_norm - 2 * part * beta_sum_ + part * part * state_sum_;
+    if (q_.features) {
+      total = 0;
+      for (int64_t i = 0; i < q_.outputs * samples(); ++i) {
+        const double error = part * q_.sum[i] - q_.target[i];
+        total += error * error;
+      }
+    }
+    *value = q_.scale * total;
+    return Status::ok;
+  }
+
+  Status gap(int64_t k, double* value) {
+    const double part = 1 / static_cast<double>(k);
+    int64_t* units = workspace_.contenders;  // free between two steps, like scores and errors
+    for (int64_t j = 0; j < q_.units; ++j) {
+      units[j] = j;
+      workspace_.scores[j] = part * q_.state[j] - q_.beta[j];
+      workspace_.errors[j] = part * error_of(j, 0.0);
+    }
+    int64_t n = keep_contenders(units, workspace_.scores, workspace_.errors, q_.units);
+    double along = part * part * state_sum_ - part * beta_sum_;  // <z/k - t, z/k>
+    if (q_.features) {
+      along = 0;
+      for (int64_t i = 0; i < q_.outputs * samples(); ++i) {
+        q_.residual[i] = part * q_.sum[i] - q_.target[i];
+        along += q_.residual[i] * part * q_.sum[i];
+      }
+      const Status status =
+          candidate_slope<double>(workspace_.scores, workspace_.errors, units, n, *q_.features,
+                                  q_.outgoing, q_.residual, q_.outputs, caller_);
+      if (status != Status::ok) return status;
+    }
+    double lowest = workspace_.scores[0];
+    for (int64_t i = 1; i < n; ++i)
+      lowest = workspace_.scores[i] < lowest ? workspace_.scores[i] : lowest;
+    *value = 2 * q_.scale * (along - lowest);
+    return Status::ok;
+  }
+
+ private:
+  int64_t samples() const { return q_.features->samples; }
+
+  double error_of(int64_t j, double steps) const {
+    const double size = std::sqrt(q_.norm[j]);
+    return q_.rounding * size * reach_ +
+           64 * Format<double>::epsilon * (size * (size + reach_) + steps * std::fabs(q_.beta[j]));
+  }
+
+  void add_row(int64_t unit, double weight, double* sum) {
+    const Features& f = *q_.features;
+    if (f.type == Type::float32)
+      add_scaled(static_cast<const float*>(f.data) + unit * f.stride, weight, sum, f.samples);
+    else
+      add_scaled(static_cast<const double*>(f.data) + unit * f.stride, weight, sum, f.samples);
+  }
+
+  const Quadratic& q_;
+  Columns& columns_;
+  const Workspace& workspace_;
+  const Caller& caller_;
+  double beta_sum_ = 0, state_sum_ = 0;  // over the picks: beta, and c
+  double reach_ = 0;                     // sum of |phi_i| over the picks
+};
+
+}  // namespace GREEDYPRUNE_ISA
+}  // namespace greedyprune

@@ -1,0 +1,199 @@
+// The whole contract between Python and the compiled half: types, shapes, launchers.
+//
+// Notation (docs: README, "The mathematics"): N units, m samples, C outputs. Unit j adds
+// phi_j(s) = h_j(s) * w_j to the outputs, with h the features and w the outgoing weights
+// (already scaled by N, the papers' mean-field scaling). A greedy step k picks
+//
+//     i_k = argmin_j  L( b + (z + phi_j) / k ),   z = sum of the phi picked so far.        (1)
+//
+// Rules: plain pointers and 64-bit sizes; outputs first; the caller owns all memory, scratch
+// included; kernels never allocate and never throw.
+#pragma once
+
+#include <cstdint>
+
+namespace greedyprune {
+
+enum class Status : int32_t { ok = 0, stopped = 1, bad_argument = 2, device_error = 3 };
+enum class Loss : int32_t { squared_error = 0, cross_entropy = 1, logistic = 2 };
+enum class Type : int32_t { float32 = 0, float64 = 1 };
+
+struct Features {    // the units' activations, unit-major
+  const void* data;  // (units, samples), rows `stride` elements apart
+  Type type;
+  int64_t units, samples, stride;
+};
+
+// What the outputs f (C, m) are compared with:
+//   loss(f) = scale * sum_s weight_s * l(f[:, s]),  summed over the outputs too where l is
+// elementwise.
+template <class Real>
+struct Target {
+  Loss loss;
+  int64_t outputs;       // C
+  const Real* value;     // (C, m)  logistic: the targets in [0, 1]; else null
+  const int32_t* label;  // (m)     cross_entropy: the classes in [0, C); else null
+  const Real* weight;    // (m) cross_entropy, (C, m) logistic and squared_error; null: ones
+  double scale;
+};
+
+// How a kernel reaches its caller. Both functions run on the calling thread only; a nonzero
+// answer ends the kernel with Status::stopped.
+struct Caller {
+  void* self;
+  int (*poll)(void* self);                                        // every 50 ms or so
+  int (*step)(void* self, int64_t k, int64_t unit, double loss);  // after each greedy step
+  // Compute the Gram columns of wanted[0:count] into rows [slot, slot + count) of the cache.
+  int (*fetch)(void* self, int64_t slot, int64_t count);
+  int32_t threads;
+};
+
+// When the greedy loop stops and what it may pick.
+struct Rule {
+  int64_t steps;        // at most so many picks
+  int64_t size;         // stop once so many distinct units are picked
+  bool replacement;     // may a unit be picked again?
+  int64_t candidates;   // random candidates a step; 0: every unit
+  const double* draws;  // (steps, candidates) uniform in [0, 1), or null
+};
+
+struct Path {        // what the greedy loop writes
+  int64_t* order;    // (steps)  the picks
+  double* losses;    // (steps)  the loss after each
+  double* gap;       // (steps)  the Frank-Wolfe gap after each, or null: not wanted
+  int64_t length;    // picks made
+  int64_t rescored;  // candidates scored again because rounding could have decided
+};
+
+struct Workspace {      // the loop's scratch
+  int64_t* available;   // (N)
+  double* scores;       // (N)
+  double* errors;       // (N)
+  int64_t* contenders;  // (N)
+  int64_t* picked;      // (N)
+};
+
+// Squared error through sums over the samples (DESIGN eq. 2). `scale` is 1 / (m C).
+struct Quadratic {
+  int64_t units;
+  double scale;
+  const double* norm;  // (N)  G_jj = |phi_j|^2
+  const double* beta;  // (N)  <phi_j, t>, t = target - bias
+  double target_norm;  // |t|^2
+  double rounding;     // the columns are known to this share of |phi_i| |phi_j|
+  double* state;       // (N)  c_j = <phi_j, z>; zero on entry
+  // With the features at hand, what rounding leaves open is scored again from them. Else null.
+  const Features* features;
+  const double* outgoing;  // (N, C)
+  const double* target;    // (C, m)  t
+  double* sum;             // (C, m)  z; zero on entry
+  double* residual;        // (C, m)  scratch
+  int64_t outputs;         // C
+};
+
+struct ColumnCache {
+  double* columns;   // (capacity, N)  rows of G
+  int64_t* slot_of;  // (N)  -1 on entry
+  int64_t* unit_in;  // (capacity)  -1 on entry
+  int64_t* wanted;   // (block)  the units that `fetch` has to bring
+  double* best;      // (block)  scratch
+  int64_t capacity;  // a multiple of block
+  int64_t block;
+};
+
+// Any other loss, or squared error on mini-batches. Screening is in float32, deciding in float64.
+struct Pointwise {
+  Features features;
+  const double* outgoing;  // (N, C)
+  const double* bias;      // (C)
+  Target<double> target;   // weight over all samples
+  const double*
+      linear;   // (C, m)  a term  sum_s <linear[:, s], f[:, s]>  added to the loss, or null
+  double* sum;  // (C, m)  z; zero on entry
+  const int64_t* batches;  // (steps, batch) the samples that each step looks at; null: all
+  int64_t batch;           // 0: all
+  // Scratch, with b = batch or m:
+  double* outputs64;     // (C, max(b, m))
+  float* outputs32;      // (C, b)
+  float* outgoing32;     // (N, C)
+  float* weight32;       // like target.weight for b samples
+  float* value32;        // (C, b) logistic
+  double* linear_unit;   // (N)
+  double* slopes;        // (N)
+  double* slope_errors;  // (N)
+  // For mini-batches only:
+  void* features_batch;  // (N, b) of features.type
+  double* weight_batch;  // like target.weight
+  double* value_batch;   // (C, b)
+  double* linear_batch;  // (C, b)
+  int32_t* label_batch;  // (b)
+};
+
+// One table an instruction set; every entry works on the CPU.
+struct Kernels {
+  // losses[i] = loss(base + shrink * phi_u), u = units[i]. Where errors is given, it receives a
+  // bound of what rounding in Real can have done to losses[i].
+  Status (*candidate_loss_f32)(double* losses,        // (n)
+                               double* errors,        // (n) or null
+                               const int64_t* units,  // (n)
+                               int64_t n, const Features& features,
+                               const float* outgoing,  // (N, C)
+                               double shrink,
+                               const float* base,  // (C, m)
+                               const Target<float>& target, const Caller& caller);
+  Status (*candidate_loss_f64)(double* losses, double* errors, const int64_t* units, int64_t n,
+                               const Features& features, const double* outgoing, double shrink,
+                               const double* base, const Target<double>& target,
+                               const Caller& caller);
+  // slopes[i] = <gradient, phi_u>, u = units[i]; errors as above.
+  Status (*candidate_slope_f32)(double* slopes,        // (n)
+                                double* errors,        // (n) or null
+                                const int64_t* units,  // (n)
+                                int64_t n, const Features& features,
+                                const float* outgoing,  // (N, C)
+                                const float* gradient,  // (C, m)
+                                int64_t outputs, const Caller& caller);
+  Status (*candidate_slope_f64)(double* slopes, double* errors, const int64_t* units, int64_t n,
+                                const Features& features, const double* outgoing,
+                                const double* gradient, int64_t outputs, const Caller& caller);
+  // Every greedy step in one call, on the Gram matrix gram (N, N).
+  Status (*greedy_gram)(Path& path, const double* gram, const Quadratic& objective,
+                        const Rule& rule, const Workspace& workspace, const Caller& caller);
+  // The same on columns of it, fetched in blocks when a picked unit's column is missing.
+  Status (*greedy_columns)(Path& path, const ColumnCache& cache, const Quadratic& objective,
+                           const Rule& rule, const Workspace& workspace, const Caller& caller);
+  // The same by scoring the candidates' losses themselves.
+  Status (*greedy_pointwise)(Path& path, const Pointwise& objective, const Rule& rule,
+                             const Workspace& workspace, const Caller& caller);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// The instruction sets that this build has and this processor runs, best first; null-terminated.
+const char* const* instruction_sets();
+// The table for one of them; null if it is not among them.
+const Kernels* kernels_for(const char* instruction_set);
+
+namespace cuda {
+// As Kernels::candidate_loss_f64, on device pointers; `stream` is a cudaStream_t. `partial` is
+// scratch, (n, candidate_loss_splits(n, m)).
+int64_t candidate_loss_splits(int64_t n, int64_t samples);
+Status candidate_loss_f32(double* losses, double* partial, const int64_t* units, int64_t n,
+                          const Features& features, const float* outgoing, double shrink,
+                          const float* base, const Target<float>& target, void* stream);
+Status candidate_loss_f64(double* losses, double* partial, const int64_t* units, int64_t n,
+                          const Features& features, const double* outgoing, double shrink,
+                          const double* base, const Target<double>& target, void* stream);
+// The last CUDA error's name and text.
+const char* last_error();
+}  // namespace cuda
+
+}  // namespace greedyprune

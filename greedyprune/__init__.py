@@ -1,0 +1,19 @@
+"""Physically smaller torch models by greedy forward selection.
+
+    selection = greedyprune.select(model, data)
+    small = greedyprune.prune(model, selection)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ._backend import show_config
+from .selection import LayerSelection, Selection
+from .selector import select
+from .surgery import prune
+
+try:
+    __version__ = version("greedyprune")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "unknown"
+
+__all__ = ["LayerSelection", "Selection", "prune", "select", "show_config"]

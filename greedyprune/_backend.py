@@ -1,0 +1,92 @@
+"""Loads the compiled extension: the only file that imports `_C`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+
+import torch
+
+BUILD_HINT = "build it with `pip install .` in a checkout (needs a C++ compiler)"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from . import _C
+    except ImportError as error:
+        reason = "not built" if "_C" in str(error) and "cannot import" in str(error) else str(error)
+        print(
+            f"greedyprune: the compiled extension is missing ({reason}); only "
+            f"backend='reference' works; {BUILD_HINT}",
+            file=sys.stderr,
+        )
+        return None, reason
+    wanted = os.environ.get("GREEDYPRUNE_ISA")
+    if wanted:
+        _C.use_instruction_set(wanted)
+    return _C, ""
+
+
+_extension, missing = _load()
+
+
+def extension() -> ModuleType:
+    """The compiled extension; RuntimeError that says how to build it where there is none."""
+    if _extension is None:
+        raise RuntimeError(f"greedyprune's compiled extension is missing ({missing}); {BUILD_HINT}")
+    return _extension
+
+
+def has_extension() -> bool:
+    return _extension is not None
+
+
+def has_cuda() -> bool:
+    return _extension is not None and _extension.cuda is not None and torch.cuda.is_available()
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that `select(backend=...)` means for a model on `device`.
+
+    Raises ValueError for an unknown name, and for CUDA or the extension where there is none.
+    """
+    if backend not in ("auto", "cpu", "cuda", "reference"):
+        raise ValueError(
+            f"backend: found {backend!r}, expected one of 'auto', 'cpu', 'cuda', 'reference'"
+        )
+    if backend == "cuda" and not has_cuda():
+        why = "no GPU is available" if not torch.cuda.is_available() else "it was built without CUDA"
+        raise ValueError(f"backend: found 'cuda', but {why}; expected 'auto', 'cpu' or 'reference'")
+    if backend == "cpu" and not has_extension():
+        raise ValueError(
+            f"backend: found 'cpu', but the compiled extension is missing ({missing}); {BUILD_HINT}"
+        )
+    if backend != "auto":
+        return backend
+    if device.type == "cuda" and has_cuda():
+        return "cuda"
+    return "cpu" if has_extension() else "reference"
+
+
+def show_config() -> None:
+    """Prints version, compiler, instruction sets, CUDA, threads and torch, for bug reports."""
+    from . import __version__
+
+    lines = {"greedyprune": __version__, "python": sys.version.split()[0], "torch": torch.__version__}
+    if _extension is None:
+        lines["extension"] = f"missing ({missing}); {BUILD_HINT}"
+    else:
+        sets = ", ".join(_extension.instruction_sets())
+        lines |= {
+            "extension": f"built for {_extension.version} with {_extension.compiler}",
+            "instruction sets": f"{sets} (in use: {_extension.active_instruction_set()})",
+            "threads": f"{torch.get_num_threads()}" + ("" if _extension.openmp else " (no OpenMP: 1)"),
+            "CUDA": f"compiled with {_extension.cuda}" if _extension.cuda else "not compiled",
+        }
+    if torch.cuda.is_available():
+        lines["GPU"] = torch.cuda.get_device_name()
+    else:
+        lines["GPU"] = "none available"
+    width = max(map(len, lines))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines.items()))

@@ -1,0 +1,177 @@
+"""Any data that a training loop can use, as batches on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+BATCH = 1024  # samples a forward pass, where the data come without batches of their own
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positional and keyword inputs of the model, and the targets (None: there are none)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Tensor | None
+
+
+class Batches:
+    """Iterates over `data` as batches; `len` is known for tensors, Datasets and DataLoaders.
+
+    Raises ValueError for data without samples and TypeError for what is no data at all. An iterator
+    (a generator, say) can be gone through once; a second pass raises ValueError.
+    """
+
+    def __init__(self, data: object, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self._dtype = types.pop() if len(types) == 1 else None
+        self._source = _as_batches(data)
+        self._once = isinstance(self._source, Iterator)
+        self._started = False
+        self._first: Batch | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def once(self) -> bool:
+        return self._once
+
+    def __len__(self) -> int:
+        return len(self._source) if isinstance(self._source, Sized) else 0
+
+    def first(self) -> Batch:
+        """The first batch, without using it up."""
+        if self._first is None:
+            batches = self._read()
+            self._first = next(batches, None)
+            if self._first is None:
+                raise ValueError("data: found no samples, expected at least one")
+            self._rest = batches if self._once else None
+        return self._first
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._once:
+            return self._read()
+        if self._started:
+            raise ValueError(
+                "data: an iterator can be gone through only once, and this needs another pass: give "
+                "a list, Dataset or DataLoader, or raise memory_limit"
+            )
+        self._started = True
+        return self._read_on()
+
+    def _read_on(self) -> Iterator[Batch]:
+        yield self.first()
+        assert self._rest is not None
+        yield from self._rest
+
+    def _read(self) -> Iterator[Batch]:
+        for batch in self._source:
+            parsed = self._parse(batch)
+            if _length(parsed) != 0:
+                yield parsed
+
+    def _parse(self, batch: object) -> Batch:
+        kwargs: dict[str, Any] = {}
+        args: tuple[Any, ...] = ()
+        targets = None
+        if isinstance(batch, Mapping):
+            kwargs = {str(name): self._move(value) for name, value in batch.items()}
+            for key in TARGET_KEYS:
+                if key in kwargs:
+                    targets = kwargs.pop(key)
+                    break
+        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+            *inputs, targets = batch
+            if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
+                inputs = list(inputs[0])
+            args = tuple(self._move(value) for value in inputs)
+            targets = torch.as_tensor(targets).to(self._device)
+        else:
+            alone = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(alone, Tensor):
+                raise TypeError(
+                    f"data: found a batch of type {type(batch).__name__}, expected a tensor, a tuple "
+                    "(inputs, targets) or a dict"
+                )
+            args = (self._move(alone),)
+        if targets is not None and not isinstance(targets, Tensor):
+            targets = torch.as_tensor(targets).to(self._device)
+        return Batch(args, kwargs, targets)
+
+    def _move(self, value: object) -> object:
+        if not isinstance(value, Tensor):
+            if hasattr(value, "__array__"):
+                value = torch.as_tensor(value)
+            else:
+                return value
+        dtype = self._dtype if value.is_floating_point() else None
+        return value.to(self._device, dtype, non_blocking=True)
+
+
+def _as_batches(data: object) -> Iterable[Any]:
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        data = tuple(data.tensors)
+    if isinstance(data, Tensor) or hasattr(data, "__array__"):
+        data = (torch.as_tensor(data),)
+    if isinstance(data, (tuple, list)) and data and all(_is_array(part) for part in data):
+        if len(data) > 2:
+            raise TypeError(f"data: found {len(data)} tensors, expected (inputs, targets)")
+        return _Slices([torch.as_tensor(part) for part in data])
+    if isinstance(data, Mapping):
+        return [data]
+    if isinstance(data, (str, bytes)) or data is None:
+        raise TypeError(
+            f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader "
+            "or an iterable of batches"
+        )
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        return DataLoader(data, batch_size=BATCH)
+    if isinstance(data, Iterable):
+        return data
+    raise TypeError(
+        f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader or "
+        "an iterable of batches"
+    )
+
+
+class _Slices:
+    """Tensors of the same length, cut into batches."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        lengths = [len(t) if t.dim() else 0 for t in tensors]
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"data: found {lengths[0]} inputs and {lengths[1]} targets, expected as many of each"
+            )
+        self._tensors, self._length = tensors, lengths[0]
+
+    def __len__(self) -> int:
+        return -(-self._length // BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for i in range(0, self._length, BATCH):
+            yield tuple(t[i : i + BATCH] for t in self._tensors)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+
+
+def _length(batch: Batch) -> int | None:
+    for value in (*batch.args, *batch.kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    return None

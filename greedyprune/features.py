@@ -1,0 +1,349 @@
+"""The units' activations on the data: kept in memory, or computed again for every pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Batches
+from .graph import Group
+from .losses import Criterion, Target
+from .reference import Moments
+
+BLOCK = 2**23  # entries of features that are taken to float64 at a time
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some samples: features (N, b), unit-major, and what their outputs are compared with."""
+
+    features: Tensor
+    target: Target
+
+
+class LayerData:
+    """What the selection of one layer looks at.
+
+    outgoing: (N, C) float64, the consumer's weights times N; bias: (C,) float64
+    features: (N, m) float32 or float64, or None: computed again for every pass
+    target:   of all samples, with `features`
+    targets, output_shape: the data's own targets and the model's output shape after the first
+        dimension, for a loss of the user's own
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group,
+        batches: Batches,
+        criterion: Criterion,
+        *,
+        imitation: bool,
+        device: torch.device,
+        memory_limit: int,
+        progress: Any,
+    ) -> None:
+        consumer = model.get_submodule(group.consumer)
+        weight, bias = consumer.weight, consumer.bias
+        assert isinstance(weight, Tensor)
+        _check_finite(group.producer, model.get_submodule(group.producer))
+        _check_finite(group.consumer, consumer)
+        self.group, self.criterion, self.imitation = group, criterion, imitation
+        self.units, self.device = group.units, device
+        self.outgoing = (weight.detach().to(device, torch.float64).T * self.units).contiguous()
+        self.bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
+        if bias is not None:
+            self.bias = bias.detach().to(device, torch.float64)
+        self.features: Tensor | None = None
+        self.target: Target | None = None
+        self.targets: Tensor | None = None
+        self.output_shape: tuple[int, ...] = ()
+        self._model, self._consumer, self._batches = model, consumer, batches
+        self._progress, self._limit = progress, memory_limit
+        self._collected: list[Block] = []
+        self._unread: Generator[Block, None, None] | None = None
+        self._collect()
+
+    @property
+    def outputs(self) -> int:
+        return len(self.bias)
+
+    @property
+    def samples(self) -> int:
+        assert self.target is not None
+        return self.target.samples
+
+    def blocks(self) -> Iterator[Block]:
+        """All samples in blocks whose float64 copy is small."""
+        size = max(64, BLOCK // self.units)
+        for block in self._sources():
+            samples = block.features.shape[1]
+            if self.features is None:  # a view of the model's own (b, N)
+                block = Block(block.features.contiguous(), block.target)
+            if samples <= size:
+                yield block
+                continue
+            for i in range(0, samples, size):
+                part = slice(i, i + size)
+                target = block.target[part]
+                mass = block.target.mass * target.samples / samples
+                yield Block(block.features[:, part], replace(target, mass=mass))
+
+    def whole(self) -> list[Block]:
+        """All samples as one block; only where the features are in memory."""
+        assert self.features is not None and self.target is not None
+        return [Block(self.features, self.target)]
+
+    def close(self) -> None:
+        """Takes the hook off the model where a first pass was not finished."""
+        if self._unread is not None:
+            self._unread.close()
+            self._unread = None
+
+    def dense_outputs(self, features: Tensor) -> Tensor:
+        """b + mean_j phi_j, (C, b) float64, for features (N, b)."""
+        return self.bias[:, None] + self.outgoing.T @ features.double() / self.units
+
+    def _sources(self) -> Iterable[Block]:
+        if self.features is not None:
+            return self.whole()
+        if self._unread is not None:  # the first pass goes on where collecting stopped
+            collected, unread = self._collected, self._unread
+            self._collected, self._unread = [], None
+            return _chain(collected, unread)
+        return self._stream()
+
+    def _stream(self) -> Iterator[Block]:
+        with self._capture() as captured:
+            for batch in self._progress(self._batches, "activations"):
+                yield self._block(batch, captured)[0]
+
+    def _block(self, batch: Batch, captured: list[Tensor]) -> tuple[Block, Any]:
+        """Runs the model on one batch."""
+        captured.clear()
+        outputs = self._model(*batch.args, **batch.kwargs)
+        if len(captured) != 1:
+            raise ValueError(
+                f"layer {self.group.producer!r}: its consumer {self.group.consumer!r} ran "
+                f"{len(captured)} times in one forward pass, expected once"
+            )
+        hidden = captured[0].detach()
+        if hidden.dtype not in (torch.float32, torch.float64):
+            hidden = hidden.float()
+        features = hidden.reshape(-1, self.units).to(self.device).T
+        if not features.sum(dtype=torch.float64).isfinite():
+            if not features.isfinite().all():
+                raise ValueError(
+                    f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
+                    "expected finite numbers"
+                )
+        return Block(features, self._target_of(features, outputs, batch.targets)), outputs
+
+    def _target_of(self, features: Tensor, outputs: object, targets: Tensor | None) -> Target:
+        if self.imitation:
+            dense = self.dense_outputs(features)
+            return self.criterion.target(dense.T, tuple(dense.T.shape))
+        target = target_of(self.criterion, outputs, targets)
+        if (target.outputs, target.samples) != (self.outputs, features.shape[1]):
+            raise ValueError(
+                f"layer {self.group.producer!r}: its consumer gives {self.outputs} outputs for "
+                f"{features.shape[1]} samples, but the model {target.outputs} for {target.samples}"
+            )
+        return target.to(self.device)
+
+    def _collect(self) -> None:
+        """Keeps all features if `memory_limit` allows, else leaves the rest to later passes."""
+        blocks = self._first_pass()
+        first = next(blocks)
+        width, dtype = first.features.shape[1], first.features.dtype
+        itemsize = first.features.element_size()
+        room = max(1, self._limit // (itemsize * self.units))
+        capacity = min(room, width * max(1, len(self._batches)))
+        store = torch.empty(self.units, capacity, dtype=dtype, device=self.device)
+        filled, targets = 0, []
+        block: Block | None = first
+        while block is not None:
+            end = filled + block.features.shape[1]
+            if end > room:
+                self._collected = [*_split(store[:, :filled], targets), block]
+                self._unread = blocks
+                if self.criterion.kind == "custom":
+                    raise ValueError(
+                        f"memory_limit: {self._limit} bytes do not hold the features that a loss "
+                        f"of your own needs: more than {end * itemsize * self.units} bytes"
+                    )
+                return
+            if end > store.shape[1]:  # unknown length: double, while that fits
+                larger = torch.empty(
+                    self.units, min(room, max(end, 2 * store.shape[1])), dtype=dtype,
+                    device=self.device,
+                )  # fmt: skip
+                larger[:, :filled] = store[:, :filled]
+                store = larger
+            store[:, filled:end] = block.features
+            targets.append(block.target)
+            filled = end
+            block = next(blocks, None)
+        self.features = store[:, :filled]
+        self.target = _join(targets)
+
+    def _first_pass(self) -> Generator[Block, None, None]:
+        raw: list[Tensor] = []
+        with self._capture() as captured:
+            for batch in self._progress(self._batches, "activations"):
+                block, outputs = self._block(batch, captured)
+                if self.criterion.kind == "custom":
+                    self.output_shape = tuple(_main_output(outputs).shape[1:])
+                    assert batch.targets is not None
+                    raw.append(batch.targets)
+                yield block
+        if raw:
+            self.targets = torch.cat(raw)
+
+    @contextmanager
+    def _capture(self) -> Iterator[list[Tensor]]:
+        """Collects the consumer's inputs while the model runs, without a trace left on it."""
+        captured: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured.append(args[0] if args else kwargs["input"])
+
+        handle = self._consumer.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+
+def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:
+    """What the model's outputs on a batch are compared with; ValueError where they don't match."""
+    shape = tuple(_main_output(outputs).shape)
+    if targets is None:
+        raise ValueError("data: found inputs without targets, expected both for objective='loss'")
+    if criterion.kind == "custom":
+        classes = shape[-1] if len(shape) > 1 else 1
+        samples = math.prod(shape) // max(1, classes)
+        return Target("custom", classes, samples, float(samples))
+    return criterion.target(targets, shape)
+
+
+def moments(data: LayerData, gram: Tensor | None = None) -> Moments:
+    """The sums over all samples that selection and certificate need, in one pass, float64.
+
+    gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>; None: not wanted
+    """
+    out, bias, n = data.outgoing, data.bias, data.units
+    norm = torch.zeros(n, dtype=torch.float64, device=data.device)
+    beta = torch.zeros_like(norm)
+    weighted = torch.zeros_like(out)  # sum_s weight h_j^2, for each output
+    samples, mass, dense, empty, target_norm, mean_norm = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for block in data.blocks():
+        h, target = block.features.double(), block.target
+        samples, mass = samples + target.samples, mass + target.mass
+        squares = h.square()
+        norm += squares.sum(1)
+        mean_phi = out.T @ h / n
+        if target.kind != "custom":
+            dense += float(target.loss_sum(bias[:, None] + mean_phi))
+            empty += float(target.loss_sum(bias[:, None].expand_as(mean_phi)))
+            weight = torch.ones_like(mean_phi) if target.weight is None else target.weight
+            weight = weight.expand_as(mean_phi)
+            weighted += squares @ weight.T
+            mean_norm += float((weight * mean_phi.square()).sum())
+        if target.kind == "mse":
+            assert target.value is not None
+            t = target.value - bias[:, None]
+            target_norm += float(t.square().sum())
+            beta += ((h @ t.T) * out).sum(1)
+        if gram is not None:
+            _add_upper_product(gram, h)
+    if mass == 0:
+        raise ValueError("data: every label is ignored, expected at least one that counts")
+    spread = 0.0
+    if data.criterion.kind != "custom":
+        spread = float((weighted * out.square()).sum()) / n - mean_norm
+        spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
+        dense, empty = dense / mass, empty / mass
+    if gram is not None:
+        _finish_gram(gram, out)
+    norm *= out.square().sum(1)
+    return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
+
+
+PANEL = 1024  # rows of the Gram matrix computed together: only the upper half of them
+
+
+def _add_upper_product(gram: Tensor, h: Tensor) -> None:
+    """gram += h h^T, the blocks on and above the diagonal."""
+    for i in range(0, len(gram), PANEL):
+        gram[i : i + PANEL, i:].addmm_(h[i : i + PANEL], h[i:].T)
+
+
+def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
+    """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), both halves."""
+    for i in range(0, len(gram), PANEL):
+        rows = gram[i : i + PANEL, i:]
+        rows *= outgoing[i : i + PANEL] @ outgoing[i:].T
+        square = rows[:, : len(rows)]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram[i + len(rows) :, i : i + len(rows)] = rows[:, len(rows) :].T
+
+
+def _split(store: Tensor, targets: list[Target]) -> list[Block]:
+    blocks, start = [], 0
+    for target in targets:
+        blocks.append(Block(store[:, start : start + target.samples], target))
+        start += target.samples
+    return blocks
+
+
+def _join(targets: list[Target]) -> Target:
+    def cat(name: str) -> Tensor | None:
+        parts = [getattr(t, name) for t in targets]
+        if all(part is None for part in parts):
+            return None
+        fill = 1.0 if name == "weight" else 0.0
+        shape, device = next((p.shape[:-1], p.device) for p in parts if p is not None)
+        parts = [
+            torch.full((*shape, t.samples), fill, dtype=torch.float64, device=device)
+            if part is None
+            else part
+            for t, part in zip(targets, parts, strict=True)
+        ]
+        return torch.cat(parts, -1).contiguous()
+
+    return replace(
+        targets[0],
+        samples=sum(t.samples for t in targets),
+        mass=sum(t.mass for t in targets),
+        **{name: cat(name) for name in ("value", "label", "weight", "linear")},
+    )
+
+
+def _chain(first: list[Block], rest: Iterator[Block]) -> Iterator[Block]:
+    yield from first
+    yield from rest
+
+
+def _main_output(outputs: object) -> Tensor:
+    """The tensor that a loss is taken of: the output itself, or a dict's or record's logits."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"model: found an output of type {type(outputs).__name__}, expected a tensor (or logits)"
+    )
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    for tensor in module.parameters(recurse=False):
+        if not tensor.isfinite().all():
+            raise ValueError(f"layer {name!r}: NaN or inf in its weights, expected finite numbers")

@@ -1,0 +1,261 @@
+"""What can be selected, read off torch.export's graph.
+
+From each producer (a Linear) forward through operations that keep the units' dimension, until every
+path ends in a consumer (a Linear) that contracts it. Such a group is closed: removing a unit means
+slicing the tensors that were met on the way. An operation that no table below names refuses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# What the operations do to the last dimension, by name (in-place forms count as the plain ones).
+# Elementwise operations are those that torch tags `pointwise`, and these:
+ELEMENTWISE = {
+    "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "dropout", "alpha_dropout",
+    "feature_dropout", "feature_alpha_dropout", "contiguous", "clone", "detach", "alias", "to",
+    "_to_copy", "lift_fresh_copy",
+}  # fmt: skip
+# Reshaping: keeps the units where the last dimension is unchanged.
+RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
+# Normalisation of each unit by itself: these arguments have one entry a unit.
+PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "prelu": (1,)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are removed together.
+
+    slices: the names of the parameters and buffers with one entry a unit, and in which dimension
+    output: the consumer's output is the model's output
+    """
+
+    producer: str
+    consumer: str
+    units: int
+    slices: Mapping[str, int]
+    output: bool
+    not_output: str = ""  # what stands between the consumer and the model's output
+
+
+class NotPrunableError(ValueError):
+    """No unit of the layer can be removed; the message says which operation is in the way."""
+
+
+@dataclass
+class _Walk:
+    """One producer's walk: the nodes that carry its units, what it met."""
+
+    units: int
+    carrying: set[fx.Node] = field(default_factory=set)
+    slices: dict[str, int] = field(default_factory=dict)
+    consumers: list[fx.Node] = field(default_factory=list)
+
+
+class Graph:
+    """The exported graph of a model on one batch of example inputs."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        noisy = logging.getLogger("torch.export")
+        level = noisy.level
+        noisy.setLevel(logging.ERROR)
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+        finally:
+            noisy.setLevel(level)
+        signature = program.graph_signature
+        self._model = model
+        self._nodes = list(program.graph.nodes)
+        self._tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+    def producers(self) -> Iterator[tuple[str, fx.Node]]:
+        """The Linears whose weights are a module's own, in the order in which they run."""
+        for node in self._nodes:
+            name = self._linear(node)
+            if name is not None:
+                yield name, node
+
+    def kind(self, name: str) -> str:
+        """The type of a module, for messages."""
+        return module_kind(self._model, name)
+
+    def group(self, name: str, node: fx.Node) -> Group:
+        """The group that `node`'s units belong to; NotPrunableError where they can't be removed."""
+        units = int(_shape(node)[-1])
+        walk = _Walk(units, {node})
+        self._slice_linear(walk, node, dim=0)
+        uses = [n for n in self._nodes if self._linear(n) == name]
+        if len(uses) > 1:
+            raise NotPrunableError(f"layer {name!r}: its weights are used {len(uses)} times")
+        for user in self._nodes[self._nodes.index(node) + 1 :]:
+            if any(source in walk.carrying for source in user.all_input_nodes):
+                self._step(name, walk, user)
+        if not walk.consumers:
+            raise NotPrunableError(f"layer {name!r}: nothing uses its units")
+        consumers = {str(self._linear(consumer)) for consumer in walk.consumers}
+        if len(walk.consumers) > 1:
+            raise NotPrunableError(
+                f"layer {name!r}: its units feed {len(walk.consumers)} Linears "
+                f"({', '.join(sorted(consumers))}), expected one"
+            )
+        between = self._between_and_output(walk.consumers[0])
+        return Group(name, consumers.pop(), units, walk.slices, between == "", between)
+
+    def _step(self, name: str, walk: _Walk, node: fx.Node) -> None:
+        """Takes the units through one operation, or says why not."""
+
+        def refuse(why: str) -> NotPrunableError:
+            return NotPrunableError(f"layer {name!r}: {why}")
+
+        if node.op == "output":
+            raise refuse("its units are the model's output")
+        op = _name(node)
+        if op == "linear":
+            consumer = self._linear(node)
+            if node.args[0] not in walk.carrying or consumer is None:
+                raise refuse("its units meet a linear operation that is no module's own (aten.linear)")
+            if any(arg in walk.carrying for arg in node.args[1:]):
+                raise refuse("its units are used as weights (aten.linear)")
+            walk.slices[f"{consumer}.weight"] = 1
+            walk.consumers.append(node)
+            return
+        if not node.users:
+            return
+        shape = _shape(node)
+        if op in PER_UNIT_ARGUMENTS:
+            first = node.args[0]
+            if op == "batch_norm" and len(shape) != 2:
+                raise refuse(f"{node.target} does not normalise the units' dimension")
+            for i in PER_UNIT_ARGUMENTS[op]:
+                self._slice_operand(walk, node.args[i], refuse, str(node.target))
+            assert first in walk.carrying
+        elif op in RESHAPING:
+            if not shape or shape[-1] != walk.units:
+                raise refuse(f"{node.target} mixes its units' dimension with others")
+        elif op in ELEMENTWISE or _is_pointwise(node):
+            for source in node.all_input_nodes:
+                if source not in walk.carrying:
+                    self._slice_operand(walk, source, refuse, str(node.target))
+            if shape[-1] != walk.units:
+                raise refuse(f"{node.target} changes its units' dimension")
+        else:
+            raise refuse(f"{node.target} stands between its units and a Linear")
+        walk.carrying.add(node)
+
+    def _slice_operand(self, walk: _Walk, operand: object, refuse: Any, op: str) -> None:
+        """An operand beside the units: the same for all of them, or with one entry a unit."""
+        if not isinstance(operand, fx.Node):
+            return
+        shape = _shape(operand)
+        if not shape or shape[-1] == 1:
+            return
+        tensor = self._tensors.get(operand.name)
+        if tensor is None or shape[-1] != walk.units:
+            raise refuse(f"{op} combines its units with another tensor of shape {tuple(shape)}")
+        walk.slices[tensor] = len(shape) - 1
+
+    def _slice_linear(self, walk: _Walk, node: fx.Node, dim: int) -> None:
+        for arg in node.args[1:]:
+            if isinstance(arg, fx.Node):
+                walk.slices[self._tensors[arg.name]] = dim
+
+    def _linear(self, node: fx.Node) -> str | None:
+        """The nn.Linear whose weights a node uses."""
+        if node.op != "call_function" or _name(node) != "linear":
+            return None
+        weight = node.args[1]
+        tensor = self._tensors.get(weight.name) if isinstance(weight, fx.Node) else None
+        if tensor is None or not tensor.endswith("weight"):
+            return None
+        name = tensor.rpartition(".")[0]
+        return name if type(self._model.get_submodule(name)) is nn.Linear else None
+
+    def _between_and_output(self, consumer: fx.Node) -> str:
+        """The first operation between the consumer and the model's output; "" if there is none."""
+        reached = {consumer}
+        for node in self._nodes[self._nodes.index(consumer) + 1 :]:
+            if not any(source in reached for source in node.all_input_nodes):
+                continue
+            if node.op == "output":
+                return ""
+            if _name(node) in (ELEMENTWISE | RESHAPING):
+                reached.add(node)
+            elif node.users:
+                return str(node.target)
+        return "nothing that reaches the output"
+
+
+def find_groups(graph: Graph, wanted: Sequence[str] | None) -> list[Group]:
+    """The groups of the wanted producers; of all that can be pruned where none are named.
+
+    Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can.
+    """
+    producers = dict(graph.producers())
+    if wanted is not None:
+        for name in wanted:
+            if name not in producers:
+                known = ", ".join(map(repr, producers)) or "none"
+                raise ValueError(
+                    f"layers: found {name!r} ({graph.kind(name)}), expected a Linear that runs: {known}"
+                )
+        return [graph.group(name, producers[name]) for name in wanted]
+    groups, reasons = [], []
+    for name, node in producers.items():
+        try:
+            groups.append(graph.group(name, node))
+        except NotPrunableError as error:
+            reasons.append(str(error))
+    if not groups:
+        why = "; ".join(reasons) or "there is no Linear whose weights are a module's own"
+        raise NotPrunableError(f"model: no layer can be pruned: {why}")
+    return groups
+
+
+def named_group(model: nn.Module, producer: str, consumer: str, width: int) -> Group:
+    """The group of a producer and a consumer named by hand, for models that can't be traced.
+
+    The consumer counts as the model's output where it is as wide.
+    """
+    modules = dict(model.named_modules())
+    for name in (producer, consumer):
+        if type(modules.get(name)) is not nn.Linear:
+            raise ValueError(
+                f"layers: found {name!r} ({module_kind(model, name)}), expected the name of an nn.Linear"
+            )
+    units, inputs = modules[producer].out_features, modules[consumer].in_features
+    if units != inputs:
+        raise ValueError(
+            f"layers: {producer!r} has {units} output units, but {consumer!r} takes {inputs} inputs"
+        )
+    slices = {f"{producer}.weight": 0, f"{consumer}.weight": 1}
+    if modules[producer].bias is not None:
+        slices[f"{producer}.bias"] = 0
+    output = modules[consumer].out_features == width
+    between = "" if output else "something that was not traced"
+    return Group(producer, consumer, int(units), slices, output, between)
+
+
+def module_kind(model: nn.Module, name: str) -> str:
+    module = dict(model.named_modules()).get(name)
+    return "no such module" if module is None else type(module).__name__
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    name = getattr(packet, "__name__", str(node.target))
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())

@@ -1,0 +1,193 @@
+"""From a layer's data to its greedy path: which formulation, which kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .features import Block, LayerData, moments
+from .reference import Moments, Path, Rule, Step
+
+CHUNK = 512  # samples in one float32 product; bounds its rounding
+# A fetch of 32 columns reads the features once and brings two or three of the coming picks; the
+# Gram matrix costs N columns. Columns pay while they are fewer than that:
+COLUMNS_PER_PICK = 12
+
+
+class PointwiseObjective:
+    """Equation (1) as it stands: the loss of every candidate, block by block of the data.
+
+    The reference backend's objective for every loss, and the others' where the features do not fit
+    in memory or are on a GPU.
+    """
+
+    def __init__(
+        self, data: LayerData, backend: str, batches: Tensor | None, with_gap: bool, mass: float
+    ) -> None:
+        self.units = data.units
+        self._data, self._backend, self._batches = data, backend, batches
+        self._with_gap, self._mass = with_gap and batches is None, mass
+        self._counts = torch.zeros(data.units, dtype=torch.float64, device=data.device)
+        self._loss, self._gap = 0.0, 0.0
+
+    def scores(self, k: int, candidates: Tensor) -> Tensor:
+        scores = torch.zeros(len(candidates), dtype=torch.float64, device=self._data.device)
+        for block in self._seen(k):
+            scores += ops.candidate_loss(
+                block.features, self._data.outgoing, self._outputs(block.features, k), block.target,
+                shrink=1 / k, units=candidates, backend=self._backend,
+            )  # fmt: skip
+        return scores / self._mass
+
+    def add(self, k: int, unit: int) -> None:
+        self._counts[unit] += 1
+        loss, along = 0.0, 0.0
+        slopes = torch.zeros(self.units, dtype=torch.float64, device=self._data.device)
+        for block in self._data.blocks():
+            outputs = self._outputs(block.features, k)
+            loss += float(block.target.loss_sum(outputs))
+            if self._with_gap:
+                gradient = block.target.gradient(outputs)
+                along += float((gradient * (outputs - self._data.bias[:, None])).sum())
+                slopes += ops.candidate_slope(
+                    block.features, self._data.outgoing, gradient, backend=self._backend
+                )
+        self._loss = loss / self._mass
+        self._gap = (along - float(slopes.min())) / self._mass
+
+    def loss(self, k: int) -> float:
+        return self._loss
+
+    def gap(self, k: int) -> float | None:
+        return self._gap if self._with_gap else None
+
+    def _seen(self, k: int) -> list[Block] | object:
+        if self._batches is None:
+            return self._data.blocks()
+        assert self._data.features is not None and self._data.target is not None
+        batch = self._batches[k - 1].to(self._data.device)
+        return [Block(self._data.features[:, batch], self._data.target[batch])]
+
+    def _outputs(self, features: Tensor, k: int) -> Tensor:
+        """b + z / k for the samples of features (N, b): (C, b) float64."""
+        picked = self._counts.nonzero().flatten()
+        weights = self._data.outgoing[picked] * (self._counts[picked] / k)[:, None]
+        return self._data.bias[:, None] + weights.T @ features[picked].double()
+
+
+class CustomObjective:
+    """A loss of the user's own: one call of it for every candidate. Slow, and says so."""
+
+    def __init__(self, data: LayerData) -> None:
+        assert data.features is not None and data.targets is not None
+        assert data.criterion.function is not None
+        self.units = data.units
+        self._data, self._targets = data, data.targets
+        self._function = data.criterion.function
+        self._sum = torch.zeros(data.outputs, data.samples, dtype=torch.float64, device=data.device)
+
+    def scores(self, k: int, candidates: Tensor) -> Tensor:
+        losses = [self._loss_of((self._sum + self._phi(int(j))) / k) for j in candidates]
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def add(self, k: int, unit: int) -> None:
+        self._sum += self._phi(unit)
+
+    def loss(self, k: int) -> float:
+        return self._loss_of(self._sum / k)
+
+    def gap(self, k: int) -> float | None:
+        return None  # nothing says that it is convex
+
+    def dense_loss(self) -> float:
+        assert self._data.features is not None
+        dense = self._data.dense_outputs(self._data.features)
+        return self._loss_of(dense - self._data.bias[:, None])
+
+    def outputs_loss(self, outputs: Tensor) -> float:
+        """The loss of outputs (C, m) float64."""
+        return self._loss_of(outputs - self._data.bias[:, None])
+
+    def _phi(self, unit: int) -> Tensor:
+        assert self._data.features is not None
+        return self._data.outgoing[unit][:, None] * self._data.features[unit].double()
+
+    def _loss_of(self, outputs: Tensor) -> float:
+        assert self._data.features is not None
+        full = (self._data.bias[:, None] + outputs).T.reshape(-1, *self._data.output_shape)
+        value = self._function(full.to(self._data.features.dtype), self._targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(
+                f"loss: your function returned {type(value).__name__}"
+                + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
+                + ", expected a tensor with one number"
+            )
+        return float(value)
+
+
+class Solver:
+    """Runs the greedy loop for one layer by whichever formulation is cheapest for its data."""
+
+    def __init__(self, data: LayerData, backend: str, steps: int, memory_limit: int) -> None:
+        self.data, self.backend = data, backend
+        self._gram: Tensor | None = None
+        quadratic = data.criterion.kind == "mse" and backend != "reference"
+        few = steps * COLUMNS_PER_PICK < data.units
+        fits = data.units**2 * 8 <= memory_limit
+        # One pass has to do where the features were not kept, so the Gram matrix if it fits.
+        self._columns = quadratic and (not fits or (few and data.features is not None))
+        if quadratic and not self._columns:
+            shape = (data.units, data.units)
+            self._gram = torch.zeros(shape, dtype=torch.float64, device=data.device)
+        self.moments = moments(data, self._gram)
+
+    def run(
+        self, rule: Rule, *, batches: Tensor | None, with_gap: bool, step: Step | None
+    ) -> Path:
+        data = self.data
+        if data.criterion.kind == "custom":
+            return reference.greedy(CustomObjective(data), rule, step)
+        if batches is None and self._gram is not None:
+            solve = reference.greedy_gram if self.backend == "cuda" else ops.greedy_gram
+            return solve(self._gram, self.moments, rule, with_gap=with_gap, step=step)
+        if batches is None and self._columns and self.backend == "cpu":
+            return self._by_columns(rule, with_gap, step)
+        if self.backend == "cpu" and data.features is not None:
+            assert data.target is not None
+            return ops.greedy_pointwise(
+                data.features, data.outgoing, data.bias, data.target, rule,
+                batches=batches, with_gap=with_gap, step=step,
+            )  # fmt: skip
+        objective = PointwiseObjective(data, self.backend, batches, with_gap, self.moments.mass)
+        return reference.greedy(objective, rule, step)
+
+    def _by_columns(self, rule: Rule, with_gap: bool, step: Step | None) -> Path:
+        data = self.data
+        if data.features is None:
+            columns = _columns_of(data, torch.float64)
+            return ops.greedy_columns(columns, self.moments, rule, with_gap=with_gap, step=step)
+        assert data.target is not None and data.target.value is not None
+        return ops.greedy_columns(
+            _columns_of(data, data.features.dtype), self.moments, rule,
+            rounding=CHUNK * torch.finfo(data.features.dtype).eps / 2,
+            features=data.features, outgoing=data.outgoing,
+            target=data.target.value - data.bias[:, None], with_gap=with_gap, step=step,
+        )  # fmt: skip
+
+
+def _columns_of(data: LayerData, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
+    """Columns of the Gram matrix: products of CHUNK samples in `dtype`, added up in float64."""
+
+    def columns(units: Tensor, out: Tensor) -> None:
+        out.zero_()
+        blocks = [data.features] if data.features is not None else None
+        for features in blocks or (block.features for block in data.blocks()):
+            rows = features[units].to(dtype)
+            for s in range(0, features.shape[1], CHUNK):
+                out += rows[:, s : s + CHUNK] @ features[:, s : s + CHUNK].to(dtype).T
+        out *= data.outgoing[units] @ data.outgoing.T
+
+    return columns

@@ -1,0 +1,423 @@
+"""The kernels: every tensor is checked here, once, and handed to the compiled extension.
+
+Shapes: N units, m samples, C outputs. features (N, m) float32 or float64, each row contiguous;
+outgoing (N, C) float64, the consumer's weights times N, so that phi_j = features[j] * outgoing[j].
+`reference` says the same in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._backend import extension
+from .losses import KINDS, Target
+from .reference import Moments, Path, Rule, Step
+
+FEATURE_TYPES = {torch.float32: 0, torch.float64: 1}
+
+
+def candidate_loss(
+    features: Tensor,
+    outgoing: Tensor,
+    outputs: Tensor,
+    target: Target,
+    *,
+    shrink: float = 1.0,
+    units: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "cpu",
+) -> Tensor:
+    """mass * L(outputs + shrink * phi_j) for each unit j, without an (N, m, C) temporary.
+
+    Args:
+        features: (N, m) float32 or float64
+        outgoing: (N, C)
+        outputs: (C, m) float64, what the units add to
+        target: what the outputs are compared with
+        units: (n,) int64, which units; None: all
+        dtype: what the kernel computes in, float32 or float64; sums are float64
+
+    Returns:
+        (n,) float64: sums, to be divided by `target.mass`
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+
+    Source: DESIGN eq. 1.
+    """
+    _check_features(features, outgoing)
+    _check("outputs", outputs, (outgoing.shape[1], features.shape[1]))
+    units = _units(units, features)
+    if backend == "reference":
+        return reference.candidate_loss(
+            features, outgoing, outputs, target, shrink=shrink, units=units
+        )
+    _check_target(target, features, outgoing)
+    _C = extension()
+    keep = _Struct()
+    exact = dtype == torch.float64
+    losses = torch.empty(len(units), dtype=torch.float64, device=features.device)
+    base = target.relative(outputs).to(dtype).contiguous()
+    weights = outgoing.to(dtype).contiguous()
+    kernel_target = _target(keep, target, dtype, scale=1.0)
+    described = _features(keep, features)
+    if backend == "cuda":
+        launch = _C.cuda_candidate_loss_f64 if exact else _C.cuda_candidate_loss_f32
+        splits = _C.cuda_candidate_loss_splits(len(units), features.shape[1])
+        partial = torch.empty(len(units), splits, dtype=torch.float64, device=features.device)
+        with torch.cuda.device(features.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            launch(losses.data_ptr(), partial.data_ptr(), units.data_ptr(), len(units), described,
+                   weights.data_ptr(), shrink, base.data_ptr(), kernel_target, stream)  # fmt: skip
+    else:
+        launch = _C.candidate_loss_f64 if exact else _C.candidate_loss_f32
+        launch(losses.data_ptr(), 0, units.data_ptr(), len(units), described, weights.data_ptr(),
+               shrink, base.data_ptr(), kernel_target, torch.get_num_threads())  # fmt: skip
+    if target.linear is not None:
+        losses += (target.linear * outputs).sum()
+        losses += shrink * candidate_slope(
+            features, outgoing, target.linear, units=units, backend=backend
+        )
+    return losses
+
+
+def candidate_slope(
+    features: Tensor,
+    outgoing: Tensor,
+    gradient: Tensor,
+    *,
+    units: Tensor | None = None,
+    backend: str = "cpu",
+) -> Tensor:
+    """<gradient, phi_j> for each unit j, summed over samples and outputs: (n,) float64.
+
+    Args:
+        features: (N, m) float32 or float64; outgoing: (N, C); gradient: (C, m) float64
+        units: (n,) int64, which units; None: all
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+    """
+    _check_features(features, outgoing)
+    _check("gradient", gradient, (outgoing.shape[1], features.shape[1]))
+    units = _units(units, features)
+    if backend != "cpu":  # a matrix product: the library's, on the features' device
+        return reference.candidate_slope(features, outgoing, gradient, units=units)
+    keep = _Struct()
+    slopes = torch.empty(len(units), dtype=torch.float64)
+    weights, slope = outgoing.double().contiguous(), gradient.double().contiguous()
+    extension().candidate_slope_f64(
+        slopes.data_ptr(), 0, units.data_ptr(), len(units), _features(keep, features),
+        weights.data_ptr(), slope.data_ptr(), outgoing.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return slopes
+
+
+def greedy_gram(
+    gram: Tensor, moments: Moments, rule: Rule, *, with_gap: bool = True, step: Step | None = None
+) -> Path:
+    """All greedy steps for squared error on a Gram matrix, O(N) a step.
+
+    Args:
+        gram: (N, N) float64, G_ij = <phi_i, phi_j>
+        moments: norm and beta (N,), and the sums of the targets
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+
+    Source: DESIGN eq. 2.
+    """
+    units = len(moments.norm)
+    _check("gram", gram, (units, units), torch.float64)
+    run = _Run(rule, units, with_gap)
+    quadratic = _quadratic(run, moments, rounding=_float64_rounding(moments.samples))
+    extension().greedy_gram(
+        run.path, gram.contiguous().data_ptr(), quadratic, run.rule, run.workspace,
+        torch.get_num_threads(), step,
+    )  # fmt: skip
+    return run.result()
+
+
+def greedy_columns(
+    columns: Callable[[Tensor, Tensor], None],
+    moments: Moments,
+    rule: Rule,
+    *,
+    rounding: float | None = None,
+    features: Tensor | None = None,
+    outgoing: Tensor | None = None,
+    target: Tensor | None = None,
+    block: int = 32,
+    capacity: int = 4096,
+    with_gap: bool = True,
+    step: Step | None = None,
+) -> Path:
+    """The same on columns of the Gram matrix, fetched `block` at a time when a pick's is missing.
+
+    Args:
+        columns: called with units (n,) int64 and out (n, N) float64, to fill with those columns
+        rounding: how well the columns are known, as a share of |phi_i| |phi_j|; None: as float64
+            sums over all samples
+        features, outgoing, target: (N, m), (N, C) and (C, m) float64 (target less bias). With them
+            every pick is exact however rough the columns are: what the rounding leaves open is
+            scored again from the features
+        capacity: how many columns are kept at a time
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+
+    Source: DESIGN section 2, "fetch columns in blocks".
+    """
+    units = len(moments.norm)
+    run = _Run(rule, units, with_gap)
+    if rounding is None:
+        rounding = _float64_rounding(moments.samples)
+    block = min(block, units)
+    capacity = max(1, min(capacity, units) // block) * block
+    cache = torch.empty(capacity, units, dtype=torch.float64)
+    wanted = torch.zeros(block, dtype=torch.int64)
+
+    def fetch(slot: int, count: int) -> None:
+        columns(wanted[:count], cache[slot : slot + count])
+
+    described = run.fill(
+        extension().ColumnCache(),
+        columns=cache,
+        slot_of=torch.full((units,), -1),
+        unit_in=torch.full((capacity,), -1),
+        wanted=wanted,
+        best=torch.zeros(block, dtype=torch.float64),
+        capacity=capacity,
+        block=block,
+    )
+    quadratic = _quadratic(run, moments, rounding)
+    if features is not None:
+        assert outgoing is not None and target is not None
+        _check_features(features, outgoing)
+        shape = (outgoing.shape[1], features.shape[1])
+        _check("target", target, shape, torch.float64)
+        run.fill(
+            quadratic,
+            features=_features(run, features),
+            outgoing=outgoing.double().contiguous(),
+            target=target.contiguous(),
+            sum=torch.zeros(shape, dtype=torch.float64),
+            residual=torch.empty(shape, dtype=torch.float64),
+            outputs=shape[0],
+        )
+    extension().greedy_columns(
+        run.path, described, quadratic, run.rule, run.workspace, torch.get_num_threads(), step, fetch
+    )
+    return run.result()
+
+
+def greedy_pointwise(
+    features: Tensor,
+    outgoing: Tensor,
+    bias: Tensor,
+    target: Target,
+    rule: Rule,
+    *,
+    batches: Tensor | None = None,
+    with_gap: bool = True,
+    step: Step | None = None,
+) -> Path:
+    """All greedy steps by the candidates' losses themselves.
+
+    Args:
+        features: (N, m) float32 or float64; outgoing: (N, C); bias: (C,)
+        batches: (steps, b) int64, the samples that each step scores on (Wolfe et al. 2021's
+            stochastic form); the losses reported are always those of all samples
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+
+    Source: DESIGN eq. 1 and "the fused candidate kernel".
+    """
+    _check_features(features, outgoing)
+    _check_target(target, features, outgoing)
+    (units, samples), outputs = features.shape, outgoing.shape[1]
+    _check("bias", bias, (outputs,))
+    run = _Run(rule, units, with_gap and batches is None)
+    double = {"dtype": torch.float64}
+    seen = samples if batches is None else batches.shape[1]
+    widest = max(seen, samples)
+    scratch = {
+        "sum": torch.zeros(outputs, samples, **double),
+        "outputs64": torch.empty(outputs, widest, **double),
+        "outputs32": torch.empty(outputs, widest),
+        "outgoing32": torch.empty(units, outputs),
+        "weight32": torch.empty(outputs, seen),
+        "value32": torch.empty(outputs, seen),
+        "linear_unit": torch.empty(units, **double),
+        "slopes": torch.empty(units, **double),
+        "slope_errors": torch.empty(units, **double),
+    }
+    if batches is not None:
+        scratch |= {
+            "batches": batches.contiguous(),
+            "features_batch": torch.empty(units, seen, dtype=features.dtype),
+            "weight_batch": torch.empty(outputs, seen, **double),
+            "value_batch": torch.empty(outputs, seen, **double),
+            "linear_batch": torch.empty(outputs, seen, **double),
+            "label_batch": torch.empty(seen, dtype=torch.int32),
+        }
+    linear = None if target.linear is None else target.linear / target.mass
+    pointwise = run.fill(
+        extension().Pointwise(),
+        features=_features(run, features),
+        outgoing=outgoing.double().contiguous(),
+        bias=bias.double().contiguous(),
+        target=_target(run, target, torch.float64, scale=1 / target.mass),
+        linear=linear,
+        batch=0 if batches is None else seen,
+        **scratch,
+    )
+    extension().greedy_pointwise(
+        run.path, pointwise, run.rule, run.workspace, torch.get_num_threads(), step
+    )
+    return run.result()
+
+
+class _Struct:
+    """Fills the extension's structs from tensors, and keeps those alive as long as itself."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def fill(self, struct: Any, **fields: Any) -> Any:
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous()
+                self._kept.append(value)
+                value = value.data_ptr()
+            elif value is None:
+                value = 0
+            else:
+                self._kept.append(value)
+            setattr(struct, name, value)
+        return struct
+
+
+class _Run(_Struct):
+    """What every greedy kernel takes: the rule, the path that it writes, scratch."""
+
+    def __init__(self, rule: Rule, units: int, with_gap: bool) -> None:
+        super().__init__()
+        _C = extension()
+        double, steps = torch.float64, rule.steps
+        self._order = torch.zeros(steps, dtype=torch.int64)
+        self._losses = torch.zeros(steps, dtype=double)
+        self._gap = torch.zeros(steps, dtype=double) if with_gap else None
+        self.path = self.fill(_C.Path(), order=self._order, losses=self._losses, gap=self._gap)
+        self.rule = self.fill(
+            _C.Rule(),
+            steps=steps,
+            size=rule.size,
+            replacement=rule.replacement,
+            candidates=0 if rule.draws is None else rule.draws.shape[1],
+            draws=None if rule.draws is None else rule.draws.contiguous(),
+        )
+        self.workspace = self.fill(
+            _C.Workspace(),
+            available=torch.empty(units, dtype=torch.int64),
+            contenders=torch.empty(units, dtype=torch.int64),
+            picked=torch.empty(units, dtype=torch.int64),
+            scores=torch.empty(units, dtype=double),
+            errors=torch.empty(units, dtype=double),
+        )
+
+    def result(self) -> Path:
+        k = self.path.length
+        gap = None if self._gap is None else self._gap[:k].clone()
+        return Path(self._order[:k].clone(), self._losses[:k].clone(), gap, self.path.rescored)
+
+
+def _features(keep: _Struct, features: Tensor) -> Any:
+    units, samples = features.shape
+    keep._kept.append(features)
+    struct = extension().Features()
+    struct.data, struct.type = features.data_ptr(), FEATURE_TYPES[features.dtype]
+    struct.units, struct.samples = units, samples
+    struct.stride = features.stride(0)
+    return struct
+
+
+def _target(keep: _Struct, target: Target, dtype: torch.dtype, scale: float) -> Any:
+    def as_real(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype).contiguous()
+
+    _C = extension()
+    return keep.fill(
+        _C.TargetF64() if dtype == torch.float64 else _C.TargetF32(),
+        loss=KINDS[target.kind][0],
+        outputs=target.outputs,
+        value=as_real(target.value),
+        label=None if target.label is None else target.label.contiguous(),
+        weight=as_real(target.weight),
+        scale=scale,
+    )
+
+
+def _quadratic(run: _Run, moments: Moments, rounding: float) -> Any:
+    return run.fill(
+        extension().Quadratic(),
+        units=len(moments.norm),
+        scale=1 / moments.mass,
+        norm=moments.norm.contiguous(),
+        beta=moments.beta.contiguous(),
+        target_norm=moments.target_norm,
+        rounding=rounding,
+        state=torch.zeros_like(moments.norm),
+    )
+
+
+def _float64_rounding(samples: int) -> float:
+    """What adding up so many products in float64 can lose, blocks of 1024 at a time."""
+    return (1024 + samples / 1024) * 2.0**-53
+
+
+def _units(units: Tensor | None, features: Tensor) -> Tensor:
+    if units is None:
+        return torch.arange(len(features), device=features.device)
+    if units.dtype != torch.int64 or units.dim() != 1:
+        raise TypeError(f"units: found {units.dtype} {tuple(units.shape)}, expected int64 (n,)")
+    if len(units) and not (0 <= int(units.min()) and int(units.max()) < len(features)):
+        raise ValueError(f"units: found indices outside [0, {len(features)})")
+    return units.to(features.device).contiguous()
+
+
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {shape}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: found {tensor.dtype}, expected {dtype}")
+
+
+def _check_features(features: Tensor, outgoing: Tensor) -> None:
+    if features.dtype not in FEATURE_TYPES:
+        raise TypeError(f"features: found {features.dtype}, expected float32 or float64")
+    if features.dim() != 2 or (features.shape[1] > 1 and features.stride(1) != 1):
+        raise ValueError(
+            f"features: found shape {tuple(features.shape)} with strides {features.stride()}, "
+            "expected (N, m) with contiguous rows"
+        )
+    if outgoing.dim() != 2 or len(outgoing) != len(features):
+        raise ValueError(
+            f"outgoing: found shape {tuple(outgoing.shape)}, expected ({len(features)}, C)"
+        )
+
+
+def _check_target(target: Target, features: Tensor, outgoing: Tensor) -> None:
+    if (target.outputs, target.samples) != (outgoing.shape[1], features.shape[1]):
+        raise ValueError(
+            f"target: found C={target.outputs}, m={target.samples}, expected "
+            f"C={outgoing.shape[1]}, m={features.shape[1]}"
+        )

@@ -1,0 +1,188 @@
+"""What the kernels compute, in plain torch and float64: clear rather than fast, and the judge.
+
+The names and signatures are those of `ops`; `greedy` is the loop that every backend runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .losses import Target
+
+# Called after each step with (k, unit, loss); a true answer ends the path there.
+Step = Callable[[int, int, float], bool]
+TIE = 1e-13  # relative: scores closer than float64 sums can tell apart are equal
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When the greedy loop stops and what it may pick.
+
+    steps:       at most so many picks
+    size:        stop once so many distinct units are picked
+    replacement: may a unit be picked again?
+    draws:       (steps, candidates) float64 uniform in [0, 1): score random candidates only
+    """
+
+    steps: int
+    size: int
+    replacement: bool
+    draws: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Path:
+    """The greedy picks: order (k,) int64, losses (k,) float64, gap (k,) float64 or None.
+
+    rescored: how many candidates were scored again because rounding could have decided
+    """
+
+    order: Tensor
+    losses: Tensor
+    gap: Tensor | None
+    rescored: int = 0
+
+
+class Objective(Protocol):
+    """What the loop minimises. It knows z, the sum of the phi picked so far."""
+
+    units: int
+
+    def scores(self, k: int, candidates: Tensor) -> Tensor:
+        """L(b + (z + phi_j) / k) for each candidate j, or anything in the same order."""
+
+    def add(self, k: int, unit: int) -> None:
+        """z += phi_unit."""
+
+    def loss(self, k: int) -> float:
+        """L(b + z / k)."""
+
+    def gap(self, k: int) -> float | None:
+        """<L'(u), u> - min_j <L'(u), phi_j> at u = z / k; None where it is not wanted."""
+
+
+def greedy(objective: Objective, rule: Rule, step: Step | None = None) -> Path:
+    """Greedy forward selection, DESIGN eq. 1 (Ye et al. 2020; Wolfe et al. 2021, algorithm 1)."""
+    available = list(range(objective.units))
+    order: list[int] = []
+    losses: list[float] = []
+    gaps: list[float | None] = []
+    while len(order) < rule.steps and len(set(order)) < rule.size and available:
+        k = len(order) + 1
+        n = len(available)
+        if rule.draws is not None:  # the first steps of a Fisher-Yates shuffle
+            draw = rule.draws[k - 1, :n].tolist()
+            for i, uniform in enumerate(draw):
+                other = i + int(uniform * (n - i))
+                available[i], available[other] = available[other], available[i]
+            n = len(draw)
+        candidates = torch.tensor(available[:n])
+        scores = objective.scores(k, candidates).cpu()
+        lowest = scores.min()
+        unit = int(candidates[scores <= lowest + TIE * lowest.abs()].min())  # ties: lowest index
+        objective.add(k, unit)
+        order.append(unit)
+        losses.append(objective.loss(k))
+        gaps.append(objective.gap(k))
+        if not rule.replacement:
+            at = available.index(unit)
+            available[at] = available[-1]
+            available.pop()
+        if step is not None and step(k, unit, losses[-1]):
+            break
+    gap = None if None in gaps else torch.tensor(gaps, dtype=torch.float64)
+    return Path(torch.tensor(order), torch.tensor(losses, dtype=torch.float64), gap)
+
+
+def candidate_loss(
+    features: Tensor,
+    outgoing: Tensor,
+    outputs: Tensor,
+    target: Target,
+    *,
+    shrink: float = 1.0,
+    units: Tensor | None = None,
+) -> Tensor:
+    """mass * L(outputs + shrink * phi_j) for each unit j; see `ops.candidate_loss`.
+
+    features: (N, m); outgoing: (N, C); outputs: (C, m); returns (n,) float64
+    """
+    units = torch.arange(len(features)) if units is None else units
+    losses = torch.empty(len(units), dtype=torch.float64, device=features.device)
+    chunk = max(1, 2**24 // max(1, outputs.numel()))
+    for i in range(0, len(units), chunk):
+        some = units[i : i + chunk].to(features.device)
+        phi = features[some].double()[:, None, :] * outgoing[some].double()[:, :, None]
+        losses[i : i + chunk] = target.loss_sum(outputs + shrink * phi)
+    return losses
+
+
+def candidate_slope(
+    features: Tensor, outgoing: Tensor, gradient: Tensor, *, units: Tensor | None = None
+) -> Tensor:
+    """<gradient, phi_j> for each unit j: features (N, m), outgoing (N, C), gradient (C, m)."""
+    units = torch.arange(len(features)) if units is None else units
+    slopes = torch.empty(len(units), dtype=torch.float64, device=features.device)
+    chunk = max(1, 2**24 // max(1, features.shape[1]))
+    for i in range(0, len(units), chunk):
+        some = units[i : i + chunk].to(features.device)
+        slopes[i : i + chunk] = ((features[some].double() @ gradient.T) * outgoing[some]).sum(1)
+    return slopes
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over all samples: everything that squared error needs (DESIGN, "a Gram matrix").
+
+    norm: (N,) float64, G_jj = |phi_j|^2; beta: (N,) float64, <phi_j, t> with t = target - bias
+    """
+
+    samples: int
+    mass: float
+    norm: Tensor
+    beta: Tensor
+    target_norm: float
+    dense_loss: float
+    spread: float  # (B/2) V of DESIGN eq. 3
+    empty_loss: float  # the loss of the layer without units
+
+
+class QuadraticObjective:
+    """Squared error by DESIGN eq. 2, on the Gram matrix."""
+
+    def __init__(self, gram: Tensor, moments: Moments, with_gap: bool = True) -> None:
+        self.units = len(gram)
+        self._gram, self._moments, self._with_gap = gram, moments, with_gap
+        self._c = torch.zeros_like(moments.norm)
+        self._picks: list[int] = []
+
+    def scores(self, k: int, candidates: Tensor) -> Tensor:
+        m = self._moments
+        return (m.norm / 2 + self._c - k * m.beta)[candidates.to(m.norm.device)]
+
+    def add(self, k: int, unit: int) -> None:
+        self._c += self._gram[:, unit]
+        self._picks.append(unit)
+
+    def loss(self, k: int) -> float:
+        m = self._moments
+        beta, c = m.beta[self._picks].sum(), self._c[self._picks].sum()
+        return float((m.target_norm - 2 / k * beta + c / k**2) / m.mass)
+
+    def gap(self, k: int) -> float | None:
+        if not self._with_gap:
+            return None
+        slopes = self._c / k - self._moments.beta
+        return float(2 * (slopes[self._picks].mean() - slopes.min()) / self._moments.mass)
+
+
+def greedy_gram(
+    gram: Tensor, moments: Moments, rule: Rule, *, with_gap: bool = True, step: Step | None = None
+) -> Path:
+    """All greedy steps on a Gram matrix (N, N) float64; see `ops.greedy_gram`."""
+    return greedy(QuadraticObjective(gram, moments, with_gap), rule, step)

@@ -1,0 +1,147 @@
+"""What the kept units' outgoing weights become, and the losses of the network so weighted.
+
+Picks follow DESIGN eq. 1 whatever the weights; a unit picked c times of k then keeps its outgoing
+weights times N c / k ("counts"), N / kept ("uniform"), 1 ("none"), or gets new ones by least squares
+("refit").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .features import LayerData
+from .objectives import CustomObjective
+
+DEPENDENT = 1e-10  # share of a unit's own norm below which what others leave of it is rounding
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Least squares on units in the order in which they were first picked, for every length at once.
+
+    units:  (K,) int64, the distinct units in that order
+    factor: (K, K) float64, lower triangular, factor @ factor.T = H H^T for their features H (K, m)
+    solved: (K, C) float64, factor^-1 H t^T: the first d rows belong to the first d units
+    """
+
+    units: Tensor
+    factor: Tensor
+    solved: Tensor
+
+    def outgoing(self, distinct: int) -> Tensor:
+        """The new outgoing weights of the first `distinct` units: (C, distinct) float64."""
+        factor, solved = self.factor[:distinct, :distinct], self.solved[:distinct]
+        return torch.linalg.solve_triangular(factor.T, solved, upper=True).T
+
+
+def first_picks(order: Tensor) -> Tensor:
+    """The distinct units of `order` (k,), in the order of their first picks."""
+    return torch.tensor(list(dict.fromkeys(order.tolist())), dtype=torch.int64)
+
+
+def distinct_counts(order: Tensor) -> Tensor:
+    """How many distinct units order[:i + 1] has, (k,) int64."""
+    seen: set[int] = set()
+    counts = []
+    for unit in order.tolist():
+        seen.add(unit)
+        counts.append(len(seen))
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def factors(weights: str, counts: Tensor, kept: Tensor) -> Tensor:
+    """What multiplies the kept units' outgoing weights: (K,) float64."""
+    if weights == "counts":
+        return counts[kept].double() * len(counts) / counts.sum()
+    value = len(counts) / len(kept) if weights == "uniform" else 1.0
+    return torch.full((len(kept),), value, dtype=torch.float64)
+
+
+def refit(data: LayerData, order: Tensor) -> Refit:
+    """Least squares of the layer's output on the kept units' features, one pass over the data.
+
+    The output is the target itself for mse, and the dense network's output for other losses.
+    """
+    units = first_picks(order)
+    here = units.to(data.device)
+    gram = torch.zeros(len(units), len(units), dtype=torch.float64, device=data.device)
+    right = torch.zeros(len(units), data.outputs, dtype=torch.float64, device=data.device)
+    for block in data.blocks():
+        rows = block.features[here].double()
+        wanted = block.target.value if block.target.kind == "mse" else None
+        if wanted is None:
+            wanted = data.dense_outputs(block.features)
+        gram.addmm_(rows, rows.T)
+        right.addmm_(rows, (wanted - data.bias[:, None]).T)
+    factor, dropped = _factor(gram)
+    solved = torch.linalg.solve_triangular(factor, right, upper=False)
+    solved[dropped] = 0
+    return Refit(units, factor.cpu(), solved.cpu())
+
+
+def losses_along(
+    data: LayerData, order: Tensor, weights: str, fitted: Refit | None, mass: float
+) -> Tensor:
+    """The loss after each step of `order` for "uniform", "none" or "refit": (k,) float64."""
+    units = first_picks(order).to(data.device)
+    custom = CustomObjective(data) if data.criterion.kind == "custom" else None
+    total = torch.zeros(len(units), dtype=torch.float64, device=data.device)
+    scale = torch.ones(len(units), dtype=torch.float64, device=data.device)
+    if weights == "uniform":
+        scale = torch.arange(1, len(units) + 1, device=data.device).double().reciprocal()
+    sources = data.blocks() if custom is None else data.whole()
+    for block in sources:
+        rows = block.features[units].double()
+        directions = data.outgoing[units]
+        if weights == "none":
+            directions = directions / data.units
+        elif fitted is not None:  # orthonormal features: earlier coefficients stay
+            rows = torch.linalg.solve_triangular(fitted.factor.to(data.device), rows, upper=False)
+            directions = fitted.solved.to(data.device)
+        chunk = max(1, 2**22 // max(1, data.outputs * rows.shape[1]))
+        before = torch.zeros(data.outputs, rows.shape[1], dtype=torch.float64, device=data.device)
+        for i in range(0, len(units), chunk):
+            part = slice(i, i + chunk)
+            sums = (directions[part, :, None] * rows[part, None, :]).cumsum(0) + before
+            before = sums[-1]
+            outputs = data.bias[:, None] + scale[part, None, None] * sums
+            if custom is None:
+                total[part] += block.target.loss_sum(outputs)
+            else:
+                total[part] += torch.tensor([custom.outputs_loss(f) for f in outputs]).double()
+    losses = total / (1.0 if custom is not None else mass)
+    return losses.cpu()[distinct_counts(order) - 1]
+
+
+def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky's factor, and which units depend on those before them.
+
+    A dependent (or dead) unit gets a row of the identity, so that it stays out of all the others.
+    """
+    scale = gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    correlation = gram / scale / scale[:, None]
+    factor, info = torch.linalg.cholesky_ex(correlation)
+    dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    if int(info) or bool((factor.diagonal() ** 2 < DEPENDENT).any()):
+        factor, dropped = _factor_dependent(correlation)
+    return torch.where(dropped[:, None], factor, factor * scale[:, None]), dropped
+
+
+def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """The same column by column."""
+    rest, factor = correlation.clone(), torch.zeros_like(correlation)
+    dropped = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
+    for j in range(len(rest)):
+        if rest[j, j] < DEPENDENT:
+            factor[j] = 0
+            factor[j, j] = 1
+            dropped[j] = True
+            continue
+        column = rest[j:, j] / rest[j, j].sqrt()
+        factor[j:, j] = column
+        rest[j:, j:] -= torch.outer(column, column)
+    return factor, dropped

@@ -1,0 +1,228 @@
+"""The result of `select`: a frozen record that can be cut, saved, loaded, shown and plotted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .reweight import Refit, distinct_counts, factors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+FORMAT = "greedyprune-selection-1"
+_TENSORS = ("order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSelection:
+    """The greedy path of one layer with N units, k steps, K distinct units kept, C outputs.
+
+    All tensors are on the CPU.
+
+    order:      (k,) int64, the picks in sequence
+    counts:     (N,) int64, how often each unit was picked
+    kept:       (K,) int64, the distinct units, ascending
+    weights:    (K,) float64, what multiplies the kept units' outgoing weights; after
+                weights="refit": (C, K) float64, the consumer's new weights
+    losses:     (k,) float64, the objective after each step, for the network so weighted
+    dense_loss: () float64, the objective of the dense layer
+    bound:      (k,) float64, DESIGN eq. 3; None where its conditions do not hold
+    gap:        (k,) float64, the Frank-Wolfe gap: losses - gap is at most the loss of any convex
+                reweighting of all units; None where that is not known
+    distinct:   (k,) int64, distinct units after each step
+    consumer:   the layer that takes the units' outputs
+    slices:     parameters and buffers with one entry a unit, and in which dimension
+    weighting, loss, objective: the arguments of `select`, resolved
+    """
+
+    order: Tensor
+    counts: Tensor
+    kept: Tensor
+    weights: Tensor
+    losses: Tensor
+    dense_loss: Tensor
+    bound: Tensor | None
+    gap: Tensor | None
+    distinct: Tensor
+    consumer: str
+    slices: Mapping[str, int]
+    weighting: str
+    loss: str
+    objective: str
+    fitted: Refit | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_path(
+        cls, units: int, order: Tensor, weighting: str, fitted: Refit | None, **fields: Any
+    ) -> LayerSelection:
+        """The record of the picks `order` (k,) among `units` units."""
+        counts = torch.bincount(order, minlength=units)
+        kept = counts.nonzero().flatten()
+        if fitted is None:
+            weights = factors(weighting, counts, kept)
+        else:
+            weights = fitted.outgoing(len(kept))[:, fitted.units[: len(kept)].argsort()]
+        return cls(
+            order=order, counts=counts, kept=kept, weights=weights.contiguous(),
+            distinct=distinct_counts(order), weighting=weighting, fitted=fitted, **fields,
+        )  # fmt: skip
+
+    def at(self, k: int) -> LayerSelection:
+        """The same path after k steps; ValueError if it has fewer, TypeError for no int."""
+        expected = f"expected an int from 1 to {len(self.order)}, the path's steps"
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k: found {k!r}, {expected}")
+        if not 1 <= k <= len(self.order):
+            raise ValueError(f"k: found {k}, {expected}")
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:k].clone()
+
+        return LayerSelection.of_path(
+            len(self.counts), self.order[:k].clone(), self.weighting, self.fitted,
+            losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=cut(self.bound),
+            gap=cut(self.gap), consumer=self.consumer, slices=self.slices, loss=self.loss,
+            objective=self.objective,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What `select` found: `layers` maps a layer's name to its LayerSelection.
+
+    For a model with one selected layer, that layer's attributes (`order`, `kept`, `losses`, ...)
+    are also attributes of the Selection.
+    """
+
+    layers: Mapping[str, LayerSelection]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "layers":
+            raise AttributeError(name)
+        if len(self.layers) == 1:
+            return getattr(next(iter(self.layers.values())), name)
+        raise AttributeError(
+            f"a Selection of {len(self.layers)} layers has no {name!r}: use "
+            f"selection.layers[name].{name}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Selection, (dict(self.layers),)
+
+    def at(self, k: int) -> Selection:
+        """The path cut after k steps, in every layer: one run serves every size.
+
+        ValueError if k is not between 1 and the shortest path's steps.
+        """
+        return Selection({name: layer.at(k) for name, layer in self.layers.items()})
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes one safetensors file, with what is no tensor as JSON in its header."""
+        tensors: dict[str, Tensor] = {}
+        layers: list[dict[str, Any]] = []
+        for i, (name, layer) in enumerate(self.layers.items()):
+            for key in _TENSORS:
+                if (tensor := getattr(layer, key)) is not None:
+                    tensors[f"{i}.{key}"] = tensor.contiguous()
+            if layer.fitted is not None:
+                for item in dataclasses.fields(Refit):
+                    tensors[f"{i}.fitted.{item.name}"] = getattr(layer.fitted, item.name).contiguous()
+            layers.append({
+                "name": name, "consumer": layer.consumer, "slices": dict(layer.slices),
+                "weighting": layer.weighting, "loss": layer.loss, "objective": layer.objective,
+            })  # fmt: skip
+        save_file(tensors, Path(path), {"format": FORMAT, "layers": json.dumps(layers)})
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Selection:
+        """Reads what `save` wrote; ValueError for any other file."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no file at {str(path)!r}")
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ValueError(f"path: {str(path)!r} is not a safetensors file ({error})") from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"path: {str(path)!r} holds no selection of this format ({FORMAT})")
+        layers = {}
+        for i, about in enumerate(json.loads(metadata["layers"])):
+            fields = {key: tensors.get(f"{i}.{key}") for key in _TENSORS}
+            parts = {f.name: tensors.get(f"{i}.fitted.{f.name}") for f in dataclasses.fields(Refit)}
+            fitted = None if parts["units"] is None else Refit(**parts)  # type: ignore[arg-type]
+            name = about.pop("name")
+            layers[name] = LayerSelection(**fields, **about, fitted=fitted)
+        return Selection(layers)
+
+    def summary(self) -> Table:
+        """A rich table, a row a layer: `rich.print(selection.summary())`.
+
+        gap and bound are those of the last step: the loss is at most `gap` above that of any convex
+        reweighting of all units, and `bound` is what is proved of greedy selection.
+        """
+        from rich.table import Table
+
+        what = sorted({f"{layer.objective}: {layer.loss}" for layer in self.layers.values()})
+        table = Table(title=f"greedy forward selection ({', '.join(what)})")
+        for column in ("layer", "kept", "steps", "weights", "loss", "dense loss", "gap", "bound"):
+            table.add_column(column, justify="left" if column in ("layer", "weights") else "right")
+        for name, layer in self.layers.items():
+            last = [None if t is None else float(t[-1]) for t in (layer.losses, layer.gap, layer.bound)]
+            table.add_row(
+                name, f"{len(layer.kept)} of {len(layer.counts)}", str(len(layer.order)),
+                layer.weighting, _number(last[0]), _number(float(layer.dense_loss)),
+                _number(last[1]), _number(last[2]),
+            )  # fmt: skip
+        return table
+
+    def plot(self) -> Figure:
+        """A figure with a panel a layer: loss against k, the dense loss, the bound.
+
+        ImportError without matplotlib (`pip install greedyprune[plot]`).
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.5 * len(self.layers), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(self.layers), squeeze=False)[0]
+        for panel, (name, layer) in zip(axes, self.layers.items(), strict=True):
+            k = torch.arange(1, len(layer.order) + 1)
+            panel.plot(k, layer.losses, label="pruned")
+            if layer.bound is not None:
+                panel.plot(k, layer.bound, ":", color="gray", label="proved bound (eq. 3)")
+            dense = float(layer.dense_loss)
+            panel.axhline(dense, linestyle="--", color="black", linewidth=1, label="dense")
+            if bool((layer.losses > 0).all()):
+                panel.set_yscale("log")
+            panel.set_xlabel("greedy steps k")
+            panel.set_ylabel(f"{layer.objective} ({layer.loss})")
+            panel.set_title(f"layer {name}: {len(layer.kept)} of {len(layer.counts)} units kept")
+            panel.legend()
+        return figure
+
+    def __repr__(self) -> str:
+        layers = ", ".join(
+            f"{name!r}: {len(layer.kept)} of {len(layer.counts)} units in {len(layer.order)} steps"
+            for name, layer in self.layers.items()
+        )
+        return f"Selection({{{layers}}})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

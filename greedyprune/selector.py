@@ -1,0 +1,315 @@
+"""`select`: model and data -> features -> objective -> kernel -> Selection."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import _backend, settings
+from .data import Batch, Batches
+from .features import LayerData, target_of
+from .graph import Graph, Group, find_groups, named_group
+from .losses import Criterion, bound, criterion_of
+from .objectives import CustomObjective, Solver
+from .reference import Path, Rule, Step
+from .reweight import distinct_counts, losses_along, refit
+from .selection import LayerSelection, Selection
+from .settings import REPEATS_LIMIT, Settings
+
+BAR_DELAY = 2.0  # seconds before a progress bar shows
+
+
+def select(
+    model: nn.Module,
+    data: object,
+    *,
+    layers: str | Sequence[str] | Mapping[str, str] | None = None,
+    size: int | float | Mapping[str, int | float] | None = None,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    loss: str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "auto",
+    objective: str = "auto",
+    weights: str = "auto",
+    replacement: bool | None = None,
+    candidates: int | None = None,
+    batch_size: int | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+    memory_limit: int | None = None,
+) -> Selection:
+    """Selects the units to keep, by greedy forward selection.
+
+    Step k picks the unit that lowers the loss most (DESIGN eq. 1; Ye et al. 2020, arXiv:2003.01794;
+    Wolfe et al. 2021, arXiv:2108.00259):
+
+        i_k = argmin_j  L( b + (z + phi_j) / k ),   phi_j = N w_j h_j,   z = sum of those picked
+
+    The model is evaluated in eval mode without gradients; its weights, modes and hooks are left as
+    found.
+
+    Args:
+        model: any nn.Module with a Linear whose units feed, through elementwise operations,
+            BatchNorm1d or dropout, another Linear
+        data: (inputs, targets) tensors, a Dataset, a DataLoader, or any iterable of batches; a batch
+            is a tuple or a dict (targets under "labels" or "targets")
+        layers: names of the layers whose output units are selected; None finds them all; a mapping
+            from producer to consumer names skips the search, for models that can't be traced
+        size: distinct units kept: an int, or a float in (0, 1] for a fraction; or a mapping from
+            layer name to either. Half the units, where neither size, steps nor tolerance is given
+        steps: number of greedy steps, when that is to be exact; not together with size
+        tolerance: stop a layer once its loss is at most (1 + tolerance) times the dense model's;
+            for objective="imitation", at most tolerance times the loss of a layer without units
+        loss: "mse", "cross_entropy", "bce_with_logits", the matching torch.nn modules, or any
+            callable on (outputs, targets), which takes a slow path; "auto": cross_entropy for class
+            indices, mse for floating targets
+        objective: "loss" (the model's own), "imitation" (squared error to the consumer's dense
+            output); "auto": loss where the consumer is the model's output, else imitation
+        weights: of the kept units: "counts" (times N c / k, c the times picked), "uniform" (times
+            N / kept), "none" (as they are), "refit" (least squares on the kept units after the
+            selection); "auto": counts for objective loss, refit for imitation
+        replacement: may a unit be picked again? None: with `steps` yes, else no
+        candidates: score only this many random candidates a step (Ye et al.: 50); None: all
+        batch_size: score each step on a fresh mini-batch of this many samples (Wolfe et al.'s
+            stochastic form); the losses reported are still those of all data
+        backend: "auto", "cpu", "cuda", "reference" (pure torch in float64)
+        seed: of `candidates` and `batch_size`; nothing else is random
+        progress: False: no progress bars; else they show for what takes over two seconds
+        memory_limit: bytes for the units' activations and for the Gram matrix; what does not fit is
+            computed again in every pass over the data; None: a quarter of the memory that is free
+
+    Returns:
+        Selection, for `prune`
+
+    Raises:
+        ValueError, TypeError: one sentence that names the argument, what was found and expected;
+            for a layer that can't be pruned, the operation in the way
+
+    Example:
+        >>> model = torch.nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> inputs, targets = torch.randn(256, 4), torch.randint(3, (256,))
+        >>> selection = greedyprune.select(model, (inputs, targets), steps=20)
+        >>> len(selection.order), selection.counts.sum().item()
+        (20, 20)
+    """
+    chosen = settings.resolve(
+        model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
+        objective=objective, weights=weights, replacement=replacement, candidates=candidates,
+        batch_size=batch_size, seed=seed, memory_limit=memory_limit,
+    )  # fmt: skip
+    batches = Batches(data, model)
+    backend = _backend.resolve(backend, batches.device)
+    criterion = criterion_of(loss, None)
+    bar = _bars(progress)
+    with _evaluating(model):
+        first = batches.first()
+        outputs = _first_outputs(model, first)
+        if loss == "auto":
+            criterion = criterion_of(loss, first.targets)
+        groups = _groups(model, first, outputs, chosen)
+        if any(_objective(chosen.objective, group) == "loss" for group in groups):
+            target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
+        selected = {}
+        for group in groups:
+            # size, steps and candidates are checked against each layer before the long work
+            rule = chosen.rule(group.producer, group.units)
+            own = _objective(chosen.objective, group) == "loss"
+            layer_data = LayerData(
+                model, group, batches, criterion if own else Criterion("mse"),
+                imitation=not own,
+                device=batches.device if backend == "cuda" else torch.device("cpu"),
+                memory_limit=chosen.memory_limit, progress=bar,
+            )  # fmt: skip
+            try:
+                selected[group.producer] = _select_layer(layer_data, rule, chosen, backend, bar)
+            finally:
+                layer_data.close()
+    return Selection(selected)
+
+
+def _select_layer(
+    data: LayerData, rule: Rule, chosen: Settings, backend: str, bar: Callable[..., Any]
+) -> LayerSelection:
+    if data.criterion.kind == "custom":
+        warnings.warn(
+            "loss: a function of your own takes the slow path, a call for every candidate and step; "
+            "'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
+            UserWarning,
+            stacklevel=3,
+        )
+    if chosen.batch_size is not None and data.features is None:
+        raise ValueError(
+            f"batch_size: the activations do not fit in memory_limit={chosen.memory_limit} bytes, "
+            "expected them to: raise the limit or give fewer samples"
+        )
+    weights = chosen.weights
+    if weights == "auto":
+        weights = "refit" if data.imitation else "counts"
+    # Then the network that the loop evaluates is the one that is kept.
+    native = weights == "counts" or (weights == "uniform" and not rule.replacement)
+    solver = Solver(data, backend, rule.steps, chosen.memory_limit)
+    dense_loss, empty_loss = solver.moments.dense_loss, solver.moments.empty_loss
+    if data.criterion.kind == "custom":
+        dense_loss = CustomObjective(data).dense_loss()
+    enough = -float("inf")
+    if chosen.tolerance is not None:
+        enough = chosen.tolerance * empty_loss if data.imitation else (
+            dense_loss + chosen.tolerance * abs(dense_loss))  # fmt: skip
+    whole = rule.draws is None and chosen.batch_size is None
+    batches = chosen.batches(rule.steps, data.samples) if chosen.batch_size else None
+
+    def path_of(rule: Rule) -> Path:
+        with bar(total=rule.steps, desc=f"layer {data.group.producer}: greedy steps") as shown:
+            step = _step(shown, enough if native else -float("inf"))
+            return solver.run(rule, batches=batches, with_gap=whole and native, step=step)
+
+    if native or chosen.tolerance is None:
+        path = path_of(rule)
+        losses, fitted = path.losses, None
+        if not native:
+            fitted = refit(data, path.order) if weights == "refit" else None
+            losses = losses_along(data, path.order, weights, fitted, solver.moments.mass)
+    else:
+        path, losses, fitted = _until(path_of, rule, enough, data, weights, solver.moments.mass)
+    _warn_of_repeats(data, rule, path, chosen)
+    certified = whole and weights == "counts" and rule.replacement and data.criterion.kind != "custom"
+    return LayerSelection.of_path(
+        data.units, path.order, weights, fitted, losses=losses, gap=path.gap,
+        dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
+        bound=bound(dense_loss, solver.moments.spread, len(path.order)) if certified else None,
+        consumer=data.group.consumer, slices=dict(data.group.slices), loss=data.criterion.kind,
+        objective="imitation" if data.imitation else "loss",
+    )  # fmt: skip
+
+
+def _until(
+    path_of: Callable[[Rule], Path], rule: Rule, enough: float, data: LayerData, weights: str,
+    mass: float,
+) -> tuple[Path, Tensor, Any]:  # fmt: skip
+    """Runs longer and longer paths (they are nested) until the reweighted loss is low enough."""
+    steps = 32
+    while True:
+        part = Rule(min(steps, rule.steps), rule.size, rule.replacement, rule.draws)
+        path = path_of(part)
+        fitted = refit(data, path.order) if weights == "refit" else None
+        losses = losses_along(data, path.order, weights, fitted, mass)
+        reached = (losses <= enough).nonzero()
+        if len(reached):
+            k = int(reached[0]) + 1
+            return Path(path.order[:k], path.losses[:k], None), losses[:k], fitted
+        if len(path.order) < part.steps or part.steps == rule.steps:
+            return path, losses, fitted
+        steps *= 4
+
+
+def _step(shown: Any, enough: float) -> Step:
+    def step(k: int, unit: int, loss: float) -> bool:
+        shown.update()
+        return loss <= enough
+
+    return step
+
+
+def _warn_of_repeats(data: LayerData, rule: Rule, path: Path, chosen: Settings) -> None:
+    distinct = int(distinct_counts(path.order)[-1])
+    if chosen.size is not None and rule.replacement and distinct < rule.size:
+        if len(path.order) == rule.steps:
+            warnings.warn(
+                f"layer {data.group.producer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
+                f"size) repeats left it at {distinct} of {rule.size} distinct units",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _objective(objective: str, group: Group) -> str:
+    if objective == "auto":
+        return "loss" if group.output else "imitation"
+    if objective == "loss" and not group.output:
+        raise ValueError(
+            f"objective: found 'loss', but the consumer {group.consumer!r} of layer "
+            f"{group.producer!r} is not the model's output ({group.not_output} follows it); expected "
+            "'imitation' or 'auto'"
+        )
+    return objective
+
+
+def _first_outputs(model: nn.Module, batch: Batch) -> object:
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"data: the model can't run on the first batch ({_first_line(error)})"
+        ) from error
+
+
+def _groups(
+    model: nn.Module, example: Batch, outputs: object, chosen: Settings
+) -> list[Group]:
+    """The groups to select from, by the graph or, where the caller named both ends, without it."""
+    by_hand = None
+    if chosen.consumers is not None:
+        width = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.dim() > 1 else 1
+        by_hand = [
+            named_group(model, producer, consumer, width)
+            for producer, consumer in chosen.consumers.items()
+        ]
+    try:
+        graph = Graph(model, example.args, example.kwargs)
+    except Exception as error:
+        if by_hand is not None:
+            return by_hand
+        raise ValueError(
+            f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
+            "layers={producer: consumer}"
+        ) from error
+    groups = find_groups(graph, chosen.layers)
+    for group in groups:
+        if chosen.consumers and chosen.consumers[group.producer] != group.consumer:
+            raise ValueError(
+                f"layers: found {chosen.consumers[group.producer]!r} as the consumer of "
+                f"{group.producer!r}, expected {group.consumer!r}"
+            )
+    if isinstance(chosen.size, Mapping):
+        names = [group.producer for group in groups]
+        for name in chosen.size:
+            if name not in names:
+                raise ValueError(f"size: found an entry for {name!r}, expected names among {names}")
+    return groups
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and the random state as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _bars(progress: bool | None) -> Callable[..., Any]:
+    def bar(source: Iterable[Any] | None = None, desc: str = "", total: int | None = None) -> Any:
+        if total is None and source is not None:
+            total = len(source) or None  # type: ignore[arg-type]
+        return tqdm(
+            source, desc=desc, total=total, delay=BAR_DELAY, leave=False,
+            disable=progress is False,
+        )  # fmt: skip
+
+    return bar

@@ -1,0 +1,205 @@
+"""The arguments of `select`, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .reference import Rule
+
+OBJECTIVES = ("auto", "loss", "imitation", "fisher")
+WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
+REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked arguments; sizes still relative to each layer's number of units."""
+
+    layers: tuple[str, ...] | None
+    consumers: Mapping[str, str] | None
+    size: int | float | Mapping[str, int | float] | None
+    steps: int | None
+    tolerance: float | None
+    objective: str
+    weights: str
+    replacement: bool
+    candidates: int | None
+    batch_size: int | None
+    seed: int
+    memory_limit: int
+
+    def rule(self, layer: str, units: int) -> Rule:
+        """When to stop and what may be picked, in a layer of so many units."""
+        size, steps = units, self.steps
+        if self.size is not None:
+            size = self._size(layer, units)
+        if steps is None:
+            steps = size * REPEATS_LIMIT if self.replacement else size
+        else:
+            size = units + 1  # exactly so many steps
+        if not self.replacement and steps > units:
+            raise ValueError(
+                f"steps: found {steps} without replacement, but layer {layer!r} has {units} units; "
+                f"expected at most {units}"
+            )
+        draws = None
+        if self.candidates is not None:
+            if self.candidates > units:
+                raise ValueError(
+                    f"candidates: found {self.candidates}, but layer {layer!r} has {units} units; "
+                    f"expected at most {units}"
+                )
+            draws = torch.rand(steps, self.candidates, dtype=torch.float64, generator=self._rng(1))
+        return Rule(steps, size, self.replacement, draws)
+
+    def batches(self, steps: int, samples: int) -> Tensor | None:
+        """The samples that each step scores on: (steps, batch_size) int64; None: all of them.
+
+        A pass over the shuffled data, then another: every sample is seen before any is seen again.
+        """
+        if self.batch_size is None:
+            return None
+        size = min(self.batch_size, samples)
+        rng = self._rng(2)
+        needed, order = steps * size, []
+        while needed > 0:
+            order.append(torch.randperm(samples, generator=rng)[: samples - samples % size])
+            needed -= len(order[-1])
+        return torch.cat(order)[: steps * size].reshape(steps, size)
+
+    def _size(self, layer: str, units: int) -> int:
+        size = self.size
+        if isinstance(size, Mapping):
+            if layer not in size:
+                raise ValueError(f"size: no entry for layer {layer!r}, expected one for each layer")
+            size = size[layer]
+        assert size is not None
+        if isinstance(size, float):
+            return max(1, round(size * units))
+        if size > units:
+            raise ValueError(
+                f"size: found {size}, but layer {layer!r} has {units} units; "
+                f"expected 1 to {units}, or a fraction in (0, 1]"
+            )
+        return size
+
+    def _rng(self, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 4 + stream) % 2**63)
+
+
+def resolve(
+    *,
+    model: object,
+    layers: object,
+    size: object,
+    steps: object,
+    tolerance: object,
+    objective: object,
+    weights: object,
+    replacement: object,
+    candidates: object,
+    batch_size: object,
+    seed: object,
+    memory_limit: object,
+) -> Settings:
+    """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    _one_of("objective", objective, OBJECTIVES)
+    _one_of("weights", weights, WEIGHTS)
+    if objective == "fisher":
+        raise ValueError("objective: found 'fisher', which this version lacks; expected 'auto', "
+                         "'loss' or 'imitation'")  # fmt: skip
+    if size is not None and steps is not None:
+        raise ValueError(f"steps: found size={size!r} and steps={steps!r}, expected one of them")
+    if steps is not None:
+        _positive_int("steps", steps)
+    for name, value in (("candidates", candidates), ("batch_size", batch_size)):
+        if value is not None:
+            _positive_int(name, value)
+    if memory_limit is not None:
+        _positive_int("memory_limit", memory_limit)
+    if tolerance is not None and not (_is_number(tolerance) and tolerance >= 0):  # type: ignore[operator]
+        raise ValueError(f"tolerance: found {tolerance!r}, expected a fraction of at least 0")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: found {type(seed).__name__}, expected an int")
+    if replacement not in (None, True, False):
+        raise TypeError(f"replacement: found {replacement!r}, expected True, False or None")
+    if isinstance(size, Mapping):
+        for each in size.values():
+            _check_size(each)
+    elif size is not None:
+        _check_size(size)
+    elif steps is None and tolerance is None:
+        size = 0.5
+    names, consumers = _layers(layers)
+    return Settings(
+        layers=names,
+        consumers=consumers,
+        size=size,  # type: ignore[arg-type]
+        steps=steps,  # type: ignore[arg-type]
+        tolerance=None if tolerance is None else float(tolerance),  # type: ignore[arg-type]
+        objective=str(objective),
+        weights=str(weights),
+        replacement=steps is not None if replacement is None else bool(replacement),
+        candidates=candidates,  # type: ignore[arg-type]
+        batch_size=batch_size,  # type: ignore[arg-type]
+        seed=seed,
+        memory_limit=psutil.virtual_memory().available // 4 if memory_limit is None else memory_limit,  # type: ignore[arg-type]
+    )
+
+
+def _layers(layers: object) -> tuple[tuple[str, ...] | None, Mapping[str, str] | None]:
+    if layers is None:
+        return None, None
+    if isinstance(layers, str):
+        return (layers,), None
+    if isinstance(layers, Mapping):
+        consumers = {}
+        for producer, consumer in layers.items():
+            if isinstance(consumer, (list, tuple)) and len(consumer) == 1:
+                consumer = consumer[0]
+            if not isinstance(producer, str) or not isinstance(consumer, str):
+                raise TypeError(
+                    f"layers: found {{{producer!r}: {consumer!r}}}, expected names of one producer "
+                    "and one consumer"
+                )
+            consumers[producer] = consumer
+        if not consumers:
+            raise ValueError("layers: found an empty mapping, expected at least one layer")
+        return tuple(consumers), consumers
+    if isinstance(layers, Sequence) and layers and all(isinstance(n, str) for n in layers):
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers: found {list(layers)!r}, expected each name once")
+        return tuple(layers), None
+    raise TypeError(f"layers: found {layers!r}, expected a name, names or a mapping of names")
+
+
+def _check_size(size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, float)):
+        raise TypeError(f"size: found {type(size).__name__}, expected an int or a float in (0, 1]")
+    if isinstance(size, int) and size < 1:
+        raise ValueError(f"size: found {size}, expected at least 1 unit")
+    if isinstance(size, float) and not 0 < size <= 1:
+        raise ValueError(f"size: found {size}, expected a fraction in (0, 1], or an int for a count")
+
+
+def _positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: found {type(value).__name__}, expected an int")
+    if value < 1:
+        raise ValueError(f"{name}: found {value}, expected at least 1")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
