@@ -97,7 +97,7 @@ struct ColumnCache {
   int64_t* unit_in;  // (capacity)  -1 on entry
   int64_t* wanted;   // (block)  the units that `fetch` has to bring
   double* best;      // (block)  scratch
-  int64_t capacity;  // a multiple of block
+  int64_t capacity;  // at least block
   int64_t block;
 };
 

@@ -1,7 +1,7 @@
 """Physically smaller torch models by greedy forward selection.
 
-    selection = greedyprune.select(model, data)
-    small = greedyprune.prune(model, selection)
+selection = greedyprune.select(model, data)
+small = greedyprune.prune(model, selection)
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -13,7 +13,7 @@ BUILD_HINT = "build it with `pip install .` in a checkout (needs a C++ compiler)
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined,unused-ignore]
     except ImportError as error:
         reason = "not built" if "_C" in str(error) and "cannot import" in str(error) else str(error)
         print(
@@ -56,7 +56,9 @@ def resolve(backend: str, device: torch.device) -> str:
             f"backend: found {backend!r}, expected one of 'auto', 'cpu', 'cuda', 'reference'"
         )
     if backend == "cuda" and not has_cuda():
-        why = "no GPU is available" if not torch.cuda.is_available() else "it was built without CUDA"
+        why = (
+            "no GPU is available" if not torch.cuda.is_available() else "it was built without CUDA"
+        )
         raise ValueError(f"backend: found 'cuda', but {why}; expected 'auto', 'cpu' or 'reference'")
     if backend == "cpu" and not has_extension():
         raise ValueError(
@@ -73,7 +75,11 @@ def show_config() -> None:
     """Prints version, compiler, instruction sets, CUDA, threads and torch, for bug reports."""
     from . import __version__
 
-    lines = {"greedyprune": __version__, "python": sys.version.split()[0], "torch": torch.__version__}
+    lines = {
+        "greedyprune": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
     if _extension is None:
         lines["extension"] = f"missing ({missing}); {BUILD_HINT}"
     else:
@@ -81,7 +87,8 @@ def show_config() -> None:
         lines |= {
             "extension": f"built for {_extension.version} with {_extension.compiler}",
             "instruction sets": f"{sets} (in use: {_extension.active_instruction_set()})",
-            "threads": f"{torch.get_num_threads()}" + ("" if _extension.openmp else " (no OpenMP: 1)"),
+            "threads": f"{torch.get_num_threads()}"
+            + ("" if _extension.openmp else " (no OpenMP: 1)"),
             "CUDA": f"compiled with {_extension.cuda}" if _extension.cuda else "not compiled",
         }
     if torch.cuda.is_available():

@@ -66,7 +66,7 @@ class Batches:
             return self._read()
         if self._started:
             raise ValueError(
-                "data: an iterator can be gone through only once, and this needs another pass: give "
+                "data: an iterator can be gone through once, and this needs another pass: give "
                 "a list, Dataset or DataLoader, or raise memory_limit"
             )
         self._started = True
@@ -103,7 +103,7 @@ class Batches:
             alone = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(alone, Tensor):
                 raise TypeError(
-                    f"data: found a batch of type {type(batch).__name__}, expected a tensor, a tuple "
+                    f"data: found a batch of type {type(batch).__name__}, expected a tensor, "
                     "(inputs, targets) or a dict"
                 )
             args = (self._move(alone),)
@@ -132,18 +132,13 @@ def _as_batches(data: object) -> Iterable[Any]:
         return _Slices([torch.as_tensor(part) for part in data])
     if isinstance(data, Mapping):
         return [data]
-    if isinstance(data, (str, bytes)) or data is None:
-        raise TypeError(
-            f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader "
-            "or an iterable of batches"
-        )
-    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+    if isinstance(data, Dataset):
         return DataLoader(data, batch_size=BATCH)
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         return data
     raise TypeError(
-        f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader or "
-        "an iterable of batches"
+        f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader "
+        "or an iterable of batches"
     )
 
 
@@ -154,7 +149,7 @@ class _Slices:
         lengths = [len(t) if t.dim() else 0 for t in tensors]
         if len(set(lengths)) != 1:
             raise ValueError(
-                f"data: found {lengths[0]} inputs and {lengths[1]} targets, expected as many of each"
+                f"data: found {lengths[0]} inputs and {lengths[1]} targets, expected one for each"
             )
         self._tensors, self._length = tensors, lengths[0]
 

@@ -50,13 +50,13 @@ class LayerData:
         progress: Any,
     ) -> None:
         consumer = model.get_submodule(group.consumer)
-        weight, bias = consumer.weight, consumer.bias
-        assert isinstance(weight, Tensor)
+        assert isinstance(consumer, nn.Linear)
+        weight, bias = consumer.weight.detach(), consumer.bias
         _check_finite(group.producer, model.get_submodule(group.producer))
         _check_finite(group.consumer, consumer)
         self.group, self.criterion, self.imitation = group, criterion, imitation
         self.units, self.device = group.units, device
-        self.outgoing = (weight.detach().to(device, torch.float64).T * self.units).contiguous()
+        self.outgoing = (weight.to(device, torch.float64).T * self.units).contiguous()
         self.bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
         if bias is not None:
             self.bias = bias.detach().to(device, torch.float64)
@@ -137,12 +137,12 @@ class LayerData:
         if hidden.dtype not in (torch.float32, torch.float64):
             hidden = hidden.float()
         features = hidden.reshape(-1, self.units).to(self.device).T
-        if not features.sum(dtype=torch.float64).isfinite():
-            if not features.isfinite().all():
-                raise ValueError(
-                    f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
-                    "expected finite numbers"
-                )
+        # The sum is cheaper than looking at each, and finite almost always.
+        if not (features.sum(dtype=torch.float64).isfinite() or features.isfinite().all()):
+            raise ValueError(
+                f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
+                "expected finite numbers"
+            )
         return Block(features, self._target_of(features, outputs, batch.targets)), outputs
 
     def _target_of(self, features: Tensor, outputs: object, targets: Tensor | None) -> Target:
@@ -166,7 +166,8 @@ class LayerData:
         room = max(1, self._limit // (itemsize * self.units))
         capacity = min(room, width * max(1, len(self._batches)))
         store = torch.empty(self.units, capacity, dtype=dtype, device=self.device)
-        filled, targets = 0, []
+        filled = 0
+        targets: list[Target] = []
         block: Block | None = first
         while block is not None:
             end = filled + block.features.shape[1]
@@ -318,12 +319,9 @@ def _join(targets: list[Target]) -> Target:
         ]
         return torch.cat(parts, -1).contiguous()
 
-    return replace(
-        targets[0],
-        samples=sum(t.samples for t in targets),
-        mass=sum(t.mass for t in targets),
-        **{name: cat(name) for name in ("value", "label", "weight", "linear")},
-    )
+    tensors: dict[str, Any] = {n: cat(n) for n in ("value", "label", "weight", "linear")}
+    samples, mass = sum(t.samples for t in targets), sum(t.mass for t in targets)
+    return replace(targets[0], samples=samples, mass=mass, **tensors)
 
 
 def _chain(first: list[Block], rest: Iterator[Block]) -> Iterator[Block]:
@@ -335,7 +333,9 @@ def _main_output(outputs: object) -> Tensor:
     """The tensor that a loss is taken of: the output itself, or a dict's or record's logits."""
     if isinstance(outputs, Tensor):
         return outputs
-    logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    logits = (
+        outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    )
     if isinstance(logits, Tensor):
         return logits
     raise ValueError(

@@ -119,7 +119,9 @@ class Graph:
         if op == "linear":
             consumer = self._linear(node)
             if node.args[0] not in walk.carrying or consumer is None:
-                raise refuse("its units meet a linear operation that is no module's own (aten.linear)")
+                raise refuse(
+                    "its units meet a linear operation that is no module's own (aten.linear)"
+                )
             if any(arg in walk.carrying for arg in node.args[1:]):
                 raise refuse("its units are used as weights (aten.linear)")
             walk.slices[f"{consumer}.weight"] = 1
@@ -202,7 +204,8 @@ def find_groups(graph: Graph, wanted: Sequence[str] | None) -> list[Group]:
             if name not in producers:
                 known = ", ".join(map(repr, producers)) or "none"
                 raise ValueError(
-                    f"layers: found {name!r} ({graph.kind(name)}), expected a Linear that runs: {known}"
+                    f"layers: found {name!r} ({graph.kind(name)}), "
+                    f"expected a Linear that runs: {known}"
                 )
         return [graph.group(name, producers[name]) for name in wanted]
     groups, reasons = [], []
@@ -226,7 +229,8 @@ def named_group(model: nn.Module, producer: str, consumer: str, width: int) -> G
     for name in (producer, consumer):
         if type(modules.get(name)) is not nn.Linear:
             raise ValueError(
-                f"layers: found {name!r} ({module_kind(model, name)}), expected the name of an nn.Linear"
+                f"layers: found {name!r} ({module_kind(model, name)}), "
+                "expected the name of an nn.Linear"
             )
     units, inputs = modules[producer].out_features, modules[consumer].in_features
     if units != inputs:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,14 @@ class Target:
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[..., samples].contiguous()
 
-        parts = {name: cut(getattr(self, name)) for name in ("value", "label", "weight", "linear")}
+        parts: dict[str, Any] = {
+            name: cut(getattr(self, name)) for name in ("value", "label", "weight", "linear")
+        }
         index = samples if isinstance(samples, Tensor) else range(self.samples)[samples]
         return replace(self, samples=len(index), **parts)
 
     def to(self, device: torch.device) -> Target:
-        parts = {
+        parts: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
             for name in ("value", "label", "weight", "linear")
         }
@@ -73,6 +76,7 @@ class Target:
         Neither loses anything, and small losses keep their digits.
         """
         if self.kind == "mse":
+            assert self.value is not None
             return outputs - self.value
         if self.kind == "cross_entropy":
             assert self.label is not None
@@ -86,8 +90,10 @@ class Target:
             label = self.label.long().expand(*outputs.shape[:-2], 1, -1)
             each = outputs.logsumexp(-2) - outputs.gather(-2, label).squeeze(-2)
         elif self.kind == "mse":
+            assert self.value is not None
             each = (outputs - self.value).square()
         else:
+            assert self.value is not None
             each = functional.softplus(outputs) - outputs * self.value
         if self.weight is not None:
             each = each * self.weight
@@ -103,8 +109,10 @@ class Target:
             slope = outputs.softmax(0)
             slope.scatter_add_(0, self.label.long()[None], slope.new_full(slope[:1].shape, -1.0))
         elif self.kind == "mse":
+            assert self.value is not None
             slope = 2 * (outputs - self.value)
         else:
+            assert self.value is not None
             slope = outputs.sigmoid() - self.value
         if self.weight is not None:
             slope = slope * self.weight
@@ -155,7 +163,7 @@ class Criterion:
         assert value is not None
         weight = _per_output(self.weight, block, "weight")
         pos_weight = _per_output(self.pos_weight, block, "pos_weight")
-        if value.numel() and not (0 <= value.min() and value.max() <= 1):
+        if value.numel() and not (value.min() >= 0 and value.max() <= 1):
             raise ValueError(
                 f"data: targets between {value.min():g} and {value.max():g}, "
                 "expected [0, 1] for loss='bce_with_logits'"
@@ -178,15 +186,17 @@ class Criterion:
         if self.weight is not None:
             if self.weight.shape != (classes,):
                 raise ValueError(
-                    f"loss: class weights of shape {tuple(self.weight.shape)}, expected ({classes},)"
+                    f"loss: found a class weight of shape {tuple(self.weight.shape)}, "
+                    f"expected ({classes},)"
                 )
             weight = self.weight.to(device, torch.float64)
         smooth = self.label_smoothing
         if targets.is_floating_point():
             if tuple(targets.shape) != outputs:
                 raise ValueError(
-                    f"data: {targets.dtype} targets of shape {tuple(targets.shape)}, expected class "
-                    f"indices (int64) of shape ({samples},) or probabilities of shape {outputs}"
+                    f"data: found {targets.dtype} targets of shape {tuple(targets.shape)}, "
+                    f"expected class indices (int64) of shape ({samples},) or probabilities of "
+                    f"shape {outputs}"
                 )
             share = weight * (targets.double() * (1 - smooth) + smooth / classes)
             if not share.isfinite().all():
@@ -245,14 +255,18 @@ def criterion_of(loss: object, targets: Tensor | None) -> Criterion:
         return Criterion("cross_entropy")
     if isinstance(loss, str):
         if loss not in KINDS:
-            raise ValueError(f"loss: found {loss!r}, expected one of {['auto', *KINDS]} or a callable")
+            raise ValueError(
+                f"loss: found {loss!r}, expected one of {['auto', *KINDS]} or a callable"
+            )
         return Criterion(loss)
     if type(loss) in _MODULES:
         return _from_module(loss)  # type: ignore[arg-type]
     if isinstance(loss, nn.Module) or callable(loss):
         kind = _FUNCTIONS.get(loss)
         return Criterion(kind) if kind else Criterion("custom", function=loss)
-    raise TypeError(f"loss: found {type(loss).__name__}, expected a name, a torch loss or a callable")
+    raise TypeError(
+        f"loss: found {type(loss).__name__}, expected a name, a torch loss or a callable"
+    )
 
 
 def _from_module(module: nn.Module) -> Criterion:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
 from .features import Block, LayerData, moments
-from .reference import Moments, Path, Rule, Step
+from .reference import Path, Rule, Step
 
 CHUNK = 512  # samples in one float32 product; bounds its rounding
 # A fetch of 32 columns reads the features once and brings two or three of the coming picks; the
@@ -64,7 +64,7 @@ class PointwiseObjective:
     def gap(self, k: int) -> float | None:
         return self._gap if self._with_gap else None
 
-    def _seen(self, k: int) -> list[Block] | object:
+    def _seen(self, k: int) -> Iterable[Block]:
         if self._batches is None:
             return self._data.blocks()
         assert self._data.features is not None and self._data.target is not None
@@ -144,9 +144,7 @@ class Solver:
             self._gram = torch.zeros(shape, dtype=torch.float64, device=data.device)
         self.moments = moments(data, self._gram)
 
-    def run(
-        self, rule: Rule, *, batches: Tensor | None, with_gap: bool, step: Step | None
-    ) -> Path:
+    def run(self, rule: Rule, *, batches: Tensor | None, with_gap: bool, step: Step | None) -> Path:
         data = self.data
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)

@@ -178,7 +178,7 @@ def greedy_columns(
     if rounding is None:
         rounding = _float64_rounding(moments.samples)
     block = min(block, units)
-    capacity = max(1, min(capacity, units) // block) * block
+    capacity = max(block, min(capacity, units + block))
     cache = torch.empty(capacity, units, dtype=torch.float64)
     wanted = torch.zeros(block, dtype=torch.int64)
 
@@ -211,7 +211,14 @@ def greedy_columns(
             outputs=shape[0],
         )
     extension().greedy_columns(
-        run.path, described, quadratic, run.rule, run.workspace, torch.get_num_threads(), step, fetch
+        run.path,
+        described,
+        quadratic,
+        run.rule,
+        run.workspace,
+        torch.get_num_threads(),
+        step,
+        fetch,
     )
     return run.result()
 
@@ -244,27 +251,27 @@ def greedy_pointwise(
     (units, samples), outputs = features.shape, outgoing.shape[1]
     _check("bias", bias, (outputs,))
     run = _Run(rule, units, with_gap and batches is None)
-    double = {"dtype": torch.float64}
+    double = torch.float64
     seen = samples if batches is None else batches.shape[1]
     widest = max(seen, samples)
     scratch = {
-        "sum": torch.zeros(outputs, samples, **double),
-        "outputs64": torch.empty(outputs, widest, **double),
+        "sum": torch.zeros(outputs, samples, dtype=double),
+        "outputs64": torch.empty(outputs, widest, dtype=double),
         "outputs32": torch.empty(outputs, widest),
         "outgoing32": torch.empty(units, outputs),
         "weight32": torch.empty(outputs, seen),
         "value32": torch.empty(outputs, seen),
-        "linear_unit": torch.empty(units, **double),
-        "slopes": torch.empty(units, **double),
-        "slope_errors": torch.empty(units, **double),
+        "linear_unit": torch.empty(units, dtype=double),
+        "slopes": torch.empty(units, dtype=double),
+        "slope_errors": torch.empty(units, dtype=double),
     }
     if batches is not None:
         scratch |= {
             "batches": batches.contiguous(),
             "features_batch": torch.empty(units, seen, dtype=features.dtype),
-            "weight_batch": torch.empty(outputs, seen, **double),
-            "value_batch": torch.empty(outputs, seen, **double),
-            "linear_batch": torch.empty(outputs, seen, **double),
+            "weight_batch": torch.empty(outputs, seen, dtype=double),
+            "value_batch": torch.empty(outputs, seen, dtype=double),
+            "linear_batch": torch.empty(outputs, seen, dtype=double),
             "label_batch": torch.empty(seen, dtype=torch.int32),
         }
     linear = None if target.linear is None else target.linear / target.mass
@@ -387,8 +394,8 @@ def _units(units: Tensor | None, features: Tensor) -> Tensor:
         return torch.arange(len(features), device=features.device)
     if units.dtype != torch.int64 or units.dim() != 1:
         raise TypeError(f"units: found {units.dtype} {tuple(units.shape)}, expected int64 (n,)")
-    if len(units) and not (0 <= int(units.min()) and int(units.max()) < len(features)):
-        raise ValueError(f"units: found indices outside [0, {len(features)})")
+    if len(units) and not (int(units.min()) >= 0 and int(units.max()) < len(features)):
+        raise ValueError(f"units: found other indices, expected them in [0, {len(features)})")
     return units.to(features.device).contiguous()
 
 

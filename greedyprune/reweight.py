@@ -1,8 +1,8 @@
 """What the kept units' outgoing weights become, and the losses of the network so weighted.
 
-Picks follow DESIGN eq. 1 whatever the weights; a unit picked c times of k then keeps its outgoing
-weights times N c / k ("counts"), N / kept ("uniform"), 1 ("none"), or gets new ones by least squares
-("refit").
+Picks follow DESIGN eq. 1 whatever the weights. A unit picked c times of k then keeps its outgoing
+weights times N c / k ("counts"), N / kept ("uniform") or 1 ("none"), or gets new ones by least
+squares ("refit").
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEPENDENT = 1e-10  # share of a unit's own norm below which what others leave of
 
 @dataclass(frozen=True)
 class Refit:
-    """Least squares on units in the order in which they were first picked, for every length at once.
+    """Least squares on units in the order of their first picks, for every length at once.
 
     units:  (K,) int64, the distinct units in that order
     factor: (K, K) float64, lower triangular, factor @ factor.T = H H^T for their features H (K, m)

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = "greedyprune-selection-1"
-_TENSORS = ("order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct")
+_TENSORS = (
+    "order",
+    "counts",
+    "kept",
+    "weights",
+    "losses",
+    "dense_loss",
+    "bound",
+    "gap",
+    "distinct",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +152,9 @@ class Selection:
                     tensors[f"{i}.{key}"] = tensor.contiguous()
             if layer.fitted is not None:
                 for item in dataclasses.fields(Refit):
-                    tensors[f"{i}.fitted.{item.name}"] = getattr(layer.fitted, item.name).contiguous()
+                    tensors[f"{i}.fitted.{item.name}"] = getattr(
+                        layer.fitted, item.name
+                    ).contiguous()
             layers.append({
                 "name": name, "consumer": layer.consumer, "slices": dict(layer.slices),
                 "weighting": layer.weighting, "loss": layer.loss, "objective": layer.objective,
@@ -164,9 +176,11 @@ class Selection:
             raise ValueError(f"path: {str(path)!r} holds no selection of this format ({FORMAT})")
         layers = {}
         for i, about in enumerate(json.loads(metadata["layers"])):
-            fields = {key: tensors.get(f"{i}.{key}") for key in _TENSORS}
-            parts = {f.name: tensors.get(f"{i}.fitted.{f.name}") for f in dataclasses.fields(Refit)}
-            fitted = None if parts["units"] is None else Refit(**parts)  # type: ignore[arg-type]
+            fields: dict[str, Any] = {key: tensors.get(f"{i}.{key}") for key in _TENSORS}
+            parts: dict[str, Any] = {
+                f.name: tensors.get(f"{i}.fitted.{f.name}") for f in dataclasses.fields(Refit)
+            }
+            fitted = None if parts["units"] is None else Refit(**parts)
             name = about.pop("name")
             layers[name] = LayerSelection(**fields, **about, fitted=fitted)
         return Selection(layers)
@@ -184,7 +198,9 @@ class Selection:
         for column in ("layer", "kept", "steps", "weights", "loss", "dense loss", "gap", "bound"):
             table.add_column(column, justify="left" if column in ("layer", "weights") else "right")
         for name, layer in self.layers.items():
-            last = [None if t is None else float(t[-1]) for t in (layer.losses, layer.gap, layer.bound)]
+            last = [
+                None if t is None else float(t[-1]) for t in (layer.losses, layer.gap, layer.bound)
+            ]
             table.add_row(
                 name, f"{len(layer.kept)} of {len(layer.counts)}", str(len(layer.order)),
                 layer.weighting, _number(last[0]), _number(float(layer.dense_loss)),

@@ -57,8 +57,8 @@ def select(
     Args:
         model: any nn.Module with a Linear whose units feed, through elementwise operations,
             BatchNorm1d or dropout, another Linear
-        data: (inputs, targets) tensors, a Dataset, a DataLoader, or any iterable of batches; a batch
-            is a tuple or a dict (targets under "labels" or "targets")
+        data: (inputs, targets) tensors, a Dataset, a DataLoader, or any iterable of batches; a
+            batch is a tuple or a dict (targets under "labels" or "targets")
         layers: names of the layers whose output units are selected; None finds them all; a mapping
             from producer to consumer names skips the search, for models that can't be traced
         size: distinct units kept: an int, or a float in (0, 1] for a fraction; or a mapping from
@@ -138,7 +138,7 @@ def _select_layer(
 ) -> LayerSelection:
     if data.criterion.kind == "custom":
         warnings.warn(
-            "loss: a function of your own takes the slow path, a call for every candidate and step; "
+            "loss: a function of your own takes the slow path, a call for each candidate and step; "
             "'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
             UserWarning,
             stacklevel=3,
@@ -178,7 +178,9 @@ def _select_layer(
     else:
         path, losses, fitted = _until(path_of, rule, enough, data, weights, solver.moments.mass)
     _warn_of_repeats(data, rule, path, chosen)
-    certified = whole and weights == "counts" and rule.replacement and data.criterion.kind != "custom"
+    certified = (
+        whole and weights == "counts" and rule.replacement and data.criterion.kind != "custom"
+    )
     return LayerSelection.of_path(
         data.units, path.order, weights, fitted, losses=losses, gap=path.gap,
         dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
@@ -218,14 +220,14 @@ def _step(shown: Any, enough: float) -> Step:
 
 def _warn_of_repeats(data: LayerData, rule: Rule, path: Path, chosen: Settings) -> None:
     distinct = int(distinct_counts(path.order)[-1])
-    if chosen.size is not None and rule.replacement and distinct < rule.size:
-        if len(path.order) == rule.steps:
-            warnings.warn(
-                f"layer {data.group.producer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
-                f"size) repeats left it at {distinct} of {rule.size} distinct units",
-                UserWarning,
-                stacklevel=4,
-            )
+    stuck = len(path.order) == rule.steps and distinct < rule.size
+    if chosen.size is not None and rule.replacement and stuck:
+        warnings.warn(
+            f"layer {data.group.producer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
+            f"size) repeats left it at {distinct} of {rule.size} distinct units",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _objective(objective: str, group: Group) -> str:
@@ -234,8 +236,8 @@ def _objective(objective: str, group: Group) -> str:
     if objective == "loss" and not group.output:
         raise ValueError(
             f"objective: found 'loss', but the consumer {group.consumer!r} of layer "
-            f"{group.producer!r} is not the model's output ({group.not_output} follows it); expected "
-            "'imitation' or 'auto'"
+            f"{group.producer!r} is not the model's output ({group.not_output} follows it); "
+            "expected 'imitation' or 'auto'"
         )
     return objective
 
@@ -249,9 +251,7 @@ def _first_outputs(model: nn.Module, batch: Batch) -> object:
         ) from error
 
 
-def _groups(
-    model: nn.Module, example: Batch, outputs: object, chosen: Settings
-) -> list[Group]:
+def _groups(model: nn.Module, example: Batch, outputs: object, chosen: Settings) -> list[Group]:
     """The groups to select from, by the graph or, where the caller named both ends, without it."""
     by_hand = None
     if chosen.consumers is not None:

@@ -150,7 +150,9 @@ def resolve(
         candidates=candidates,  # type: ignore[arg-type]
         batch_size=batch_size,  # type: ignore[arg-type]
         seed=seed,
-        memory_limit=psutil.virtual_memory().available // 4 if memory_limit is None else memory_limit,  # type: ignore[arg-type]
+        memory_limit=psutil.virtual_memory().available // 4
+        if memory_limit is None
+        else memory_limit,  # type: ignore[arg-type]
     )
 
 
@@ -186,7 +188,9 @@ def _check_size(size: object) -> None:
     if isinstance(size, int) and size < 1:
         raise ValueError(f"size: found {size}, expected at least 1 unit")
     if isinstance(size, float) and not 0 < size <= 1:
-        raise ValueError(f"size: found {size}, expected a fraction in (0, 1], or an int for a count")
+        raise ValueError(
+            f"size: found {size}, expected a fraction in (0, 1], or an int for a count"
+        )
 
 
 def _positive_int(name: str, value: object) -> None:
@@ -198,7 +202,9 @@ def _positive_int(name: str, value: object) -> None:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        raise ValueError(
+            f"{name}: found {value!r}, expected one of {', '.join(map(repr, allowed))}"
+        )
 
 
 def _is_number(value: object) -> bool:

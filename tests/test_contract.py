@@ -9,7 +9,7 @@ can be wrong.
 import copy
 import io
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -47,6 +47,15 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 modest = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 Problem = tuple[nn.Module, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The problems are tiny: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def grid(*shape: int) -> Tensor:
@@ -589,12 +598,12 @@ def test_random_forms_agree_with_the_full_one_where_chance_has_no_say(
 @each_backend
 @each_loss
 def test_threads_do_not_decide(backend: str, loss: str) -> None:
-    model, x, y = problem(loss, n=48, m=3000)
+    model, x, y = problem(loss, n=48, m=2000)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(select(model, (x, y), steps=40, loss=loss, backend=backend))
+            found.append(select(model, (x, y), steps=20, loss=loss, backend=backend))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 // Squared error, all greedy steps on columns of the Gram matrix, for k small beside N: (2) needs
 // only the columns of the units that get picked. When a picked unit's column is missing, the caller
 // computes it together with those of the units that scored best at that moment (one matrix
-// product), and they stay in a ring of blocks. Exact: which columns are at hand changes no number.
+// product), and they stay in a ring. Exact: which columns are at hand changes no number.
 #include "greedy_kernels.h"
 #include "quadratic.h"
 
@@ -13,7 +13,7 @@ struct CachedColumns {
   const ColumnCache& cache;
   int64_t units;
   const Caller& caller;
-  int64_t next = 0;    // the slot that the next block goes to
+  int64_t next = 0;    // the slot that the next column goes to
   int64_t wanted = 0;  // cache.wanted[1:wanted] are the best missing units, best first
 
   // Note the best-scoring units whose columns are missing; place 0 is for the pick.
@@ -45,7 +45,8 @@ struct CachedColumns {
     cache.wanted[0] = unit;
     for (int64_t i = 1; i < wanted; ++i)
       if (cache.wanted[i] != unit) cache.wanted[count++] = cache.wanted[i];
-    for (int64_t i = 0; i < cache.block; ++i) {  // the oldest block makes room
+    if (next + count > cache.capacity) next = 0;
+    for (int64_t i = 0; i < count; ++i) {  // the oldest columns make room
       const int64_t old = cache.unit_in[next + i];
       if (old >= 0) cache.slot_of[old] = -1;
       cache.unit_in[next + i] = -1;
@@ -55,7 +56,7 @@ struct CachedColumns {
       cache.slot_of[cache.wanted[i]] = next + i;
       cache.unit_in[next + i] = cache.wanted[i];
     }
-    next = (next + cache.block) % cache.capacity;
+    next += count;
     return true;
   }
 };

@@ -210,9 +210,12 @@ using Kernel = void (*)(double*, const int64_t*, int64_t, Features, const Real*,
 template <class Feature, class Real>
 Kernel<Real> kernel_for(Loss loss) {
   switch (loss) {
-    case Loss::squared_error: return partial_losses<SumOverOutputs<SquaredError>, Feature, Real>;
-    case Loss::logistic: return partial_losses<SumOverOutputs<Logistic>, Feature, Real>;
-    case Loss::cross_entropy: return partial_losses<CrossEntropy, Feature, Real>;
+    case Loss::squared_error:
+      return partial_losses<SumOverOutputs<SquaredError>, Feature, Real>;
+    case Loss::logistic:
+      return partial_losses<SumOverOutputs<Logistic>, Feature, Real>;
+    case Loss::cross_entropy:
+      return partial_losses<CrossEntropy, Feature, Real>;
   }
   return nullptr;
 }

@@ -1,0 +1,44 @@
+# One environment for everything: .venv, made on first use. Everything is installed by name, with
+# the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+GREEDYPRUNE_WERROR ?= OFF
+export GREEDYPRUNE_WERROR
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.h)
+SOURCES := $(CXX_FILES) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: help test demo lint format bench clean install
+
+help:  ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/installed: $(SOURCES) constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,examples]'
+	touch $@
+
+install: .venv/installed  ## .venv with the package (editable) and what developing it needs
+
+test: .venv/installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+demo: .venv/installed  ## train, prune and fine-tune on digits: a table and out/digits_mlp.png
+	$(BIN)/python examples/digits_mlp.py
+
+lint: .venv/installed  ## formatting, ruff, mypy, clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/installed  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: .venv/installed  ## benchmarks against plain torch
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:  ## remove what the other targets made
+	rm -rf .venv build dist out *.egg-info greedyprune/_C*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

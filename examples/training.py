@@ -1,0 +1,131 @@
+"""What the examples share: plain torch training, other ways to choose units, a table, a picture."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import rich
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune import LayerSelection, Selection
+
+Data = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Accuracy = Callable[[Tensor, Tensor], float]
+
+
+@dataclass
+class Row:
+    """A network in the table, and the seconds that it took to get there from the row before."""
+
+    name: str
+    model: nn.Module
+    seconds: float
+
+
+def train(
+    model: nn.Module, data: Data, loss: Loss, iterations: int, lr: float, batch: int = 128,
+    momentum: float = 0.0,
+) -> float:  # fmt: skip
+    """Plain SGD; the seconds it took."""
+    start = time.perf_counter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    inputs, targets = data
+    model.train()
+    for _ in range(iterations):
+        at = torch.randint(len(inputs), (batch,))
+        optimizer.zero_grad()
+        loss(model(inputs[at]), targets[at]).backward()
+        optimizer.step()
+    model.eval()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in inputs.split(4096)])
+
+
+def class_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return float((outputs.argmax(1) == targets).double().mean())
+
+
+def sign_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Of two classes at -1 and 1."""
+    return float((outputs.sign() == targets).double().mean())
+
+
+def choose(selection: Selection, kept: Tensor, weights: str) -> Selection:
+    """A selection of other units, their weights as they are ("none") or times N / kept."""
+    (name, layer), = selection.layers.items()  # fmt: skip
+    other = LayerSelection.of_path(
+        len(layer.counts), kept, weights, None,
+        losses=torch.full((len(kept),), torch.nan, dtype=torch.float64), gap=None, bound=None,
+        dense_loss=layer.dense_loss, consumer=layer.consumer, slices=layer.slices, loss=layer.loss,
+        objective=layer.objective,
+    )  # fmt: skip
+    return Selection({name: other})
+
+
+def largest(model: nn.Module, selection: Selection, size: int) -> Tensor:
+    """The units with the largest product of incoming and outgoing weight norms."""
+    (name, layer), = selection.layers.items()  # fmt: skip
+    weights = dict(model.named_parameters())
+    incoming = weights[f"{name}.weight"].detach().norm(dim=1)
+    outgoing = weights[f"{layer.consumer}.weight"].detach().norm(dim=0)
+    return (incoming * outgoing).topk(size).indices
+
+
+def compare(
+    model: nn.Module, data: Data, loss: Loss, steps: int, tune: Callable[[nn.Module], float]
+) -> tuple[Selection, list[Row]]:
+    """Greedy selection beside random and magnitude at the same size, each before and after tuning.
+
+    Random and magnitude get the better of their weights as they are and scaled by N / kept.
+    """
+    start = time.perf_counter()
+    selection = greedyprune.select(model, data, steps=steps)
+    rows = [Row("greedy", greedyprune.prune(model, selection), time.perf_counter() - start)]
+    size = len(selection.kept)
+    for name in ("random", "magnitude"):
+        start = time.perf_counter()
+        kept = torch.randperm(len(selection.counts))[:size]
+        if name == "magnitude":
+            kept = largest(model, selection, size)
+        others = [greedyprune.prune(model, choose(selection, kept, w)) for w in ("none", "uniform")]
+        best = min(others, key=lambda m: float(loss(outputs_of(m, data[0]), data[1])))
+        rows.append(Row(name, best, time.perf_counter() - start))
+    tuned = [(row.name, copy.deepcopy(row.model)) for row in rows]
+    tuned_rows = [Row(f"{name} + tuning", m, tune(m)) for name, m in tuned]
+    return selection, rows + tuned_rows
+
+
+def show(rows: list[Row], data: Data, held_out: Data, loss: Loss, accuracy: Accuracy) -> None:
+    """Prints the table."""
+    table = Table(title="one hidden layer, pruned and fine-tuned", box=SIMPLE_HEAD)
+    for column in ("network", "units", "params", "loss", "accuracy", "held out", "seconds"):
+        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
+    for row in rows:
+        model = row.model
+        outputs, unseen = outputs_of(model, data[0]), outputs_of(model, held_out[0])
+        units = next(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+        table.add_row(
+            row.name, f"{units}", f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{float(loss(outputs, data[1])):.4f}", f"{accuracy(outputs, data[1]):.2%}",
+            f"{accuracy(unseen, held_out[1]):.2%}", f"{row.seconds:.2f}",
+        )  # fmt: skip
+    rich.print(table)
+
+
+def picture(selection: Selection, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    selection.plot().savefig(path, dpi=120)
+    print(f"picture: {path}")

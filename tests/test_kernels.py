@@ -1,0 +1,395 @@
+"""Every kernel against the float64 reference, over instruction set x dtype x shape x loss."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import TOLERANCE
+from torch import Tensor, nn
+
+from greedyprune import _backend, ops, reference
+from greedyprune.losses import Target, criterion_of
+from greedyprune.reference import Moments, Path, QuadraticObjective, Rule
+
+CRITERIA = {
+    "mse": nn.MSELoss(),
+    "cross_entropy": nn.CrossEntropyLoss(),
+    "weighted cross_entropy": nn.CrossEntropyLoss(
+        torch.tensor([0.3, 2.0, 1.0, 0.5, 0.1, 1.0, 1.0, 3.0, 1.0, 1.0, 0.7]), label_smoothing=0.1
+    ),
+    "logistic": nn.BCEWithLogitsLoss(),
+    "weighted logistic": nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.5])),
+}
+# Around the tile of 128 samples, the block of 8 units, and more classes than a vector is wide.
+SHAPES = [(1, 1, 1), (3, 7, 2), (9, 128, 3), (17, 129, 11), (8, 300, 1), (5, 1000, 37)]
+each_criterion = pytest.mark.parametrize("criterion", CRITERIA)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+class Problem:
+    """Random features, outgoing weights and targets."""
+
+    def __init__(
+        self, units: int, samples: int, outputs: int, criterion: str, scale: float = 1.0
+    ) -> None:
+        rng = torch.Generator().manual_seed(units + samples + outputs)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+        module = CRITERIA[criterion]
+        if criterion == "weighted cross_entropy":
+            weight = CRITERIA[criterion].weight.repeat(4)[:outputs]
+            module = nn.CrossEntropyLoss(weight, label_smoothing=0.1)
+        targets = normal(samples, outputs)
+        if "cross_entropy" in criterion:
+            targets = torch.randint(outputs, (samples,), generator=rng)
+        elif "logistic" in criterion:
+            targets = targets.sigmoid()
+        self.features = normal(units, samples).relu()
+        self.outgoing = scale * normal(units, outputs)
+        self.outputs = scale * normal(outputs, samples)
+        self.bias = normal(outputs)
+        self.target = criterion_of(module, None).target(targets, (samples, outputs))
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@each_criterion
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("feature_dtype", [torch.float32, torch.float64])
+def test_candidate_loss(
+    instruction_set: str,
+    criterion: str,
+    dtype: torch.dtype,
+    feature_dtype: torch.dtype,
+    shape: tuple[int, int, int],
+) -> None:
+    p = Problem(*shape, criterion)
+    features = p.features.to(feature_dtype)
+    arguments = (features, p.outgoing, p.outputs, p.target)
+    expected = reference.candidate_loss(*arguments, shrink=0.4) / p.target.mass
+    found = ops.candidate_loss(*arguments, shrink=0.4, dtype=dtype) / p.target.mass
+    close(found, expected, dtype)
+
+
+@each_criterion
+def test_candidate_loss_bound_holds(instruction_set: str, criterion: str) -> None:
+    """What the kernel says rounding can have done covers what it did, at any magnitude."""
+    for scale in (1e-3, 1.0, 30.0):
+        p = Problem(12, 500, 11, criterion, scale)
+        exact = reference.candidate_loss(p.features, p.outgoing, p.outputs, p.target)
+        screened, errors = _screen(p, p.target)
+        if p.target.linear is not None:
+            exact -= (p.target.linear * p.outputs).sum()
+            exact -= reference.candidate_slope(p.features, p.outgoing, p.target.linear)
+        assert ((screened - exact).abs() <= errors).all()
+        assert (errors <= 1e-3 * exact.abs() + 1e-3 * scale).all()  # and it is of some use
+
+
+def _screen(p: Problem, target: Target) -> tuple[Tensor, Tensor]:
+    """losses and errors of the float32 kernel."""
+    keep = ops._Struct()
+    features = p.features.float()
+    units, n = torch.arange(len(features)), len(features)
+    losses, errors = torch.empty(n).double(), torch.empty(n).double()
+    base, outgoing = target.relative(p.outputs).float().contiguous(), p.outgoing.float()
+    p.features = features.double()
+    _backend.extension().candidate_loss_f32(
+        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, ops._features(keep, features),
+        outgoing.data_ptr(), 1.0, base.data_ptr(), ops._target(keep, target, torch.float32, 1.0), 1,
+    )  # fmt: skip
+    return losses, errors
+
+
+@pytest.mark.parametrize("logit", [1e3, 1e5, -1e5])
+@pytest.mark.parametrize("criterion", ["cross_entropy", "logistic"])
+def test_large_logits_do_not_overflow(instruction_set: str, criterion: str, logit: float) -> None:
+    p = Problem(4, 40, 3, criterion)
+    p.outputs[1] = logit
+    arguments = (p.features, p.outgoing, p.outputs, p.target)
+    found = ops.candidate_loss(*arguments, dtype=torch.float32)
+    assert found.isfinite().all()
+    close(found, reference.candidate_loss(*arguments), torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_candidate_slope(instruction_set: str, shape: tuple[int, int, int]) -> None:
+    p = Problem(*shape, "mse")
+    expected = reference.candidate_slope(p.features, p.outgoing, p.outputs)
+    found = ops.candidate_slope(p.features, p.outgoing, p.outputs)
+    close(found, expected, torch.float64)
+
+
+@each_dtype
+def test_some_units_of_strided_rows(instruction_set: str, dtype: torch.dtype) -> None:
+    p = Problem(20, 150, 3, "cross_entropy")
+    part = p.features[:, 10:140]
+    target = p.target[slice(10, 140)]
+    units = torch.tensor([19, 3, 3, 0])
+    arguments = (part, p.outgoing, p.outputs[:, 10:140].contiguous(), target)
+    expected = reference.candidate_loss(*arguments)[units]
+    close(ops.candidate_loss(*arguments, units=units, dtype=dtype), expected, dtype)
+
+
+def test_no_units() -> None:
+    p = Problem(3, 10, 2, "mse")
+    none = torch.empty(0, dtype=torch.int64)
+    found = ops.candidate_loss(p.features, p.outgoing, p.outputs, p.target, units=none)
+    assert found.shape == (0,)
+
+
+def moments_of(p: Problem) -> tuple[Tensor, Moments]:
+    """The Gram matrix and the sums, by einsum."""
+    phi = p.features[:, None, :] * p.outgoing[:, :, None]
+    gram = torch.einsum("ics,jcs->ij", phi, phi)
+    t = p.target.value - p.bias[:, None]
+    beta = torch.einsum("ics,cs->i", phi, t)
+    norm = float(t.square().sum())
+    count = p.target.samples
+    return gram, Moments(count, p.target.mass, gram.diagonal().clone(), beta, norm, 0.0, 0.0, 0.0)
+
+
+class Brute:
+    """Equation (1) with every candidate's outputs written out, mini-batches included."""
+
+    def __init__(self, p: Problem, batches: Tensor | None = None) -> None:
+        self.p, self.units, self.batches = p, len(p.features), batches
+        self.phi = p.features[:, None, :] * p.outgoing[:, :, None]
+        self.z = torch.zeros_like(p.outputs)
+        self.margins: list[float] = []
+
+    def scores(self, k: int, candidates: Tensor) -> Tensor:
+        seen = slice(None) if self.batches is None else self.batches[k - 1]
+        outputs = self.p.bias[:, None] + (self.z + self.phi[candidates]) / k
+        scores = self.p.target[seen].loss_sum(outputs[..., seen]) / self.p.target.mass
+        best = scores.sort().values
+        self.margins.append(float((best[1] - best[0]) / best[0]) if len(best) > 1 else 1.0)
+        return scores
+
+    def add(self, k: int, unit: int) -> None:
+        self.z += self.phi[unit]
+
+    def loss(self, k: int) -> float:
+        return float(self.p.target.loss_sum(self.p.bias[:, None] + self.z / k) / self.p.target.mass)
+
+    def gap(self, k: int) -> float | None:
+        if self.batches is not None:
+            return None
+        gradient = self.p.target.gradient(self.p.bias[:, None] + self.z / k) / self.p.target.mass
+        along = (gradient * self.z).sum() / k
+        return float(along - (self.phi * gradient).sum((1, 2)).min())
+
+
+def agree(found: Path, expected: Path, margins: list[float]) -> None:
+    """The same picks up to the first near tie of the reference, and the same numbers."""
+    unclear = [i for i, margin in enumerate(margins) if margin < 1e-6]
+    sure = min([len(expected.order), *unclear])
+    assert sure > 0
+    assert found.order[:sure].tolist() == expected.order[:sure].tolist()
+    assert len(found.order) == len(expected.order)
+    torch.testing.assert_close(found.losses[:sure], expected.losses[:sure], rtol=1e-9, atol=1e-12)
+    assert (found.gap is None) == (expected.gap is None)
+    if expected.gap is not None:
+        torch.testing.assert_close(found.gap[:sure], expected.gap[:sure], rtol=1e-7, atol=1e-10)
+
+
+RULES = {
+    "repeats": Rule(60, 100, True),
+    "no repeats": Rule(30, 30, False),
+    "all units": Rule(40, 40, False),
+    "distinct": Rule(400, 12, True),
+    "candidates": Rule(60, 100, True, torch.rand(60, 5, generator=torch.Generator().manual_seed(0)).double()),
+    "last candidates": Rule(40, 40, False, torch.rand(40, 7, generator=torch.Generator().manual_seed(1)).double()),
+}  # fmt: skip
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+@each_criterion
+@each_rule
+@each_dtype
+def test_greedy_pointwise(
+    instruction_set: str, criterion: str, rule: Rule, dtype: torch.dtype
+) -> None:
+    p = Problem(40, 130, 4, criterion)
+    p.features = p.features.to(dtype).double()
+    brute = Brute(p)
+    expected = reference.greedy(brute, rule)
+    found = ops.greedy_pointwise(p.features.to(dtype), p.outgoing, p.bias, p.target, rule)
+    agree(found, expected, brute.margins)
+
+
+@each_criterion
+def test_greedy_pointwise_on_mini_batches(instruction_set: str, criterion: str) -> None:
+    p = Problem(40, 130, 4, criterion)
+    batches = torch.randint(130, (50, 20), generator=torch.Generator().manual_seed(0))
+    for rule in (Rule(50, 100, True), RULES["candidates"]):
+        rule = Rule(50, 100, True, rule.draws)
+        brute = Brute(p, batches)
+        expected = reference.greedy(brute, rule)
+        found = ops.greedy_pointwise(
+            p.features, p.outgoing, p.bias, p.target, rule, batches=batches
+        )
+        agree(found, expected, brute.margins)
+
+
+@each_rule
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_greedy_gram(instruction_set: str, rule: Rule, outputs: int) -> None:
+    p = Problem(40, 130, outputs, "mse")
+    brute = Brute(p)
+    expected = reference.greedy(brute, rule)
+    gram, sums = moments_of(p)
+    agree(ops.greedy_gram(gram, sums, rule), expected, brute.margins)
+    agree(reference.greedy_gram(gram, sums, rule), expected, brute.margins)
+
+
+@each_rule
+@pytest.mark.parametrize(("block", "capacity"), [(1, 1), (4, 8), (16, 40), (64, 4096)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_greedy_columns(
+    instruction_set: str, rule: Rule, block: int, capacity: int, exact: bool
+) -> None:
+    p = Problem(40, 130, 3, "mse")
+    p.features = p.features.float().double()
+    brute = Brute(p)
+    expected = reference.greedy(brute, rule)
+    gram, sums = moments_of(p)
+    fetched: list[int] = []
+
+    def columns(units: Tensor, out: Tensor) -> None:
+        fetched.extend(units.tolist())
+        # With the features at hand even columns rounded to bfloat16 must not change a pick.
+        out.copy_(gram[units].bfloat16() if exact else gram[units])
+
+    features = {}
+    if exact:
+        target = p.target.value - p.bias[:, None]
+        features = {"features": p.features.float(), "outgoing": p.outgoing, "target": target}
+        features["rounding"] = 2.0**-8
+    found = ops.greedy_columns(columns, sums, rule, block=block, capacity=capacity, **features)
+    agree(found, expected, brute.margins)
+    if capacity >= 40:
+        assert len(fetched) == len(set(fetched))  # a column is never brought twice
+
+
+def test_near_ties_are_decided_in_float64(instruction_set: str) -> None:
+    """Unit 1 is better than unit 0 by less than float32 can see, in every loss."""
+    for criterion in CRITERIA:
+        p = Problem(2, 200, 3, criterion)
+        p.features[1] = p.features[0]
+        phi = p.features[0] * p.outgoing[0][:, None]
+        gradient = p.target.gradient(p.bias[:, None] + phi)
+        slope = (gradient * p.features[0]).sum(1)
+        p.outgoing[1] = p.outgoing[0] - 1e-10 * slope / slope.norm()
+        for rule in (Rule(1, 2, True),):
+            found = ops.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule)
+            assert found.order.tolist() == [1]
+            assert found.rescored == 2
+
+
+@pytest.mark.parametrize("kernel", ["pointwise", "gram"])
+def test_what_a_callback_raises_arrives(kernel: str) -> None:
+    p = Problem(10, 20, 2, "mse")
+
+    def step(k: int, unit: int, loss: float) -> bool:
+        if k == 3:
+            raise KeyError("enough")
+        return False
+
+    rule = Rule(10, 10, True)
+    with pytest.raises(KeyError, match="enough"):
+        if kernel == "gram":
+            ops.greedy_gram(*moments_of(p), rule, step=step)
+        else:
+            ops.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule, step=step)
+
+
+def test_a_callback_can_stop_the_path() -> None:
+    p = Problem(10, 20, 2, "mse")
+    found = ops.greedy_gram(*moments_of(p), Rule(10, 10, True), step=lambda k, *_: k == 4)
+    assert len(found.order) == len(found.losses) == len(found.gap) == 4
+
+
+def test_threads_do_not_show(instruction_set: str, threads: None) -> None:
+    p = Problem(300, 700, 5, "cross_entropy")
+    paths = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        rule = Rule(30, 300, True)
+        paths.append(ops.greedy_pointwise(p.features.float(), p.outgoing, p.bias, p.target, rule))
+    for path in paths[1:]:
+        assert path.order.equal(paths[0].order)
+        assert path.losses.equal(paths[0].losses)  # to the last bit
+        assert path.gap.equal(paths[0].gap)
+
+
+INTERRUPTED = """
+import torch, greedyprune
+from torch import nn
+model = nn.Sequential(nn.Linear(4, 4096), nn.ReLU(), nn.Linear(4096, 50))
+inputs, targets = torch.randn(40000, 4), torch.randint(50, (40000,))
+print("start", flush=True)
+try:
+    greedyprune.select(model, (inputs, targets), steps={steps}, progress=False, **{options})
+except KeyboardInterrupt:
+    assert not model[2]._forward_pre_hooks and model.training
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss": "cross_entropy", "batch_size": 30000}], ids=["full", "mini-batches"]
+)
+def test_ctrl_c_stops_a_kernel_within_a_second(options: dict[str, object]) -> None:
+    code = INTERRUPTED.format(steps=300, options=options)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "start\n"
+    time.sleep(12)  # by then it is in the kernel, where one step takes some seconds
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    assert time.monotonic() - start < 1
+    process.wait(20)
+
+
+BAD: list[tuple[str, Callable[[Problem], object], type[Exception]]] = [
+    ("features", lambda p: ops.candidate_loss(p.features.half(), p.outgoing, p.outputs, p.target), TypeError),
+    ("features", lambda p: ops.candidate_loss(p.features.T, p.outgoing, p.outputs, p.target), ValueError),
+    ("outgoing", lambda p: ops.candidate_loss(p.features, p.outgoing[1:], p.outputs, p.target), ValueError),
+    ("outputs", lambda p: ops.candidate_loss(p.features, p.outgoing, p.outputs.T, p.target), ValueError),
+    ("target", lambda p: ops.candidate_loss(p.features, p.outgoing, p.outputs, p.target[:5]), ValueError),
+    ("units", lambda p: ops.candidate_loss(p.features, p.outgoing, p.outputs, p.target, units=torch.tensor([9])), ValueError),
+    ("units", lambda p: ops.candidate_slope(p.features, p.outgoing, p.outputs, units=torch.tensor([0.5])), TypeError),
+    ("gradient", lambda p: ops.candidate_slope(p.features, p.outgoing, p.outputs[:1]), ValueError),
+    ("gram", lambda p: ops.greedy_gram(torch.ones(3, 3), moments_of(p)[1], Rule(1, 1, True)), ValueError),
+    ("bias", lambda p: ops.greedy_pointwise(p.features, p.outgoing, p.bias[:1], p.target, Rule(1, 1, True)), ValueError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "call", "error"), BAD)
+def test_bad_tensors(name: str, call: Callable[[Problem], object], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"^{name}: found .* expected"):
+        call(Problem(6, 30, 2, "mse"))
+
+
+def test_quadratic_objective_by_hand() -> None:
+    """Two units, one sample: phi = (1, 3), t = 2. The mean of both is exact."""
+    gram = torch.tensor([[1.0, 3.0], [3.0, 9.0]]).double()
+    sums = Moments(1, 1.0, torch.tensor([1.0, 9.0]).double(), torch.tensor([2.0, 6.0]).double(),
+                   4.0, 0.0, 0.0, 4.0)  # fmt: skip
+    for solve in (ops.greedy_gram, reference.greedy_gram):
+        path = solve(gram, sums, Rule(2, 3, True))
+        assert path.order.tolist() == [0, 1]  # a tie at first: both are off by 1
+        assert path.losses.tolist() == [1.0, 0.0]
+        # At u = 1: L' = 2 (1 - 2) = -2, <L', u> = -2, min over phi: -6. At u = 2 it is optimal.
+        assert path.gap.tolist() == [4.0, 0.0]
+    assert QuadraticObjective(gram, sums, with_gap=False).gap(1) is None
