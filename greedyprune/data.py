@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,11 @@ class Batches:
         return self._once
 
     def __len__(self) -> int:
-        return len(self._source) if isinstance(self._source, Sized) else 0
+        """The number of batches; 0 where nothing tells."""
+        try:
+            return len(self._source)  # type: ignore[arg-type]
+        except TypeError:
+            return 0
 
     def first(self) -> Batch:
         """The first batch, without using it up."""

@@ -1,0 +1,138 @@
+"""Data and features: every way in, in memory and streamed, and the sums over them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import greedyprune
+from greedyprune.data import Batches
+from greedyprune.features import LayerData, moments
+from greedyprune.graph import Graph, find_groups
+from greedyprune.losses import criterion_of
+
+torch.manual_seed(0)
+MODEL = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
+X = torch.randn(2500, 6)
+Y = torch.randint(3, (2500,))
+T = torch.randn(2500, 3)
+
+
+def layer_data(data: object, loss: object, limit: int = 2**30) -> LayerData:
+    group = find_groups(Graph(MODEL, (X[:4],), {}), None)[0]
+    return LayerData(
+        MODEL, group, Batches(data, MODEL), criterion_of(loss, None), imitation=False,
+        device=torch.device("cpu"), memory_limit=limit, progress=lambda source, desc: source,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [2**30, 30 * 4 * 1500, 1])
+@pytest.mark.parametrize("loss", ["mse", nn.CrossEntropyLoss(torch.tensor([1.0, 0.2, 3.0]))])
+def test_moments_are_their_definitions(limit: int, loss: object) -> None:
+    targets = T if loss == "mse" else Y
+    batches = [(X[i : i + 700], targets[i : i + 700]) for i in range(0, 2500, 700)]
+    data = layer_data(batches, loss, limit)
+    assert (data.features is None) == (limit < 30 * 4 * 2500)
+    gram = torch.zeros(30, 30, dtype=torch.float64)
+    found = moments(data, gram)
+    hidden = MODEL[:2](X).double().T
+    phi = hidden[:, None, :] * (30 * MODEL[2].weight.double().T)[:, :, None]
+    bias = MODEL[2].bias.double()[:, None]
+    torch.testing.assert_close(gram, torch.einsum("ics,jcs->ij", phi, phi))
+    torch.testing.assert_close(found.norm, gram.diagonal())
+    assert found.samples == 2500
+    weight = torch.ones(2500).double()
+    if loss == "mse":
+        t = T.double().T - bias
+        torch.testing.assert_close(found.beta, torch.einsum("ics,cs->i", phi, t))
+        assert found.target_norm == pytest.approx(float(t.square().sum()))
+        dense = nn.functional.mse_loss(MODEL(X).double(), T.double())
+        factor, mass = 1.0, 7500.0
+    else:
+        weight = loss.weight.double()[Y]
+        dense = nn.functional.cross_entropy(MODEL(X).double(), Y, loss.weight.double())
+        factor, mass = 0.25, float(weight.sum())
+    assert found.dense_loss == pytest.approx(float(dense), rel=1e-6)
+    variance = (phi - phi.mean(0)).square().mean(0).sum(0)
+    assert found.spread == pytest.approx(factor * float((variance * weight).sum()) / mass)
+    assert found.mass == pytest.approx(mass)
+
+
+class Rows(Dataset):
+    def __len__(self) -> int:
+        return 2500
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return X[i], Y[i]
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([(X[i], Y[i]) for i in range(2500)])
+
+
+SOURCES = {
+    "tensors": lambda: (X, Y),
+    "numpy": lambda: (X.numpy(), Y.numpy()),
+    "TensorDataset": lambda: TensorDataset(X, Y),
+    "Dataset": Rows,
+    "IterableDataset": Stream,
+    "DataLoader": lambda: DataLoader(Rows(), batch_size=33),
+    "shuffled": lambda: DataLoader(TensorDataset(X, Y), batch_size=500, shuffle=True),
+    "list": lambda: [(X[:999], Y[:999]), (X[999:], Y[999:])],
+    "generator": lambda: ((X[i : i + 100], Y[i : i + 100]) for i in range(0, 2500, 100)),
+    "dicts": lambda: [{"input": X, "labels": Y}],
+    "empty batches between": lambda: [(X[:0], Y[:0]), (X, Y), (X[:0], Y[:0])],
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("limit", [2**30, 30 * 4 * 600])
+def test_every_source_gives_one_answer(source: object, limit: int) -> None:
+    once = source is SOURCES["generator"] and limit < 2**30
+    expected = greedyprune.select(MODEL, (X, Y), steps=6)
+    if once:  # cross-entropy takes a pass a step
+        with pytest.raises(ValueError, match="data: an iterator can be gone through once"):
+            greedyprune.select(MODEL, source(), steps=6, memory_limit=limit)
+        assert not MODEL[2]._forward_pre_hooks
+        return
+    found = greedyprune.select(MODEL, source(), steps=6, memory_limit=limit)
+    assert found.order.equal(expected.order)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
+
+
+def test_squared_error_needs_one_pass_even_streamed() -> None:
+    generator = ((X[i : i + 100], T[i : i + 100]) for i in range(0, 2500, 100))
+    found = greedyprune.select(MODEL, generator, steps=20, memory_limit=30 * 30 * 8)
+    expected = greedyprune.select(MODEL, (X, T), steps=20)
+    assert found.order.equal(expected.order)
+    assert not MODEL[2]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("weights", ["counts", "uniform", "none", "refit"])
+@pytest.mark.parametrize("targets", [T, Y], ids=["mse", "cross_entropy"])
+def test_streamed_columns_and_weights(weights: str, targets: Tensor) -> None:
+    """No room for features or Gram matrix: columns by passes over the data."""
+    found = greedyprune.select(MODEL, (X, targets), steps=9, weights=weights, memory_limit=100)
+    expected = greedyprune.select(MODEL, (X, targets), steps=9, weights=weights)
+    assert found.order.equal(expected.order)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
+
+
+def test_mini_batches_see_every_sample_once_a_pass() -> None:
+    from greedyprune.settings import resolve
+
+    names = ("size", "tolerance", "replacement", "candidates", "layers", "memory_limit")
+    chosen = resolve(
+        model=MODEL, steps=9, batch_size=30, seed=3, objective="auto", weights="auto",
+        **dict.fromkeys(names),
+    )  # fmt: skip
+    batches = chosen.batches(9, 100)
+    assert batches.shape == (9, 30)
+    for i in (0, 3, 6):
+        seen = batches[i : i + 3].flatten()
+        assert len(seen.unique()) == 90
+    assert not batches[0].equal(batches[3])

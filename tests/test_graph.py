@@ -1,0 +1,148 @@
+"""What the walker accepts, what it slices, and which operation it names when it refuses."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import greedyprune
+from greedyprune.graph import Graph, Group, NotPrunableError, find_groups
+
+
+class Net(nn.Module):
+    """Two Linears with `between` on the hidden units and `after` on the output."""
+
+    def __init__(self, between: object = None, after: object = None) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.norm = nn.BatchNorm1d(8)
+        self.plain_norm = nn.BatchNorm1d(8, affine=False)
+        self.prelu, self.prelu8 = nn.PReLU(), nn.PReLU(8)
+        self.side = nn.Linear(5, 8)
+        self.between, self.after = between or (lambda s, h, x: h), after or (lambda s, y: y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self, self.last(self.between(self, self.first(x), x)))
+
+
+def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> Group:
+    x = torch.randn(4, 5) if x is None else x
+    return find_groups(Graph(model.eval(), (x,), {}), [name])[0]
+
+
+BASE = {"first.weight": 0, "first.bias": 0, "last.weight": 1}
+NORM = ("weight", "bias", "running_mean", "running_var")
+ACCEPTED = {
+    "nothing": (lambda s, h, x: h, {}),
+    "functional": (lambda s, h, x: functional.gelu(h) * torch.sigmoid(1.7 * h) / 2 + 1, {}),
+    "in place": (lambda s, h, x: functional.relu_(h).mul_(2.0), {}),
+    "hardswish": (lambda s, h, x: functional.hardswish(functional.logsigmoid(h)), {}),
+    "dropout": (lambda s, h, x: functional.dropout(h, 0.5, s.training), {}),
+    "branches that meet": (lambda s, h, x: torch.where(h > 0, h, 0.1 * h) + h.abs().clone(), {}),
+    "a sample's own factor": (lambda s, h, x: h * x[:, :1], {}),
+    "reshaped": (lambda s, h, x: h.unsqueeze(1).reshape(2, 2, -1).flatten(0, 1), {}),
+    "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": 0}),
+    "prelu": (lambda s, h, x: s.prelu(h), {}),
+    "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": 0}),
+    "batch norm": (lambda s, h, x: s.norm(h), {f"norm.{name}": 0 for name in NORM}),
+    "plain norm": (lambda s, h, x: s.plain_norm(h), {f"plain_norm.{n}": 0 for n in NORM[2:]}),
+}
+
+
+@pytest.mark.parametrize(("between", "slices"), ACCEPTED.values(), ids=ACCEPTED)
+def test_accepts_and_cuts(between: object, slices: dict[str, int]) -> None:
+    model = Net(between).eval()
+    group = group_of(model)
+    assert (group.producer, group.consumer, group.units) == ("first", "last", 8)
+    assert group.output
+    assert group.slices == BASE | slices
+    # Cutting all of those leaves a model that runs and computes the kept units' part.
+    x = torch.randn(4, 5)
+    selection = greedyprune.select(model, (x, model(x).detach()), size=5, weights="none")
+    small = greedyprune.prune(model, selection)
+    masked = torch.zeros(8).index_fill(0, selection.kept, 1.0)
+    handle = model.last.register_forward_pre_hook(lambda _, args: (args[0] * masked,))
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-6)
+    handle.remove()
+
+
+REFUSED = {
+    "softmax": (lambda s, h, x: h.softmax(-1), "aten.softmax.int"),
+    "layer norm": (lambda s, h, x: functional.layer_norm(h, (8,)), "aten.layer_norm.default"),
+    "sum": (lambda s, h, x: h + s.side(x), "aten.add.Tensor combines"),
+    "concatenation": (lambda s, h, x: torch.cat([h, h], 1)[:, :8], "aten.cat.default"),
+    "transposed": (lambda s, h, x: h.T.T, "aten.numpy_T.default|aten.t.default|permute|transpose"),
+    "mixed": (lambda s, h, x: h.reshape(4, 2, 4).flatten(1), "aten.reshape.default mixes"),
+    "matmul": (lambda s, h, x: h @ torch.eye(8), "aten.matmul.default"),
+    "foreign linear": (lambda s, h, x: functional.linear(h, torch.eye(8)), "no module's own"),
+    "mean": (lambda s, h, x: h - h.mean(1, keepdim=True), "aten.mean"),
+}
+
+
+@pytest.mark.parametrize(("between", "why"), REFUSED.values(), ids=REFUSED)
+def test_refuses_and_says_why(between: object, why: str) -> None:
+    with pytest.raises(NotPrunableError, match=f"^layer 'first': .*({why})"):
+        group_of(Net(between))
+    x = torch.randn(4, 5)
+    with pytest.raises(ValueError, match=f"model: no layer can be pruned: .*({why})"):
+        greedyprune.select(Net(between), (x, torch.randn(4, 3)))
+
+
+def test_units_that_are_also_the_output() -> None:
+    class Both(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.first(x)
+            return self.last(hidden), hidden
+
+    with pytest.raises(NotPrunableError, match="its units are the model's output"):
+        group_of(Both())
+
+
+def test_a_layer_used_twice() -> None:
+    def twice(s: Net, h: Tensor, x: Tensor) -> Tensor:
+        return h.relu() + s.first(2 * x)
+
+    with pytest.raises(NotPrunableError, match="its weights are used 2 times"):
+        group_of(Net(twice))
+
+
+def test_two_consumers() -> None:
+    class Fork(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.last(hidden) + self.last(hidden.relu())
+
+    with pytest.raises(NotPrunableError, match="its units feed 2 Linears"):
+        group_of(Fork())
+
+
+def test_reshaping_after_the_consumer_is_still_the_output() -> None:
+    assert group_of(Net(after=lambda s, y: functional.dropout(y, 0.1, False))).output
+    assert group_of(Net(after=lambda s, y: y.unsqueeze(-1).flatten(1))).output
+    group = group_of(Net(after=lambda s, y: y.log_softmax(-1)))
+    assert not group.output
+    assert "log_softmax" in group.not_output
+
+
+def test_inner_layers_imitate() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3)
+    )
+    x, y = torch.randn(200, 5), torch.randint(3, (200,))
+    selection = greedyprune.select(model, (x, y), size={"0": 10, "2": 0.5})
+    assert {n: (s.objective, s.weighting) for n, s in selection.layers.items()} == {
+        "0": ("imitation", "refit"),
+        "2": ("loss", "counts"),
+    }
+    small = greedyprune.prune(model, selection)
+    assert [m.out_features for m in small if isinstance(m, nn.Linear)] == [10, 6, 3]
+    only = greedyprune.select(model, (x, y), layers="0", size=10)
+    part = greedyprune.prune(model, only)
+    error = functional.mse_loss(part[:3](x), model[:3](x))  # what the layer itself is judged by
+    torch.testing.assert_close(error.double(), only.losses[-1], rtol=1e-5, atol=0)
+    with pytest.raises(AttributeError, match="2 layers has no 'kept'"):
+        _ = selection.kept
+    with pytest.raises(ValueError, match="objective: found 'loss', but the consumer '2'"):
+        greedyprune.select(model, (x, y), layers="0", objective="loss")
