@@ -2,7 +2,7 @@
 //
 // Nothing here calls a library on the hot path, so that a compiler can turn the loops that
 // use it into vector code: exp and log are written as polynomials, exact to about one unit in
-// the last place of the type.
+// the last place of the type. On a GPU float32 takes the hardware's exp and division instead.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,11 @@ GREEDYPRUNE_INLINE To bits_of(From from) {
 
 template <class Real>
 GREEDYPRUNE_INLINE Real larger(Real a, Real b) {
+#ifdef __CUDA_ARCH__
+  return fmax(a, b);  // one instruction; the other form lets a NaN in b through, and takes two
+#else
   return a > b ? a : b;
+#endif
 }
 
 // 2^r for |r| <= 1/2: minimax polynomial with p(0) = 1, relative error 9e-8.
@@ -85,6 +89,13 @@ GREEDYPRUNE_INLINE double exp2_reduced(double r) {
 // exp(x) for x <= 0; what would be subnormal becomes the smallest normal number.
 template <class Real>
 GREEDYPRUNE_INLINE Real exp_nonpositive(Real x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == sizeof(float)) {  // relative error 2^-22; underflows to zero
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+    return power;
+  }
+#endif
   using F = Format<Real>;
   using Bits = typename F::Bits;
   const Real y = larger(x * static_cast<Real>(1.44269504088896340736), F::lowest_exponent);
@@ -96,14 +107,27 @@ GREEDYPRUNE_INLINE Real exp_nonpositive(Real x) {
   return bits_of<Real>(static_cast<Bits>(bits_of<Bits>(exp2_reduced(r)) + power));
 }
 
+// a / b for |a| <= b, 1 <= b <= 3.
+template <class Real>
+GREEDYPRUNE_INLINE Real ratio(Real a, Real b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Real) == sizeof(float)) {  // 2 ulp; no branch for what b never is
+    float quotient;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+    return quotient;
+  }
+#endif
+  return a / b;
+}
+
 // 2 atanh(s) = log((1 + s) / (1 - s)), by its series.
 template <int terms, class Real>
 GREEDYPRUNE_INLINE Real twice_atanh(Real s) {
   const Real square = s * s;
   Real p = static_cast<Real>(1.0 / (2 * terms + 1));
-#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 20
 #endif
   for (int n = terms - 1; n >= 0; --n) p = p * square + static_cast<Real>(1.0 / (2 * n + 1));
@@ -113,7 +137,7 @@ GREEDYPRUNE_INLINE Real twice_atanh(Real s) {
 // log(1 + e) for 0 <= e <= 1, accurate relative to the result however small e is.
 template <class Real>
 GREEDYPRUNE_INLINE Real log1p_unit(Real e) {
-  return twice_atanh<Format<Real>::log1p_terms>(e / (2 + e));
+  return twice_atanh<Format<Real>::log1p_terms>(ratio(e, 2 + e));
 }
 
 // log(x) for normal x >= 1: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
@@ -127,7 +151,7 @@ GREEDYPRUNE_INLINE Real log_above_one(Real x) {
       static_cast<Bits>(bits_of<Bits>(x) - n * (static_cast<Bits>(1) << F::mantissa)));
   const Real f = reduced - 1;
   return static_cast<Real>(n) * static_cast<Real>(0.69314718055994530942) +
-         twice_atanh<F::log_terms>(f / (2 + f));
+         twice_atanh<F::log_terms>(ratio(f, 2 + f));
 }
 
 // Elementwise losses l(x, y) of one output x with target y, and dl/dx.
@@ -146,7 +170,7 @@ struct SquaredError {  // the caller subtracts the target from the outputs: y is
 struct Logistic {  // log(1 + e^x) - x y, as torch's binary_cross_entropy_with_logits
   template <class Real>
   static GREEDYPRUNE_INLINE Real loss(Real x, Real y) {
-    const Real magnitude = x > 0 ? x : -x;
+    const Real magnitude = larger(x, -x);
     return larger(x, static_cast<Real>(0)) - x * y + log1p_unit(exp_nonpositive(-magnitude));
   }
   template <class Real>

@@ -136,13 +136,14 @@ class LayerData:
         hidden = captured[0].detach()
         if hidden.dtype not in (torch.float32, torch.float64):
             hidden = hidden.float()
-        features = hidden.reshape(-1, self.units).to(self.device).T
+        hidden = hidden.reshape(-1, self.units).to(self.device)
         # The sum is cheaper than looking at each, and finite almost always.
-        if not (features.sum(dtype=torch.float64).isfinite() or features.isfinite().all()):
+        if not (hidden.sum().isfinite() or hidden.isfinite().all()):
             raise ValueError(
                 f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
                 "expected finite numbers"
             )
+        features = hidden.T
         return Block(features, self._target_of(features, outputs, batch.targets)), outputs
 
     def _target_of(self, features: Tensor, outputs: object, targets: Tensor | None) -> Target:
@@ -164,7 +165,8 @@ class LayerData:
         width, dtype = first.features.shape[1], first.features.dtype
         itemsize = first.features.element_size()
         room = max(1, self._limit // (itemsize * self.units))
-        capacity = min(room, width * max(1, len(self._batches)))
+        # The odd 16: rows a multiple of 4 KiB apart would share a few sets of the cache.
+        capacity = min(room, width * max(1, len(self._batches)) | 16)
         store = torch.empty(self.units, capacity, dtype=dtype, device=self.device)
         filled = 0
         targets: list[Target] = []

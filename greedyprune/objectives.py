@@ -11,7 +11,7 @@ from . import ops, reference
 from .features import Block, LayerData, moments
 from .reference import Path, Rule, Step
 
-CHUNK = 512  # samples in one float32 product; bounds its rounding
+CHUNK = 1024  # samples in one float32 product; bounds its rounding
 # A fetch of 32 columns reads the features once and brings two or three of the coming picks; the
 # Gram matrix costs N columns. Columns pay while they are fewer than that:
 COLUMNS_PER_PICK = 12
@@ -180,12 +180,13 @@ def _columns_of(data: LayerData, dtype: torch.dtype) -> Callable[[Tensor, Tensor
     """Columns of the Gram matrix: products of CHUNK samples in `dtype`, added up in float64."""
 
     def columns(units: Tensor, out: Tensor) -> None:
-        out.zero_()
+        by_unit = torch.zeros(data.units, len(units), dtype=torch.float64, device=data.device)
         blocks = [data.features] if data.features is not None else None
         for features in blocks or (block.features for block in data.blocks()):
             rows = features[units].to(dtype)
             for s in range(0, features.shape[1], CHUNK):
-                out += rows[:, s : s + CHUNK] @ features[:, s : s + CHUNK].to(dtype).T
+                by_unit += features[:, s : s + CHUNK].to(dtype) @ rows[:, s : s + CHUNK].T
+        out.copy_(by_unit.T)
         out *= data.outgoing[units] @ data.outgoing.T
 
     return columns

@@ -14,23 +14,21 @@ struct CachedColumns {
   int64_t units;
   const Caller& caller;
   int64_t next = 0;    // the slot that the next column goes to
-  int64_t wanted = 0;  // cache.wanted[1:wanted] are the best missing units, best first
+  int64_t wanted = 0;  // cache.wanted[0:wanted] are the best missing units, best first
 
-  // Note the best-scoring units whose columns are missing; place 0 is for the pick.
+  // Note the best-scoring units whose columns are missing, up to a block of them.
   Status remember(const int64_t* scored, const double* scores, int64_t n) {
-    wanted = 1;
+    wanted = 0;
     for (int64_t i = 0; i < n; ++i) {
       if (cache.slot_of[scored[i]] >= 0) continue;
       if (wanted == cache.block && !(scores[i] < cache.best[wanted - 1])) continue;
       int64_t at = wanted < cache.block ? wanted++ : wanted - 1;
-      for (; at > 1 && scores[i] < cache.best[at - 1]; --at) {
+      for (; at > 0 && scores[i] < cache.best[at - 1]; --at) {
         cache.wanted[at] = cache.wanted[at - 1];
         cache.best[at] = cache.best[at - 1];
       }
-      if (at < cache.block) {
-        cache.wanted[at] = scored[i];
-        cache.best[at] = scores[i];
-      }
+      cache.wanted[at] = scored[i];
+      cache.best[at] = scores[i];
     }
     return Status::ok;
   }
@@ -41,10 +39,12 @@ struct CachedColumns {
   }
 
   bool fetch(int64_t unit) {
-    int64_t count = 1;
-    cache.wanted[0] = unit;
-    for (int64_t i = 1; i < wanted; ++i)
-      if (cache.wanted[i] != unit) cache.wanted[count++] = cache.wanted[i];
+    int64_t count = wanted, at = 0;
+    while (at < count && cache.wanted[at] != unit) ++at;
+    if (at == count) {  // the pick comes with the others, whatever its rough score was
+      if (count < cache.block) ++count;
+      cache.wanted[count - 1] = unit;
+    }
     if (next + count > cache.capacity) next = 0;
     for (int64_t i = 0; i < count; ++i) {  // the oldest columns make room
       const int64_t old = cache.unit_in[next + i];
