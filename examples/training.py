@@ -110,8 +110,8 @@ def compare(
 
 def show(rows: list[Row], data: Data, held_out: Data, loss: Loss, accuracy: Accuracy) -> None:
     """Prints the table."""
-    table = Table(title="one hidden layer, pruned and fine-tuned", box=SIMPLE_HEAD)
-    for column in ("network", "units", "params", "loss", "accuracy", "held out", "seconds"):
+    table = Table(title="one hidden layer, pruned and fine-tuned", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("network", "units", "params", "loss", "accuracy", "held out", "s"):
         table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
     for row in rows:
         model = row.model

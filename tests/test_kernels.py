@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -201,14 +202,19 @@ def agree(found: Path, expected: Path, margins: list[float]) -> None:
         torch.testing.assert_close(found.gap[:sure], expected.gap[:sure], rtol=1e-7, atol=1e-10)
 
 
+def draws(steps: int, candidates: int) -> Tensor:
+    rng = torch.Generator().manual_seed(steps)
+    return torch.rand(steps, candidates, dtype=torch.float64, generator=rng)
+
+
 RULES = {
     "repeats": Rule(60, 100, True),
     "no repeats": Rule(30, 30, False),
     "all units": Rule(40, 40, False),
     "distinct": Rule(400, 12, True),
-    "candidates": Rule(60, 100, True, torch.rand(60, 5, generator=torch.Generator().manual_seed(0)).double()),
-    "last candidates": Rule(40, 40, False, torch.rand(40, 7, generator=torch.Generator().manual_seed(1)).double()),
-}  # fmt: skip
+    "candidates": Rule(60, 100, True, draws(60, 5)),
+    "last candidates": Rule(40, 40, False, draws(40, 7)),
+}
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
@@ -304,12 +310,11 @@ def test_what_a_callback_raises_arrives(kernel: str) -> None:
             raise KeyError("enough")
         return False
 
-    rule = Rule(10, 10, True)
+    solve = partial(ops.greedy_gram, *moments_of(p))
+    if kernel == "pointwise":
+        solve = partial(ops.greedy_pointwise, p.features, p.outgoing, p.bias, p.target)
     with pytest.raises(KeyError, match="enough"):
-        if kernel == "gram":
-            ops.greedy_gram(*moments_of(p), rule, step=step)
-        else:
-            ops.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule, step=step)
+        solve(Rule(10, 10, True), step=step)
 
 
 def test_a_callback_can_stop_the_path() -> None:
@@ -361,18 +366,37 @@ def test_ctrl_c_stops_a_kernel_within_a_second(options: dict[str, object]) -> No
     process.wait(20)
 
 
+def loss_with(**changes: Callable[[Problem], object]) -> Callable[[Problem], object]:
+    """candidate_loss on a problem with some arguments changed."""
+
+    def call(p: Problem) -> object:
+        names = ("features", "outgoing", "outputs", "target")
+        arguments = {name: getattr(p, name) for name in names}
+        return ops.candidate_loss(**arguments | {n: change(p) for n, change in changes.items()})
+
+    return call
+
+
+def bad_gram(p: Problem) -> object:
+    return ops.greedy_gram(torch.ones(3, 3), moments_of(p)[1], Rule(1, 1, True))
+
+
+def bad_bias(p: Problem) -> object:
+    return ops.greedy_pointwise(p.features, p.outgoing, p.bias[:1], p.target, Rule(1, 1, True))
+
+
 BAD: list[tuple[str, Callable[[Problem], object], type[Exception]]] = [
-    ("features", lambda p: ops.candidate_loss(p.features.half(), p.outgoing, p.outputs, p.target), TypeError),
-    ("features", lambda p: ops.candidate_loss(p.features.T, p.outgoing, p.outputs, p.target), ValueError),
-    ("outgoing", lambda p: ops.candidate_loss(p.features, p.outgoing[1:], p.outputs, p.target), ValueError),
-    ("outputs", lambda p: ops.candidate_loss(p.features, p.outgoing, p.outputs.T, p.target), ValueError),
-    ("target", lambda p: ops.candidate_loss(p.features, p.outgoing, p.outputs, p.target[:5]), ValueError),
-    ("units", lambda p: ops.candidate_loss(p.features, p.outgoing, p.outputs, p.target, units=torch.tensor([9])), ValueError),
-    ("units", lambda p: ops.candidate_slope(p.features, p.outgoing, p.outputs, units=torch.tensor([0.5])), TypeError),
+    ("features", loss_with(features=lambda p: p.features.half()), TypeError),
+    ("features", loss_with(features=lambda p: p.features.T), ValueError),
+    ("outgoing", loss_with(outgoing=lambda p: p.outgoing[1:]), ValueError),
+    ("outputs", loss_with(outputs=lambda p: p.outputs.T), ValueError),
+    ("target", loss_with(target=lambda p: p.target[:5]), ValueError),
+    ("units", loss_with(units=lambda p: torch.tensor([9])), ValueError),
+    ("units", loss_with(units=lambda p: torch.tensor([0.5])), TypeError),
     ("gradient", lambda p: ops.candidate_slope(p.features, p.outgoing, p.outputs[:1]), ValueError),
-    ("gram", lambda p: ops.greedy_gram(torch.ones(3, 3), moments_of(p)[1], Rule(1, 1, True)), ValueError),
-    ("bias", lambda p: ops.greedy_pointwise(p.features, p.outgoing, p.bias[:1], p.target, Rule(1, 1, True)), ValueError),
-]  # fmt: skip
+    ("gram", bad_gram, ValueError),
+    ("bias", bad_bias, ValueError),
+]
 
 
 @pytest.mark.parametrize(("name", "call", "error"), BAD)
