@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .data import Batch
+
 # What the operations do to the last dimension, by name (in-place forms count as the plain ones).
 # Elementwise operations are those that torch tags `pointwise`, and these:
 ELEMENTWISE = {
@@ -220,10 +222,11 @@ def find_groups(graph: Graph, wanted: Sequence[str] | None) -> list[Group]:
     return groups
 
 
-def named_group(model: nn.Module, producer: str, consumer: str, width: int) -> Group:
+def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:
     """The group of a producer and a consumer named by hand, for models that can't be traced.
 
-    The consumer counts as the model's output where it is as wide.
+    One forward pass tells which modules run between the two and whether the consumer's output is
+    the model's.
     """
     modules = dict(model.named_modules())
     for name in (producer, consumer):
@@ -232,17 +235,50 @@ def named_group(model: nn.Module, producer: str, consumer: str, width: int) -> G
                 f"layers: found {name!r} ({module_kind(model, name)}), "
                 "expected the name of an nn.Linear"
             )
-    units, inputs = modules[producer].out_features, modules[consumer].in_features
-    if units != inputs:
+    first, last = modules[producer], modules[consumer]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    units = first.out_features
+    if units != last.in_features:
         raise ValueError(
-            f"layers: {producer!r} has {units} output units, but {consumer!r} takes {inputs} inputs"
+            f"layers: {producer!r} has {units} output units, but {consumer!r} takes "
+            f"{last.in_features} inputs"
         )
-    slices = {f"{producer}.weight": 0, f"{consumer}.weight": 1}
-    if modules[producer].bias is not None:
-        slices[f"{producer}.bias"] = 0
-    output = modules[consumer].out_features == width
+    ran: list[tuple[str, object]] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, out, name=name: ran.append((name, out)))
+        for name, module in modules.items()
+    ]
+    try:
+        outputs = model(*batch.args, **batch.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _ in ran]
+    if names.count(producer) != 1 or names.count(consumer) != 1:
+        raise ValueError(
+            f"layers: {producer!r} ran {names.count(producer)} and {consumer!r} "
+            f"{names.count(consumer)} times in one forward pass, expected once each"
+        )
+    slices = {f"{consumer}.weight": 1}
+    for name in [producer, *names[names.index(producer) + 1 : names.index(consumer)]]:
+        module = modules[name]
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        sized = {key: t for key, t in own if t.dim() and len(t) == units}
+        if name != producer and sized and not isinstance(module, (nn.BatchNorm1d, nn.PReLU)):
+            raise NotPrunableError(
+                f"layer {producer!r}: {name!r} ({type(module).__name__}) stands between its units "
+                f"and {consumer!r}"
+            )
+        slices |= {f"{name}.{key}": 0 for key in sized}
+    last_out = ran[names.index(consumer)][1]
+    output = (
+        isinstance(outputs, Tensor)
+        and isinstance(last_out, Tensor)
+        and torch.equal(outputs.flatten(), last_out.flatten())
+    )
     between = "" if output else "something that was not traced"
-    return Group(producer, consumer, int(units), slices, output, between)
+    return Group(producer, consumer, units, slices, output, between)
 
 
 def module_kind(model: nn.Module, name: str) -> str:

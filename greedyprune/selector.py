@@ -112,7 +112,7 @@ def select(
         outputs = _first_outputs(model, first)
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
-        groups = _groups(model, first, outputs, chosen)
+        groups = _groups(model, first, chosen)
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
         selected = {}
@@ -251,31 +251,19 @@ def _first_outputs(model: nn.Module, batch: Batch) -> object:
         ) from error
 
 
-def _groups(model: nn.Module, example: Batch, outputs: object, chosen: Settings) -> list[Group]:
-    """The groups to select from, by the graph or, where the caller named both ends, without it."""
-    by_hand = None
+def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
+    """The groups to select from: read off the graph, or as the caller named both ends."""
     if chosen.consumers is not None:
-        width = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.dim() > 1 else 1
-        by_hand = [
-            named_group(model, producer, consumer, width)
-            for producer, consumer in chosen.consumers.items()
-        ]
-    try:
-        graph = Graph(model, example.args, example.kwargs)
-    except Exception as error:
-        if by_hand is not None:
-            return by_hand
-        raise ValueError(
-            f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
-            "layers={producer: consumer}"
-        ) from error
-    groups = find_groups(graph, chosen.layers)
-    for group in groups:
-        if chosen.consumers and chosen.consumers[group.producer] != group.consumer:
+        groups = [named_group(model, *ends, example) for ends in chosen.consumers.items()]
+    else:
+        try:
+            graph = Graph(model, example.args, example.kwargs)
+        except Exception as error:
             raise ValueError(
-                f"layers: found {chosen.consumers[group.producer]!r} as the consumer of "
-                f"{group.producer!r}, expected {group.consumer!r}"
-            )
+                f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
+                "layers={producer: consumer}"
+            ) from error
+        groups = find_groups(graph, chosen.layers)
     if isinstance(chosen.size, Mapping):
         names = [group.producer for group in groups]
         for name in chosen.size:

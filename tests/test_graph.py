@@ -146,3 +146,40 @@ def test_inner_layers_imitate() -> None:
         _ = selection.kept
     with pytest.raises(ValueError, match="objective: found 'loss', but the consumer '2'"):
         greedyprune.select(model, (x, y), layers="0", objective="loss")
+
+
+class Untraceable(Net):
+    """Its control flow depends on the data, so that torch.export refuses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if float(hidden.sum()) > -1e9:
+            hidden = self.between(self, hidden, x)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("between", ["plain", "batch norm", "prelu8"])
+def test_untraceable_models_by_name(between: str) -> None:
+    step = {
+        "plain": lambda s, h, x: h.relu(),
+        "batch norm": lambda s, h, x: s.norm(h).relu(),
+        "prelu8": lambda s, h, x: s.prelu8(h),
+    }[between]
+    model = Untraceable(step).eval()
+    x, y = torch.randn(50, 5), torch.randint(3, (50,))
+    with pytest.raises(ValueError, match=r"model: torch.export can't trace it .*layers={producer"):
+        greedyprune.select(model, (x, y))
+    found = greedyprune.select(model, (x, y), layers={"first": "last"}, size=3)
+    small = greedyprune.prune(model, found)
+    loss = functional.cross_entropy(small(x), y)
+    torch.testing.assert_close(loss.double(), found.losses[-1], rtol=1e-5, atol=0)
+
+
+def test_named_layers_with_something_between() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3))
+    data = torch.randn(50, 5), torch.randint(3, (50,))
+    with pytest.raises(ValueError, match="layer '0': '1' \\(LayerNorm\\) stands between"):
+        greedyprune.select(model, data, layers={"0": "2"})
+    del model[1]
+    with pytest.raises(ValueError, match="layer '0': '1' \\(Linear\\) stands between"):
+        greedyprune.select(model, data, layers={"0": "2"})

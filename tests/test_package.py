@@ -1,0 +1,141 @@
+"""The package as a whole: what the README shows, the examples, builds without the extension."""
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import INSTRUCTION_SETS
+from torch import nn
+
+import greedyprune
+from greedyprune import ops
+from greedyprune.losses import Criterion
+from greedyprune.reference import Rule
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT
+    )
+
+
+def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    model, small, selection = names["model"], names["small"], names["selection"]
+    assert isinstance(model, nn.Sequential)
+    assert isinstance(small, nn.Sequential)
+    assert small[0].out_features < model[0].out_features
+    # "Equivalent to": the plain loop picks what select picks.
+    plain, inputs, targets = names["plain_select"], names["inputs"], names["targets"]
+    inputs, targets = inputs[:300], targets[:300]
+    with torch.no_grad():
+        order = plain(
+            model[:2](inputs).T.double(), 512 * model[2].weight.T.double(), model[2].bias.double(),
+            lambda f: nn.functional.cross_entropy(f, targets), steps=5,
+        )  # fmt: skip
+    selection = greedyprune.select(model, (inputs, targets), steps=5)
+    assert selection.order.tolist() == order
+
+
+@pytest.mark.parametrize("module", ["selector", "surgery"])
+def test_docstring_examples(module: str) -> None:
+    names = {"torch": torch, "nn": nn, "greedyprune": greedyprune}
+    loaded = sys.modules[f"greedyprune.{module}"]
+    failed, tried = doctest.testmod(loaded, extraglobs=names)
+    assert tried > 2
+    assert not failed
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    """The demo's table, small: greedy ahead of random and magnitude at the same size."""
+    options = ["--units", "256", "--iterations", "400", "--tune", "50", "--steps", "30"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "digits_mlp.py", *options, "--out", tmp_path],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    accuracy = dict(re.findall(r"^ (\w+(?: \+ tuning)?) .*?([\d.]+)%", done.stdout, re.MULTILINE))
+    assert float(accuracy["greedy"]) > float(accuracy["random"]) + 10
+    assert float(accuracy["greedy"]) > float(accuracy["magnitude"]) + 10
+    assert (tmp_path / "digits_mlp.png").stat().st_size > 10_000
+
+
+def test_without_the_extension_the_reference_works() -> None:
+    code = """
+import sys
+sys.modules["greedyprune._C"] = None
+import torch, greedyprune
+model = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
+data = torch.randn(20, 3), torch.randn(20, 2)
+print(len(greedyprune.select(model, data, steps=4).order))
+greedyprune.show_config()
+try:
+    greedyprune.select(model, data, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the compiled extension is missing" in done.stderr
+    assert "pip install ." in done.stderr
+    assert done.stdout.startswith("4\n")
+    assert re.search("extension +missing", done.stdout)
+    assert "backend: found 'cpu', but the compiled extension is missing" in done.stdout
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_isa_override(name: str) -> None:
+    code = "import greedyprune; greedyprune.show_config()"
+    assert f"(in use: {name})" in run(code, GREEDYPRUNE_ISA=name).stdout
+
+
+def test_isa_override_of_what_is_not_there() -> None:
+    done = run("import greedyprune", GREEDYPRUNE_ISA="mmx")
+    assert done.returncode != 0
+    assert "instruction set mmx is not compiled in" in done.stderr
+
+
+def test_kernels_release_the_interpreter() -> None:
+    features, outgoing = torch.rand(2000, 3000), torch.rand(2000, 5).double()
+    target = Criterion("cross_entropy").target(torch.randint(5, (3000,)), (3000, 5))
+    bias = torch.zeros(5)
+    worker = threading.Thread(
+        target=ops.greedy_pointwise, args=(features, outgoing, bias, target, Rule(20, 2000, True))
+    )
+    worker.start()
+    ticks = 0
+    while worker.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 20  # with the lock held it would be one or two
+
+
+def test_progress_bars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("greedyprune.selector.BAR_DELAY", 1e-9)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    data = torch.randn(20, 3), torch.randn(20, 2)
+
+    def slow(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return nn.functional.l1_loss(outputs, targets)
+
+    for progress, shown in ((None, True), (False, False)):
+        with pytest.warns(UserWarning, match="slow path"):
+            greedyprune.select(model, data, steps=4, loss=slow, progress=progress)
+        assert ("greedy steps" in capfd.readouterr().err) == shown
