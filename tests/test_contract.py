@@ -1,196 +1,37 @@
-"""The public contract: what select, prune and Selection promise, against plain torch in float64.
-
-Nothing here knows how the package computes. The oracle is equation (1) as it is written: every
-candidate network is run. Most networks live on a grid (inputs and first-layer weights are quarters,
-consumer weights fit bfloat16), so that activations are exact in every dtype and only the selection
-can be wrong.
-"""
+"""The public contract, part 1: picks, losses, the pruned model, how long the path is, edges."""
 
 import copy
-import io
-import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import FrozenInstanceError
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import hypothesis
-import matplotlib
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import strategies as st
-from rich.console import Console
+from oracle import (
+    LOSSES,
+    NAMED,
+    WEIGHTS,
+    Dense,
+    Net,
+    Problem,
+    check_pruned,
+    close,
+    each_backend,
+    each_loss,
+    fingerprint,
+    modest,
+    near,
+    problem,
+    same,
+    select,
+    targets_for,
+)
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
 
-matplotlib.use("Agg")
-
-BACKENDS = ["cpu", "reference"] + (["cuda"] if torch.cuda.is_available() else [])
-WEIGHTS = ["counts", "uniform", "none", "refit"]
-LOSSES = {
-    "mse": nn.MSELoss(),
-    "cross_entropy": nn.CrossEntropyLoss(),
-    "bce_with_logits": nn.BCEWithLogitsLoss(),
-}
-FIELDS = ("order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct")
-SMOOTHNESS: dict[str, Callable[[int], float]] = {  # B of equation (3), by number of outputs
-    "mse": lambda c: 2 / c,
-    "cross_entropy": lambda c: 1 / 2,
-    "bce_with_logits": lambda c: 1 / (4 * c),
-}
-NAMED = {"0": "2"}  # spares the search
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_loss = pytest.mark.parametrize("loss", LOSSES)
-modest = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-Problem = tuple[nn.Module, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The problems are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def grid(*shape: int) -> Tensor:
-    """Quarters between -1 and 1, which no dtype rounds."""
-    return torch.randint(-4, 5, shape) / 4
-
-
-def targets_for(model: nn.Module, x: Tensor, loss: str) -> Tensor:
-    """Targets that the dense model fits, not perfectly."""
-    with torch.no_grad():
-        outputs = copy.deepcopy(model).eval()(x)
-    noisy = outputs + 0.5 * torch.randn_like(outputs)
-    if loss == "cross_entropy":
-        return noisy.argmax(1)
-    return noisy if loss == "mse" else (noisy > 0).to(x.dtype)
-
-
-def problem(
-    loss: str = "mse", n: int = 16, m: int = 60, c: int = 3, seed: int = 2, bias: bool = True
-) -> Problem:
-    """A Sequential on the grid with n hidden units ("0" feeds "2"), m inputs and their targets."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(5, n, bias), nn.ReLU(), nn.Linear(n, c, bias))
-        with torch.no_grad():
-            for p in model[0].parameters():
-                p.copy_(grid(*p.shape))
-            for p in model[2].parameters():
-                p.copy_((2 * torch.randn(p.shape) * n**-0.5).bfloat16())
-        x = grid(m, 5)
-        return model, x, targets_for(model, x, loss)
-
-
-class Dense:
-    """The dense model in float64, its units weighted at will."""
-
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, loss, consumer: str = "2") -> None:
-        self.net = copy.deepcopy(model).double().eval().requires_grad_(False)
-        self.x, self.y = x.double(), y.double() if y.is_floating_point() else y
-        self.loss = copy.deepcopy(LOSSES.get(loss, loss) if isinstance(loss, str) else loss)
-        if isinstance(self.loss, nn.Module):
-            self.loss.double()
-        head, seen = self.net.get_submodule(consumer), []
-        with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
-            self.net(self.x)
-        self.name, self.weight = f"{consumer}.weight", head.weight
-        self.n = head.in_features
-        self.phi = self.n * torch.einsum("sj,cj->jsc", seen[0], head.weight)  # (N, m, C)
-        flat = self.phi.flatten(1) + 0.0  # -0.0 is 0.0
-        self.twins = torch.unique(flat, dim=0, return_inverse=True)[1]  # equal units share a number
-
-    def outputs(self, weight: Tensor) -> Tensor:
-        return functional_call(self.net, {self.name: weight}, (self.x,))
-
-    def value(self, factors: Tensor) -> Tensor:
-        """The loss with unit j's outgoing weights multiplied by factors[j]."""
-        return self.loss(self.outputs(self.weight * factors), self.y)
-
-    def masked(self, layer: greedyprune.LayerSelection) -> Tensor:
-        """What the dense model gives with the layer's kept units weighted as it says."""
-        weight, carried = torch.zeros_like(self.weight), layer.weights.double()
-        refit = carried.dim() == 2
-        weight[:, layer.kept] = carried if refit else self.weight[:, layer.kept] * carried
-        return self.outputs(weight)
-
-    def follow(self, order: Tensor, replacement: bool = True, margin: float = 1e-6) -> int:
-        """Check the picks against (1) while its margin is clear; the number of steps compared."""
-        counts = torch.zeros(self.n, dtype=torch.float64)
-        for k, pick in enumerate(order.tolist(), 1):
-            trials = (counts + torch.eye(self.n)) * (self.n / k)  # row j: one more of unit j
-            scores = torch.stack([self.value(factors) for factors in trials])
-            if not replacement:
-                scores[counts > 0] = torch.inf
-            best = scores.argmin()
-            twin = self.twins == self.twins[best]
-            clear = margin * max(scores[best].item(), 1e-9)
-            if (scores[~twin] - scores[best] < clear).any():
-                return k - 1
-            first = int((twin & scores.isfinite()).nonzero()[0])
-            assert pick == first, f"step {k}: picked {pick}, equation (1) says {first}"
-            counts[pick] += 1
-        return len(order)
-
-
-def select(model: nn.Module, data: object, **options) -> greedyprune.Selection:
-    return greedyprune.select(model, data, progress=False, **options)
-
-
-def only(selection: greedyprune.Selection) -> greedyprune.LayerSelection:
-    (layer,) = selection.layers.values()
-    return layer
-
-
-def near(value: float, rel: float = 1e-5):
-    return pytest.approx(value, rel=rel, abs=1e-7)
-
-
-def close(found: Tensor, expected: Tensor, rel: float = 1e-5) -> bool:
-    """Equal to rel of the largest entry."""
-    return bool((found.double() - expected).abs().max() <= rel * expected.abs().max() + 1e-9)
-
-
-def same(a: greedyprune.Selection, b: greedyprune.Selection) -> bool:
-    assert list(a.layers) == list(b.layers)
-    pairs = [(getattr(only(a), f), getattr(only(b), f)) for f in FIELDS]
-    return all(p is q is None or torch.equal(p, q) for p, q in pairs)
-
-
-def check_pruned(
-    model: nn.Module, x: Tensor, y: Tensor, loss, selection, consumer: str = "2"
-) -> None:
-    """Invariants 1 and 4, at every step of the path."""
-    dense = Dense(model, x, y, loss, consumer)
-    assert float(selection.dense_loss) == near(float(dense.value(torch.ones(dense.n))))
-    for k in range(1, len(selection.order) + 1):
-        cut = selection.at(k)
-        small = greedyprune.prune(model, cut).eval()
-        assert small.get_submodule(consumer).in_features == len(cut.kept)
-        with torch.no_grad():
-            assert close(small(x), dense.masked(only(cut)))
-            value = float(dense.loss(small.double()(dense.x), dense.y))
-        assert float(selection.losses[k - 1]) == near(value), f"step {k}"
-
-
-def fingerprint(model: nn.Module) -> list[str]:
-    """Everything about a model, and about torch, that select must leave alone."""
-    hooks = [name for name in vars(nn.Module()) if "hooks" in name]
-    found: list = [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads()]
-    for name, module in model.named_modules():
-        found.append((name, module.training, sorted(vars(module)), type(module).__mro__))
-        found.append([list(getattr(module, hook) or ()) for hook in hooks])
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        grad = p.grad.tolist() if p.grad is not None else None
-        found.append((name, id(p), p.dtype, p.requires_grad, p.tolist(), grad))
-    return [repr(item) for item in found]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------- picks, losses, the pruned model
@@ -250,19 +91,6 @@ def test_any_callable_is_a_loss_and_slow(backend: str) -> None:
     check_pruned(model, x, y, functional.l1_loss, selection)
     assert selection.bound is None
     assert selection.gap is None
-
-
-class Net(nn.Module):
-    """A custom forward: names of its own, functional activation, inputs flattened and scaled."""
-
-    def __init__(
-        self, activation: Callable[[Tensor], Tensor] = functional.relu, n: int = 16
-    ) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.activation = nn.Linear(5, n), nn.Linear(n, 3), activation
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(2 * features.flatten(1))))
 
 
 class Untraceable(Net):
@@ -522,224 +350,6 @@ def test_strides_do_not_matter(backend: str, loss: str) -> None:
     found = select(model, (strided[:, 1::3], spread), steps=8, loss=loss, backend=backend)
     assert torch.equal(found.order, expected.order)
     assert torch.allclose(found.losses, expected.losses, rtol=1e-6)
-
-
-# ---------------------------------------------------------------- data and the random forms
-
-FORMS: dict[str, Callable[[Tensor, Tensor], object]] = {
-    "list": lambda x, y: [(x[:25], y[:25]), (x[25:], y[25:])],
-    "generator": lambda x, y: ((x[i : i + 9], y[i : i + 9]) for i in range(0, len(x), 9)),
-    "dataset": TensorDataset,
-    "loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7),
-    "shuffled": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True),
-    "dicts": lambda x, y: [
-        {"features": x[:40], "labels": y[:40]},
-        {"labels": y[40:], "features": x[40:]},
-    ],
-}
-
-
-@each_backend
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_data_gives_one_answer(backend: str, loss: str, form: str) -> None:
-    sequential, x, y = problem(loss)
-    model = Net()
-    model.fc1, model.fc2 = sequential[0], sequential[2]
-    expected = select(model, (x, y), steps=8, backend=backend)
-    found = select(model, FORMS[form](x, y), steps=8, backend=backend)
-    assert torch.equal(found.order, expected.order)
-    assert torch.allclose(found.losses, expected.losses, rtol=1e-9)
-
-
-@each_backend
-@each_loss
-def test_streaming_picks_the_same_units(backend: str, loss: str) -> None:
-    model, x, y = problem(loss, n=40, m=120)
-    how = {"steps": 8, "loss": loss, "backend": backend}
-    expected, found = select(model, (x, y), **how), select(model, (x, y), memory_limit=8192, **how)
-    assert torch.equal(found.order, expected.order)
-    assert torch.allclose(found.losses, expected.losses, rtol=1e-9)
-    assert torch.allclose(found.gap, expected.gap, rtol=1e-6, atol=1e-9)
-
-
-@each_backend
-@each_loss
-@pytest.mark.parametrize("option", ["candidates", "batch_size"])
-def test_random_forms_are_seeded_and_report_the_whole_loss(
-    backend: str, loss: str, option: str
-) -> None:
-    model, x, y = problem(loss, n=20, m=100)
-    how = {"steps": 10, "loss": loss, "backend": backend, option: 3}
-    first = select(model, (x, y), seed=1, **how)
-    torch.manual_seed(99)  # not what decides
-    assert same(first, select(model, (x, y), seed=1, **how))
-    assert not torch.equal(first.order, select(model, (x, y), seed=2, **how).order)
-    check_pruned(model, x, y, loss, first)
-    assert first.bound is None
-    assert first.gap is None
-
-
-@each_backend
-@each_loss
-def test_random_forms_agree_with_the_full_one_where_chance_has_no_say(
-    backend: str, loss: str
-) -> None:
-    model, x, y = problem(loss, n=12, c=5)
-    how = {"steps": 8, "loss": loss, "backend": backend}
-    everyone = select(model, (x, y), candidates=12, **how)
-    assert torch.equal(everyone.order, select(model, (x, y), **how).order)
-    row = int((model[:2](x) > 0).sum(1).argmax())  # any mini-batch of this one sample is the data
-    x, y = x[row].repeat(30, 1), y[row : row + 1].repeat_interleave(30, 0)
-    batched = select(model, (x, y), batch_size=4, **how)
-    assert Dense(model, x, y, loss).follow(batched.order) >= 2
-
-
-@each_backend
-@each_loss
-def test_threads_do_not_decide(backend: str, loss: str) -> None:
-    model, x, y = problem(loss, n=48, m=2000)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found.append(select(model, (x, y), steps=20, loss=loss, backend=backend))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(found[0].order, found[1].order)
-    assert torch.allclose(found[0].losses, found[1].losses, rtol=1e-9)
-
-
-# ---------------------------------------------------------------- the certificate
-
-
-@each_backend
-@each_loss
-def test_bound_and_gap_are_their_formulas(backend: str, loss: str) -> None:
-    model, x, y = problem(loss, c=4)
-    selection = select(model, (x, y), steps=12, loss=loss, backend=backend)
-    dense = Dense(model, x, y, loss)
-    spread = float((dense.phi - dense.phi.mean(0)).square().sum(2).mean())  # V
-    for k in range(1, 13):
-        harmonic = sum(1 / i for i in range(1, k + 1))
-        excess = SMOOTHNESS[loss](4) / 2 * spread * harmonic / k
-        assert float(selection.bound[k - 1]) == near(float(selection.dense_loss) + excess)
-        factors = 16 * selection.order[:k].bincount(minlength=16).double() / k
-        slope = torch.autograd.functional.jacobian(dense.value, factors)
-        gap = float(slope @ factors - 16 * slope.min())
-        assert float(selection.gap[k - 1]) == pytest.approx(gap, rel=1e-4, abs=1e-5)
-
-
-@each_backend
-@pytest.mark.parametrize(
-    ("options", "bound", "gap"),
-    [
-        ({}, True, True),
-        ({"replacement": False}, False, True),
-        ({"weights": "uniform", "replacement": False}, False, True),
-        ({"weights": "uniform"}, False, False),
-        ({"weights": "none"}, False, False),
-        ({"weights": "refit"}, False, False),
-        ({"candidates": 6}, False, False),
-        ({"batch_size": 20}, False, False),
-    ],
-    ids=str,
-)
-def test_certificates_are_given_where_they_hold(
-    backend: str, options: dict, bound: bool, gap: bool
-) -> None:
-    model, x, y = problem(n=6)
-    selection = select(model, (x, y), steps=6, backend=backend, **options)
-    assert (selection.bound is not None) == bound
-    assert (selection.gap is not None) == gap
-
-
-# ---------------------------------------------------------------- the record
-
-
-@each_backend
-@pytest.mark.parametrize("replacement", [True, False])
-def test_record(backend: str, replacement: bool) -> None:
-    model, x, y = problem()
-    selection = select(model, (x, y), steps=10, replacement=replacement, backend=backend)
-    assert isinstance(selection, greedyprune.Selection)
-    assert list(selection.layers) == ["0"]
-    assert isinstance(only(selection), greedyprune.LayerSelection)
-    for record in (selection, only(selection)):
-        order = record.order
-        assert order.dtype == record.counts.dtype == record.kept.dtype == torch.int64
-        assert record.losses.dtype == record.dense_loss.dtype == torch.float64
-        assert order.shape == record.losses.shape == record.gap.shape == (10,)
-        assert record.dense_loss.shape == ()
-        assert torch.equal(record.counts, order.bincount(minlength=16))
-        assert torch.equal(record.kept, order.unique())
-        assert record.distinct.tolist() == [len(set(order[:k].tolist())) for k in range(1, 11)]
-        fields = [getattr(record, f) for f in FIELDS]
-        assert {str(t.device) for t in fields if t is not None} == {"cpu"}
-    assert replacement or record.counts.max() == 1
-    for record in (selection, only(selection)):
-        with pytest.raises((FrozenInstanceError, AttributeError)):
-            record.layers = record.order = None
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("replacement", [True, False])
-def test_at_cuts_the_path_and_a_file_brings_it_back(
-    tmp_path: Path, weights: str, replacement: bool
-) -> None:
-    model, x, y = problem()
-    how = {"weights": weights, "replacement": replacement}
-    selection = select(model, (x, y), steps=10, **how)
-    path = tmp_path / "selection.safetensors"
-    selection.save(path)
-    loaded = greedyprune.Selection.load(path)
-    assert same(loaded, selection)
-    assert same(selection.at(10), selection)
-    for k in (1, 4, 9):
-        cut, alone = selection.at(k), select(model, (x, y), steps=k, **how)
-        assert same(loaded.at(k), cut)
-        assert torch.equal(cut.order, alone.order)
-        assert torch.equal(cut.kept, alone.kept)
-        assert torch.allclose(cut.losses, alone.losses, rtol=1e-9)
-        assert torch.allclose(cut.weights, alone.weights, rtol=1e-6)
-        assert same(selection.at(9).at(k), cut)
-    small = greedyprune.prune(model, loaded)
-    assert torch.equal(small(x), greedyprune.prune(model, selection)(x))
-
-
-def test_one_path_serves_every_size_and_the_file_holds_no_pickle(tmp_path: Path) -> None:
-    model, x, y = problem()
-    selection = select(model, (x, y), size=10)
-    assert torch.equal(selection.at(4).order, select(model, (x, y), size=4).order)
-    selection.save(str(tmp_path / "s.safetensors"))
-    (path,) = tmp_path.iterdir()
-    blob = path.read_bytes()
-    (length,) = struct.unpack("<Q", blob[:8])
-    assert blob[8:9] == b"{"
-    assert length < len(blob)
-    assert safetensors.torch.load_file(path)
-
-
-def test_summary_and_plot_show_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    model, x = Net(), torch.randn(30, 5)
-    selection = select(model, (x, targets_for(model, x, "mse")), steps=7)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(selection.summary())
-    text = console.file.getvalue() + capsys.readouterr().out
-    assert "fc1" in text
-    assert str(len(selection.kept)) in text
-    lines = [line for axes in selection.plot().figure.axes for line in axes.get_lines()]
-    heights = [torch.as_tensor(line.get_ydata(), dtype=torch.float64) for line in lines]
-    assert any(torch.equal(height, selection.losses) for height in heights)
-
-
-def test_show_config_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
-    greedyprune.show_config()
-    text = capsys.readouterr().out
-    assert torch.__version__ in text
-    assert greedyprune.__version__ in text
 
 
 # ---------------------------------------------------------------- invariant 6

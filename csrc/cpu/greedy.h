@@ -16,10 +16,23 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-// sum += weight * features, over one unit's row.
+// z += phi_unit, for sums z (C, m).
 template <class Feature>
-inline void add_scaled(const Feature* features, double weight, double* sum, int64_t n) {
-  for (int64_t s = 0; s < n; ++s) sum[s] += weight * static_cast<double>(features[s]);
+void add_phi(const Feature* features, const double* outgoing, int64_t outputs, double* sum,
+             int64_t samples) {
+  for (int64_t c = 0; c < outputs; ++c) {
+    for (int64_t s = 0; s < samples; ++s)
+      sum[c * samples + s] += outgoing[c] * static_cast<double>(features[s]);
+  }
+}
+
+inline void add_phi(const Features& f, int64_t unit, const double* outgoing, int64_t outputs,
+                    double* sum) {
+  const double* w = outgoing + unit * outputs;
+  if (f.type == Type::float32)
+    add_phi(static_cast<const float*>(f.data) + unit * f.stride, w, outputs, sum, f.samples);
+  else
+    add_phi(static_cast<const double*>(f.data) + unit * f.stride, w, outputs, sum, f.samples);
 }
 
 // Keeps of units[0:n] those that rounding does not rule out as the minimum; how many those are.

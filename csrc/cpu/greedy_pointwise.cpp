@@ -61,15 +61,7 @@ class PointwiseObjective {
   }
 
   Status add(int64_t, int64_t unit) {
-    const Features& f = p_.features;
-    for (int64_t c = 0; c < outputs(); ++c) {
-      const double weight = p_.outgoing[unit * outputs() + c];
-      double* sum = p_.sum + c * samples();
-      if (f.type == Type::float32)
-        add_scaled(static_cast<const float*>(f.data) + unit * f.stride, weight, sum, samples());
-      else
-        add_scaled(static_cast<const double*>(f.data) + unit * f.stride, weight, sum, samples());
-    }
+    add_phi(p_.features, unit, p_.outgoing, outputs(), p_.sum);
     if (p_.linear) linear_sum_ += p_.linear_unit[unit];
     return Status::ok;
   }

@@ -52,10 +52,7 @@ class QuadraticObjective {
     state_sum_ += 2 * q_.state[unit] + q_.norm[unit];
     reach_ += std::sqrt(q_.norm[unit]);
     for (int64_t j = 0; j < q_.units; ++j) q_.state[j] += column[j];
-    if (q_.features) {
-      for (int64_t c = 0; c < q_.outputs; ++c)
-        add_row(unit, q_.outgoing[unit * q_.outputs + c], q_.sum + c * samples());
-    }
+    if (q_.features) add_phi(*q_.features, unit, q_.outgoing, q_.outputs, q_.sum);
     return Status::ok;
   }
 
@@ -108,14 +105,6 @@ class QuadraticObjective {
     const double size = std::sqrt(q_.norm[j]);
     return q_.rounding * size * reach_ +
            64 * Format<double>::epsilon * (size * (size + reach_) + steps * std::fabs(q_.beta[j]));
-  }
-
-  void add_row(int64_t unit, double weight, double* sum) {
-    const Features& f = *q_.features;
-    if (f.type == Type::float32)
-      add_scaled(static_cast<const float*>(f.data) + unit * f.stride, weight, sum, f.samples);
-    else
-      add_scaled(static_cast<const double*>(f.data) + unit * f.stride, weight, sum, f.samples);
   }
 
   const Quadratic& q_;

@@ -1,0 +1,252 @@
+"""The public contract, part 2: data and the random forms, the certificate, the record."""
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from oracle import (
+    FIELDS,
+    SMOOTHNESS,
+    WEIGHTS,
+    Dense,
+    Net,
+    check_pruned,
+    each_backend,
+    each_loss,
+    near,
+    only,
+    problem,
+    same,
+    select,
+    targets_for,
+)
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import greedyprune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---------------------------------------------------------------- data and the random forms
+
+FORMS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "list": lambda x, y: [(x[:25], y[:25]), (x[25:], y[25:])],
+    "generator": lambda x, y: ((x[i : i + 9], y[i : i + 9]) for i in range(0, len(x), 9)),
+    "dataset": TensorDataset,
+    "loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7),
+    "shuffled": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True),
+    "dicts": lambda x, y: [
+        {"features": x[:40], "labels": y[:40]},
+        {"labels": y[40:], "features": x[40:]},
+    ],
+}
+
+
+@each_backend
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_data_gives_one_answer(backend: str, loss: str, form: str) -> None:
+    sequential, x, y = problem(loss)
+    model = Net()
+    model.fc1, model.fc2 = sequential[0], sequential[2]
+    expected = select(model, (x, y), steps=8, backend=backend)
+    found = select(model, FORMS[form](x, y), steps=8, backend=backend)
+    assert torch.equal(found.order, expected.order)
+    assert torch.allclose(found.losses, expected.losses, rtol=1e-9)
+
+
+@each_backend
+@each_loss
+def test_streaming_picks_the_same_units(backend: str, loss: str) -> None:
+    model, x, y = problem(loss, n=40, m=120)
+    how = {"steps": 8, "loss": loss, "backend": backend}
+    expected, found = select(model, (x, y), **how), select(model, (x, y), memory_limit=8192, **how)
+    assert torch.equal(found.order, expected.order)
+    assert torch.allclose(found.losses, expected.losses, rtol=1e-9)
+    assert torch.allclose(found.gap, expected.gap, rtol=1e-6, atol=1e-9)
+
+
+@each_backend
+@each_loss
+@pytest.mark.parametrize("option", ["candidates", "batch_size"])
+def test_random_forms_are_seeded_and_report_the_whole_loss(
+    backend: str, loss: str, option: str
+) -> None:
+    model, x, y = problem(loss, n=20, m=100)
+    how = {"steps": 10, "loss": loss, "backend": backend, option: 3}
+    first = select(model, (x, y), seed=1, **how)
+    torch.manual_seed(99)  # not what decides
+    assert same(first, select(model, (x, y), seed=1, **how))
+    assert not torch.equal(first.order, select(model, (x, y), seed=2, **how).order)
+    check_pruned(model, x, y, loss, first)
+    assert first.bound is None
+    assert first.gap is None
+
+
+@each_backend
+@each_loss
+def test_random_forms_agree_with_the_full_one_where_chance_has_no_say(
+    backend: str, loss: str
+) -> None:
+    model, x, y = problem(loss, n=12, c=5)
+    how = {"steps": 8, "loss": loss, "backend": backend}
+    everyone = select(model, (x, y), candidates=12, **how)
+    assert torch.equal(everyone.order, select(model, (x, y), **how).order)
+    row = int((model[:2](x) > 0).sum(1).argmax())  # any mini-batch of this one sample is the data
+    x, y = x[row].repeat(30, 1), y[row : row + 1].repeat_interleave(30, 0)
+    batched = select(model, (x, y), batch_size=4, **how)
+    assert Dense(model, x, y, loss).follow(batched.order) >= 2
+
+
+@each_backend
+@each_loss
+def test_threads_do_not_decide(backend: str, loss: str) -> None:
+    model, x, y = problem(loss, n=48, m=2000)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(select(model, (x, y), steps=20, loss=loss, backend=backend))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].order, found[1].order)
+    assert torch.allclose(found[0].losses, found[1].losses, rtol=1e-9)
+
+
+# ---------------------------------------------------------------- the certificate
+
+
+@each_backend
+@each_loss
+def test_bound_and_gap_are_their_formulas(backend: str, loss: str) -> None:
+    model, x, y = problem(loss, c=4)
+    selection = select(model, (x, y), steps=12, loss=loss, backend=backend)
+    dense = Dense(model, x, y, loss)
+    spread = float((dense.phi - dense.phi.mean(0)).square().sum(2).mean())  # V
+    for k in range(1, 13):
+        harmonic = sum(1 / i for i in range(1, k + 1))
+        excess = SMOOTHNESS[loss](4) / 2 * spread * harmonic / k
+        assert float(selection.bound[k - 1]) == near(float(selection.dense_loss) + excess)
+        factors = 16 * selection.order[:k].bincount(minlength=16).double() / k
+        slope = torch.autograd.functional.jacobian(dense.value, factors)
+        gap = float(slope @ factors - 16 * slope.min())
+        assert float(selection.gap[k - 1]) == pytest.approx(gap, rel=1e-4, abs=1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("options", "bound", "gap"),
+    [
+        ({}, True, True),
+        ({"replacement": False}, False, True),
+        ({"weights": "uniform", "replacement": False}, False, True),
+        ({"weights": "uniform"}, False, False),
+        ({"weights": "none"}, False, False),
+        ({"weights": "refit"}, False, False),
+        ({"candidates": 6}, False, False),
+        ({"batch_size": 20}, False, False),
+    ],
+    ids=str,
+)
+def test_certificates_are_given_where_they_hold(
+    backend: str, options: dict, bound: bool, gap: bool
+) -> None:
+    model, x, y = problem(n=6)
+    selection = select(model, (x, y), steps=6, backend=backend, **options)
+    assert (selection.bound is not None) == bound
+    assert (selection.gap is not None) == gap
+
+
+# ---------------------------------------------------------------- the record
+
+
+@each_backend
+@pytest.mark.parametrize("replacement", [True, False])
+def test_record(backend: str, replacement: bool) -> None:
+    model, x, y = problem()
+    selection = select(model, (x, y), steps=10, replacement=replacement, backend=backend)
+    assert isinstance(selection, greedyprune.Selection)
+    assert list(selection.layers) == ["0"]
+    assert isinstance(only(selection), greedyprune.LayerSelection)
+    for record in (selection, only(selection)):
+        order = record.order
+        assert order.dtype == record.counts.dtype == record.kept.dtype == torch.int64
+        assert record.losses.dtype == record.dense_loss.dtype == torch.float64
+        assert order.shape == record.losses.shape == record.gap.shape == (10,)
+        assert record.dense_loss.shape == ()
+        assert torch.equal(record.counts, order.bincount(minlength=16))
+        assert torch.equal(record.kept, order.unique())
+        assert record.distinct.tolist() == [len(set(order[:k].tolist())) for k in range(1, 11)]
+        fields = [getattr(record, f) for f in FIELDS]
+        assert {str(t.device) for t in fields if t is not None} == {"cpu"}
+    assert replacement or record.counts.max() == 1
+    for record in (selection, only(selection)):
+        with pytest.raises((FrozenInstanceError, AttributeError)):
+            record.layers = record.order = None
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("replacement", [True, False])
+def test_at_cuts_the_path_and_a_file_brings_it_back(
+    tmp_path: Path, weights: str, replacement: bool
+) -> None:
+    model, x, y = problem()
+    how = {"weights": weights, "replacement": replacement}
+    selection = select(model, (x, y), steps=10, **how)
+    path = tmp_path / "selection.safetensors"
+    selection.save(path)
+    loaded = greedyprune.Selection.load(path)
+    assert same(loaded, selection)
+    assert same(selection.at(10), selection)
+    for k in (1, 4, 9):
+        cut, alone = selection.at(k), select(model, (x, y), steps=k, **how)
+        assert same(loaded.at(k), cut)
+        assert torch.equal(cut.order, alone.order)
+        assert torch.equal(cut.kept, alone.kept)
+        assert torch.allclose(cut.losses, alone.losses, rtol=1e-9)
+        assert torch.allclose(cut.weights, alone.weights, rtol=1e-6)
+        assert same(selection.at(9).at(k), cut)
+    small = greedyprune.prune(model, loaded)
+    assert torch.equal(small(x), greedyprune.prune(model, selection)(x))
+
+
+def test_one_path_serves_every_size_and_the_file_holds_no_pickle(tmp_path: Path) -> None:
+    model, x, y = problem()
+    selection = select(model, (x, y), size=10)
+    assert torch.equal(selection.at(4).order, select(model, (x, y), size=4).order)
+    selection.save(str(tmp_path / "s.safetensors"))
+    (path,) = tmp_path.iterdir()
+    blob = path.read_bytes()
+    (length,) = struct.unpack("<Q", blob[:8])
+    assert blob[8:9] == b"{"
+    assert length < len(blob)
+    assert safetensors.torch.load_file(path)
+
+
+def test_summary_and_plot_show_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(30, 5)
+    selection = select(model, (x, targets_for(model, x, "mse")), steps=7)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(selection.summary())
+    text = console.file.getvalue() + capsys.readouterr().out
+    assert "fc1" in text
+    assert str(len(selection.kept)) in text
+    lines = [line for axes in selection.plot().figure.axes for line in axes.get_lines()]
+    heights = [torch.as_tensor(line.get_ydata(), dtype=torch.float64) for line in lines]
+    assert any(torch.equal(height, selection.losses) for height in heights)
+
+
+def test_show_config_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    greedyprune.show_config()
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert greedyprune.__version__ in text
