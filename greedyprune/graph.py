@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -82,10 +83,6 @@ class Graph:
             name = self._linear(node)
             if name is not None:
                 yield name, node
-
-    def kind(self, name: str) -> str:
-        """The type of a module, for messages."""
-        return module_kind(self._model, name)
 
     def group(self, name: str, node: fx.Node) -> Group:
         """The group that `node`'s units belong to; NotPrunableError where they can't be removed."""
@@ -195,30 +192,79 @@ class Graph:
         return "nothing that reaches the output"
 
 
-def find_groups(graph: Graph, wanted: Sequence[str] | None) -> list[Group]:
-    """The groups of the wanted producers; of all that can be pruned where none are named.
+# What each model's structure allows, from the last call; kept with the model, weakly.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, dict[str, Group | NotPrunableError]]]
+_KNOWN = WeakKeyDictionary()
+
+
+def analyse(model: nn.Module, batch: Batch) -> dict[str, Group | NotPrunableError]:
+    """Every producer's group, or why it has none, in the order in which they run.
+
+    Raises whatever torch.export raises for a model that it can't trace. A second call on an
+    unchanged model finds the answer kept.
+    """
+    signature = _signature(model, batch)
+    known = _KNOWN.get(model)
+    if known is not None and known[0] == signature:
+        return known[1]
+    graph = Graph(model, batch.args, batch.kwargs)
+    found: dict[str, Group | NotPrunableError] = {}
+    for name, node in graph.producers():
+        try:
+            found[name] = graph.group(name, node)
+        except NotPrunableError as error:
+            found[name] = error.with_traceback(None)
+    _KNOWN[model] = signature, found
+    return found
+
+
+def _signature(model: nn.Module, batch: Batch) -> object:
+    """What a trace depends on: modules, their plain attributes, shapes of tensors and inputs."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, (Tensor, nn.Parameter)):
+            return tuple(value.shape), value.dtype
+        if isinstance(value, (bool, int, float, str, type(None))):
+            return value
+        if isinstance(value, (tuple, list)):
+            return type(value), tuple(map(plain, value))
+        if isinstance(value, dict):
+            return tuple((str(key), plain(each)) for key, each in value.items())
+        return id(value)
+
+    modules = [
+        (name, type(module), plain({k: v for k, v in vars(module).items() if k != "_modules"}))
+        for name, module in model.named_modules()
+    ]
+    return modules, plain(batch.args), plain(batch.kwargs)
+
+
+def find_groups(
+    model: nn.Module, found: Mapping[str, Group | NotPrunableError], wanted: Sequence[str] | None
+) -> list[Group]:
+    """Of what `analyse` found, the groups of the wanted producers; of all that can be pruned where none are named.
 
     Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can.
     """
-    producers = dict(graph.producers())
-    if wanted is not None:
-        for name in wanted:
-            if name not in producers:
-                known = ", ".join(map(repr, producers)) or "none"
-                raise ValueError(
-                    f"layers: found {name!r} ({graph.kind(name)}), "
-                    f"expected a Linear that runs: {known}"
-                )
-        return [graph.group(name, producers[name]) for name in wanted]
-    groups, reasons = [], []
-    for name, node in producers.items():
-        try:
-            groups.append(graph.group(name, node))
-        except NotPrunableError as error:
-            reasons.append(str(error))
-    if not groups:
-        why = "; ".join(reasons) or "there is no Linear whose weights are a module's own"
-        raise NotPrunableError(f"model: no layer can be pruned: {why}")
+    if wanted is None:
+        groups = [group for group in found.values() if isinstance(group, Group)]
+        if not groups:
+            why = "; ".join(map(str, found.values()))
+            why = why or "there is no Linear whose weights are a module's own"
+            raise NotPrunableError(f"model: no layer can be pruned: {why}")
+        return groups
+    groups = []
+    for name in wanted:
+        if name not in found:
+            known = ", ".join(map(repr, found)) or "none"
+            raise ValueError(
+                f"layers: found {name!r} ({module_kind(model, name)}), "
+                f"expected a Linear that runs: {known}"
+            )
+        group = found[name]
+        if isinstance(group, NotPrunableError):
+            raise group
+        groups.append(group)
     return groups
 
 

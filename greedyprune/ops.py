@@ -8,17 +8,22 @@ outgoing (N, C) float64, the consumer's weights times N, so that phi_j = feature
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 from ._backend import extension
-from .losses import KINDS, Target
+from ._structs import (
+    FEATURE_TYPES,
+    Run,
+    Struct,
+    features_struct,
+    quadratic_struct,
+    target_struct,
+)
+from .losses import Target
 from .reference import Moments, Path, Rule, Step
-
-FEATURE_TYPES = {torch.float32: 0, torch.float64: 1}
 
 
 def candidate_loss(
@@ -59,13 +64,13 @@ def candidate_loss(
         )
     _check_target(target, features, outgoing)
     _C = extension()
-    keep = _Struct()
+    keep = Struct()
     exact = dtype == torch.float64
     losses = torch.empty(len(units), dtype=torch.float64, device=features.device)
     base = target.relative(outputs).to(dtype).contiguous()
     weights = outgoing.to(dtype).contiguous()
-    kernel_target = _target(keep, target, dtype, scale=1.0)
-    described = _features(keep, features)
+    kernel_target = target_struct(keep, target, dtype, scale=1.0)
+    described = features_struct(keep, features)
     if backend == "cuda":
         launch = _C.cuda_candidate_loss_f64 if exact else _C.cuda_candidate_loss_f32
         splits = _C.cuda_candidate_loss_splits(len(units), features.shape[1])
@@ -108,11 +113,11 @@ def candidate_slope(
     units = _units(units, features)
     if backend != "cpu":  # a matrix product: the library's, on the features' device
         return reference.candidate_slope(features, outgoing, gradient, units=units)
-    keep = _Struct()
+    keep = Struct()
     slopes = torch.empty(len(units), dtype=torch.float64)
     weights, slope = outgoing.double().contiguous(), gradient.double().contiguous()
     extension().candidate_slope_f64(
-        slopes.data_ptr(), 0, units.data_ptr(), len(units), _features(keep, features),
+        slopes.data_ptr(), 0, units.data_ptr(), len(units), features_struct(keep, features),
         weights.data_ptr(), slope.data_ptr(), outgoing.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return slopes
@@ -134,10 +139,11 @@ def greedy_gram(
     """
     units = len(moments.norm)
     _check("gram", gram, (units, units), torch.float64)
-    run = _Run(rule, units, with_gap)
-    quadratic = _quadratic(run, moments, rounding=_float64_rounding(moments.samples))
+    gram = gram.contiguous()
+    run = Run(rule, units, with_gap)
+    quadratic = quadratic_struct(run, moments, rounding=_float64_rounding(moments.samples))
     extension().greedy_gram(
-        run.path, gram.contiguous().data_ptr(), quadratic, run.rule, run.workspace,
+        run.path, gram.data_ptr(), quadratic, run.rule, run.workspace,
         torch.get_num_threads(), step,
     )  # fmt: skip
     return run.result()
@@ -174,7 +180,7 @@ def greedy_columns(
     Source: DESIGN section 2, "fetch columns in blocks".
     """
     units = len(moments.norm)
-    run = _Run(rule, units, with_gap)
+    run = Run(rule, units, with_gap)
     if rounding is None:
         rounding = _float64_rounding(moments.samples)
     block = min(block, units)
@@ -195,7 +201,7 @@ def greedy_columns(
         capacity=capacity,
         block=block,
     )
-    quadratic = _quadratic(run, moments, rounding)
+    quadratic = quadratic_struct(run, moments, rounding)
     if features is not None:
         assert outgoing is not None and target is not None
         _check_features(features, outgoing)
@@ -203,7 +209,7 @@ def greedy_columns(
         _check("target", target, shape, torch.float64)
         run.fill(
             quadratic,
-            features=_features(run, features),
+            features=features_struct(run, features),
             outgoing=outgoing.double().contiguous(),
             target=target.contiguous(),
             sum=torch.zeros(shape, dtype=torch.float64),
@@ -250,7 +256,7 @@ def greedy_pointwise(
     _check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
     _check("bias", bias, (outputs,))
-    run = _Run(rule, units, with_gap and batches is None)
+    run = Run(rule, units, with_gap and batches is None)
     double = torch.float64
     seen = samples if batches is None else batches.shape[1]
     widest = max(seen, samples)
@@ -277,10 +283,10 @@ def greedy_pointwise(
     linear = None if target.linear is None else target.linear / target.mass
     pointwise = run.fill(
         extension().Pointwise(),
-        features=_features(run, features),
+        features=features_struct(run, features),
         outgoing=outgoing.double().contiguous(),
         bias=bias.double().contiguous(),
-        target=_target(run, target, torch.float64, scale=1 / target.mass),
+        target=target_struct(run, target, torch.float64, scale=1 / target.mass),
         linear=linear,
         batch=0 if batches is None else seen,
         **scratch,
@@ -289,99 +295,6 @@ def greedy_pointwise(
         run.path, pointwise, run.rule, run.workspace, torch.get_num_threads(), step
     )
     return run.result()
-
-
-class _Struct:
-    """Fills the extension's structs from tensors, and keeps those alive as long as itself."""
-
-    def __init__(self) -> None:
-        self._kept: list[Any] = []
-
-    def fill(self, struct: Any, **fields: Any) -> Any:
-        for name, value in fields.items():
-            if isinstance(value, Tensor):
-                assert value.is_contiguous()
-                self._kept.append(value)
-                value = value.data_ptr()
-            elif value is None:
-                value = 0
-            else:
-                self._kept.append(value)
-            setattr(struct, name, value)
-        return struct
-
-
-class _Run(_Struct):
-    """What every greedy kernel takes: the rule, the path that it writes, scratch."""
-
-    def __init__(self, rule: Rule, units: int, with_gap: bool) -> None:
-        super().__init__()
-        _C = extension()
-        double, steps = torch.float64, rule.steps
-        self._order = torch.zeros(steps, dtype=torch.int64)
-        self._losses = torch.zeros(steps, dtype=double)
-        self._gap = torch.zeros(steps, dtype=double) if with_gap else None
-        self.path = self.fill(_C.Path(), order=self._order, losses=self._losses, gap=self._gap)
-        self.rule = self.fill(
-            _C.Rule(),
-            steps=steps,
-            size=rule.size,
-            replacement=rule.replacement,
-            candidates=0 if rule.draws is None else rule.draws.shape[1],
-            draws=None if rule.draws is None else rule.draws.contiguous(),
-        )
-        self.workspace = self.fill(
-            _C.Workspace(),
-            available=torch.empty(units, dtype=torch.int64),
-            contenders=torch.empty(units, dtype=torch.int64),
-            picked=torch.empty(units, dtype=torch.int64),
-            scores=torch.empty(units, dtype=double),
-            errors=torch.empty(units, dtype=double),
-        )
-
-    def result(self) -> Path:
-        k = self.path.length
-        gap = None if self._gap is None else self._gap[:k].clone()
-        return Path(self._order[:k].clone(), self._losses[:k].clone(), gap, self.path.rescored)
-
-
-def _features(keep: _Struct, features: Tensor) -> Any:
-    units, samples = features.shape
-    keep._kept.append(features)
-    struct = extension().Features()
-    struct.data, struct.type = features.data_ptr(), FEATURE_TYPES[features.dtype]
-    struct.units, struct.samples = units, samples
-    struct.stride = features.stride(0)
-    return struct
-
-
-def _target(keep: _Struct, target: Target, dtype: torch.dtype, scale: float) -> Any:
-    def as_real(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype).contiguous()
-
-    _C = extension()
-    return keep.fill(
-        _C.TargetF64() if dtype == torch.float64 else _C.TargetF32(),
-        loss=KINDS[target.kind][0],
-        outputs=target.outputs,
-        value=as_real(target.value),
-        label=None if target.label is None else target.label.contiguous(),
-        weight=as_real(target.weight),
-        scale=scale,
-    )
-
-
-def _quadratic(run: _Run, moments: Moments, rounding: float) -> Any:
-    return run.fill(
-        extension().Quadratic(),
-        units=len(moments.norm),
-        scale=1 / moments.mass,
-        norm=moments.norm.contiguous(),
-        beta=moments.beta.contiguous(),
-        target_norm=moments.target_norm,
-        rounding=rounding,
-        state=torch.zeros_like(moments.norm),
-    )
 
 
 def _float64_rounding(samples: int) -> float:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import _backend, settings
 from .data import Batch, Batches
 from .features import LayerData, target_of
-from .graph import Graph, Group, find_groups, named_group
+from .graph import Group, analyse, find_groups, named_group
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
@@ -257,13 +257,13 @@ def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
         groups = [named_group(model, *ends, example) for ends in chosen.consumers.items()]
     else:
         try:
-            graph = Graph(model, example.args, example.kwargs)
+            structure = analyse(model, example)
         except Exception as error:
             raise ValueError(
                 f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
                 "layers={producer: consumer}"
             ) from error
-        groups = find_groups(graph, chosen.layers)
+        groups = find_groups(model, structure, chosen.layers)
     if isinstance(chosen.size, Mapping):
         names = [group.producer for group in groups]
         for name in chosen.size:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import greedyprune
-from greedyprune.data import Batches
+from greedyprune.data import Batch, Batches
 from greedyprune.features import LayerData, moments
-from greedyprune.graph import Graph, find_groups
+from greedyprune.graph import analyse, find_groups
 from greedyprune.losses import criterion_of
 
 torch.manual_seed(0)
@@ -21,7 +21,7 @@ T = torch.randn(2500, 3)
 
 
 def layer_data(data: object, loss: object, limit: int = 2**30) -> LayerData:
-    group = find_groups(Graph(MODEL, (X[:4],), {}), None)[0]
+    group = find_groups(MODEL, analyse(MODEL, Batch((X[:4],), {}, None)), None)[0]
     return LayerData(
         MODEL, group, Batches(data, MODEL), criterion_of(loss, None), imitation=False,
         device=torch.device("cpu"), memory_limit=limit, progress=lambda source, desc: source,

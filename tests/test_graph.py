@@ -1,12 +1,16 @@
 """What the walker accepts, what it slices, and which operation it names when it refuses."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune.graph import Graph, Group, NotPrunableError, find_groups
+from greedyprune.data import Batch
+from greedyprune.graph import Group, NotPrunableError, analyse, find_groups
 
 
 class Net(nn.Module):
@@ -28,7 +32,7 @@ class Net(nn.Module):
 
 def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> Group:
     x = torch.randn(4, 5) if x is None else x
-    return find_groups(Graph(model.eval(), (x,), {}), [name])[0]
+    return find_groups(model, analyse(model.eval(), Batch((x,), {}, None)), [name])[0]
 
 
 BASE = {"first.weight": 0, "first.bias": 0, "last.weight": 1}
@@ -183,3 +187,25 @@ def test_named_layers_with_something_between() -> None:
     del model[1]
     with pytest.raises(ValueError, match="layer '0': '1' \\(Linear\\) stands between"):
         greedyprune.select(model, data, layers={"0": "2"})
+
+
+def test_a_changed_model_is_looked_at_again() -> None:
+    class Switch(Net):
+        soft = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.last(hidden.softmax(-1) if self.soft else hidden)
+
+    model = Switch()
+    assert group_of(model) is group_of(model)  # kept
+    model.soft = True
+    with pytest.raises(NotPrunableError, match="softmax"):
+        group_of(model)
+    model.soft = False
+    model.last = nn.Linear(8, 2)
+    assert group_of(model).slices == BASE
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None

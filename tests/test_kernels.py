@@ -13,6 +13,7 @@ from conftest import TOLERANCE
 from torch import Tensor, nn
 
 from greedyprune import _backend, ops, reference
+from greedyprune._structs import Struct, features_struct, target_struct
 from greedyprune.losses import Target, criterion_of
 from greedyprune.reference import Moments, Path, QuadraticObjective, Rule
 
@@ -97,15 +98,16 @@ def test_candidate_loss_bound_holds(instruction_set: str, criterion: str) -> Non
 
 def _screen(p: Problem, target: Target) -> tuple[Tensor, Tensor]:
     """losses and errors of the float32 kernel."""
-    keep = ops._Struct()
+    keep = Struct()
     features = p.features.float()
     units, n = torch.arange(len(features)), len(features)
+    described = target_struct(keep, target, torch.float32, 1.0)
     losses, errors = torch.empty(n).double(), torch.empty(n).double()
     base, outgoing = target.relative(p.outputs).float().contiguous(), p.outgoing.float()
     p.features = features.double()
     _backend.extension().candidate_loss_f32(
-        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, ops._features(keep, features),
-        outgoing.data_ptr(), 1.0, base.data_ptr(), ops._target(keep, target, torch.float32, 1.0), 1,
+        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, features_struct(keep, features),
+        outgoing.data_ptr(), 1.0, base.data_ptr(), described, 1,
     )  # fmt: skip
     return losses, errors
 

@@ -1,0 +1,107 @@
+"""How tensors reach the extension: the structs of csrc/kernels.h, filled field by field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._backend import extension
+from .losses import KINDS, Target
+from .reference import Moments, Path, Rule
+
+FEATURE_TYPES = {torch.float32: 0, torch.float64: 1}
+
+
+class Struct:
+    """Fills the extension's structs from tensors, and keeps those alive as long as itself."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def fill(self, struct: Any, **fields: Any) -> Any:
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous()
+                self._kept.append(value)
+                value = value.data_ptr()
+            elif value is None:
+                value = 0
+            else:
+                self._kept.append(value)
+            setattr(struct, name, value)
+        return struct
+
+
+class Run(Struct):
+    """What every greedy kernel takes: the rule, the path that it writes, scratch."""
+
+    def __init__(self, rule: Rule, units: int, with_gap: bool) -> None:
+        super().__init__()
+        _C = extension()
+        double, steps = torch.float64, rule.steps
+        self._order = torch.zeros(steps, dtype=torch.int64)
+        self._losses = torch.zeros(steps, dtype=double)
+        self._gap = torch.zeros(steps, dtype=double) if with_gap else None
+        self.path = self.fill(_C.Path(), order=self._order, losses=self._losses, gap=self._gap)
+        self.rule = self.fill(
+            _C.Rule(),
+            steps=steps,
+            size=rule.size,
+            replacement=rule.replacement,
+            candidates=0 if rule.draws is None else rule.draws.shape[1],
+            draws=None if rule.draws is None else rule.draws.contiguous(),
+        )
+        self.workspace = self.fill(
+            _C.Workspace(),
+            available=torch.empty(units, dtype=torch.int64),
+            contenders=torch.empty(units, dtype=torch.int64),
+            picked=torch.empty(units, dtype=torch.int64),
+            scores=torch.empty(units, dtype=double),
+            errors=torch.empty(units, dtype=double),
+        )
+
+    def result(self) -> Path:
+        k = self.path.length
+        gap = None if self._gap is None else self._gap[:k].clone()
+        return Path(self._order[:k].clone(), self._losses[:k].clone(), gap, self.path.rescored)
+
+
+def features_struct(keep: Struct, features: Tensor) -> Any:
+    units, samples = features.shape
+    keep._kept.append(features)
+    struct = extension().Features()
+    struct.data, struct.type = features.data_ptr(), FEATURE_TYPES[features.dtype]
+    struct.units, struct.samples = units, samples
+    struct.stride = features.stride(0)
+    return struct
+
+
+def target_struct(keep: Struct, target: Target, dtype: torch.dtype, scale: float) -> Any:
+    def as_real(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype).contiguous()
+
+    _C = extension()
+    return keep.fill(
+        _C.TargetF64() if dtype == torch.float64 else _C.TargetF32(),
+        loss=KINDS[target.kind][0],
+        outputs=target.outputs,
+        value=as_real(target.value),
+        label=None if target.label is None else target.label.contiguous(),
+        weight=as_real(target.weight),
+        scale=scale,
+    )
+
+
+def quadratic_struct(run: Run, moments: Moments, rounding: float) -> Any:
+    return run.fill(
+        extension().Quadratic(),
+        units=len(moments.norm),
+        scale=1 / moments.mass,
+        norm=moments.norm.contiguous(),
+        beta=moments.beta.contiguous(),
+        target_norm=moments.target_norm,
+        rounding=rounding,
+        state=torch.zeros_like(moments.norm),
+    )
