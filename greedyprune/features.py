@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .data import Batch, Batches
 from .graph import Group
 from .losses import Criterion, Target
@@ -236,41 +237,47 @@ def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> 
     return criterion.target(targets, shape)
 
 
-def moments(data: LayerData, gram: Tensor | None = None) -> Moments:
+def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moments:
     """The sums over all samples that selection and certificate need, in one pass, float64.
 
     gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>; None: not wanted
     """
     out, bias, n = data.outgoing, data.bias, data.units
-    norm = torch.zeros(n, dtype=torch.float64, device=data.device)
+    norm = torch.zeros(n, dtype=torch.float64, device=data.device)  # |h_j|^2
     beta = torch.zeros_like(norm)
-    weighted = torch.zeros_like(out)  # sum_s weight h_j^2, for each output
+    variance = torch.zeros_like(out)  # sum_s weight_s h_j^2, for each output
     samples, mass, dense, empty, target_norm, mean_norm = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     for block in data.blocks():
-        h, target = block.features.double(), block.target
+        h, target = block.features, block.target
+        if backend == "reference":
+            h = h.double()
         samples, mass = samples + target.samples, mass + target.mass
-        squares = h.square()
-        norm += squares.sum(1)
-        mean_phi = out.T @ h / n
+        squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
+        norm += squares
         if target.kind != "custom":
-            dense += float(target.loss_sum(bias[:, None] + mean_phi))
-            empty += float(target.loss_sum(bias[:, None].expand_as(mean_phi)))
-            weight = torch.ones_like(mean_phi) if target.weight is None else target.weight
-            weight = weight.expand_as(mean_phi)
-            weighted += squares @ weight.T
-            mean_norm += float((weight * mean_phi.square()).sum())
+            mean_phi = (out.T / n).to(h.dtype) @ h
+            outputs = bias[:, None] + mean_phi
+            dense += float(target.loss_sum(outputs))
+            empty += float(target.loss_sum(bias[:, None].expand_as(outputs)))
+            if target.weight is None:
+                variance += squares[:, None]
+                mean_norm += float(mean_phi.double().square().sum())
+            else:
+                weight = target.weight.expand_as(mean_phi)
+                variance += h.double().square() @ weight.T
+                mean_norm += float((weight * mean_phi.square()).sum())
         if target.kind == "mse":
             assert target.value is not None
             t = target.value - bias[:, None]
             target_norm += float(t.square().sum())
-            beta += ((h @ t.T) * out).sum(1)
+            beta += ops.candidate_slope(h, out, t, backend=backend)
         if gram is not None:
-            _add_upper_product(gram, h)
+            _add_upper_product(gram, h.double())
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0
     if data.criterion.kind != "custom":
-        spread = float((weighted * out.square()).sum()) / n - mean_norm
+        spread = float((variance * out.square()).sum()) / n - mean_norm
         spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
         dense, empty = dense / mass, empty / mass
     if gram is not None:

@@ -242,7 +242,7 @@ def _signature(model: nn.Module, batch: Batch) -> object:
 def find_groups(
     model: nn.Module, found: Mapping[str, Group | NotPrunableError], wanted: Sequence[str] | None
 ) -> list[Group]:
-    """Of what `analyse` found, the groups of the wanted producers; of all that can be pruned where none are named.
+    """Of what `analyse` found, the groups of the wanted producers, or of all that have one.
 
     Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can.
     """

@@ -142,7 +142,7 @@ class Solver:
         if quadratic and not self._columns:
             shape = (data.units, data.units)
             self._gram = torch.zeros(shape, dtype=torch.float64, device=data.device)
-        self.moments = moments(data, self._gram)
+        self.moments = moments(data, backend, self._gram)
 
     def run(self, rule: Rule, *, batches: Tensor | None, with_gap: bool, step: Step | None) -> Path:
         data = self.data

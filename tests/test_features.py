@@ -30,14 +30,15 @@ def layer_data(data: object, loss: object, limit: int = 2**30) -> LayerData:
 
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [2**30, 30 * 4 * 1500, 1])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("loss", ["mse", nn.CrossEntropyLoss(torch.tensor([1.0, 0.2, 3.0]))])
-def test_moments_are_their_definitions(limit: int, loss: object) -> None:
+def test_moments_are_their_definitions(limit: int, loss: object, backend: str) -> None:
     targets = T if loss == "mse" else Y
     batches = [(X[i : i + 700], targets[i : i + 700]) for i in range(0, 2500, 700)]
     data = layer_data(batches, loss, limit)
     assert (data.features is None) == (limit < 30 * 4 * 2500)
     gram = torch.zeros(30, 30, dtype=torch.float64)
-    found = moments(data, gram)
+    found = moments(data, backend, gram)
     hidden = MODEL[:2](X).double().T
     phi = hidden[:, None, :] * (30 * MODEL[2].weight.double().T)[:, :, None]
     bias = MODEL[2].bias.double()[:, None]
