@@ -176,6 +176,7 @@ void bind_structs(py::module_& m) {
   pointer(quadratic, "target", &Quadratic::target);
   pointer(quadratic, "sum", &Quadratic::sum);
   pointer(quadratic, "residual", &Quadratic::residual);
+  pointer(quadratic, "all_units", &Quadratic::all_units);
 
   py::class_<ColumnCache> cache(m, "ColumnCache");
   cache.def(py::init<>())

@@ -84,11 +84,12 @@ struct Quadratic {
   double* state;       // (N)  c_j = <phi_j, z>; zero on entry
   // With the features at hand, what rounding leaves open is scored again from them. Else null.
   const Features* features;
-  const double* outgoing;  // (N, C)
-  const double* target;    // (C, m)  t
-  double* sum;             // (C, m)  z; zero on entry
-  double* residual;        // (C, m)  scratch
-  int64_t outputs;         // C
+  const double* outgoing;    // (N, C)
+  const double* target;      // (C, m)  t
+  double* sum;               // (C, m)  z; zero on entry
+  double* residual;          // (C, m)  scratch
+  int64_t outputs;           // C
+  const int64_t* all_units;  // (N)  0, 1, 2, ...
 };
 
 struct ColumnCache {

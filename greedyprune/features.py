@@ -96,6 +96,11 @@ class LayerData:
                 mass = block.target.mass * target.samples / samples
                 yield Block(block.features[:, part], replace(target, mass=mass))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self.features is not None
+        return self.features.dtype
+
     def whole(self) -> list[Block]:
         """All samples as one block; only where the features are in memory."""
         assert self.features is not None and self.target is not None
@@ -272,7 +277,8 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             target_norm += float(t.square().sum())
             beta += ops.candidate_slope(h, out, t, backend=backend)
         if gram is not None:
-            _add_upper_product(gram, h.double())
+            # Features that are kept decide what float32 leaves open; else there is no second look.
+            _add_upper_product(gram, h if data.features is not None else h.double())
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0
@@ -286,13 +292,16 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
     return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
 
 
+PRODUCT = 2048  # samples in one product in the features' own type; bounds its rounding
 PANEL = 1024  # rows of the Gram matrix computed together: only the upper half of them
 
 
 def _add_upper_product(gram: Tensor, h: Tensor) -> None:
-    """gram += h h^T, the blocks on and above the diagonal."""
-    for i in range(0, len(gram), PANEL):
-        gram[i : i + PANEL, i:].addmm_(h[i : i + PANEL], h[i:].T)
+    """gram += h h^T, the blocks on and above the diagonal; sums of products in float64."""
+    for s in range(0, h.shape[1], PRODUCT):
+        part = h[:, s : s + PRODUCT]
+        for i in range(0, len(gram), PANEL):
+            gram[i : i + PANEL, i:] += part[i : i + PANEL] @ part[i:].T
 
 
 def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .features import Block, LayerData, moments
+from .features import PRODUCT, Block, LayerData, moments
 from .reference import Path, Rule, Step
 
-CHUNK = 1024  # samples in one float32 product; bounds its rounding
 # A fetch of 32 columns reads the features once and brings two or three of the coming picks; the
 # Gram matrix costs N columns. Columns pay while they are fewer than that:
 COLUMNS_PER_PICK = 12
@@ -149,10 +148,18 @@ class Solver:
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)
         if batches is None and self._gram is not None:
-            solve = reference.greedy_gram if self.backend == "cuda" else ops.greedy_gram
-            return solve(self._gram, self.moments, rule, with_gap=with_gap, step=step)
+            if self.backend == "cuda":
+                return reference.greedy_gram(
+                    self._gram, self.moments, rule, with_gap=with_gap, step=step
+                )
+            return ops.greedy_gram(
+                self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
+            )
         if batches is None and self._columns and self.backend == "cpu":
-            return self._by_columns(rule, with_gap, step)
+            columns = _columns_of(data, torch.float64 if data.features is None else data.dtype)
+            return ops.greedy_columns(
+                columns, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
+            )
         if self.backend == "cpu" and data.features is not None:
             assert data.target is not None
             return ops.greedy_pointwise(
@@ -162,30 +169,30 @@ class Solver:
         objective = PointwiseObjective(data, self.backend, batches, with_gap, self.moments.mass)
         return reference.greedy(objective, rule, step)
 
-    def _by_columns(self, rule: Rule, with_gap: bool, step: Step | None) -> Path:
+    def _exact(self) -> ops.Exact | None:
+        """Float32 products are twice as fast, and the features in memory make up for them."""
         data = self.data
-        if data.features is None:
-            columns = _columns_of(data, torch.float64)
-            return ops.greedy_columns(columns, self.moments, rule, with_gap=with_gap, step=step)
+        if data.features is None or self.backend != "cpu":
+            return None
         assert data.target is not None and data.target.value is not None
-        return ops.greedy_columns(
-            _columns_of(data, data.features.dtype), self.moments, rule,
-            rounding=CHUNK * torch.finfo(data.features.dtype).eps / 2,
-            features=data.features, outgoing=data.outgoing,
-            target=data.target.value - data.bias[:, None], with_gap=with_gap, step=step,
-        )  # fmt: skip
+        return ops.Exact(
+            rounding=PRODUCT * torch.finfo(data.dtype).eps / 2,
+            features=data.features,
+            outgoing=data.outgoing,
+            target=data.target.value - data.bias[:, None],
+        )
 
 
 def _columns_of(data: LayerData, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
-    """Columns of the Gram matrix: products of CHUNK samples in `dtype`, added up in float64."""
+    """Columns of the Gram matrix: products of PRODUCT samples in `dtype`, added up in float64."""
 
     def columns(units: Tensor, out: Tensor) -> None:
         by_unit = torch.zeros(data.units, len(units), dtype=torch.float64, device=data.device)
         blocks = [data.features] if data.features is not None else None
         for features in blocks or (block.features for block in data.blocks()):
             rows = features[units].to(dtype)
-            for s in range(0, features.shape[1], CHUNK):
-                by_unit += features[:, s : s + CHUNK].to(dtype) @ rows[:, s : s + CHUNK].T
+            for s in range(0, features.shape[1], PRODUCT):
+                by_unit += features[:, s : s + PRODUCT].to(dtype) @ rows[:, s : s + PRODUCT].T
         out.copy_(by_unit.T)
         out *= data.outgoing[units] @ data.outgoing.T
 

@@ -8,6 +8,8 @@ outgoing (N, C) float64, the consumer's weights times N, so that phi_j = feature
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,20 @@ from ._structs import (
 )
 from .losses import Target
 from .reference import Moments, Path, Rule, Step
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What decides between units that a rough Gram matrix can't tell apart: the features.
+
+    rounding: how well the Gram matrix is known, as a share of |phi_i| |phi_j|
+    features: (N, m); outgoing: (N, C); target: (C, m) float64, the target less the bias
+    """
+
+    rounding: float
+    features: Tensor
+    outgoing: Tensor
+    target: Tensor
 
 
 def candidate_loss(
@@ -124,13 +140,20 @@ def candidate_slope(
 
 
 def greedy_gram(
-    gram: Tensor, moments: Moments, rule: Rule, *, with_gap: bool = True, step: Step | None = None
+    gram: Tensor,
+    moments: Moments,
+    rule: Rule,
+    *,
+    exact: Exact | None = None,
+    with_gap: bool = True,
+    step: Step | None = None,
 ) -> Path:
     """All greedy steps for squared error on a Gram matrix, O(N) a step.
 
     Args:
         gram: (N, N) float64, G_ij = <phi_i, phi_j>
         moments: norm and beta (N,), and the sums of the targets
+        exact: what makes every pick exact where the Gram matrix is not
 
     Raises:
         ValueError, TypeError: shapes or types that do not fit
@@ -141,7 +164,7 @@ def greedy_gram(
     _check("gram", gram, (units, units), torch.float64)
     gram = gram.contiguous()
     run = Run(rule, units, with_gap)
-    quadratic = quadratic_struct(run, moments, rounding=_float64_rounding(moments.samples))
+    quadratic = _quadratic(run, moments, exact)
     extension().greedy_gram(
         run.path, gram.data_ptr(), quadratic, run.rule, run.workspace,
         torch.get_num_threads(), step,
@@ -154,10 +177,7 @@ def greedy_columns(
     moments: Moments,
     rule: Rule,
     *,
-    rounding: float | None = None,
-    features: Tensor | None = None,
-    outgoing: Tensor | None = None,
-    target: Tensor | None = None,
+    exact: Exact | None = None,
     block: int = 32,
     capacity: int = 4096,
     with_gap: bool = True,
@@ -167,11 +187,7 @@ def greedy_columns(
 
     Args:
         columns: called with units (n,) int64 and out (n, N) float64, to fill with those columns
-        rounding: how well the columns are known, as a share of |phi_i| |phi_j|; None: as float64
-            sums over all samples
-        features, outgoing, target: (N, m), (N, C) and (C, m) float64 (target less bias). With them
-            every pick is exact however rough the columns are: what the rounding leaves open is
-            scored again from the features
+        exact: as for greedy_gram
         capacity: how many columns are kept at a time
 
     Raises:
@@ -181,8 +197,6 @@ def greedy_columns(
     """
     units = len(moments.norm)
     run = Run(rule, units, with_gap)
-    if rounding is None:
-        rounding = _float64_rounding(moments.samples)
     block = min(block, units)
     capacity = max(block, min(capacity, units + block))
     cache = torch.empty(capacity, units, dtype=torch.float64)
@@ -201,31 +215,10 @@ def greedy_columns(
         capacity=capacity,
         block=block,
     )
-    quadratic = quadratic_struct(run, moments, rounding)
-    if features is not None:
-        assert outgoing is not None and target is not None
-        _check_features(features, outgoing)
-        shape = (outgoing.shape[1], features.shape[1])
-        _check("target", target, shape, torch.float64)
-        run.fill(
-            quadratic,
-            features=features_struct(run, features),
-            outgoing=outgoing.double().contiguous(),
-            target=target.contiguous(),
-            sum=torch.zeros(shape, dtype=torch.float64),
-            residual=torch.empty(shape, dtype=torch.float64),
-            outputs=shape[0],
-        )
     extension().greedy_columns(
-        run.path,
-        described,
-        quadratic,
-        run.rule,
-        run.workspace,
-        torch.get_num_threads(),
-        step,
-        fetch,
-    )
+        run.path, described, _quadratic(run, moments, exact), run.rule, run.workspace,
+        torch.get_num_threads(), step, fetch,
+    )  # fmt: skip
     return run.result()
 
 
@@ -297,9 +290,25 @@ def greedy_pointwise(
     return run.result()
 
 
-def _float64_rounding(samples: int) -> float:
-    """What adding up so many products in float64 can lose, blocks of 1024 at a time."""
-    return (1024 + samples / 1024) * 2.0**-53
+def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
+    """The struct of squared error; without `exact` the sums count as float64's, 1024 at a time."""
+    rounding = (1024 + moments.samples / 1024) * 2.0**-53 if exact is None else exact.rounding
+    quadratic = quadratic_struct(run, moments, rounding)
+    if exact is None:
+        return quadratic
+    _check_features(exact.features, exact.outgoing)
+    shape = (exact.outgoing.shape[1], exact.features.shape[1])
+    _check("target", exact.target, shape, torch.float64)
+    return run.fill(
+        quadratic,
+        features=features_struct(run, exact.features),
+        outgoing=exact.outgoing.double().contiguous(),
+        target=exact.target.contiguous(),
+        sum=torch.zeros(shape, dtype=torch.float64),
+        residual=torch.empty(shape, dtype=torch.float64),
+        outputs=shape[0],
+        all_units=torch.arange(len(exact.features)),
+    )
 
 
 def _units(units: Tensor | None, features: Tensor) -> Tensor:

@@ -252,11 +252,19 @@ def test_greedy_pointwise_on_mini_batches(instruction_set: str, criterion: str) 
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_greedy_gram(instruction_set: str, rule: Rule, outputs: int) -> None:
     p = Problem(40, 130, outputs, "mse")
+    p.features = p.features.float().double()
     brute = Brute(p)
     expected = reference.greedy(brute, rule)
     gram, sums = moments_of(p)
     agree(ops.greedy_gram(gram, sums, rule), expected, brute.margins)
+    rounded = gram.bfloat16().double()
+    agree(ops.greedy_gram(rounded, sums, rule, exact=rough(p)), expected, brute.margins)
     agree(reference.greedy_gram(gram, sums, rule), expected, brute.margins)
+
+
+def rough(p: Problem) -> ops.Exact:
+    """For sums that were rounded to bfloat16."""
+    return ops.Exact(2.0**-8, p.features.float(), p.outgoing, p.target.value - p.bias[:, None])
 
 
 @each_rule
@@ -277,12 +285,9 @@ def test_greedy_columns(
         # With the features at hand even columns rounded to bfloat16 must not change a pick.
         out.copy_(gram[units].bfloat16() if exact else gram[units])
 
-    features = {}
-    if exact:
-        target = p.target.value - p.bias[:, None]
-        features = {"features": p.features.float(), "outgoing": p.outgoing, "target": target}
-        features["rounding"] = 2.0**-8
-    found = ops.greedy_columns(columns, sums, rule, block=block, capacity=capacity, **features)
+    found = ops.greedy_columns(
+        columns, sums, rule, block=block, capacity=capacity, exact=rough(p) if exact else None
+    )
     agree(found, expected, brute.margins)
     if capacity >= 40:
         assert len(fetched) == len(set(fetched))  # a column is never brought twice

@@ -24,23 +24,25 @@ class QuadraticObjective {
       : q_(q), columns_(columns), workspace_(workspace), caller_(caller) {}
 
   Status score(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors) {
-    const double steps = static_cast<double>(k);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t j = units[i];
-      scores[i] = 0.5 * q_.norm[j] + q_.state[j] - steps * q_.beta[j];
-      errors[i] = error_of(j, steps);
-    }
+    score_from_columns(k, units, n, scores, errors);
     return columns_.remember(units, scores, n);
   }
 
   bool can_rescore() const { return q_.features != nullptr; }
 
   Status rescore(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors) {
+    bool refreshed = false;
+    Status status = refresh_if_worth(n, &refreshed);
+    if (status != Status::ok) return status;
+    if (refreshed) {
+      score_from_columns(k, units, n, scores, errors);
+      return Status::ok;
+    }
     const double steps = static_cast<double>(k);
     for (int64_t i = 0; i < q_.outputs * samples(); ++i)
       q_.residual[i] = q_.sum[i] - steps * q_.target[i];
-    const Status status = candidate_slope<double>(scores, errors, units, n, *q_.features,
-                                                  q_.outgoing, q_.residual, q_.outputs, caller_);
+    status = candidate_slope<double>(scores, errors, units, n, *q_.features, q_.outgoing,
+                                     q_.residual, q_.outputs, caller_);
     for (int64_t i = 0; i < n; ++i) scores[i] += 0.5 * q_.norm[units[i]];
     return status;
   }
@@ -51,6 +53,7 @@ class QuadraticObjective {
     beta_sum_ += q_.beta[unit];
     state_sum_ += 2 * q_.state[unit] + q_.norm[unit];
     reach_ += std::sqrt(q_.norm[unit]);
+    total_reach_ += std::sqrt(q_.norm[unit]);
     for (int64_t j = 0; j < q_.units; ++j) q_.state[j] += column[j];
     if (q_.features) add_phi(*q_.features, unit, q_.outgoing, q_.outputs, q_.sum);
     return Status::ok;
@@ -73,22 +76,20 @@ class QuadraticObjective {
   Status gap(int64_t k, double* value) {
     const double part = 1 / static_cast<double>(k);
     int64_t* units = workspace_.contenders;  // free between two steps, like scores and errors
-    for (int64_t j = 0; j < q_.units; ++j) {
-      units[j] = j;
-      workspace_.scores[j] = part * q_.state[j] - q_.beta[j];
-      workspace_.errors[j] = part * error_of(j, 0.0);
-    }
-    int64_t n = keep_contenders(units, workspace_.scores, workspace_.errors, q_.units);
+    int64_t n = slopes_from_columns(part, units);
     double along = part * part * state_sum_ - part * beta_sum_;  // <z/k - t, z/k>
     if (q_.features) {
+      bool refreshed = false;
+      Status status = refresh_if_worth(n, &refreshed);
+      if (status != Status::ok) return status;
+      if (refreshed) n = slopes_from_columns(part, units);
       along = 0;
       for (int64_t i = 0; i < q_.outputs * samples(); ++i) {
         q_.residual[i] = part * q_.sum[i] - q_.target[i];
         along += q_.residual[i] * part * q_.sum[i];
       }
-      const Status status =
-          candidate_slope<double>(workspace_.scores, workspace_.errors, units, n, *q_.features,
-                                  q_.outgoing, q_.residual, q_.outputs, caller_);
+      status = candidate_slope<double>(workspace_.scores, workspace_.errors, units, n, *q_.features,
+                                       q_.outgoing, q_.residual, q_.outputs, caller_);
       if (status != Status::ok) return status;
     }
     double lowest = workspace_.scores[0];
@@ -101,10 +102,43 @@ class QuadraticObjective {
  private:
   int64_t samples() const { return q_.features->samples; }
 
+  void score_from_columns(int64_t k, const int64_t* units, int64_t n, double* scores,
+                          double* errors) const {
+    const double steps = static_cast<double>(k);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t j = units[i];
+      scores[i] = 0.5 * q_.norm[j] + q_.state[j] - steps * q_.beta[j];
+      errors[i] = error_of(j, steps);
+    }
+  }
+
+  // <z/k - t, phi_j> of every unit that rounding does not rule out as the lowest; how many.
+  int64_t slopes_from_columns(double part, int64_t* units) const {
+    for (int64_t j = 0; j < q_.units; ++j) {
+      units[j] = j;
+      workspace_.scores[j] = part * q_.state[j] - q_.beta[j];
+      workspace_.errors[j] = part * error_of(j, 1 / part);
+    }
+    return keep_contenders(units, workspace_.scores, workspace_.errors, q_.units);
+  }
+
+  // Rounding adds up with every column. Once looking again at some units has cost as much as a
+  // pass over the features, that pass is made: c is exact again, and few are in doubt.
+  Status refresh_if_worth(int64_t doubtful, bool* refreshed) {
+    doubtful_ += doubtful;
+    if (4 * doubtful_ < q_.units || doubtful < 2) return Status::ok;
+    doubtful_ = 0;
+    reach_ = 0;
+    *refreshed = true;
+    return candidate_slope<double>(q_.state, nullptr, q_.all_units, q_.units, *q_.features,
+                                   q_.outgoing, q_.sum, q_.outputs, caller_);
+  }
+
   double error_of(int64_t j, double steps) const {
     const double size = std::sqrt(q_.norm[j]);
     return q_.rounding * size * reach_ +
-           64 * Format<double>::epsilon * (size * (size + reach_) + steps * std::fabs(q_.beta[j]));
+           64 * Format<double>::epsilon *
+               (size * (size + total_reach_) + steps * std::fabs(q_.beta[j]));
   }
 
   const Quadratic& q_;
@@ -112,7 +146,9 @@ class QuadraticObjective {
   const Workspace& workspace_;
   const Caller& caller_;
   double beta_sum_ = 0, state_sum_ = 0;  // over the picks: beta, and c
-  double reach_ = 0;                     // sum of |phi_i| over the picks
+  double total_reach_ = 0;               // sum of |phi_i| over the picks
+  double reach_ = 0;                     // the same since c was last exact
+  int64_t doubtful_ = 0;                 // units looked at again since then
 };
 
 }  // namespace GREEDYPRUNE_ISA
