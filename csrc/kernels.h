@@ -73,7 +73,7 @@ struct Workspace {      // the loop's scratch
   int64_t* picked;      // (N)
 };
 
-// Squared error through sums over the samples (DESIGN eq. 2). `scale` is 1 / (m C).
+// Squared error through sums over the samples (README eq. 2). `scale` is 1 / (m C).
 struct Quadratic {
   int64_t units;
   double scale;

@@ -69,8 +69,8 @@ def choose(selection: Selection, kept: Tensor, weights: str) -> Selection:
     other = LayerSelection.of_path(
         len(layer.counts), kept, weights, None,
         losses=torch.full((len(kept),), torch.nan, dtype=torch.float64), gap=None, bound=None,
-        dense_loss=layer.dense_loss, consumer=layer.consumer, slices=layer.slices, loss=layer.loss,
-        objective=layer.objective,
+        dense_loss=layer.dense_loss, consumer=layer.consumer, slices=layer.slices,
+        outputs=layer.outputs, loss=layer.loss, objective=layer.objective,
     )  # fmt: skip
     return Selection({name: other})
 

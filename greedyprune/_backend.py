@@ -24,6 +24,9 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, reason
     wanted = os.environ.get("GREEDYPRUNE_ISA")
     if wanted:
+        if wanted not in _C.instruction_sets():
+            sets = ", ".join(_C.instruction_sets())
+            raise ValueError(f"GREEDYPRUNE_ISA: found {wanted!r}, expected one of {sets}")
         _C.use_instruction_set(wanted)
     return _C, ""
 

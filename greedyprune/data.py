@@ -102,7 +102,6 @@ class Batches:
             if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
                 inputs = list(inputs[0])
             args = tuple(self._move(value) for value in inputs)
-            targets = torch.as_tensor(targets).to(self._device)
         else:
             alone = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(alone, Tensor):
@@ -111,7 +110,11 @@ class Batches:
                     "(inputs, targets) or a dict"
                 )
             args = (self._move(alone),)
-        if targets is not None and not isinstance(targets, Tensor):
+        if targets is not None:
+            if not isinstance(targets, (Tensor, int, float, list)) and not _is_array(targets):
+                raise TypeError(
+                    f"data: found targets of type {type(targets).__name__}, expected a tensor"
+                )
             targets = torch.as_tensor(targets).to(self._device)
         return Batch(args, kwargs, targets)
 
@@ -150,7 +153,10 @@ class _Slices:
     """Tensors of the same length, cut into batches."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        lengths = [len(t) if t.dim() else 0 for t in tensors]
+        for tensor in tensors:
+            if not tensor.dim():
+                raise ValueError("data: found a tensor of shape (), expected one entry a sample")
+        lengths = [len(t) for t in tensors]
         if len(set(lengths)) != 1:
             raise ValueError(
                 f"data: found {lengths[0]} inputs and {lengths[1]} targets, expected one for each"

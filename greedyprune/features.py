@@ -68,6 +68,7 @@ class LayerData:
         self._model, self._consumer, self._batches = model, consumer, batches
         self._progress, self._limit = progress, memory_limit
         self._collected: list[Block] = []
+        self._total = 0  # samples in the first pass
         self._unread: Generator[Block, None, None] | None = None
         self._collect()
 
@@ -83,8 +84,10 @@ class LayerData:
     def blocks(self) -> Iterator[Block]:
         """All samples in blocks whose float64 copy is small."""
         size = max(64, BLOCK // self.units)
+        seen = 0
         for block in self._sources():
             samples = block.features.shape[1]
+            seen += samples
             if self.features is None:  # a view of the model's own (b, N)
                 block = Block(block.features.contiguous(), block.target)
             if samples <= size:
@@ -95,6 +98,12 @@ class LayerData:
                 target = block.target[part]
                 mass = block.target.mass * target.samples / samples
                 yield Block(block.features[:, part], replace(target, mass=mass))
+        self._total = self._total or seen
+        if seen != self._total:
+            raise ValueError(
+                f"data: a pass gave {seen} samples and the first {self._total}, expected the same "
+                "samples in every pass"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +142,7 @@ class LayerData:
     def _block(self, batch: Batch, captured: list[Tensor]) -> tuple[Block, Any]:
         """Runs the model on one batch."""
         captured.clear()
-        outputs = self._model(*batch.args, **batch.kwargs)
+        outputs = run_model(self._model, batch)
         if len(captured) != 1:
             raise ValueError(
                 f"layer {self.group.producer!r}: its consumer {self.group.consumer!r} ran "
@@ -208,7 +217,7 @@ class LayerData:
             for batch in self._progress(self._batches, "activations"):
                 block, outputs = self._block(batch, captured)
                 if self.criterion.kind == "custom":
-                    self.output_shape = tuple(_main_output(outputs).shape[1:])
+                    self.output_shape = tuple(main_output(outputs).shape[1:])
                     assert batch.targets is not None
                     raw.append(batch.targets)
                 yield block
@@ -230,9 +239,18 @@ class LayerData:
             handle.remove()
 
 
+def run_model(model: nn.Module, batch: Batch) -> object:
+    """The model's output; ValueError with what went wrong inside."""
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"data: the model can't run on a batch of it ({lines[0]})") from error
+
+
 def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:
     """What the model's outputs on a batch are compared with; ValueError where they don't match."""
-    shape = tuple(_main_output(outputs).shape)
+    shape = tuple(main_output(outputs).shape)
     if targets is None:
         raise ValueError("data: found inputs without targets, expected both for objective='loss'")
     if criterion.kind == "custom":
@@ -347,7 +365,7 @@ def _chain(first: list[Block], rest: Iterator[Block]) -> Iterator[Block]:
     yield from rest
 
 
-def _main_output(outputs: object) -> Tensor:
+def main_output(outputs: object) -> Tensor:
     """The tensor that a loss is taken of: the output itself, or a dict's or record's logits."""
     if isinstance(outputs, Tensor):
         return outputs
@@ -357,7 +375,8 @@ def _main_output(outputs: object) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     raise ValueError(
-        f"model: found an output of type {type(outputs).__name__}, expected a tensor (or logits)"
+        f"model: found an output of type {type(outputs).__name__}, expected a tensor, or a dict or "
+        "record with logits"
     )
 
 

@@ -65,13 +65,12 @@ class Graph:
     """The exported graph of a model on one batch of example inputs."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        noisy = logging.getLogger("torch.export")
-        level = noisy.level
-        noisy.setLevel(logging.ERROR)
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)  # it prints whole graphs where it fails
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
         finally:
-            noisy.setLevel(level)
+            logging.disable(before)
         signature = program.graph_signature
         self._model = model
         self._nodes = list(program.graph.nodes)
@@ -103,8 +102,21 @@ class Graph:
                 f"layer {name!r}: its units feed {len(walk.consumers)} Linears "
                 f"({', '.join(sorted(consumers))}), expected one"
             )
+        self._check_untied(name, walk)
         between = self._between_and_output(walk.consumers[0])
         return Group(name, consumers.pop(), units, walk.slices, between == "", between)
+
+    def _check_untied(self, name: str, walk: _Walk) -> None:
+        """What is sliced must not be used elsewhere."""
+        inside = walk.carrying | set(walk.consumers)
+        owners: dict[int, list[str]] = {}
+        for tensor, value in self._model.state_dict(keep_vars=True).items():
+            owners.setdefault(id(value), []).append(tensor)
+        shared = {tensor for names in owners.values() if len(names) > 1 for tensor in names}
+        for node in self._nodes:
+            tensor = self._tensors.get(node.name, "")
+            if tensor in walk.slices and (tensor in shared or not inside.issuperset(node.users)):
+                raise NotPrunableError(f"layer {name!r}: {tensor!r} is shared with another layer")
 
     def _step(self, name: str, walk: _Walk, node: fx.Node) -> None:
         """Takes the units through one operation, or says why not."""
@@ -249,23 +261,45 @@ def find_groups(
     if wanted is None:
         groups = [group for group in found.values() if isinstance(group, Group)]
         if not groups:
-            why = "; ".join(map(str, found.values()))
-            why = why or "there is no Linear whose weights are a module's own"
+            reasons = [str(reason) for reason in found.values()]
+            reasons += [
+                f"layer {name!r}: {_not_found(module)}"
+                for name, module in model.named_modules()
+                if name not in found and isinstance(module, (nn.Linear, *CONVOLUTIONS))
+            ]
+            why = "; ".join(reasons) or "it has no Linear"
             raise NotPrunableError(f"model: no layer can be pruned: {why}")
         return groups
     groups = []
+    known = ", ".join(repr(n) for n, group in found.items() if isinstance(group, Group)) or "none"
     for name in wanted:
-        if name not in found:
-            known = ", ".join(map(repr, found)) or "none"
-            raise ValueError(
-                f"layers: found {name!r} ({module_kind(model, name)}), "
-                f"expected a Linear that runs: {known}"
+        group = found.get(name)
+        if isinstance(group, Group):
+            groups.append(group)
+        elif group is not None:
+            raise NotPrunableError(
+                f"layers: found {name!r}, which can't be pruned ({group}), expected any of: {known}"
             )
-        group = found[name]
-        if isinstance(group, NotPrunableError):
-            raise group
-        groups.append(group)
+        else:
+            module = dict(model.named_modules()).get(name)
+            why = "no such module" if module is None else _not_found(module)
+            raise ValueError(f"layers: found {name!r} ({why}), expected any of: {known}")
     return groups
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _not_found(module: nn.Module) -> str:
+    """Why a module is no producer."""
+    kind = type(module).__name__
+    if isinstance(module, CONVOLUTIONS):
+        return f"{kind}: convolutions can't be pruned yet"
+    if not isinstance(module, nn.Linear):
+        return f"{kind}: no Linear"
+    if "weight" not in module._parameters:
+        return f"{kind}: its weight is computed, by a parametrization or torch.nn.utils.prune"
+    return f"{kind}: it does not run" if type(module) is nn.Linear else f"{kind}: no plain Linear"
 
 
 def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# The smoothness of l in the outputs (DESIGN eq. 3 before averaging) and the kernels' number for it.
+# The smoothness of l in the outputs (README eq. 3 before averaging) and the kernels' number for it.
 KINDS = {"mse": (0, 2.0), "cross_entropy": (1, 0.5), "bce_with_logits": (2, 0.25)}
 _FUNCTIONS: dict[object, str] = {
     functional.mse_loss: "mse",
@@ -132,7 +132,7 @@ class Criterion:
 
     @property
     def smoothness(self) -> float:
-        """B of DESIGN eq. 3, of one sample's (one output's, where elementwise) loss."""
+        """B of README eq. 3, of one sample's (one output's, where elementwise) loss."""
         return KINDS[self.kind][1]
 
     def target(self, targets: Tensor, outputs: tuple[int, ...]) -> Target:
@@ -144,9 +144,12 @@ class Criterion:
         if self.kind == "cross_entropy":
             return self._cross_entropy(targets, outputs)
         if tuple(targets.shape) != outputs:
+            hint = ""
+            if targets.numel() == math.prod(outputs):
+                hint = "; targets[:, None] or targets.squeeze(1) would"
             raise ValueError(
-                f"data: targets of shape {tuple(targets.shape)} do not match the model's outputs "
-                f"of shape {outputs}, as loss={self.kind!r} expects"
+                f"data: found targets of shape {tuple(targets.shape)}, expected the shape of the "
+                f"model's outputs, {outputs}, for loss={self.kind!r}{hint}"
             )
         if targets.is_complex():
             raise TypeError(f"data: targets are {targets.dtype}, expected real numbers")
@@ -178,7 +181,8 @@ class Criterion:
     def _cross_entropy(self, targets: Tensor, outputs: tuple[int, ...]) -> Target:
         if len(outputs) != 2:
             raise ValueError(
-                f"loss: cross_entropy needs model outputs of shape (m, C), found {outputs}"
+                f"loss: found model outputs of shape {outputs} with class indices, expected (m, C) "
+                "for cross_entropy (for binary labels: loss='bce_with_logits' and floating targets)"
             )
         samples, classes = outputs
         device = targets.device
@@ -230,7 +234,8 @@ class Criterion:
         if seen_range[0] < 0 or seen_range[1] >= classes:
             raise ValueError(
                 f"data: labels from {seen_range[0]} to {seen_range[1]}, expected class indices in "
-                f"[0, {classes}) for a model with {classes} outputs"
+                f"[0, {classes}) for {classes} model outputs"
+                + (" (or loss='bce_with_logits' and floating targets)" if classes == 1 else "")
             )
         return torch.where(seen, label, 0), seen
 
@@ -259,6 +264,8 @@ def criterion_of(loss: object, targets: Tensor | None) -> Criterion:
                 f"loss: found {loss!r}, expected one of {['auto', *KINDS]} or a callable"
             )
         return Criterion(loss)
+    if isinstance(loss, type):
+        raise TypeError(f"loss: found the class {loss.__name__}, expected an instance of it")
     if type(loss) in _MODULES:
         return _from_module(loss)  # type: ignore[arg-type]
     if isinstance(loss, nn.Module) or callable(loss):
@@ -290,7 +297,7 @@ def harmonic(steps: int) -> Tensor:
 
 
 def bound(dense_loss: float, spread: float, steps: int) -> Tensor:
-    """The right side of DESIGN eq. 3 for k = 1 ... steps: L_N + (B/2) V H_k / k, (steps,) float64.
+    """The right side of README eq. 3 for k = 1 ... steps: L_N + (B/2) V H_k / k, (steps,) float64.
 
     spread: (B/2) V, with the samples weighted as the loss weights them
     """

@@ -124,6 +124,10 @@ class CustomObjective:
                 + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
                 + ", expected a tensor with one number"
             )
+        if not value.isfinite():
+            raise ValueError(
+                f"loss: your function returned {value.item()}, expected a finite number"
+            )
         return float(value)
 
 

@@ -69,7 +69,7 @@ def candidate_loss(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
 
-    Source: DESIGN eq. 1.
+    Source: README eq. 1.
     """
     _check_features(features, outgoing)
     _check("outputs", outputs, (outgoing.shape[1], features.shape[1]))
@@ -158,7 +158,7 @@ def greedy_gram(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
 
-    Source: DESIGN eq. 2.
+    Source: README eq. 2.
     """
     units = len(moments.norm)
     _check("gram", gram, (units, units), torch.float64)
@@ -193,7 +193,7 @@ def greedy_columns(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
 
-    Source: DESIGN section 2, "fetch columns in blocks".
+    Source: README eq. 2; which columns are at hand changes no number.
     """
     units = len(moments.norm)
     run = Run(rule, units, with_gap)
@@ -243,7 +243,7 @@ def greedy_pointwise(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
 
-    Source: DESIGN eq. 1 and "the fused candidate kernel".
+    Source: README eq. 1.
     """
     _check_features(features, outgoing)
     _check_target(target, features, outgoing)

@@ -67,7 +67,7 @@ class Objective(Protocol):
 
 
 def greedy(objective: Objective, rule: Rule, step: Step | None = None) -> Path:
-    """Greedy forward selection, DESIGN eq. 1 (Ye et al. 2020; Wolfe et al. 2021, algorithm 1)."""
+    """Greedy forward selection, README eq. 1 (Ye et al. 2020; Wolfe et al. 2021, algorithm 1)."""
     available = list(range(objective.units))
     order: list[int] = []
     losses: list[float] = []
@@ -137,7 +137,7 @@ def candidate_slope(
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over all samples: everything that squared error needs (DESIGN, "a Gram matrix").
+    """Sums over all samples: everything that squared error needs (README eq. 2).
 
     norm: (N,) float64, G_jj = |phi_j|^2; beta: (N,) float64, <phi_j, t> with t = target - bias
     """
@@ -148,12 +148,12 @@ class Moments:
     beta: Tensor
     target_norm: float
     dense_loss: float
-    spread: float  # (B/2) V of DESIGN eq. 3
+    spread: float  # (B/2) V of README eq. 3
     empty_loss: float  # the loss of the layer without units
 
 
 class QuadraticObjective:
-    """Squared error by DESIGN eq. 2, on the Gram matrix."""
+    """Squared error by README eq. 2, on the Gram matrix."""
 
     def __init__(self, gram: Tensor, moments: Moments, with_gap: bool = True) -> None:
         self.units = len(gram)

@@ -1,6 +1,6 @@
 """What the kept units' outgoing weights become, and the losses of the network so weighted.
 
-Picks follow DESIGN eq. 1 whatever the weights. A unit picked c times of k then keeps its outgoing
+Picks follow README eq. 1 whatever the weights. A unit picked c times of k then keeps its outgoing
 weights times N c / k ("counts"), N / kept ("uniform") or 1 ("none"), or gets new ones by least
 squares ("refit").
 """

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .reweight import Refit, distinct_counts, factors
+from .settings import is_int
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,13 +50,14 @@ class LayerSelection:
                 weights="refit": (C, K) float64, the consumer's new weights
     losses:     (k,) float64, the objective after each step, for the network so weighted
     dense_loss: () float64, the objective of the dense layer
-    bound:      (k,) float64, DESIGN eq. 3; None where its conditions do not hold
+    bound:      (k,) float64, README eq. 3; None where its conditions do not hold
     gap:        (k,) float64, the Frank-Wolfe gap: losses - gap is at most the loss of any convex
                 reweighting of all units; None where that is not known
     distinct:   (k,) int64, distinct units after each step
     consumer:   the layer that takes the units' outputs
     slices:     parameters and buffers with one entry a unit, and in which dimension
-    weighting, loss, objective: the arguments of `select`, resolved
+    outputs:    C
+    weighting, loss, objective: the arguments `weights`, `loss`, `objective` of `select`, resolved
     """
 
     order: Tensor
@@ -69,6 +71,7 @@ class LayerSelection:
     distinct: Tensor
     consumer: str
     slices: Mapping[str, int]
+    outputs: int
     weighting: str
     loss: str
     objective: str
@@ -93,7 +96,7 @@ class LayerSelection:
     def at(self, k: int) -> LayerSelection:
         """The same path after k steps; ValueError if it has fewer, TypeError for no int."""
         expected = f"expected an int from 1 to {len(self.order)}, the path's steps"
-        if isinstance(k, bool) or not isinstance(k, int):
+        if not is_int(k):
             raise TypeError(f"k: found {k!r}, {expected}")
         if not 1 <= k <= len(self.order):
             raise ValueError(f"k: found {k}, {expected}")
@@ -104,8 +107,8 @@ class LayerSelection:
         return LayerSelection.of_path(
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=cut(self.bound),
-            gap=cut(self.gap), consumer=self.consumer, slices=self.slices, loss=self.loss,
-            objective=self.objective,
+            gap=cut(self.gap), consumer=self.consumer, slices=self.slices,
+            outputs=self.outputs, loss=self.loss, objective=self.objective,
         )  # fmt: skip
 
 
@@ -140,6 +143,8 @@ class Selection:
 
         ValueError if k is not between 1 and the shortest path's steps.
         """
+        shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
+        shortest.at(k)  # checks k
         return Selection({name: layer.at(k) for name, layer in self.layers.items()})
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -157,9 +162,11 @@ class Selection:
                     ).contiguous()
             layers.append({
                 "name": name, "consumer": layer.consumer, "slices": dict(layer.slices),
-                "weighting": layer.weighting, "loss": layer.loss, "objective": layer.objective,
+                "outputs": layer.outputs, "weighting": layer.weighting, "loss": layer.loss,
+                "objective": layer.objective,
             })  # fmt: skip
-        save_file(tensors, Path(path), {"format": FORMAT, "layers": json.dumps(layers)})
+        header = {"format": FORMAT, "layers": json.dumps(layers)}
+        Path(path).write_bytes(save(tensors, header))
 
     @staticmethod
     def load(path: str | PathLike[str]) -> Selection:
@@ -213,7 +220,10 @@ class Selection:
 
         ImportError without matplotlib (`pip install greedyprune[plot]`).
         """
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
 
         figure = Figure(figsize=(5.5 * len(self.layers), 3.6), layout="constrained")
         axes = figure.subplots(1, len(self.layers), squeeze=False)[0]
@@ -223,8 +233,13 @@ class Selection:
             if layer.bound is not None:
                 panel.plot(k, layer.bound, ":", color="gray", label="proved bound (eq. 3)")
             dense = float(layer.dense_loss)
-            panel.axhline(dense, linestyle="--", color="black", linewidth=1, label="dense")
-            if bool((layer.losses > 0).all()):
+            lowest, highest = float(layer.losses.min()), float(layer.losses.max())
+            if layer.bound is not None:
+                highest = max(highest, float(layer.bound.max()))
+            if layer.objective == "loss":
+                panel.axhline(dense, linestyle="--", color="black", linewidth=1, label="dense")
+                lowest = min(lowest, dense)
+            if 0 < 10 * lowest < highest:
                 panel.set_yscale("log")
             panel.set_xlabel("greedy steps k")
             panel.set_ylabel(f"{layer.objective} ({layer.loss})")

@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from . import _backend, settings
 from .data import Batch, Batches
-from .features import LayerData, target_of
-from .graph import Group, analyse, find_groups, named_group
+from .features import LayerData, main_output, run_model, target_of
+from .graph import Group, NotPrunableError, analyse, find_groups, named_group
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
 from .reweight import distinct_counts, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
+from .surgery import prune
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows
 
@@ -46,7 +47,7 @@ def select(
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
-    Step k picks the unit that lowers the loss most (DESIGN eq. 1; Ye et al. 2020, arXiv:2003.01794;
+    Step k picks the unit that lowers the loss most (README eq. 1; Ye et al. 2020, arXiv:2003.01794;
     Wolfe et al. 2021, arXiv:2108.00259):
 
         i_k = argmin_j  L( b + (z + phi_j) / k ),   phi_j = N w_j h_j,   z = sum of those picked
@@ -109,12 +110,19 @@ def select(
     bar = _bars(progress)
     with _evaluating(model):
         first = batches.first()
-        outputs = _first_outputs(model, first)
+        outputs = run_model(model, first)
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
         groups = _groups(model, first, chosen)
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
+        elif loss != "auto" and chosen.objective == "auto":
+            warnings.warn(
+                f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
+                "the layers imitate their dense output instead",
+                UserWarning,
+                stacklevel=2,
+            )
         selected = {}
         for group in groups:
             # size, steps and candidates are checked against each layer before the long work
@@ -178,6 +186,13 @@ def _select_layer(
     else:
         path, losses, fitted = _until(path_of, rule, enough, data, weights, solver.moments.mass)
     _warn_of_repeats(data, rule, path, chosen)
+    if float(losses[-1]) > enough > -float("inf"):
+        warnings.warn(
+            f"tolerance: layer {data.group.producer!r} ends at {float(losses[-1]):.4g} after "
+            f"{len(losses)} steps, above the {enough:.4g} that was asked for",
+            UserWarning,
+            stacklevel=3,
+        )
     certified = (
         whole and weights == "counts" and rule.replacement and data.criterion.kind != "custom"
     )
@@ -185,7 +200,8 @@ def _select_layer(
         data.units, path.order, weights, fitted, losses=losses, gap=path.gap,
         dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
         bound=bound(dense_loss, solver.moments.spread, len(path.order)) if certified else None,
-        consumer=data.group.consumer, slices=dict(data.group.slices), loss=data.criterion.kind,
+        consumer=data.group.consumer, slices=dict(data.group.slices), outputs=data.outputs,
+        loss=data.criterion.kind,
         objective="imitation" if data.imitation else "loss",
     )  # fmt: skip
 
@@ -242,19 +258,12 @@ def _objective(objective: str, group: Group) -> str:
     return objective
 
 
-def _first_outputs(model: nn.Module, batch: Batch) -> object:
-    try:
-        return model(*batch.args, **batch.kwargs)
-    except Exception as error:
-        raise ValueError(
-            f"data: the model can't run on the first batch ({_first_line(error)})"
-        ) from error
-
-
 def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
     """The groups to select from: read off the graph, or as the caller named both ends."""
     if chosen.consumers is not None:
         groups = [named_group(model, *ends, example) for ends in chosen.consumers.items()]
+        for group in groups:
+            _check_cut(model, group, example)
     else:
         try:
             structure = analyse(model, example)
@@ -270,6 +279,37 @@ def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
             if name not in names:
                 raise ValueError(f"size: found an entry for {name!r}, expected names among {names}")
     return groups
+
+
+def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
+    """Cutting half of the units must do what masking them does: no graph vouches for it."""
+    kept = torch.arange(0, group.units, 2)
+    nothing = torch.zeros(len(kept), dtype=torch.float64)
+    layer = LayerSelection.of_path(
+        group.units, kept, "none", None, losses=nothing, dense_loss=nothing[0], bound=None,
+        gap=None, consumer=group.consumer, slices=group.slices, loss="mse", objective="loss",
+        outputs=len(dict(model.named_parameters())[f"{group.consumer}.weight"]),
+    )  # fmt: skip
+    mask = torch.zeros(group.units).index_fill_(0, kept, 1.0)
+    handle = model.get_submodule(group.consumer).register_forward_pre_hook(
+        lambda _, args: (args[0] * mask.to(args[0]), *args[1:])
+    )
+    try:
+        expected = run_model(model, batch)
+    finally:
+        handle.remove()
+    same = False
+    try:
+        found = prune(model, Selection({group.producer: layer}))(*batch.args, **batch.kwargs)
+        scale = float(main_output(expected).abs().max()) or 1.0
+        same = float((main_output(found) - main_output(expected)).abs().max()) <= 0.02 * scale
+    except Exception:
+        same = False
+    if not same:
+        raise NotPrunableError(
+            f"layer {group.producer!r}: cutting units is not what masking them is: something "
+            f"between it and {group.consumer!r} mixes them"
+        )
 
 
 def _first_line(error: Exception) -> str:

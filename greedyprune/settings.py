@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
 from .reference import Rule
 
-OBJECTIVES = ("auto", "loss", "imitation", "fisher")
+OBJECTIVES = ("auto", "loss", "imitation")
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
 REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
 
@@ -76,7 +77,10 @@ class Settings:
         size = self.size
         if isinstance(size, Mapping):
             if layer not in size:
-                raise ValueError(f"size: no entry for layer {layer!r}, expected one for each layer")
+                raise ValueError(
+                    f"size: no entry for layer {layer!r}, expected one for each layer "
+                    "(layers=[...] selects from some of them)"
+                )
             size = size[layer]
         assert size is not None
         if isinstance(size, float):
@@ -110,49 +114,49 @@ def resolve(
     """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError(
+            f"model: found a compiled {type(inner).__name__}, expected the module that it wraps: "
+            "model._orig_mod"
+        )
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta or tensor.is_complex():
+            found = "is on the meta device" if tensor.is_meta else f"is {tensor.dtype}"
+            raise TypeError(f"model: {name!r} {found}, expected real numbers in memory")
     _one_of("objective", objective, OBJECTIVES)
     _one_of("weights", weights, WEIGHTS)
-    if objective == "fisher":
-        raise ValueError("objective: found 'fisher', which this version lacks; expected 'auto', "
-                         "'loss' or 'imitation'")  # fmt: skip
     if size is not None and steps is not None:
         raise ValueError(f"steps: found size={size!r} and steps={steps!r}, expected one of them")
-    if steps is not None:
-        _positive_int("steps", steps)
-    for name, value in (("candidates", candidates), ("batch_size", batch_size)):
-        if value is not None:
-            _positive_int(name, value)
-    if memory_limit is not None:
-        _positive_int("memory_limit", memory_limit)
+    steps = _positive_int("steps", steps)
+    candidates = _positive_int("candidates", candidates)
+    batch_size = _positive_int("batch_size", batch_size)
+    limit = _positive_int("memory_limit", memory_limit)
     if tolerance is not None and not (_is_number(tolerance) and tolerance >= 0):  # type: ignore[operator]
         raise ValueError(f"tolerance: found {tolerance!r}, expected a fraction of at least 0")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: found {type(seed).__name__}, expected an int")
+    if not is_int(seed):
+        raise TypeError(f"seed: found {seed!r}, expected an int")
     if replacement not in (None, True, False):
         raise TypeError(f"replacement: found {replacement!r}, expected True, False or None")
     if isinstance(size, Mapping):
-        for each in size.values():
-            _check_size(each)
+        size = {name: _checked_size(each) for name, each in size.items()}
     elif size is not None:
-        _check_size(size)
+        size = _checked_size(size)
     elif steps is None and tolerance is None:
         size = 0.5
     names, consumers = _layers(layers)
     return Settings(
         layers=names,
         consumers=consumers,
-        size=size,  # type: ignore[arg-type]
-        steps=steps,  # type: ignore[arg-type]
+        size=size,
+        steps=steps,
         tolerance=None if tolerance is None else float(tolerance),  # type: ignore[arg-type]
         objective=str(objective),
         weights=str(weights),
         replacement=steps is not None if replacement is None else bool(replacement),
-        candidates=candidates,  # type: ignore[arg-type]
-        batch_size=batch_size,  # type: ignore[arg-type]
-        seed=seed,
-        memory_limit=psutil.virtual_memory().available // 4
-        if memory_limit is None
-        else memory_limit,  # type: ignore[arg-type]
+        candidates=candidates,
+        batch_size=batch_size,
+        seed=int(seed),  # type: ignore[call-overload]
+        memory_limit=limit or psutil.virtual_memory().available // 4,
     )
 
 
@@ -182,22 +186,26 @@ def _layers(layers: object) -> tuple[tuple[str, ...] | None, Mapping[str, str] |
     raise TypeError(f"layers: found {layers!r}, expected a name, names or a mapping of names")
 
 
-def _check_size(size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, (int, float)):
-        raise TypeError(f"size: found {type(size).__name__}, expected an int or a float in (0, 1]")
-    if isinstance(size, int) and size < 1:
-        raise ValueError(f"size: found {size}, expected at least 1 unit")
-    if isinstance(size, float) and not 0 < size <= 1:
-        raise ValueError(
-            f"size: found {size}, expected a fraction in (0, 1], or an int for a count"
-        )
+def _checked_size(size: object) -> int | float:
+    expected = "expected an int of at least 1 (units) or a float in (0, 1] (a fraction)"
+    if not _is_number(size):
+        raise TypeError(f"size: found {size!r}, {expected}")
+    checked = int(size) if is_int(size) else float(size)  # type: ignore[call-overload,arg-type]
+    if not (checked >= 1 if isinstance(checked, int) else 0 < checked <= 1):
+        raise ValueError(f"size: found {size!r}, {expected}")
+    return checked
 
 
-def _positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: found {type(value).__name__}, expected an int")
-    if value < 1:
-        raise ValueError(f"{name}: found {value}, expected at least 1")
+def _positive_int(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    whole = isinstance(value, float) and value.is_integer()
+    if not (is_int(value) or whole):
+        raise TypeError(f"{name}: found {value!r}, expected an int")
+    checked = int(value)  # type: ignore[call-overload]
+    if checked < 1:
+        raise ValueError(f"{name}: found {value!r}, expected at least 1")
+    return int(checked)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -207,5 +215,9 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         )
 
 
+def is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return is_int(value) or (isinstance(value, (float, np.floating)) and not np.isnan(value))

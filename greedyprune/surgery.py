@@ -62,6 +62,13 @@ def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:
                 f"{tensor!r} has {found}"
             )
 
+    outputs = tensors[f"{layer.consumer}.weight"].shape[0]
+    if outputs != layer.outputs:
+        raise ValueError(
+            f"selection: made for {layer.outputs} outputs of {layer.consumer!r}, but the model's "
+            f"has {outputs}"
+        )
+
 
 def _cut(model: nn.Module, layer: LayerSelection) -> None:
     weight = f"{layer.consumer}.weight"

@@ -86,7 +86,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("between", "why"), REFUSED.values(), ids=REFUSED)
 def test_refuses_and_says_why(between: object, why: str) -> None:
-    with pytest.raises(NotPrunableError, match=f"^layer 'first': .*({why})"):
+    found = "^layers: found 'first', which can't be pruned"
+    with pytest.raises(NotPrunableError, match=f"{found} .*({why})"):
         group_of(Net(between))
     x = torch.randn(4, 5)
     with pytest.raises(ValueError, match=f"model: no layer can be pruned: .*({why})"):
