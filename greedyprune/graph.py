@@ -299,7 +299,11 @@ def _not_found(module: nn.Module) -> str:
         return f"{kind}: no Linear"
     if "weight" not in module._parameters:
         return f"{kind}: its weight is computed, by a parametrization or torch.nn.utils.prune"
-    return f"{kind}: it does not run" if type(module) is nn.Linear else f"{kind}: no plain Linear"
+    return (
+        f"{kind}: it does not run, or shares its weight"
+        if type(module) is nn.Linear
+        else f"{kind}: no plain Linear"
+    )
 
 
 def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:

@@ -141,3 +141,36 @@ def test_mini_batches_see_every_sample_once_a_pass() -> None:
         seen = batches[i : i + 3].flatten()
         assert len(seen.unique()) == 90
     assert not batches[0].equal(batches[3])
+
+
+def test_passes_that_differ_are_noticed() -> None:
+    class Shrinking(list):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            batches = list(super().__iter__())
+            self.pop()
+            return iter(batches)
+
+    data = Shrinking((X[i : i + 100], Y[i : i + 100]) for i in range(0, 2500, 100))
+    with pytest.raises(ValueError, match=r"data: a pass gave .* samples and the first .* expected"):
+        greedyprune.select(MODEL, data, steps=5, memory_limit=100)
+
+
+def test_a_later_batch_that_does_not_fit() -> None:
+    data = [(X[:100], Y[:100]), (X[100:200, :5], Y[100:200])]
+    with pytest.raises(ValueError, match="data: the model can't run on a batch of it"):
+        greedyprune.select(MODEL, data, steps=5)
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    with (
+        pytest.warns(UserWarning, match="slow path"),
+        pytest.raises(ValueError, match="loss: your function returned nan"),
+    ):
+        greedyprune.select(MODEL, (X, Y), steps=5, loss=lambda o, t: (o * torch.nan).sum())
+
+
+def test_numpy_integers_count() -> None:
+    import numpy as np
+
+    selection = greedyprune.select(MODEL, (X, Y), size=np.int64(4), memory_limit=1e9)
+    assert len(selection.at(np.int64(2)).order) == 2

@@ -210,3 +210,77 @@ def test_a_changed_model_is_looked_at_again() -> None:
     del model
     gc.collect()
     assert kept() is None
+
+
+def test_tied_weights_are_not_cut() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.other = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(3, 8)
+            self.other.weight = nn.Parameter(torch.randn(8, 3))
+            self.scale = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.last(self.first(x) * self.scale)
+            return y + (self.other(y) * self.scale).sum(-1, keepdim=True)
+
+    with pytest.raises(NotPrunableError, match="'scale' is shared with another layer"):
+        group_of(Tied())
+    model = Net()
+    model.side.weight = model.first.weight
+    with pytest.raises(ValueError, match=r"weight' is shared with another layer"):
+        greedyprune.select(model, (torch.randn(4, 5), torch.randn(4, 3)))
+
+
+MIXED = {
+    "softmax": lambda s, h, x: h.softmax(-1),
+    "flip": lambda s, h, x: h.relu().flip(-1),
+    "mean": lambda s, h, x: h + h.mean(-1, keepdim=True),
+    "layer norm": lambda s, h, x: functional.layer_norm(h, (8,)),
+}
+
+
+@pytest.mark.parametrize("between", MIXED.values(), ids=MIXED)
+def test_layers_named_by_hand_are_tried(between: object) -> None:
+    model = Net(between)
+    data = torch.randn(50, 5), torch.randn(50, 3)
+    with pytest.raises(NotPrunableError, match="cutting units is not what masking them is"):
+        greedyprune.select(model, data, layers={"first": "last"})
+    assert not model.last._forward_pre_hooks
+
+
+def test_reasons_name_what_a_user_sees() -> None:
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    data = torch.randn(10, 1, 4, 4), torch.randint(2, (10,))
+    with pytest.raises(ValueError, match=r"layer '0': Conv2d: convolutions can't be pruned yet"):
+        greedyprune.select(conv, data)
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.first)
+    data = torch.randn(10, 5), torch.randn(10, 3)
+    with pytest.raises(ValueError, match=r"layers: found 'first' .*its weight is computed"):
+        greedyprune.select(model, data, layers="first")
+    with pytest.raises(TypeError, match="model: found a compiled Net"):
+        greedyprune.select(torch.compile(Net()), data)
+
+
+def test_a_loss_that_is_not_used_is_told() -> None:
+    model = Net(after=lambda s, y: y.log_softmax(-1))
+    data = torch.randn(40, 5), torch.randint(3, (40,))
+    with pytest.warns(UserWarning, match=r"loss: not used, because aten.log_softmax.int follows"):
+        greedyprune.select(model, data, loss="cross_entropy")
+
+
+def test_tolerance_that_is_not_reached_is_told() -> None:
+    torch.manual_seed(0)
+    model, x = Net(lambda s, h, x: h.relu()), torch.randn(40, 5)
+    with pytest.warns(UserWarning, match=r"tolerance: layer 'first' ends at .* after 1 steps"):
+        greedyprune.select(model, (x, model(x).detach()), size=1, tolerance=0.1)
+
+
+def test_a_selection_for_other_outputs() -> None:
+    data = torch.randn(40, 5), torch.randn(40, 3)
+    selection = greedyprune.select(Net(), data, size=2)
+    other = Net()
+    other.last = nn.Linear(8, 2)
+    with pytest.raises(ValueError, match="made for 3 outputs of 'last', but the model's has 2"):
+        greedyprune.prune(other, selection)
