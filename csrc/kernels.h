@@ -1,6 +1,6 @@
 // The whole contract between Python and the compiled half: types, shapes, launchers.
 //
-// Notation (docs: README, "The mathematics"): N units, m samples, C outputs. Unit j adds
+// Notation (README, "What it computes"): N units, m samples, C outputs. Unit j adds
 // phi_j(s) = h_j(s) * w_j to the outputs, with h the features and w the outgoing weights
 // (already scaled by N, the papers' mean-field scaling). A greedy step k picks
 //

@@ -27,6 +27,7 @@ struct Format<float> {
   static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float lowest_exponent = -126.0f;
   static constexpr float epsilon = 5.9604645e-8f;  // 2^-24
+  static constexpr float tiny = 1.1754944e-38f;    // the smallest normal number
   static constexpr int log_terms = 4, log1p_terms = 8;
 };
 
@@ -37,6 +38,7 @@ struct Format<double> {
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double lowest_exponent = -1022.0;
   static constexpr double epsilon = 1.1102230246251565e-16;  // 2^-53
+  static constexpr double tiny = 2.2250738585072014e-308;
   static constexpr int log_terms = 11, log1p_terms = 17;
 };
 

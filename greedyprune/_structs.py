@@ -41,6 +41,11 @@ class Run(Struct):
         super().__init__()
         _C = extension()
         double, steps = torch.float64, rule.steps
+        draws = rule.draws
+        if draws is not None and (draws.dtype != double or len(draws) < steps):
+            raise ValueError(
+                f"draws: found {draws.dtype} {tuple(draws.shape)}, expected float64 ({steps}, n)"
+            )
         self._order = torch.zeros(steps, dtype=torch.int64)
         self._losses = torch.zeros(steps, dtype=double)
         self._gap = torch.zeros(steps, dtype=double) if with_gap else None

@@ -92,11 +92,9 @@ class Batches:
         args: tuple[Any, ...] = ()
         targets = None
         if isinstance(batch, Mapping):
-            kwargs = {str(name): self._move(value) for name, value in batch.items()}
-            for key in TARGET_KEYS:
-                if key in kwargs:
-                    targets = kwargs.pop(key)
-                    break
+            key = next((key for key in TARGET_KEYS if key in batch), None)
+            targets = None if key is None else batch[key]
+            kwargs = {str(n): self._move(value) for n, value in batch.items() if n != key}
         elif isinstance(batch, (tuple, list)) and len(batch) > 1:
             *inputs, targets = batch
             if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
@@ -133,10 +131,10 @@ def _as_batches(data: object) -> Iterable[Any]:
         data = tuple(data.tensors)
     if isinstance(data, Tensor) or hasattr(data, "__array__"):
         data = (torch.as_tensor(data),)
-    if isinstance(data, (tuple, list)) and data and all(_is_array(part) for part in data):
+    if isinstance(data, tuple) and data and all(_is_array(part) for part in _flat(data)):
         if len(data) > 2:
             raise TypeError(f"data: found {len(data)} tensors, expected (inputs, targets)")
-        return _Slices([torch.as_tensor(part) for part in data])
+        return _Slices(data)
     if isinstance(data, Mapping):
         return [data]
     if isinstance(data, Dataset):
@@ -150,25 +148,35 @@ def _as_batches(data: object) -> Iterable[Any]:
 
 
 class _Slices:
-    """Tensors of the same length, cut into batches."""
+    """(inputs, targets) of the same length, cut into batches of about the same size."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
+    def __init__(self, data: tuple[Any, ...]) -> None:
+        self._inputs = [torch.as_tensor(part) for part in _flat(data[:1])]
+        self._targets = [torch.as_tensor(part) for part in _flat(data[1:])]
+        for tensor in (*self._inputs, *self._targets):
             if not tensor.dim():
                 raise ValueError("data: found a tensor of shape (), expected one entry a sample")
-        lengths = [len(t) for t in tensors]
-        if len(set(lengths)) != 1:
-            raise ValueError(
-                f"data: found {lengths[0]} inputs and {lengths[1]} targets, expected one for each"
-            )
-        self._tensors, self._length = tensors, lengths[0]
+        self._length = len(self._inputs[0])
+        for tensor in (*self._inputs, *self._targets):
+            if len(tensor) != self._length:
+                raise ValueError(
+                    f"data: found {self._length} inputs and {len(tensor)} targets, expected one "
+                    "for each"
+                )
 
     def __len__(self) -> int:
         return -(-self._length // BATCH)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for i in range(0, self._length, BATCH):
-            yield tuple(t[i : i + BATCH] for t in self._tensors)
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        size = -(-self._length // max(1, len(self)))
+        for i in range(0, self._length, max(1, size)):
+            inputs = tuple(t[i : i + size] for t in self._inputs)
+            targets = (t[i : i + size] for t in self._targets)
+            yield (inputs if len(inputs) > 1 else inputs[0], *targets)
+
+
+def _flat(parts: tuple[Any, ...]) -> list[Any]:
+    return [each for p in parts for each in (p if isinstance(p, (tuple, list)) else (p,))]
 
 
 def _is_array(value: object) -> bool:

@@ -69,8 +69,14 @@ class LayerData:
         self._progress, self._limit = progress, memory_limit
         self._collected: list[Block] = []
         self._total = 0  # samples in the first pass
+        self._largest = 0.0  # the largest feature, in magnitude
         self._unread: Generator[Block, None, None] | None = None
-        self._collect()
+        blocks = self._first_pass()
+        try:
+            self._collect(blocks)
+        except BaseException:
+            blocks.close()  # takes the hook off
+            raise
 
     @property
     def outputs(self) -> int:
@@ -106,8 +112,13 @@ class LayerData:
             )
 
     @property
-    def dtype(self) -> torch.dtype:
-        assert self.features is not None
+    def product_dtype(self) -> torch.dtype:
+        """What Gram products are computed in: float64 where nothing can be scored again.
+
+        Also where float32 could over- or underflow.
+        """
+        if self.features is None or not 1e-12 < self._largest < 1e12:
+            return torch.float64
         return self.features.dtype
 
     def whole(self) -> list[Block]:
@@ -152,8 +163,9 @@ class LayerData:
         if hidden.dtype not in (torch.float32, torch.float64):
             hidden = hidden.float()
         hidden = hidden.reshape(-1, self.units).to(self.device)
-        # The sum is cheaper than looking at each, and finite almost always.
-        if not (hidden.sum().isfinite() or hidden.isfinite().all()):
+        largest = float(torch.stack(torch.aminmax(hidden)).abs().max())
+        self._largest = max(self._largest, largest)
+        if not math.isfinite(largest):
             raise ValueError(
                 f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
                 "expected finite numbers"
@@ -173,9 +185,8 @@ class LayerData:
             )
         return target.to(self.device)
 
-    def _collect(self) -> None:
+    def _collect(self, blocks: Generator[Block, None, None]) -> None:
         """Keeps all features if `memory_limit` allows, else leaves the rest to later passes."""
-        blocks = self._first_pass()
         first = next(blocks)
         width, dtype = first.features.shape[1], first.features.dtype
         itemsize = first.features.element_size()
@@ -219,7 +230,7 @@ class LayerData:
                 if self.criterion.kind == "custom":
                     self.output_shape = tuple(main_output(outputs).shape[1:])
                     assert batch.targets is not None
-                    raw.append(batch.targets)
+                    raw.append(batch.targets.to(self.device))
                 yield block
         if raw:
             self.targets = torch.cat(raw)
@@ -250,7 +261,7 @@ def run_model(model: nn.Module, batch: Batch) -> object:
 
 def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:
     """What the model's outputs on a batch are compared with; ValueError where they don't match."""
-    shape = tuple(main_output(outputs).shape)
+    shape = tuple(main_output(outputs).shape) or (1,)
     if targets is None:
         raise ValueError("data: found inputs without targets, expected both for objective='loss'")
     if criterion.kind == "custom":
@@ -296,7 +307,7 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             beta += ops.candidate_slope(h, out, t, backend=backend)
         if gram is not None:
             # Features that are kept decide what float32 leaves open; else there is no second look.
-            _add_upper_product(gram, h if data.features is not None else h.double())
+            _add_upper_product(gram, h.to(data.product_dtype) if backend == "cpu" else h.double())
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0

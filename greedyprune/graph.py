@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 from .data import Batch
 
 # What the operations do to the last dimension, by name (in-place forms count as the plain ones).
-# Elementwise operations are those that torch tags `pointwise`, and these:
-ELEMENTWISE = {
-    "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "dropout", "alpha_dropout",
-    "feature_dropout", "feature_alpha_dropout", "contiguous", "clone", "detach", "alias", "to",
-    "_to_copy", "lift_fresh_copy",
+# What leaves every number as it is:
+IDENTITY = {
+    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
+    "detach", "alias", "to", "_to_copy", "lift_fresh_copy",
 }  # fmt: skip
+# Elementwise operations are those that torch tags `pointwise`, and these:
+ELEMENTWISE = IDENTITY | {"hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like"}
 # Reshaping: keeps the units where the last dimension is unchanged.
 RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
 # Normalisation of each unit by itself: these arguments have one entry a unit.
@@ -143,8 +144,10 @@ class Graph:
         shape = _shape(node)
         if op in PER_UNIT_ARGUMENTS:
             first = node.args[0]
-            if op == "batch_norm" and len(shape) != 2:
-                raise refuse(f"{node.target} does not normalise the units' dimension")
+            if len(shape) != 2 and not (
+                op == "prelu" and _shape(cast(fx.Node, node.args[1])) == (1,)
+            ):
+                raise refuse(f"{node.target} does not act along the units' dimension")
             for i in PER_UNIT_ARGUMENTS[op]:
                 self._slice_operand(walk, node.args[i], refuse, str(node.target))
             assert first in walk.carrying
@@ -197,7 +200,7 @@ class Graph:
                 continue
             if node.op == "output":
                 return ""
-            if _name(node) in (ELEMENTWISE | RESHAPING):
+            if _name(node) in (IDENTITY | RESHAPING):
                 reached.add(node)
             elif node.users:
                 return str(node.target)

@@ -203,8 +203,8 @@ class Criterion:
                     f"shape {outputs}"
                 )
             share = weight * (targets.double() * (1 - smooth) + smooth / classes)
-            if not share.isfinite().all():
-                raise ValueError("data: NaN or inf in the targets, expected finite numbers")
+            if not ((targets >= 0) & (targets <= 1)).all():
+                raise ValueError("data: found class probabilities outside [0, 1], or NaN")
             label, mass = share.argmax(1), float(samples)
         else:
             label, seen = self._labels(targets, samples, classes)
@@ -244,7 +244,7 @@ def _per_output(option: Tensor | None, block: Target, name: str) -> Tensor:
     if option is None:
         return torch.ones((), dtype=torch.float64)
     flat = option.double().reshape(-1)
-    if flat.numel() not in (1, block.outputs):
+    if flat.numel() != 1 and option.shape not in ((block.outputs,), (1, block.outputs)):
         raise ValueError(
             f"loss: {name} of shape {tuple(option.shape)}, expected one number for each of the "
             f"{block.outputs} outputs"
@@ -269,7 +269,7 @@ def criterion_of(loss: object, targets: Tensor | None) -> Criterion:
     if type(loss) in _MODULES:
         return _from_module(loss)  # type: ignore[arg-type]
     if isinstance(loss, nn.Module) or callable(loss):
-        kind = _FUNCTIONS.get(loss)
+        kind = next((kind for function, kind in _FUNCTIONS.items() if function is loss), None)
         return Criterion(kind) if kind else Criterion("custom", function=loss)
     raise TypeError(
         f"loss: found {type(loss).__name__}, expected a name, a torch loss or a callable"

@@ -134,10 +134,12 @@ class CustomObjective:
 class Solver:
     """Runs the greedy loop for one layer by whichever formulation is cheapest for its data."""
 
-    def __init__(self, data: LayerData, backend: str, steps: int, memory_limit: int) -> None:
-        self.data, self.backend = data, backend
+    def __init__(
+        self, data: LayerData, backend: str, steps: int, memory_limit: int, batches: Tensor | None
+    ) -> None:
+        self.data, self.backend, self._batches = data, backend, batches
         self._gram: Tensor | None = None
-        quadratic = data.criterion.kind == "mse" and backend != "reference"
+        quadratic = data.criterion.kind == "mse" and backend != "reference" and batches is None
         few = steps * COLUMNS_PER_PICK < data.units
         fits = data.units**2 * 8 <= memory_limit
         # One pass has to do where the features were not kept, so the Gram matrix if it fits.
@@ -147,11 +149,11 @@ class Solver:
             self._gram = torch.zeros(shape, dtype=torch.float64, device=data.device)
         self.moments = moments(data, backend, self._gram)
 
-    def run(self, rule: Rule, *, batches: Tensor | None, with_gap: bool, step: Step | None) -> Path:
+    def run(self, rule: Rule, *, with_gap: bool, step: Step | None) -> Path:
         data = self.data
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)
-        if batches is None and self._gram is not None:
+        if self._gram is not None:
             if self.backend == "cuda":
                 return reference.greedy_gram(
                     self._gram, self.moments, rule, with_gap=with_gap, step=step
@@ -159,8 +161,8 @@ class Solver:
             return ops.greedy_gram(
                 self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
             )
-        if batches is None and self._columns and self.backend == "cpu":
-            columns = _columns_of(data, torch.float64 if data.features is None else data.dtype)
+        if self._columns and self.backend == "cpu":
+            columns = _columns_of(data, data.product_dtype)
             return ops.greedy_columns(
                 columns, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
             )
@@ -168,9 +170,11 @@ class Solver:
             assert data.target is not None
             return ops.greedy_pointwise(
                 data.features, data.outgoing, data.bias, data.target, rule,
-                batches=batches, with_gap=with_gap, step=step,
+                batches=self._batches, with_gap=with_gap, step=step,
             )  # fmt: skip
-        objective = PointwiseObjective(data, self.backend, batches, with_gap, self.moments.mass)
+        objective = PointwiseObjective(
+            data, self.backend, self._batches, with_gap, self.moments.mass
+        )
         return reference.greedy(objective, rule, step)
 
     def _exact(self) -> ops.Exact | None:
@@ -180,7 +184,7 @@ class Solver:
             return None
         assert data.target is not None and data.target.value is not None
         return ops.Exact(
-            rounding=PRODUCT * torch.finfo(data.dtype).eps / 2,
+            rounding=PRODUCT * torch.finfo(data.product_dtype).eps / 2,
             features=data.features,
             outgoing=data.outgoing,
             target=data.target.value - data.bias[:, None],

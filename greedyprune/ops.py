@@ -249,17 +249,27 @@ def greedy_pointwise(
     _check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
     _check("bias", bias, (outputs,))
+    if batches is not None and (
+        batches.dtype != torch.int64
+        or batches.dim() != 2
+        or len(batches) < rule.steps
+        or not (int(batches.min()) >= 0 and int(batches.max()) < samples)
+    ):
+        raise ValueError(
+            f"batches: found {batches.dtype} {tuple(batches.shape)}, expected int64 "
+            f"({rule.steps}, b) in [0, {samples})"
+        )
     run = Run(rule, units, with_gap and batches is None)
-    double = torch.float64
+    single, double = torch.float32, torch.float64
     seen = samples if batches is None else batches.shape[1]
     widest = max(seen, samples)
     scratch = {
         "sum": torch.zeros(outputs, samples, dtype=double),
         "outputs64": torch.empty(outputs, widest, dtype=double),
-        "outputs32": torch.empty(outputs, widest),
-        "outgoing32": torch.empty(units, outputs),
-        "weight32": torch.empty(outputs, seen),
-        "value32": torch.empty(outputs, seen),
+        "outputs32": torch.empty(outputs, widest, dtype=single),
+        "outgoing32": torch.empty(units, outputs, dtype=single),
+        "weight32": torch.empty(outputs, seen, dtype=single),
+        "value32": torch.empty(outputs, seen, dtype=single),
         "linear_unit": torch.empty(units, dtype=double),
         "slopes": torch.empty(units, dtype=double),
         "slope_errors": torch.empty(units, dtype=double),
@@ -338,6 +348,8 @@ def _check_features(features: Tensor, outgoing: Tensor) -> None:
             f"features: found shape {tuple(features.shape)} with strides {features.stride()}, "
             "expected (N, m) with contiguous rows"
         )
+    if not features.numel():
+        raise ValueError(f"features: found shape {tuple(features.shape)}, expected N, m >= 1")
     if outgoing.dim() != 2 or len(outgoing) != len(features):
         raise ValueError(
             f"outgoing: found shape {tuple(outgoing.shape)}, expected ({len(features)}, C)"

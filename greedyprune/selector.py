@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,10 +111,10 @@ def select(
     bar = _bars(progress)
     with _evaluating(model):
         first = batches.first()
-        outputs = run_model(model, first)
+        outputs, heads = _first_outputs(model, first)
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
-        groups = _groups(model, first, chosen)
+        groups = [_with_output(group, heads) for group in _groups(model, first, chosen)]
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
         elif loss != "auto" and chosen.objective == "auto":
@@ -123,10 +124,14 @@ def select(
                 UserWarning,
                 stacklevel=2,
             )
+        if batches.once and len(groups) > 1:
+            raise ValueError(
+                f"data: found an iterator for {len(groups)} layers, each of which takes a pass; "
+                "expected a list, Dataset or DataLoader"
+            )
+        rules = [chosen.rule(group.producer, group.units) for group in groups]
         selected = {}
-        for group in groups:
-            # size, steps and candidates are checked against each layer before the long work
-            rule = chosen.rule(group.producer, group.units)
+        for group, rule in zip(groups, rules, strict=True):
             own = _objective(chosen.objective, group) == "loss"
             layer_data = LayerData(
                 model, group, batches, criterion if own else Criterion("mse"),
@@ -161,7 +166,8 @@ def _select_layer(
         weights = "refit" if data.imitation else "counts"
     # Then the network that the loop evaluates is the one that is kept.
     native = weights == "counts" or (weights == "uniform" and not rule.replacement)
-    solver = Solver(data, backend, rule.steps, chosen.memory_limit)
+    batches = chosen.batches(rule.steps, data.samples) if chosen.batch_size else None
+    solver = Solver(data, backend, rule.steps, chosen.memory_limit, batches)
     dense_loss, empty_loss = solver.moments.dense_loss, solver.moments.empty_loss
     if data.criterion.kind == "custom":
         dense_loss = CustomObjective(data).dense_loss()
@@ -170,12 +176,11 @@ def _select_layer(
         enough = chosen.tolerance * empty_loss if data.imitation else (
             dense_loss + chosen.tolerance * abs(dense_loss))  # fmt: skip
     whole = rule.draws is None and chosen.batch_size is None
-    batches = chosen.batches(rule.steps, data.samples) if chosen.batch_size else None
 
     def path_of(rule: Rule) -> Path:
         with bar(total=rule.steps, desc=f"layer {data.group.producer}: greedy steps") as shown:
             step = _step(shown, enough if native else -float("inf"))
-            return solver.run(rule, batches=batches, with_gap=whole and native, step=step)
+            return solver.run(rule, with_gap=whole and native, step=step)
 
     if native or chosen.tolerance is None:
         path = path_of(rule)
@@ -258,6 +263,32 @@ def _objective(objective: str, group: Group) -> str:
     return objective
 
 
+def _first_outputs(model: nn.Module, batch: Batch) -> tuple[object, set[str]]:
+    """The model's output, and the Linears whose output it is (not another head's, say)."""
+    produced: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, out, name=name: produced.update({name: out}))
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+    ]
+    try:
+        outputs = run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    try:
+        main = main_output(outputs).double().flatten()
+    except ValueError:  # of no matter where no layer is judged by the model's loss
+        return outputs, set()
+    return outputs, {n for n, out in produced.items() if torch.equal(out.double().flatten(), main)}
+
+
+def _with_output(group: Group, heads: set[str]) -> Group:
+    if not group.output or group.consumer in heads:
+        return group
+    return replace(group, output=False, not_output="another operation or output")
+
+
 def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
     """The groups to select from: read off the graph, or as the caller named both ends."""
     if chosen.consumers is not None:
@@ -319,14 +350,25 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and the random state as it was afterwards."""
+    """Eval mode, no gradients, no autocast; afterwards modes, buffers and RNG are as before."""
     modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next((t.device.type for t in model.parameters()), "cpu")
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.autocast(device, enabled=False),
+            torch.autocast("cpu", enabled=False),
+        ):
             yield
     finally:
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)
         for module, training in modes.items():
             module.training = training
 

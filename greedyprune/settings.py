@@ -55,13 +55,15 @@ class Settings:
                     f"candidates: found {self.candidates}, but layer {layer!r} has {units} units; "
                     f"expected at most {units}"
                 )
-            draws = torch.rand(steps, self.candidates, dtype=torch.float64, generator=self._rng(1))
+            draws = torch.empty(steps, self.candidates, dtype=torch.float64, device="cpu")
+            draws.uniform_(generator=self._rng(1))
         return Rule(steps, size, self.replacement, draws)
 
     def batches(self, steps: int, samples: int) -> Tensor | None:
         """The samples that each step scores on: (steps, batch_size) int64; None: all of them.
 
-        A pass over the shuffled data, then another: every sample is seen before any is seen again.
+        Passes over the shuffled data, like a training loop's: no sample twice in one pass, and what
+        is left over at its end is dropped.
         """
         if self.batch_size is None:
             return None
@@ -69,7 +71,9 @@ class Settings:
         rng = self._rng(2)
         needed, order = steps * size, []
         while needed > 0:
-            order.append(torch.randperm(samples, generator=rng)[: samples - samples % size])
+            order.append(
+                torch.randperm(samples, device="cpu", generator=rng)[: samples - samples % size]
+            )
             needed -= len(order[-1])
         return torch.cat(order)[: steps * size].reshape(steps, size)
 
@@ -93,7 +97,7 @@ class Settings:
         return size
 
     def _rng(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 4 + stream) % 2**63)
+        return torch.Generator("cpu").manual_seed((self.seed * 4 + stream) % 2**63)
 
 
 def resolve(

@@ -46,6 +46,8 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     small = copy.deepcopy(model)
     with torch.no_grad():
         for layer in selection.layers.values():
+            _reweight(small, layer)
+        for layer in selection.layers.values():
             _cut(small, layer)
     return small
 
@@ -70,16 +72,21 @@ def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:
         )
 
 
+def _reweight(model: nn.Module, layer: LayerSelection) -> None:
+    """The kept units' outgoing weights, while everything has its full size."""
+    weight = dict(model.named_parameters())[f"{layer.consumer}.weight"]
+    kept, weights = layer.kept.to(weight.device), layer.weights.to(weight.device)
+    if weights.dim() == 1:
+        weights = weight[:, kept].double() * weights
+    weight[:, kept] = weights.to(weight.dtype)
+
+
 def _cut(model: nn.Module, layer: LayerSelection) -> None:
-    weight = f"{layer.consumer}.weight"
     for tensor, dim in layer.slices.items():
         module_name, _, attribute = tensor.rpartition(".")
         module = model.get_submodule(module_name)
         old: Tensor = getattr(module, attribute)
         new = old.index_select(dim, layer.kept.to(old.device))
-        if tensor == weight:
-            weights = layer.weights.to(old.device)
-            new = (weights if weights.dim() == 2 else new.double() * weights).to(old.dtype)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, attribute, new)

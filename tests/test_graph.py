@@ -1,5 +1,6 @@
 """What the walker accepts, what it slices, and which operation it names when it refuses."""
 
+import copy
 import gc
 import weakref
 
@@ -284,3 +285,98 @@ def test_a_selection_for_other_outputs() -> None:
     other.last = nn.Linear(8, 2)
     with pytest.raises(ValueError, match="made for 3 outputs of 'last', but the model's has 2"):
         greedyprune.prune(other, selection)
+
+
+def test_an_auxiliary_head_is_not_the_output() -> None:
+    class Heads(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.side(x).relu()
+            return {"logits": self.last(self.first(x).relu()), "aux": self.other(hidden)}
+
+    model = Heads()
+    model.other = nn.Linear(8, 3)
+    data = torch.randn(40, 5), torch.randint(3, (40,))
+    found = greedyprune.select(model, data, size=3)
+    assert found.layers["first"].objective == "loss"
+    assert found.layers["side"].objective == "imitation"
+
+
+@pytest.mark.parametrize("after", [functional.logsigmoid, functional.hardswish])
+def test_what_changes_the_output_is_seen(after: object) -> None:
+    model = Net(after=lambda s, y: after(y))
+    data = torch.randn(40, 5), torch.randn(40, 3)
+    assert greedyprune.select(model, data, size=3).objective == "imitation"
+
+
+@pytest.mark.parametrize("layers", [["2", "0"], ["0", "2"]])
+def test_refitted_layers_in_any_order(layers: list[str]) -> None:
+    sizes = (5, 20), (20, 12), (12, 3)
+    first, second, last = (nn.Linear(*size) for size in sizes)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+    data = torch.randn(100, 5), torch.randn(100, 3)
+    selection = greedyprune.select(model, data, layers=layers, weights="refit")
+    small = greedyprune.prune(model, selection)
+    masked = copy.deepcopy(model)
+    for layer in selection.layers.values():
+        weight = masked.get_submodule(layer.consumer).weight
+        with torch.no_grad():
+            weight.copy_(torch.zeros_like(weight).index_copy(1, layer.kept, layer.weights.float()))
+    torch.testing.assert_close(small(data[0]), masked(data[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_and_hooks_are_as_before() -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                self.calls += 1
+            return self.last(self.first(x).relu())
+
+    model = Counting()
+    data = torch.randn(40, 5), torch.randn(40, 3)
+    greedyprune.select(model, data, size=3)
+    assert model.calls == 0
+    with pytest.raises(ValueError, match="memory_limit") as kept:
+        greedyprune.select(model, data, size=3, loss=lambda o, t: o.sum(), memory_limit=10)
+    assert kept.tb is not None  # a traceback that is kept keeps no hook
+    assert not model.last._forward_pre_hooks
+
+
+def test_autocast_outside_does_not_reach_in() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3000), nn.Tanh(), nn.Linear(3000, 1))
+    data = torch.randn(200, 5), torch.randn(200, 1)
+    expected = greedyprune.select(model, data, steps=60)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = greedyprune.select(model, data, steps=60)
+    assert found.order.equal(expected.order)
+
+
+def test_sixteen_bit_default_dtype() -> None:
+    model, data = Net(lambda s, h, x: h.relu()), (torch.randn(40, 5), torch.randint(3, (40,)))
+    expected = greedyprune.select(model, data, steps=5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = greedyprune.select(model, data, steps=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.order.equal(expected.order)
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e-22])
+def test_extreme_scales(scale: float) -> None:
+    """float32 products would over- or underflow: float64's picks all the same."""
+    torch.manual_seed(0)
+    x, y = torch.randn(100, 5), torch.randn(100, 1)
+    model = nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1))
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p *= scale
+        model[2].weight /= scale
+    for options in ({"steps": 30}, {"steps": 30, "batch_size": 50}):
+        found = greedyprune.select(model, (x, y), backend="cpu", **options)
+        expected = greedyprune.select(model, (x, y), backend="reference", **options)
+        assert found.order.equal(expected.order)

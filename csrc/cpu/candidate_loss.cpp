@@ -181,25 +181,26 @@ double rounding_bound(const Rounding& r, const Target<Real>& target, double loss
   }
   const double epsilon = static_cast<double>(Format<Real>::epsilon);
   const double largest = r.weight_largest;
+  const double underflow = static_cast<double>(Format<Real>::tiny) * 8.0 * r.weight_sum;
   const double sums = 32.0 * loss;  // adding up a tile, weighting, the polynomials' last places
   switch (target.loss) {
     case Loss::squared_error: {  // |d(x^2)| <= 2 |x| |dx|, then Cauchy-Schwarz
       const double moved = 48.0 * (r.base + largest * w_squares * squares);
-      return target.scale * epsilon *
-             (2.0 * std::sqrt(larger(loss, 0.0) * moved) + sums +
-              static_cast<double>(target.outputs) * loss);
+      return target.scale *
+             (underflow + epsilon * (2.0 * std::sqrt(larger(loss, 0.0) * moved) + sums +
+                                     static_cast<double>(target.outputs) * loss));
     }
     case Loss::cross_entropy: {  // 2-Lipschitz in the largest change of an output
       const double h = std::sqrt(squares * static_cast<double>(samples));
-      return target.scale * epsilon *
-             (16.0 * (r.base + largest * w_largest * h) + 16.0 * r.weight_sum + sums +
-              static_cast<double>(target.outputs) * r.weight_sum);
+      return target.scale *
+             (underflow +
+              epsilon * (16.0 * (r.base + largest * w_largest * h) + 16.0 * r.weight_sum + sums +
+                         static_cast<double>(target.outputs) * r.weight_sum));
     }
     case Loss::logistic: {
       const double h = std::sqrt(squares * static_cast<double>(samples));
-      return target.scale * epsilon *
-             (8.0 * (r.base + largest * w_sum * h) + sums +
-              static_cast<double>(target.outputs) * loss);
+      return target.scale * (underflow + epsilon * (8.0 * (r.base + largest * w_sum * h) + sums +
+                                                    static_cast<double>(target.outputs) * loss));
     }
   }
   return NAN;

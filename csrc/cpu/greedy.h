@@ -10,6 +10,8 @@
 // each answering Status, and a loss or a gap through a pointer.
 #pragma once
 
+#include <cmath>
+
 #include "../kernels.h"
 #include "../loss.h"
 
@@ -37,14 +39,15 @@ inline void add_phi(const Features& f, int64_t unit, const double* outgoing, int
 
 // Keeps of units[0:n] those that rounding does not rule out as the minimum; how many those are.
 inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, int64_t n) {
-  double lowest = scores[0] + errors[0];
-  for (int64_t i = 1; i < n; ++i) {
+  double lowest = HUGE_VAL;
+  for (int64_t i = 0; i < n; ++i) {
     const double above = scores[i] + errors[i];
-    if (above < lowest || lowest != lowest) lowest = above;
+    if (above < lowest) lowest = above;
   }
   int64_t kept = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (scores[i] - errors[i] > lowest) continue;  // a score that overflowed stays in
+    const bool overflowed = !std::isfinite(scores[i]) || !std::isfinite(errors[i]);
+    if (scores[i] - errors[i] > lowest && !overflowed) continue;
     units[kept] = units[i];
     scores[kept] = scores[i];
     errors[kept] = errors[i];
