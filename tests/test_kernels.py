@@ -1,9 +1,5 @@
 """Every kernel against the float64 reference, over instruction set x dtype x shape x loss."""
 
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -341,36 +337,6 @@ def test_threads_do_not_show(instruction_set: str, threads: None) -> None:
         assert path.order.equal(paths[0].order)
         assert path.losses.equal(paths[0].losses)  # to the last bit
         assert path.gap.equal(paths[0].gap)
-
-
-INTERRUPTED = """
-import torch, greedyprune
-from torch import nn
-model = nn.Sequential(nn.Linear(4, 4096), nn.ReLU(), nn.Linear(4096, 50))
-inputs, targets = torch.randn(40000, 4), torch.randint(50, (40000,))
-print("start", flush=True)
-try:
-    greedyprune.select(model, (inputs, targets), steps={steps}, progress=False, **{options})
-except KeyboardInterrupt:
-    assert not model[2]._forward_pre_hooks and model.training
-    print("interrupted", flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"loss": "cross_entropy", "batch_size": 30000}], ids=["full", "mini-batches"]
-)
-def test_ctrl_c_stops_a_kernel_within_a_second(options: dict[str, object]) -> None:
-    code = INTERRUPTED.format(steps=300, options=options)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "start\n"
-    time.sleep(12)  # by then it is in the kernel, where one step takes some seconds
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "interrupted\n"
-    assert time.monotonic() - start < 1
-    process.wait(20)
 
 
 def loss_with(**changes: Callable[[Problem], object]) -> Callable[[Problem], object]:

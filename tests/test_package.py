@@ -3,6 +3,7 @@
 import doctest
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -139,3 +140,33 @@ def test_progress_bars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         with pytest.warns(UserWarning, match="slow path"):
             greedyprune.select(model, data, steps=4, loss=slow, progress=progress)
         assert ("greedy steps" in capfd.readouterr().err) == shown
+
+
+INTERRUPTED = """
+import torch, greedyprune
+from torch import nn
+model = nn.Sequential(nn.Linear(4, 4096), nn.ReLU(), nn.Linear(4096, 50))
+inputs, targets = torch.randn(40000, 4), torch.randint(50, (40000,))
+print("start", flush=True)
+try:
+    greedyprune.select(model, (inputs, targets), steps={steps}, progress=False, **{options})
+except KeyboardInterrupt:
+    assert not model[2]._forward_pre_hooks and model.training
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss": "cross_entropy", "batch_size": 30000}], ids=["full", "mini-batches"]
+)
+def test_ctrl_c_stops_a_kernel_within_a_second(options: dict[str, object]) -> None:
+    code = INTERRUPTED.format(steps=300, options=options)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "start\n"
+    time.sleep(12)  # by then it is in the kernel, where one step takes some seconds
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    assert time.monotonic() - start < 1
+    process.wait(20)

@@ -56,6 +56,12 @@ inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, i
   return kept;
 }
 
+inline double lowest_of(const double* scores, int64_t n) {
+  double lowest = scores[0];
+  for (int64_t i = 1; i < n; ++i) lowest = scores[i] < lowest ? scores[i] : lowest;
+  return lowest;
+}
+
 template <class Objective>
 Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
               const Workspace& workspace, const Caller& caller) {

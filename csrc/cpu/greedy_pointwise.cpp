@@ -94,10 +94,7 @@ class PointwiseObjective {
     status = candidate_slope<double>(workspace_.scores, nullptr, candidates, n, p_.features,
                                      p_.outgoing, p_.outputs64, outputs(), caller_);
     if (status != Status::ok) return status;
-    double lowest = workspace_.scores[0];
-    for (int64_t i = 1; i < n; ++i)
-      lowest = workspace_.scores[i] < lowest ? workspace_.scores[i] : lowest;
-    *value = part(k) * along - lowest;
+    *value = part(k) * along - lowest_of(workspace_.scores, n);
     return Status::ok;
   }
 

@@ -92,10 +92,7 @@ class QuadraticObjective {
                                        q_.outgoing, q_.residual, q_.outputs, caller_);
       if (status != Status::ok) return status;
     }
-    double lowest = workspace_.scores[0];
-    for (int64_t i = 1; i < n; ++i)
-      lowest = workspace_.scores[i] < lowest ? workspace_.scores[i] : lowest;
-    *value = 2 * q_.scale * (along - lowest);
+    *value = 2 * q_.scale * (along - lowest_of(workspace_.scores, n));
     return Status::ok;
   }
 
