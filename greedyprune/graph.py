@@ -143,14 +143,12 @@ class Graph:
             return
         shape = _shape(node)
         if op in PER_UNIT_ARGUMENTS:
-            first = node.args[0]
             if len(shape) != 2 and not (
                 op == "prelu" and _shape(cast(fx.Node, node.args[1])) == (1,)
             ):
                 raise refuse(f"{node.target} does not act along the units' dimension")
             for i in PER_UNIT_ARGUMENTS[op]:
                 self._slice_operand(walk, node.args[i], refuse, str(node.target))
-            assert first in walk.carrying
         elif op in RESHAPING:
             if not shape or shape[-1] != walk.units:
                 raise refuse(f"{node.target} mixes its units' dimension with others")

@@ -89,34 +89,33 @@ class CustomObjective:
         self._sum = torch.zeros(data.outputs, data.samples, dtype=torch.float64, device=data.device)
 
     def scores(self, k: int, candidates: Tensor) -> Tensor:
-        losses = [self._loss_of((self._sum + self._phi(int(j))) / k) for j in candidates]
+        losses = [self._loss_at(self._sum + self._phi(int(j)), k) for j in candidates]
         return torch.tensor(losses, dtype=torch.float64)
 
     def add(self, k: int, unit: int) -> None:
         self._sum += self._phi(unit)
 
     def loss(self, k: int) -> float:
-        return self._loss_of(self._sum / k)
+        return self._loss_at(self._sum, k)
 
     def gap(self, k: int) -> float | None:
         return None  # nothing says that it is convex
 
     def dense_loss(self) -> float:
         assert self._data.features is not None
-        dense = self._data.dense_outputs(self._data.features)
-        return self._loss_of(dense - self._data.bias[:, None])
+        return self.outputs_loss(self._data.dense_outputs(self._data.features))
 
-    def outputs_loss(self, outputs: Tensor) -> float:
-        """The loss of outputs (C, m) float64."""
-        return self._loss_of(outputs - self._data.bias[:, None])
+    def _loss_at(self, z: Tensor, k: int) -> float:
+        return self.outputs_loss(self._data.bias[:, None] + z / k)
 
     def _phi(self, unit: int) -> Tensor:
         assert self._data.features is not None
         return self._data.outgoing[unit][:, None] * self._data.features[unit].double()
 
-    def _loss_of(self, outputs: Tensor) -> float:
+    def outputs_loss(self, outputs: Tensor) -> float:
+        """The loss of outputs (C, m) float64."""
         assert self._data.features is not None
-        full = (self._data.bias[:, None] + outputs).T.reshape(-1, *self._data.output_shape)
+        full = outputs.T.reshape(-1, *self._data.output_shape)
         value = self._function(full.to(self._data.features.dtype), self._targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(
@@ -184,7 +183,8 @@ class Solver:
             return None
         assert data.target is not None and data.target.value is not None
         return ops.Exact(
-            rounding=PRODUCT * torch.finfo(data.product_dtype).eps / 2,
+            # n u / (1 - n u) for sums of n products, and a little
+            rounding=(PRODUCT + 1) * torch.finfo(data.product_dtype).eps / 2,
             features=data.features,
             outgoing=data.outgoing,
             target=data.target.value - data.bias[:, None],
