@@ -1,48 +1,155 @@
-"""One greedy step's candidates: the fused kernel beside plain torch at its best chunk size.
+"""One greedy step's candidates: the fused kernel beside what plain torch can do."""
 
-    make bench
+from __future__ import annotations
 
-The column in brackets is the ratio to the fastest of the group, measured in the same run.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
+import baselines
 import pytest
 import torch
-from baselines import best_chunk, eager
-from pytest_benchmark.fixture import BenchmarkFixture
+from baselines import Candidates
+from harness import Bench, predicted
+from limits import Limits, candidates_floor
+from problems import candidates
+from torch import Tensor
 
-from greedyprune import ops
-from greedyprune.losses import Criterion
-
-M, N, C = 1024, 8192, 10
-torch.manual_seed(0)
-FEATURES = torch.randn(N, M).relu()
-OUTGOING = torch.randn(N, C)
-BASE = torch.randn(M, C)
-TARGETS = {
-    "cross_entropy": torch.randint(C, (M,)),
-    "mse": torch.randn(M, C),
-    "bce_with_logits": torch.rand(M, C),
-}
+from greedyprune import ops, reference
+from greedyprune.losses import Criterion, Target
 
 
-@pytest.mark.parametrize("how", ["fused kernel", "torch eager"])
-@pytest.mark.parametrize("kind", TARGETS)
-def test_candidate_loss(benchmark: BenchmarkFixture, kind: str, how: str) -> None:
-    targets = TARGETS[kind]
-    target = Criterion(kind).target(targets, (M, C))
-    outgoing, base = OUTGOING.double(), BASE.T.double().contiguous()
+@dataclass(frozen=True)
+class Case:
+    """goal: whether its ratios are among the figures to reach."""
 
-    def fused() -> torch.Tensor:
-        return (
-            ops.candidate_loss(FEATURES, outgoing, base, target, dtype=torch.float32) / target.mass
-        )
+    kind: str
+    m: int
+    N: int
+    C: int
+    goal: bool = False
+    table: str = "candidates"
 
-    chunk = best_chunk(kind, FEATURES, OUTGOING, BASE, targets)
+    def __str__(self) -> str:
+        return f"{self.kind} m={self.m} N={self.N} C={self.C}"
 
-    def plain() -> torch.Tensor:
-        return eager(kind, FEATURES, OUTGOING, BASE, targets, chunk)
+    @property
+    def hows(self) -> list[str]:
+        return [
+            "greedyprune",
+            "candidate by candidate",
+            *(f"vectorised, {layout}" for layout in baselines.LAYOUTS),
+            "torch.compile",
+            *(["matrix products"] if self.kind == "mse" else []),
+            "float64 reference",
+        ]
 
-    torch.testing.assert_close(fused(), plain().double(), rtol=1e-5, atol=0)
-    benchmark.group = f"{kind}, m={M} N={N} C={C}"
-    benchmark.extra_info["chunk"] = chunk
-    benchmark.pedantic(fused if how == "fused kernel" else plain, rounds=5, warmup_rounds=1)
+
+def cases(sizes: list[tuple[int, int, int]], goal: tuple[int, int]) -> list[Case]:
+    """All three losses of each size; the cross-entropy of one class is always zero."""
+    return [
+        Case(kind, *size, goal=size[:2] == goal)
+        for size in sizes
+        for kind in ("cross_entropy", "bce_with_logits", "mse")
+        if kind != "cross_entropy" or size[2] > 1
+    ]
+
+
+SIZES = [
+    (128, 512, 1),
+    (1024, 8192, 1),
+    (1024, 8192, 10),
+    (64, 32768, 10),
+    (16384, 512, 10),
+    (4096, 16384, 100),
+]
+FULL = [
+    *cases(SIZES, goal=(1024, 8192)),
+    Case("cross_entropy", 256, 1024, 1000),
+    Case("cross_entropy", 64, 256, 50257),
+]
+QUICK = [
+    *cases([(64, 128, 1), (64, 128, 10)], goal=(64, 128)),
+    Case("cross_entropy", 16, 32, 1000),
+]
+
+
+@lru_cache(maxsize=1)
+def problem_of(case: Case) -> tuple[Candidates, Tensor]:
+    """The problem, and our losses."""
+    problem = candidates(case.kind, case.m, case.N, case.C)
+    return problem, ours(problem)()
+
+
+def ours(p: Candidates) -> Callable[[], Tensor]:
+    target = target_of(p)
+    outgoing, outputs = p.outgoing.double(), p.base.T.double().contiguous()
+    return lambda: (
+        ops.candidate_loss(p.features, outgoing, outputs, target, dtype=torch.float32) / target.mass
+    )
+
+
+def target_of(p: Candidates) -> Target:
+    return Criterion(p.kind).target(p.targets, tuple(p.base.shape))
+
+
+def in_float64(p: Candidates) -> Tensor:
+    target = target_of(p)
+    losses = reference.candidate_loss(
+        p.features, p.outgoing.double(), p.base.T.double().contiguous(), target
+    )
+    return losses / target.mass
+
+
+def baseline(
+    bench: Bench, case: Case, how: str, p: Candidates
+) -> tuple[Callable[[], Tensor], float]:
+    """The work to be timed and about the seconds that it takes; skips what takes too long."""
+    plain = {
+        "candidate by candidate": baselines.by_candidate,
+        "matrix products": baselines.by_products,
+        "float64 reference": in_float64,
+    }
+    if how == "torch.compile":
+        return compiled(bench, case, p), 0.0
+    if how in plain:
+        work = plain[how]
+        seconds = predicted(lambda n: work(p.first(n)), case.N)
+    else:
+        form = baselines.best_form(p, (how.removeprefix("vectorised, "),))
+        bench.note(chunk=form.chunk)
+
+        def work(p: Candidates) -> Tensor:
+            return baselines.vectorised(p, form)
+
+        chunks = -(-case.N // form.chunk)
+        seconds = predicted(lambda n: work(p.first(n * form.chunk)), chunks)
+    bench.skip_if_long(seconds)
+    return lambda: work(p), seconds
+
+
+def compiled(bench: Bench, case: Case, p: Candidates) -> Callable[[], Tensor]:
+    main = case.kind == "cross_entropy" if bench.quick else case.goal or case.C == 1000
+    if not main:
+        bench.skip("compiled at a few sizes only: every compilation takes a quarter of a minute")
+    try:
+        work, form = baselines.compiled(p, [32] if bench.quick else [64, 1024])
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        bench.skip(f"does not compile here ({str(error).splitlines()[0]})")
+    bench.note(chunk=form.chunk, layout=form.layout)
+    return work
+
+
+@pytest.mark.cases(full=FULL, quick=QUICK)
+def test_candidate_loss(bench: Bench, limits: Limits, case: Case, how: str) -> None:
+    problem, losses = problem_of(case)
+    if how == "greedyprune":
+        floor = candidates_floor(case.kind, case.m, case.N, case.C, limits)
+        bench.note(floor=floor.seconds, limit=floor.limit)
+        some = min(case.N, 16)
+        expected = in_float64(problem.first(some))
+        bench.time(ours(problem), lambda found: baselines.same_losses(found[:some], expected, 2e-6))
+        return
+    work, seconds = baseline(bench, case, how, problem)
+    rtol = 1e-4 if how == "matrix products" else 2e-5  # which sums large terms that cancel
+    bench.time(work, lambda found: baselines.same_losses(found, losses, rtol), seconds)

@@ -130,6 +130,8 @@ void bind_structs(py::module_& m) {
       .def_readwrite("samples", &Features::samples)
       .def_readwrite("stride", &Features::stride);
   pointer(features, "data", &Features::data);
+  pointer(features, "squares", &Features::squares);
+  pointer(features, "largest", &Features::largest);
 
   bind_target<float>(m, "TargetF32");
   bind_target<double>(m, "TargetF64");
@@ -208,6 +210,7 @@ void bind_structs(py::module_& m) {
   pointer(pointwise, "slopes", &P::slopes);
   pointer(pointwise, "slope_errors", &P::slope_errors);
   pointer(pointwise, "features_batch", &P::features_batch);
+  pointer(pointwise, "squares_batch", &P::squares_batch);
   pointer(pointwise, "weight_batch", &P::weight_batch);
   pointer(pointwise, "value_batch", &P::value_batch);
   pointer(pointwise, "linear_batch", &P::linear_batch);
@@ -240,6 +243,22 @@ void bind_candidate_kernels(py::module_& m, const std::string& suffix, Entry los
                 at<const Real>(outgoing), at<const Real>(gradient), outputs, caller);
           });
         });
+}
+
+void bind_features(py::module_& m) {
+  m.def("collect_features", [](const Features& features, Address squares, Address largest,
+                               Address hidden, int64_t n, int64_t at_sample, int threads) {
+    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+      return active->collect_features(features, at<double>(squares), at<double>(largest),
+                                      at<const void>(hidden), n, at_sample, caller);
+    });
+  });
+  m.def("measure_features", [](Address squares, Address largest, const Features& features,
+                               int threads) {
+    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+      return active->measure_features(at<double>(squares), at<double>(largest), features, caller);
+    });
+  });
 }
 
 void bind_greedy(py::module_& m) {
@@ -283,6 +302,7 @@ void bind_cuda(py::module_& m, const char* name, Launcher launcher) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "greedyprune's compiled kernels; use them through greedyprune.ops";
   bind_structs(m);
+  bind_features(m);
   bind_candidate_kernels<float>(m, "f32", &Kernels::candidate_loss_f32,
                                 &Kernels::candidate_slope_f32);
   bind_candidate_kernels<double>(m, "f64", &Kernels::candidate_loss_f64,

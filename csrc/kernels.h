@@ -22,6 +22,8 @@ struct Features {    // the units' activations, unit-major
   const void* data;  // (units, samples), rows `stride` elements apart
   Type type;
   int64_t units, samples, stride;
+  const double* squares;  // (units) the sum of the squares of each row
+  const double* largest;  // (units) the largest magnitude in each row
 };
 
 // What the outputs f (C, m) are compared with:
@@ -123,16 +125,25 @@ struct Pointwise {
   double* slopes;        // (N)
   double* slope_errors;  // (N)
   // For mini-batches only:
-  void* features_batch;  // (N, b) of features.type
-  double* weight_batch;  // like target.weight
-  double* value_batch;   // (C, b)
-  double* linear_batch;  // (C, b)
-  int32_t* label_batch;  // (b)
+  void* features_batch;   // (N, b) of features.type
+  double* squares_batch;  // (N)
+  double* weight_batch;   // like target.weight
+  double* value_batch;    // (C, b)
+  double* linear_batch;   // (C, b)
+  int32_t* label_batch;   // (b)
 };
 
 // One table an instruction set; every entry works on the CPU.
 struct Kernels {
-  // losses[i] = loss(base + shrink * phi_u), u = units[i]. Where errors is given, it receives a
+  // Activations as a layer computes them, hidden (n, units), into columns [at, at + n) of
+  // features.data; adds their squares to `squares` and raises `largest`, to NaN where there is one.
+  Status (*collect_features)(const Features& features, double* squares, double* largest,
+                             const void* hidden, int64_t n, int64_t at, const Caller& caller);
+  // squares and largest (units) of features that are there already.
+  Status (*measure_features)(double* squares, double* largest, const Features& features,
+                             const Caller& caller);
+  // losses[i] = loss(base + shrink * phi_u), u = units[i]. For squared_error base is relative to
+  // the targets, for cross_entropy to each sample's highest. Where errors is given, it receives a
   // bound of what rounding in Real can have done to losses[i].
   Status (*candidate_loss_f32)(double* losses,        // (n)
                                double* errors,        // (n) or null

@@ -17,12 +17,11 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {  // each instruction set has its own copy: the linker must not mix them
 
-template <class Real>
-struct Format;
+// What a type of numbers is made of; cpu/lanes.h adds the vectors of them.
+template <class V>
+struct Number;
 
-template <>
-struct Format<float> {
-  using Bits = int32_t;
+struct Single {
   static constexpr int mantissa = 23;
   static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float lowest_exponent = -126.0f;
@@ -31,15 +30,29 @@ struct Format<float> {
   static constexpr int log_terms = 4, log1p_terms = 8;
 };
 
-template <>
-struct Format<double> {
-  using Bits = int64_t;
+struct Double {
   static constexpr int mantissa = 52;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double lowest_exponent = -1022.0;
   static constexpr double epsilon = 1.1102230246251565e-16;  // 2^-53
   static constexpr double tiny = 2.2250738585072014e-308;
   static constexpr int log_terms = 11, log1p_terms = 17;
+};
+
+template <>
+struct Number<float> : Single {
+  using Real = float;
+  using Bits = int32_t;
+  using Unsigned = uint32_t;
+  static GREEDYPRUNE_INLINE float real(int32_t n) { return static_cast<float>(n); }
+};
+
+template <>
+struct Number<double> : Double {
+  using Real = double;
+  using Bits = int64_t;
+  using Unsigned = uint64_t;
+  static GREEDYPRUNE_INLINE double real(int64_t n) { return static_cast<double>(n); }
 };
 
 template <class To, class From>
@@ -60,9 +73,9 @@ GREEDYPRUNE_INLINE Real larger(Real a, Real b) {
 }
 
 // 2^r for |r| <= 1/2: minimax polynomial with p(0) = 1, relative error 9e-8.
-GREEDYPRUNE_INLINE float exp2_reduced(float r) {
-  float p = 1.32647261e-03f;
-  p = p * r + 9.67151299e-03f;
+template <class V>
+GREEDYPRUNE_INLINE V exp2_reduced(V r, float) {
+  V p = r * 1.32647261e-03f + 9.67151299e-03f;
   p = p * r + 5.55073358e-02f;
   p = p * r + 2.40222424e-01f;
   p = p * r + 6.93147004e-01f;
@@ -70,10 +83,10 @@ GREEDYPRUNE_INLINE float exp2_reduced(float r) {
 }
 
 // 2^r for |r| <= 1/2: Taylor to the 13th power, relative error 1e-16.
-GREEDYPRUNE_INLINE double exp2_reduced(double r) {
-  const double x = r * 0.69314718055994530942;
-  double p = 1.0 / 6227020800.0;
-  p = p * x + 1.0 / 479001600.0;
+template <class V>
+GREEDYPRUNE_INLINE V exp2_reduced(V r, double) {
+  const V x = r * 0.69314718055994530942;
+  V p = x * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
   p = p * x + 1.0 / 39916800.0;
   p = p * x + 1.0 / 3628800.0;
   p = p * x + 1.0 / 362880.0;
@@ -88,32 +101,49 @@ GREEDYPRUNE_INLINE double exp2_reduced(double r) {
   return p * x + 1.0;
 }
 
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// 2^y for y between the lowest exponent and the highest.
+template <class V>
+GREEDYPRUNE_INLINE V exp2_normal(V y) {
+  using F = Number<V>;
+  using Unsigned = typename F::Unsigned;
+  const V shifted = y + F::round_magic;  // its low bits are the rounded y
+  const V power = exp2_reduced(y - (shifted - F::round_magic), typename F::Real());
+  return bits_of<V>(bits_of<Unsigned>(power) + (bits_of<Unsigned>(shifted) << F::mantissa));
+}
+
+// Of y and `lowest` < 0 the larger. As bits, of two negative numbers the smaller is the larger:
+// a comparison of integers, which every instruction set has and no NaN complicates.
+template <class V>
+GREEDYPRUNE_INLINE V at_least(V y, typename Number<V>::Real lowest) {
+  using Unsigned = typename Number<V>::Unsigned;
+  using Word = typename Number<typename Number<V>::Real>::Unsigned;
+  const Unsigned bits = bits_of<Unsigned>(y), limit = Unsigned{} + bits_of<Word>(lowest);
+  return bits_of<V>(bits < limit ? bits : limit);
+}
+
 // exp(x) for x <= 0; what would be subnormal becomes the smallest normal number.
-template <class Real>
-GREEDYPRUNE_INLINE Real exp_nonpositive(Real x) {
+template <class V>
+GREEDYPRUNE_INLINE V exp_nonpositive(V x) {
 #ifdef __CUDA_ARCH__
-  if constexpr (sizeof(Real) == sizeof(float)) {  // relative error 2^-22; underflows to zero
+  if constexpr (sizeof(V) == sizeof(float)) {  // relative error 2^-22; underflows to zero
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
     return power;
   }
 #endif
-  using F = Format<Real>;
-  using Bits = typename F::Bits;
-  const Real y = larger(x * static_cast<Real>(1.44269504088896340736), F::lowest_exponent);
-  const Real shifted = y + F::round_magic;  // its low bits are the rounded y
-  const Real r = y - (shifted - F::round_magic);
-  const Bits power = static_cast<Bits>(
-      static_cast<typename F::Bits>(bits_of<Bits>(shifted) - bits_of<Bits>(F::round_magic)) *
-      (static_cast<Bits>(1) << F::mantissa));
-  return bits_of<Real>(static_cast<Bits>(bits_of<Bits>(exp2_reduced(r)) + power));
+  using F = Number<V>;
+  const V y = x * static_cast<typename F::Real>(kLog2E);
+  return exp2_normal(at_least(y, F::lowest_exponent));
 }
 
 // a / b for |a| <= b, 1 <= b <= 3.
-template <class Real>
-GREEDYPRUNE_INLINE Real ratio(Real a, Real b) {
+template <class V>
+GREEDYPRUNE_INLINE V ratio(V a, V b) {
 #ifdef __CUDA_ARCH__
-  if constexpr (sizeof(Real) == sizeof(float)) {  // 2 ulp; no branch for what b never is
+  if constexpr (sizeof(V) == sizeof(float)) {  // 2 ulp; no branch for what b never is
     float quotient;
     asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
     return quotient;
@@ -123,57 +153,83 @@ GREEDYPRUNE_INLINE Real ratio(Real a, Real b) {
 }
 
 // 2 atanh(s) = log((1 + s) / (1 - s)), by its series.
-template <int terms, class Real>
-GREEDYPRUNE_INLINE Real twice_atanh(Real s) {
-  const Real square = s * s;
-  Real p = static_cast<Real>(1.0 / (2 * terms + 1));
+template <int terms, class V>
+GREEDYPRUNE_INLINE V twice_atanh(V s) {
+  using Real = typename Number<V>::Real;
+  const V square = s * s;
+  V p = V{} + static_cast<Real>(1.0 / (2 * terms + 1));
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #elif !defined(__CUDACC__)
 #pragma GCC unroll 20
 #endif
   for (int n = terms - 1; n >= 0; --n) p = p * square + static_cast<Real>(1.0 / (2 * n + 1));
-  return 2 * s * p;
+  return (s + s) * p;
 }
 
 // log(1 + e) for 0 <= e <= 1, accurate relative to the result however small e is.
-template <class Real>
-GREEDYPRUNE_INLINE Real log1p_unit(Real e) {
-  return twice_atanh<Format<Real>::log1p_terms>(ratio(e, 2 + e));
+template <class V>
+GREEDYPRUNE_INLINE V log1p_unit(V e) {
+  return twice_atanh<Number<V>::log1p_terms>(
+      ratio(e, e + static_cast<typename Number<V>::Real>(2)));
 }
 
-// log(x) for normal x >= 1: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-template <class Real>
-GREEDYPRUNE_INLINE Real log_above_one(Real x) {
-  using F = Format<Real>;
+// x = 2^n f with f in [sqrt(1/2), sqrt(2)), for normal x > 0: f, and n through the pointer.
+template <class V>
+GREEDYPRUNE_INLINE V split_exponent(V x, typename Number<V>::Bits* n) {
+  using F = Number<V>;
   using Bits = typename F::Bits;
-  const Bits root_half = bits_of<Bits>(static_cast<Real>(0.70710678118654752440));
-  const Bits n = (bits_of<Bits>(x) - root_half) >> F::mantissa;
-  const Real reduced = bits_of<Real>(
-      static_cast<Bits>(bits_of<Bits>(x) - n * (static_cast<Bits>(1) << F::mantissa)));
-  const Real f = reduced - 1;
-  return static_cast<Real>(n) * static_cast<Real>(0.69314718055994530942) +
-         twice_atanh<F::log_terms>(ratio(f, 2 + f));
+  using Word = typename Number<typename F::Real>::Bits;
+  const Word root_half = bits_of<Word>(static_cast<typename F::Real>(0.70710678118654752440));
+  *n = (bits_of<Bits>(x) - root_half) >> F::mantissa;
+  return bits_of<V>(static_cast<Bits>(bits_of<Bits>(x) - *n * (Word{1} << F::mantissa)));
+}
+
+// log(x) for normal x > 0, exact to some units in the last place of max(1, |log x|).
+template <class V>
+GREEDYPRUNE_INLINE V log_normal(V x) {
+  using F = Number<V>;
+  typename F::Bits n;
+  using Real = typename F::Real;
+  const V f = split_exponent(x, &n) - static_cast<Real>(1);
+  return F::real(n) * static_cast<Real>(kLn2) +
+         twice_atanh<F::log_terms>(ratio(f, f + static_cast<Real>(2)));
+}
+
+// The larger of x and 0; as bits, like at_least.
+template <class V>
+GREEDYPRUNE_INLINE V positive_part(V x) {
+  using Bits = typename Number<V>::Bits;
+  const Bits bits = bits_of<Bits>(x);
+  return bits_of<V>(bits > Bits{} ? bits : Bits{});
+}
+
+// -|x|
+template <class V>
+GREEDYPRUNE_INLINE V minus_magnitude(V x) {
+  using Unsigned = typename Number<V>::Unsigned;
+  using Word = typename Number<typename Number<V>::Real>::Unsigned;
+  constexpr Word sign = Word{1} << (8 * sizeof(Word) - 1);
+  return bits_of<V>(bits_of<Unsigned>(x) | sign);
 }
 
 // Elementwise losses l(x, y) of one output x with target y, and dl/dx.
 
 struct SquaredError {  // the caller subtracts the target from the outputs: y is not used
-  template <class Real>
-  static GREEDYPRUNE_INLINE Real loss(Real x, Real) {
+  template <class V>
+  static GREEDYPRUNE_INLINE V loss(V x, V) {
     return x * x;
   }
   template <class Real>
   static GREEDYPRUNE_INLINE Real derivative(Real x, Real) {
-    return 2 * x;
+    return x + x;
   }
 };
 
 struct Logistic {  // log(1 + e^x) - x y, as torch's binary_cross_entropy_with_logits
-  template <class Real>
-  static GREEDYPRUNE_INLINE Real loss(Real x, Real y) {
-    const Real magnitude = larger(x, -x);
-    return larger(x, static_cast<Real>(0)) - x * y + log1p_unit(exp_nonpositive(-magnitude));
+  template <class V>
+  static GREEDYPRUNE_INLINE V loss(V x, V y) {
+    return positive_part(x) - x * y + log1p_unit(exp_nonpositive(minus_magnitude(x)));
   }
   template <class Real>
   static GREEDYPRUNE_INLINE Real derivative(Real x, Real y) {
@@ -186,7 +242,7 @@ struct Logistic {  // log(1 + e^x) - x y, as torch's binary_cross_entropy_with_l
 // the classes belongs to the kernels, which choose what they keep in registers.
 template <class Real>
 GREEDYPRUNE_INLINE Real cross_entropy(Real highest, Real sum, Real own) {
-  return (highest - own) + log_above_one(sum);
+  return (highest - own) + log_normal(sum);
 }
 
 }  // namespace GREEDYPRUNE_ISA

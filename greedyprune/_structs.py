@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,10 +74,25 @@ class Run(Struct):
         return Path(self._order[:k].clone(), self._losses[:k].clone(), gap, self.path.rescored)
 
 
-def features_struct(keep: Struct, features: Tensor) -> Any:
+@dataclass(frozen=True)
+class Extent:
+    """How large each unit's features are, (N,) float64: sum of squares, and largest magnitude."""
+
+    squares: Tensor
+    largest: Tensor
+
+    @classmethod
+    def zeros(cls, units: int) -> Extent:
+        zeros = torch.zeros(2, units, dtype=torch.float64)
+        return cls(zeros[0], zeros[1])
+
+
+def features_struct(keep: Struct, features: Tensor, extent: Extent | None = None) -> Any:
     units, samples = features.shape
     keep._kept.append(features)
     struct = extension().Features()
+    if extent is not None:
+        keep.fill(struct, squares=extent.squares, largest=extent.largest)
     struct.data, struct.type = features.data_ptr(), FEATURE_TYPES[features.dtype]
     struct.units, struct.samples = units, samples
     struct.stride = features.stride(0)

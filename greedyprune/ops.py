@@ -18,6 +18,7 @@ from . import reference
 from ._backend import extension
 from ._structs import (
     FEATURE_TYPES,
+    Extent,
     Run,
     Struct,
     features_struct,
@@ -42,6 +43,38 @@ class Exact:
     target: Tensor
 
 
+def collect_features(
+    features: Tensor, hidden: Tensor, at: int, extent: Extent | None = None
+) -> Extent:
+    """Writes a layer's activations hidden (b, N) into features[:, at : at + b], features (N, m).
+
+    Args:
+        features: (N, m) float32 or float64, each row contiguous
+        hidden: (b, N) of the same type
+        extent: of what is in `features` already, and gets what is added; None: nothing is
+
+    Returns:
+        the extent, its `largest` NaN or inf for a unit with such an activation
+    """
+    extent = Extent.zeros(len(features)) if extent is None else extent
+    hidden = hidden.contiguous()
+    extension().collect_features(
+        features_struct(Struct(), features), extent.squares.data_ptr(), extent.largest.data_ptr(),
+        hidden.data_ptr(), len(hidden), at, torch.get_num_threads(),
+    )  # fmt: skip
+    return extent
+
+
+def measure_features(features: Tensor) -> Extent:
+    """The extent of features (N, m) float32 or float64, each row contiguous."""
+    extent = Extent.zeros(len(features))
+    extension().measure_features(
+        extent.squares.data_ptr(), extent.largest.data_ptr(),
+        features_struct(Struct(), features), torch.get_num_threads(),
+    )  # fmt: skip
+    return extent
+
+
 def candidate_loss(
     features: Tensor,
     outgoing: Tensor,
@@ -50,6 +83,7 @@ def candidate_loss(
     *,
     shrink: float = 1.0,
     units: Tensor | None = None,
+    extent: Extent | None = None,
     dtype: torch.dtype = torch.float64,
     backend: str = "cpu",
 ) -> Tensor:
@@ -61,6 +95,7 @@ def candidate_loss(
         outputs: (C, m) float64, what the units add to
         target: what the outputs are compared with
         units: (n,) int64, which units; None: all
+        extent: of the features, as `measure_features` gives it; None: measured here
         dtype: what the kernel computes in, float32 or float64; sums are float64
 
     Returns:
@@ -86,7 +121,9 @@ def candidate_loss(
     base = target.relative(outputs).to(dtype).contiguous()
     weights = outgoing.to(dtype).contiguous()
     kernel_target = target_struct(keep, target, dtype, scale=1.0)
-    described = features_struct(keep, features)
+    if backend == "cpu" and extent is None:
+        extent = measure_features(features)
+    described = features_struct(keep, features, extent)
     if backend == "cuda":
         launch = _C.cuda_candidate_loss_f64 if exact else _C.cuda_candidate_loss_f32
         splits = _C.cuda_candidate_loss_splits(len(units), features.shape[1])
@@ -229,6 +266,7 @@ def greedy_pointwise(
     target: Target,
     rule: Rule,
     *,
+    extent: Extent | None = None,
     batches: Tensor | None = None,
     with_gap: bool = True,
     step: Step | None = None,
@@ -237,6 +275,7 @@ def greedy_pointwise(
 
     Args:
         features: (N, m) float32 or float64; outgoing: (N, C); bias: (C,)
+        extent: of the features, as `measure_features` gives it; None: measured here
         batches: (steps, b) int64, the samples that each step scores on (Wolfe et al. 2021's
             stochastic form); the losses reported are always those of all samples
 
@@ -277,6 +316,7 @@ def greedy_pointwise(
     if batches is not None:
         scratch |= {
             "batches": batches.contiguous(),
+            "squares_batch": torch.empty(units, dtype=double),
             "features_batch": torch.empty(units, seen, dtype=features.dtype),
             "weight_batch": torch.empty(outputs, seen, dtype=double),
             "value_batch": torch.empty(outputs, seen, dtype=double),
@@ -286,7 +326,7 @@ def greedy_pointwise(
     linear = None if target.linear is None else target.linear / target.mass
     pointwise = run.fill(
         extension().Pointwise(),
-        features=features_struct(run, features),
+        features=features_struct(run, features, extent or measure_features(features)),
         outgoing=outgoing.double().contiguous(),
         bias=bias.double().contiguous(),
         target=target_struct(run, target, torch.float64, scale=1 / target.mass),

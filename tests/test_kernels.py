@@ -102,7 +102,7 @@ def _screen(p: Problem, target: Target) -> tuple[Tensor, Tensor]:
     base, outgoing = target.relative(p.outputs).float().contiguous(), p.outgoing.float()
     p.features = features.double()
     _backend.extension().candidate_loss_f32(
-        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, features_struct(keep, features),
+        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, features_struct(keep, features, ops.measure_features(features)),
         outgoing.data_ptr(), 1.0, base.data_ptr(), described, 1,
     )  # fmt: skip
     return losses, errors

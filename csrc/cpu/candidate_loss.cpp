@@ -1,292 +1,342 @@
 // The loss of every candidate unit: losses[j] = L(base + shrink * phi_j), phi_j = h_j w_j.
 //
-// Scoring N candidates on m samples with C outputs takes m N C exponentials. Nothing of size
-// (N, m, C) is ever stored: for a unit and a tile of samples the logits are formed on the fly (one
-// multiply-add each, cheaper than keeping them), reduced over the outputs, and one number is added
-// to the unit's loss. Sums over a tile are in Real, sums of tiles in float64, both in a fixed
-// order, so that the number of threads never shows in the result.
+// Scoring N candidates on m samples with C outputs takes m N C exponentials, and they should be all
+// that takes time. Nothing of size (N, m, C) is ever stored. A group of candidates shares what is
+// loaded: at a vector of samples, their outputs are formed one after the other in registers (one
+// multiply-add each) and reduced at once. Little is left of the logarithms: a sum of them is the
+// logarithm of a product. Both are to base 2 inside, so that the features carry a factor log2(e).
+//
+// Sums of at most some hundred numbers are in Real, all others in float64, in a fixed order, so
+// that the number of threads never shows in the result.
 #include "candidate_loss.h"
 
 #include <cmath>
 
 #include "../loss.h"
+#include "lanes.h"
 #include "parallel.h"
+#include "rounding.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
 
-// One tile of n samples of one unit; the pointers are at the tile's first sample.
+constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;  // candidates at a time: what registers hold
+
+// Cross-entropy subtracts each sample's highest output, of base alone where that is enough: where
+// no candidate takes an output further than 2^reach from base, whose highest is 0 and which is cut
+// off at 2^floor, nothing over- or underflows, and what is cut off is less than rounding.
 template <class Real>
-struct Tile {
-  const Real* features;  // (n)
-  const Real* outgoing;  // (C)
-  Real shrink;
-  const Real* base;  // (C, stride)
-  const Real* value;
-  const Real* weight;
-  const int32_t* label;
-  int64_t outputs, stride;
-  int n;
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float reach = 28, floor = -97;
+};
+template <>
+struct Range<double> {
+  static constexpr double reach = 100, floor = -900;
 };
 
+// A sum of logarithms, lane by lane, as the logarithm of a product.
 template <class Real>
-Tile<Real> tile_at(int64_t s, const Real* base, const Target<Real>& target, int64_t samples) {
-  Tile<Real> tile;
-  tile.features = nullptr;
-  tile.outgoing = nullptr;
-  tile.shrink = 0;
-  tile.base = base + s;
-  tile.value = target.value ? target.value + s : nullptr;
-  tile.weight = target.weight ? target.weight + s : nullptr;
-  tile.label = target.label ? target.label + s : nullptr;
-  tile.outputs = target.outputs;
-  tile.stride = samples;
-  tile.n = static_cast<int>(samples - s < kTile ? samples - s : kTile);
-  return tile;
-}
+struct LogProduct {
+  using Vector = typename Lanes<Real>::Vector;
+  Vector mantissa = Vector{} + Real(1);
+  typename Number<Vector>::Bits exponent = {};
 
-template <class Real>
-double cross_entropy_tile(const Tile<Real>& t) {
-  Real highest[kTile], own[kTile], sum[kTile];
-  for (int i = 0; i < t.n; ++i) {
-    highest[i] = -HUGE_VALF;
-    own[i] = 0;
-    sum[i] = 0;
+  // For normal x > 0; the mantissa stays between sqrt(1/2)^n and sqrt(2)^n in n calls.
+  GREEDYPRUNE_INLINE void multiply(Vector x) {
+    typename Number<Vector>::Bits n;
+    mantissa *= split_exponent(x, &n);
+    exponent += n;
   }
-  for (int64_t c = 0; c < t.outputs; ++c) {
-    const Real w = t.shrink * t.outgoing[c];
-    const Real* base = t.base + c * t.stride;
-    const int32_t label = static_cast<int32_t>(c);
-#pragma omp simd
-    for (int i = 0; i < t.n; ++i) {
-      const Real x = base[i] + t.features[i] * w;
-      highest[i] = larger(highest[i], x);
-      own[i] = t.label[i] == label ? x : own[i];
-    }
+  GREEDYPRUNE_INLINE void settle() {
+    const Vector x = mantissa;
+    mantissa = Vector{} + Real(1);
+    multiply(x);
   }
-  for (int64_t c = 0; c < t.outputs; ++c) {
-    const Real w = t.shrink * t.outgoing[c];
-    const Real* base = t.base + c * t.stride;
-#pragma omp simd
-    for (int i = 0; i < t.n; ++i)
-      sum[i] += exp_nonpositive(base[i] + t.features[i] * w - highest[i]);
-  }
-  double total = 0;
-  if (t.weight) {
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < t.n; ++i)
-      total += static_cast<double>(t.weight[i] * cross_entropy(highest[i], sum[i], own[i]));
-  } else {
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < t.n; ++i)
-      total += static_cast<double>(cross_entropy(highest[i], sum[i], own[i]));
-  }
-  return total;
-}
-
-template <class Elementwise, class Real>
-double elementwise_tile(const Tile<Real>& t) {
-  Real sum[kTile];
-  for (int i = 0; i < t.n; ++i) sum[i] = 0;
-  for (int64_t c = 0; c < t.outputs; ++c) {
-    const Real w = t.shrink * t.outgoing[c];
-    const Real* base = t.base + c * t.stride;
-    const Real* value = t.value ? t.value + c * t.stride : base;  // squared error reads none
-    if (t.weight) {
-      const Real* weight = t.weight + c * t.stride;
-#pragma omp simd
-      for (int i = 0; i < t.n; ++i)
-        sum[i] += weight[i] * Elementwise::loss(base[i] + t.features[i] * w, value[i]);
-    } else {
-#pragma omp simd
-      for (int i = 0; i < t.n; ++i)
-        sum[i] += Elementwise::loss(base[i] + t.features[i] * w, value[i]);
-    }
-  }
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int i = 0; i < t.n; ++i) total += static_cast<double>(sum[i]);
-  return total;
-}
-
-template <class Real>
-double tile_loss(Loss loss, const Tile<Real>& t) {
-  switch (loss) {
-    case Loss::squared_error:
-      return elementwise_tile<SquaredError>(t);
-    case Loss::logistic:
-      return elementwise_tile<Logistic>(t);
-    case Loss::cross_entropy:
-      return cross_entropy_tile(t);
-  }
-  return NAN;
-}
-
-// The tile's features as Real, and the sum of their squares (for the rounding bounds).
-template <class Feature, class Real>
-const Real* load_tile(const Feature* features, int n, Real* buffer, double* squares) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) {
-    buffer[i] = static_cast<Real>(features[i]);
-    sum += static_cast<double>(buffer[i]) * static_cast<double>(buffer[i]);
-  }
-  *squares += sum;
-  return buffer;
-}
-
-// How far the losses move for the rounding of the outputs: an output is known to at most eight
-// epsilon of |base| + |h w| (base, features, weights, shrink and each operation rounded once), and
-// the losses are Lipschitz in the outputs. Bounds, not estimates: every step is an inequality.
-struct Rounding {
-  double weight_sum;  // sum of the weights (over outputs too, where elementwise)
-  double weight_largest;
-  double base;  // weighted sum of the largest |base| (squared: of base^2)
+  double log() const { return sum_of(log_normal(mantissa)) + kLn2 * sum_of(exponent); }
 };
 
+// Some candidates, and what has been summed of their losses.
+template <int kCount, class Feature, class Real>
+struct Group {
+  using Vector = typename Lanes<Real>::Vector;
+  using Wide = typename Lanes<Real>::Wide;
+  const Feature* features[kCount];  // (m) each; null: no candidate
+  const Real* outgoing[kCount];     // (C) each
+  Vector row[kCount];               // the same in a register, where C lanes are enough
+  Vector earlier[kCount] = {};      // terms of an unfinished sum over many outputs
+  Vector recent[kCount] = {};
+  Wide total[kCount] = {};
+  LogProduct<Real> logs[kCount];
+  int64_t terms = 0;  // in recent and in logs since they were settled
+
+  template <bool kWhole>
+  GREEDYPRUNE_INLINE Vector features_at(int u, int64_t s, int64_t n) const {
+    if (kCount == 1 && !features[u]) return Vector{};
+    return load_lanes<Vector, kWhole>(features[u] + s, n);
+  }
+
+  void settle() {
+    for (int u = 0; u < kCount; ++u) {
+      total[u] += __builtin_convertvector(recent[u], Wide);
+      recent[u] = Vector{};
+      logs[u].settle();
+    }
+    terms = 0;
+  }
+};
+
+// What the candidates are scored on.
 template <class Real>
-Rounding rounding_of(const Real* base, const Target<Real>& target, int64_t samples) {
-  Rounding r{0, 0, 0};
-  const bool per_sample = target.loss == Loss::cross_entropy;
-  for (int64_t s = 0; s < samples; ++s) {
-    double largest = 0;
-    for (int64_t c = 0; c < target.outputs; ++c) {
-      const double x = std::fabs(static_cast<double>(base[c * samples + s]));
-      if (per_sample) {
-        largest = larger(largest, x);
-        if (c + 1 < target.outputs) continue;
-      } else {
-        largest = target.loss == Loss::squared_error ? x * x : x;
+struct Problem {
+  const Real* base;  // (C, m)
+  const Target<Real>& target;
+  int64_t samples;
+  Real unit;   // log2(e) where there are exponentials, else 1
+  Real scale;  // shrink * unit
+};
+
+// of_label[u] = w_u[label] at n samples.
+template <bool kWhole, int kCount, class Feature, class Real>
+GREEDYPRUNE_INLINE void outgoing_of_labels(typename Lanes<Real>::Vector* of_label,
+                                           const Group<kCount, Feature, Real>& g,
+                                           const int32_t* label, int64_t outputs, int64_t n) {
+  using Vector = typename Lanes<Real>::Vector;
+  constexpr int lanes = Lanes<Real>::count;
+#ifndef __clang__  // which has no such shuffle
+  if constexpr (kWhole && sizeof(Real) == sizeof(int32_t) && lanes >= 8) {
+    if (outputs <= lanes) {
+      typename Number<Vector>::Bits at;
+      memcpy(&at, label, sizeof at);
+      for (int u = 0; u < kCount; ++u) of_label[u] = __builtin_shuffle(g.row[u], at);
+      return;
+    }
+  }
+#endif
+  for (int u = 0; u < kCount; ++u) {
+    Vector w = {};
+    for (int64_t i = 0; i < (kWhole ? lanes : n); ++i) w[i] = g.outgoing[u][label[i]];
+    of_label[u] = w;
+  }
+}
+
+// Adds log(sum of exp(x_c)) - x_label at samples [first, last), x = base + shrink h w, but for the
+// label's share of base, which all candidates have alike. kFar: base is no guide to the highest.
+template <bool kFar, bool kWhole, int kCount, class Feature, class Real>
+void add_cross_entropy(Group<kCount, Feature, Real>& g, const Problem<Real>& p, int64_t first,
+                       int64_t last) {
+  using Vector = typename Lanes<Real>::Vector;
+  constexpr int lanes = Lanes<Real>::count;
+  const int64_t outputs = p.target.outputs;
+  for (int64_t s = first; s < last; s += lanes) {
+    const int64_t n = last - s;
+    Vector h[kCount], sum[kCount] = {}, highest[kCount] = {};
+    for (int u = 0; u < kCount; ++u) h[u] = g.template features_at<kWhole>(u, s, n) * p.scale;
+    if (kFar) {
+      for (int u = 0; u < kCount; ++u) highest[u] -= static_cast<Real>(HUGE_VALF);
+      for (int64_t c = 0; c < outputs; ++c) {
+        const Vector base = load_lanes<Vector, kWhole>(p.base + c * p.samples + s, n) * p.unit;
+        for (int u = 0; u < kCount; ++u) {
+          const Vector x = h[u] * g.outgoing[u][c] + base;
+          highest[u] = x > highest[u] ? x : highest[u];
+        }
       }
-      const int64_t at = per_sample ? s : c * samples + s;
-      const double weight = target.weight ? static_cast<double>(target.weight[at]) : 1.0;
-      r.weight_sum += weight;
-      r.weight_largest = larger(r.weight_largest, weight);
-      r.base += weight * largest;
+    }
+    for (int64_t from = 0; from < outputs; from += kTerms) {
+      for (int u = 0; from > 0 && u < kCount; ++u) {
+        g.earlier[u] += sum[u];
+        sum[u] = Vector{};
+      }
+      const int64_t to = from + kTerms < outputs ? from + kTerms : outputs;
+      for (int64_t c = from; c < to; ++c) {
+        Vector base = load_lanes<Vector, kWhole>(p.base + c * p.samples + s, n) * p.unit;
+        if (!kFar) base = at_least(base, Range<Real>::floor);
+        for (int u = 0; u < kCount; ++u) {
+          Vector x = h[u] * g.outgoing[u][c] + base;
+          if (kFar) x = at_least(x - highest[u], Number<Vector>::lowest_exponent);
+          sum[u] += exp2_normal(x);
+        }
+      }
+    }
+    for (int u = 0; outputs > kTerms && u < kCount; ++u) {
+      sum[u] += g.earlier[u];
+      g.earlier[u] = Vector{};
+    }
+
+    Vector own[kCount];
+    outgoing_of_labels<kWhole>(own, g, p.target.label + s, outputs, n);
+    for (int u = 0; u < kCount; ++u) own[u] *= h[u];
+    if (p.target.weight) {
+      const Vector weight = load_lanes<Vector, kWhole>(p.target.weight + s, n);
+      for (int u = 0; u < kCount; ++u)
+        g.recent[u] += weight * (log_normal(sum[u]) * p.unit + highest[u] - own[u]);
+      continue;
+    }
+    const Vector inside = kWhole ? Vector{} + Real(1) : ones<Vector>(n);
+    for (int u = 0; u < kCount; ++u) {
+      if (kFar)
+        g.recent[u] += (highest[u] - own[u]) * inside;
+      else
+        g.recent[u] -= own[u];
+      g.logs[u].mantissa *= kWhole ? sum[u] : sum[u] * inside + (Real(1) - inside);
+    }
+    if (((s - first) / lanes) % 2 != 0)  // two sums are within the range of exponents
+      for (int u = 0; u < kCount; ++u) g.logs[u].settle();
+  }
+}
+
+// Adds an elementwise loss at samples [first, last), summed over the outputs.
+template <Loss kLoss, bool kWeighted, bool kWhole, int kCount, class Feature, class Real>
+void add_elementwise(Group<kCount, Feature, Real>& g, const Problem<Real>& p, int64_t first,
+                     int64_t last) {
+  using Vector = typename Lanes<Real>::Vector;
+  constexpr int lanes = Lanes<Real>::count;
+  const int64_t outputs = p.target.outputs;
+  for (int64_t s = first; s < last; s += lanes) {
+    const int64_t n = last - s;
+    const Vector inside = kWhole ? Vector{} + Real(1) : ones<Vector>(n);
+    Vector h[kCount];
+    for (int u = 0; u < kCount; ++u) h[u] = g.template features_at<kWhole>(u, s, n) * p.scale;
+    for (int64_t from = 0; from < outputs; from += kTerms) {
+      const int64_t to = from + kTerms < outputs ? from + kTerms : outputs;
+      if (g.terms + to - from > 2 * kTerms) g.settle();
+      g.terms += to - from;
+      Vector recent[kCount], product[kCount];
+      for (int u = 0; u < kCount; ++u) {
+        recent[u] = g.recent[u];
+        product[u] = g.logs[u].mantissa;
+      }
+      for (int64_t c = from; c < to; ++c) {
+        const int64_t at = c * p.samples + s;
+        const Vector base = load_lanes<Vector, kWhole>(p.base + at, n) * p.unit;
+        Vector weight = {}, y = {};
+        if (kWeighted) weight = load_lanes<Vector, kWhole>(p.target.weight + at, n);
+        if (kLoss == Loss::logistic) y = load_lanes<Vector, kWhole>(p.target.value + at, n);
+        for (int u = 0; u < kCount; ++u) {
+          const Vector x = h[u] * g.outgoing[u][c] + base;
+          if (kLoss == Loss::squared_error) {
+            recent[u] += kWeighted ? weight * x * x : x * x;
+          } else {  // log(1 + e^x) - x y = max(x, 0) - x y + log(1 + e^-|x|)
+            Vector loss = positive_part(x) - x * y;
+            const Vector e =
+                exp2_normal(at_least(minus_magnitude(x), Number<Vector>::lowest_exponent));
+            if (kWeighted)
+              loss = weight * (loss + log1p_unit(e) * p.unit);
+            else
+              product[u] += product[u] * (kWhole ? e : e * inside);
+            recent[u] += loss;
+          }
+        }
+      }
+      for (int u = 0; u < kCount; ++u) {
+        g.recent[u] = recent[u];
+        g.logs[u].mantissa = product[u];
+      }
     }
   }
-  return r;
+}
+
+// Adds the loss at samples [first, last). far: can a candidate take an output far from base?
+template <bool kWhole, int kCount, class Feature, class Real>
+void add_samples(Group<kCount, Feature, Real>& g, const Problem<Real>& p, bool far, int64_t first,
+                 int64_t last) {
+  switch (p.target.loss) {
+    case Loss::squared_error:
+      if (p.target.weight)
+        return add_elementwise<Loss::squared_error, true, kWhole>(g, p, first, last);
+      return add_elementwise<Loss::squared_error, false, kWhole>(g, p, first, last);
+    case Loss::logistic:
+      if (p.target.weight) return add_elementwise<Loss::logistic, true, kWhole>(g, p, first, last);
+      return add_elementwise<Loss::logistic, false, kWhole>(g, p, first, last);
+    case Loss::cross_entropy:
+      if (far) return add_cross_entropy<true, kWhole>(g, p, first, last);
+      return add_cross_entropy<false, kWhole>(g, p, first, last);
+  }
+}
+
+// losses[u] = the sum over samples [first, last) for candidate u of the group, whose features are
+// at most largest[u] in magnitude.
+template <int kCount, class Feature, class Real>
+void sum_losses(double* losses, Group<kCount, Feature, Real>& g, const Problem<Real>& p,
+                const double* largest, int64_t first, int64_t last) {
+  constexpr int64_t lanes = Lanes<Real>::count;
+  const int64_t outputs = p.target.outputs;
+  bool far = false;
+  for (int u = 0; u < kCount; ++u) {
+    Real w = 0;
+    for (int64_t c = 0; c < outputs; ++c) w = larger(w, std::fabs(g.outgoing[u][c]));
+    const double reach = largest[u] * static_cast<double>(std::fabs(p.scale) * w);
+    if (!(reach <= static_cast<double>(Range<Real>::reach))) far = true;
+    g.row[u] = load_lanes<typename Lanes<Real>::Vector, false>(g.outgoing[u],
+                                                               outputs < lanes ? outputs : lanes);
+  }
+  for (int64_t s = first; s < last; s += kTile) {
+    const int64_t end = s + kTile < last ? s + kTile : last;
+    const int64_t whole = end - (end - s) % lanes;
+    add_samples<true>(g, p, far, s, whole);
+    if (whole < end) add_samples<false>(g, p, far, whole, end);
+    g.settle();
+  }
+  for (int u = 0; u < kCount; ++u)
+    losses[u] = sum_of(g.total[u]) / static_cast<double>(p.unit) + g.logs[u].log();
+}
+
+// The labels' share of base in the loss at samples [first, last): no candidate changes it.
+template <class Real>
+double labels_share(const Real* base, const Target<Real>& target, int64_t samples, int64_t first,
+                    int64_t last) {
+  if (target.loss != Loss::cross_entropy) return 0;
+  double sum = 0;
+  for (int64_t s = first; s < last; ++s)
+    sum += static_cast<double>(base[target.label[s] * samples + s]) *
+           (target.weight ? static_cast<double>(target.weight[s]) : 1.0);
+  return sum;
 }
 
 template <class Real>
-double rounding_bound(const Rounding& r, const Target<Real>& target, double loss, double squares,
-                      const Real* outgoing, double shrink, int64_t samples) {
-  double w_largest = 0, w_sum = 0, w_squares = 0;
-  for (int64_t c = 0; c < target.outputs; ++c) {
-    const double w = std::fabs(shrink * static_cast<double>(outgoing[c]));
-    w_largest = larger(w_largest, w);
-    w_sum += w;
-    w_squares += w * w;
-  }
-  const double epsilon = static_cast<double>(Format<Real>::epsilon);
-  const double largest = r.weight_largest;
-  const double underflow = static_cast<double>(Format<Real>::tiny) * 8.0 * r.weight_sum;
-  const double sums = 32.0 * loss;  // adding up a tile, weighting, the polynomials' last places
-  switch (target.loss) {
-    case Loss::squared_error: {  // |d(x^2)| <= 2 |x| |dx|, then Cauchy-Schwarz
-      const double moved = 48.0 * (r.base + largest * w_squares * squares);
-      return target.scale *
-             (underflow + epsilon * (2.0 * std::sqrt(larger(loss, 0.0) * moved) + sums +
-                                     static_cast<double>(target.outputs) * loss));
-    }
-    case Loss::cross_entropy: {  // 2-Lipschitz in the largest change of an output
-      const double h = std::sqrt(squares * static_cast<double>(samples));
-      return target.scale *
-             (underflow +
-              epsilon * (16.0 * (r.base + largest * w_largest * h) + 16.0 * r.weight_sum + sums +
-                         static_cast<double>(target.outputs) * r.weight_sum));
-    }
-    case Loss::logistic: {
-      const double h = std::sqrt(squares * static_cast<double>(samples));
-      return target.scale * (underflow + epsilon * (8.0 * (r.base + largest * w_sum * h) + sums +
-                                                    static_cast<double>(target.outputs) * loss));
-    }
-  }
-  return NAN;
+Problem<Real> problem_of(const Real* base, const Target<Real>& target, int64_t samples,
+                         double shrink) {
+  const double unit = target.loss == Loss::squared_error ? 1 : kLog2E;
+  return {base, target, samples, static_cast<Real>(unit), static_cast<Real>(shrink * unit)};
 }
 
 template <class Feature, class Real>
 Status losses_of(double* losses, double* errors, const int64_t* units, int64_t n,
                  const Features& features, const Real* outgoing, double shrink, const Real* base,
                  const Target<Real>& target, const Caller& caller) {
-  constexpr int64_t kUnits = 8;  // share a tile of the outputs while it is in L1
   const int64_t samples = features.samples, outputs = target.outputs;
-  const Feature* data = static_cast<const Feature*>(features.data);
+  const Problem<Real> problem = problem_of(base, target, samples, shrink);
+  const double share = labels_share(base, target, samples, 0, samples);
   const Rounding rounding = errors ? rounding_of(base, target, samples) : Rounding{0, 0, 0};
+  const auto score = [&](auto& group, int64_t first) {
+    constexpr int count = sizeof group.row / sizeof group.row[0];
+    double sums[count], largest[count];
+    for (int u = 0; u < count; ++u) {
+      const int64_t unit = units[first + u];
+      group.features[u] = static_cast<const Feature*>(features.data) + unit * features.stride;
+      group.outgoing[u] = outgoing + unit * outputs;
+      largest[u] = features.largest[unit];
+    }
+    sum_losses(sums, group, problem, largest, 0, samples);
+    for (int u = 0; u < count; ++u) {
+      losses[first + u] = target.scale * (sums[u] - share);
+      if (errors)
+        errors[first + u] =
+            rounding_bound(rounding, target, sums[u] - share, features.squares[units[first + u]],
+                           group.outgoing[u], shrink, samples);
+    }
+  };
   const bool finished =
-      parallel_blocks(n, kUnits, 8 * samples * outputs, caller, [&](int64_t first, int64_t last) {
-        double loss[kUnits] = {0}, squares[kUnits] = {0};
-        Real buffer[kTile];
-        for (int64_t s = 0; s < samples; s += kTile) {
-          Tile<Real> tile = tile_at(s, base, target, samples);
-          tile.shrink = static_cast<Real>(shrink);
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t u = units[i];
-            tile.features =
-                load_tile(data + u * features.stride + s, tile.n, buffer, &squares[i - first]);
-            tile.outgoing = outgoing + u * outputs;
-            loss[i - first] += tile_loss(target.loss, tile);
-          }
+      parallel_blocks(n, kGroup, 4 * samples * outputs, caller, [&](int64_t first, int64_t last) {
+        if (last - first == kGroup) {
+          Group<kGroup, Feature, Real> group;
+          return score(group, first);
         }
         for (int64_t i = first; i < last; ++i) {
-          losses[i] = target.scale * loss[i - first];
-          if (errors)
-            errors[i] = rounding_bound(rounding, target, loss[i - first], squares[i - first],
-                                       outgoing + units[i] * outputs, shrink, samples);
-        }
-      });
-  return finished ? Status::ok : Status::stopped;
-}
-
-template <class Feature, class Real>
-Status slopes_of(double* slopes, double* errors, const int64_t* units, int64_t n,
-                 const Features& features, const Real* outgoing, const Real* gradient,
-                 int64_t outputs, const Caller& caller) {
-  constexpr int64_t kUnits = 8;
-  const int64_t samples = features.samples;
-  const Feature* data = static_cast<const Feature*>(features.data);
-  double gradient_squares = 0;
-  if (errors) {
-    for (int64_t i = 0; i < outputs * samples; ++i)
-      gradient_squares += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
-  }
-  const bool finished =
-      parallel_blocks(n, kUnits, samples * outputs, caller, [&](int64_t first, int64_t last) {
-        double slope[kUnits] = {0}, squares[kUnits] = {0};
-        Real buffer[kTile], sum[kTile];
-        for (int64_t s = 0; s < samples; s += kTile) {
-          const int length = static_cast<int>(samples - s < kTile ? samples - s : kTile);
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t u = units[i];
-            const Real* h =
-                load_tile(data + u * features.stride + s, length, buffer, &squares[i - first]);
-            for (int r = 0; r < length; ++r) sum[r] = 0;
-            for (int64_t c = 0; c < outputs; ++c) {
-              const Real w = outgoing[u * outputs + c];
-              const Real* g = gradient + c * samples + s;
-#pragma omp simd
-              for (int r = 0; r < length; ++r) sum[r] += w * g[r];
-            }
-            double total = 0;
-#pragma omp simd reduction(+ : total)
-            for (int r = 0; r < length; ++r)
-              total += static_cast<double>(h[r]) * static_cast<double>(sum[r]);
-            slope[i - first] += total;
-          }
-        }
-        for (int64_t i = first; i < last; ++i) {
-          slopes[i] = slope[i - first];
-          if (errors) {  // Cauchy-Schwarz over samples and outputs
-            double w_squares = 0;
-            for (int64_t c = 0; c < outputs; ++c) {
-              const double w = static_cast<double>(outgoing[units[i] * outputs + c]);
-              w_squares += w * w;
-            }
-            errors[i] = static_cast<double>(Format<Real>::epsilon) *
-                        static_cast<double>(outputs + 8) *
-                        std::sqrt(squares[i - first] * w_squares * gradient_squares);
-          }
+          Group<1, Feature, Real> group;
+          score(group, i);
         }
       });
   return finished ? Status::ok : Status::stopped;
@@ -306,91 +356,35 @@ Status candidate_loss(double* losses, double* errors, const int64_t* units, int6
 }
 
 template <class Real>
-Status candidate_slope(double* slopes, double* errors, const int64_t* units, int64_t n,
-                       const Features& features, const Real* outgoing, const Real* gradient,
-                       int64_t outputs, const Caller& caller) {
-  const auto launch =
-      features.type == Type::float32 ? slopes_of<float, Real> : slopes_of<double, Real>;
-  return launch(slopes, errors, units, n, features, outgoing, gradient, outputs, caller);
-}
-
-template <class Real>
 Status outputs_loss(double* loss, const Real* outputs, const Target<Real>& target, int64_t samples,
                     const Caller& caller) {
   constexpr int64_t kPieces = 64;  // fixed, so that the sum's order is
   const int64_t tiles = (samples + kTile - 1) / kTile;
   const int64_t piece = kTile * ((tiles + kPieces - 1) / kPieces);
+  const Problem<Real> problem = problem_of(outputs, target, samples, 0);
   double part[kPieces] = {0};
-  const Real zeros[kTile] = {0};
   const bool finished =
       parallel_blocks(samples, piece, 8 * target.outputs, caller, [&](int64_t first, int64_t last) {
-        for (int64_t s = first; s < last; s += kTile) {
-          Tile<Real> tile = tile_at(s, outputs, target, samples);
-          tile.features = zeros;    // no candidate:
-          tile.outgoing = outputs;  // any C numbers, times zero
-          part[first / piece] += tile_loss(target.loss, tile);
-        }
+        Group<1, Real, Real> none;
+        none.features[0] = nullptr;  // no candidate:
+        none.outgoing[0] = outputs;  // any C numbers, times zero
+        const double largest = 0;
+        sum_losses(&part[first / piece], none, problem, &largest, first, last);
+        part[first / piece] -= labels_share(outputs, target, samples, first, last);
       });
   *loss = 0;
   for (int64_t i = 0; i < kPieces; ++i) *loss += target.scale * part[i];
   return finished ? Status::ok : Status::stopped;
 }
 
-template <class Real>
-void outputs_gradient(Real* outputs, const Target<Real>& target, int64_t samples,
-                      const Caller& caller) {
-  const int64_t classes = target.outputs;
-  const Real scale = static_cast<Real>(target.scale);
-  parallel_blocks(samples, 4 * kTile, 8 * classes, caller, [&](int64_t first, int64_t last) {
-    if (target.loss != Loss::cross_entropy) {
-      for (int64_t c = 0; c < classes; ++c) {
-        for (int64_t i = c * samples + first; i < c * samples + last; ++i) {
-          const Real slope = target.loss == Loss::logistic
-                                 ? Logistic::derivative(outputs[i], target.value[i])
-                                 : SquaredError::derivative(outputs[i], Real(0));
-          outputs[i] = scale * slope * (target.weight ? target.weight[i] : Real(1));
-        }
-      }
-      return;
-    }
-    Real highest[4 * kTile], sum[4 * kTile];  // softmax(x) - onehot(label)
-    for (int64_t s = first; s < last; ++s) {
-      highest[s - first] = outputs[s];
-      sum[s - first] = 0;
-    }
-    for (int64_t c = 1; c < classes; ++c)
-      for (int64_t s = first; s < last; ++s)
-        highest[s - first] = larger(highest[s - first], outputs[c * samples + s]);
-    for (int64_t c = 0; c < classes; ++c) {
-      for (int64_t s = first; s < last; ++s) {
-        Real& x = outputs[c * samples + s];
-        x = exp_nonpositive(x - highest[s - first]);
-        sum[s - first] += x;
-      }
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      for (int64_t s = first; s < last; ++s) {
-        Real& x = outputs[c * samples + s];
-        x = x / sum[s - first] - (target.label[s] == c ? Real(1) : Real(0));
-        x *= scale * (target.weight ? target.weight[s] : Real(1));
-      }
-    }
-  });
-}
-
 template Status outputs_loss<double>(double*, const double*, const Target<double>&, int64_t,
                                      const Caller&);
-template void outputs_gradient<double>(double*, const Target<double>&, int64_t, const Caller&);
 template Status candidate_loss<float>(double*, double*, const int64_t*, int64_t, const Features&,
                                       const float*, double, const float*, const Target<float>&,
                                       const Caller&);
 template Status candidate_loss<double>(double*, double*, const int64_t*, int64_t, const Features&,
                                        const double*, double, const double*, const Target<double>&,
                                        const Caller&);
-template Status candidate_slope<float>(double*, double*, const int64_t*, int64_t, const Features&,
-                                       const float*, const float*, int64_t, const Caller&);
-template Status candidate_slope<double>(double*, double*, const int64_t*, int64_t, const Features&,
-                                        const double*, const double*, int64_t, const Caller&);
 
 }  // namespace GREEDYPRUNE_ISA
 }  // namespace greedyprune

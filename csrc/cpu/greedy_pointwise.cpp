@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "candidate_loss.h"
+#include "candidate_slope.h"
 #include "greedy.h"
 #include "greedy_kernels.h"
 #include "parallel.h"
@@ -138,7 +139,7 @@ class PointwiseObjective {
   }
 
   // outputs64 = b + z / k at the seen samples, relative to the target: squared error subtracts the
-  // target, cross-entropy the label's own logit (so that small losses keep their digits).
+  // target, cross-entropy each sample's highest output (so that no exponential overflows).
   void outputs_at(int64_t k, const int64_t* batch) {
     const int64_t seen = seen_.features.samples;
     const Target<double>& target = seen_.target;
@@ -157,11 +158,13 @@ class PointwiseObjective {
     }
     if (target.loss != Loss::cross_entropy) return;
     parallel_blocks(seen, 512, 2 * outputs(), quiet(), [&](int64_t first, int64_t last) {
-      double own[512];
-      for (int64_t s = first; s < last; ++s)
-        own[s - first] = p_.outputs64[target.label[s] * seen + s];
+      double highest[512];
+      for (int64_t s = first; s < last; ++s) highest[s - first] = p_.outputs64[s];
+      for (int64_t c = 1; c < outputs(); ++c)
+        for (int64_t s = first; s < last; ++s)
+          highest[s - first] = larger(highest[s - first], p_.outputs64[c * seen + s]);
       for (int64_t c = 0; c < outputs(); ++c)
-        for (int64_t s = first; s < last; ++s) p_.outputs64[c * seen + s] -= own[s - first];
+        for (int64_t s = first; s < last; ++s) p_.outputs64[c * seen + s] -= highest[s - first];
     });
   }
 
@@ -180,12 +183,12 @@ class PointwiseObjective {
         parallel_blocks(n, 16, 8 * size, caller_, [&](int64_t first, int64_t last) {
           for (int64_t i = first; i < last; ++i) {
             const int64_t j = candidates[i];
-            if (f.type == Type::float32)
-              pick(static_cast<float*>(p_.features_batch) + j * size,
-                   static_cast<const float*>(f.data) + j * f.stride, batch, size);
-            else
-              pick(static_cast<double*>(p_.features_batch) + j * size,
-                   static_cast<const double*>(f.data) + j * f.stride, batch, size);
+            p_.squares_batch[j] =
+                f.type == Type::float32
+                    ? pick(static_cast<float*>(p_.features_batch) + j * size,
+                           static_cast<const float*>(f.data) + j * f.stride, batch, size)
+                    : pick(static_cast<double*>(p_.features_batch) + j * size,
+                           static_cast<const double*>(f.data) + j * f.stride, batch, size);
           }
         });
     if (!finished) return Status::stopped;
@@ -198,7 +201,7 @@ class PointwiseObjective {
         pick(p_.weight_batch + c * size, all.weight + c * samples(), batch, size);
     }
     if (all.weight && weight_per_sample()) pick(p_.weight_batch, all.weight, batch, size);
-    seen_.features = {p_.features_batch, f.type, units(), size, size};
+    seen_.features = {p_.features_batch, f.type, units(), size, size, p_.squares_batch, f.largest};
     seen_.target.value = all.value ? p_.value_batch : nullptr;
     seen_.target.label = all.label ? p_.label_batch : nullptr;
     seen_.target.weight = all.weight ? p_.weight_batch : nullptr;
@@ -206,9 +209,15 @@ class PointwiseObjective {
     return Status::ok;
   }
 
+  // Those of the numbers that a batch is made of; returns the sum of their squares.
   template <class T>
-  static void pick(T* out, const T* from, const int64_t* at, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) out[i] = from[at[i]];
+  static double pick(T* out, const T* from, const int64_t* at, int64_t n) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = from[at[i]];
+      squares += static_cast<double>(out[i]) * static_cast<double>(out[i]);
+    }
+    return squares;
   }
 
   // The loss's linear term for the candidates, if it has one.
@@ -219,7 +228,7 @@ class PointwiseObjective {
       for (int64_t i = 0; i < n; ++i) {
         const double term = linear_bias_ + part(k) * (linear_sum_ + p_.linear_unit[candidates[i]]);
         scores[i] += term;
-        errors[i] += 4 * Format<double>::epsilon * std::fabs(term);
+        errors[i] += 4 * Number<double>::epsilon * std::fabs(term);
       }
       return Status::ok;
     }

@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "candidate_loss.h"
+#include "candidate_slope.h"
 #include "greedy.h"
 
 namespace greedyprune {
@@ -134,7 +134,7 @@ class QuadraticObjective {
   double error_of(int64_t j, double steps) const {
     const double size = std::sqrt(q_.norm[j]);
     return q_.rounding * size * reach_ +
-           64 * Format<double>::epsilon *
+           64 * Number<double>::epsilon *
                (size * (size + total_reach_) + steps * std::fabs(q_.beta[j]));
   }
 

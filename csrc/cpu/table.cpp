@@ -1,13 +1,16 @@
 // This instruction set's entry in the table of kernels.
 #include "candidate_loss.h"
+#include "candidate_slope.h"
+#include "features.h"
 #include "greedy_kernels.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
 extern const Kernels kernels = {
-    candidate_loss<float>, candidate_loss<double>, candidate_slope<float>, candidate_slope<double>,
-    greedy_gram,           greedy_columns,         greedy_pointwise,
+    collect_features,       measure_features,        candidate_loss<float>, candidate_loss<double>,
+    candidate_slope<float>, candidate_slope<double>, greedy_gram,           greedy_columns,
+    greedy_pointwise,
 };
 
 }  // namespace GREEDYPRUNE_ISA

@@ -1,0 +1,80 @@
+"""Looks into `select`: what its phases take and how often a candidate was scored again.
+
+The only file of the benchmarks that knows how the package works inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from harness import clocked
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune import Selection, selector
+from greedyprune.objectives import Solver
+from greedyprune.reference import Path
+
+
+@dataclass
+class Watched:
+    """One select of one layer.
+
+    by: "Gram matrix", "columns" or "losses"
+    rescored: candidates that were scored again because rounding could have decided
+    preparing, looping: seconds for the sums over samples (and the Gram matrix), for the steps
+    """
+
+    selection: Selection
+    by: str
+    rescored: int
+    preparing: float
+    looping: float
+
+
+def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
+    """`greedyprune.select`, and what went on in it."""
+    seen: dict[str, Any] = {}
+
+    class Watching(Solver):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            _, seen["preparing"] = clocked(lambda: Solver.__init__(self, *args, **kwargs))
+            seen["by"] = "losses"
+            if self.data.criterion.kind == "mse" and self.backend == "cpu":
+                seen["by"] = "columns" if _gram_of(self) is None else "Gram matrix"
+
+        def run(self, *args: Any, **kwargs: Any) -> Path:
+            path, seen["looping"] = clocked(lambda: Solver.run(self, *args, **kwargs))
+            seen["rescored"] = path.rescored
+            return path
+
+    with patch.object(selector, "Solver", Watching):
+        selection = greedyprune.select(model, data, progress=False, **options)
+    return Watched(selection, **seen)
+
+
+def gram_builder(model: nn.Module, data: object) -> Callable[[], Tensor]:
+    """What `select` does to get the Gram matrix from features at hand, to be timed by itself."""
+    build: list[Callable[[], Solver]] = []
+
+    class Kept(Solver):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            build.append(lambda: Solver(*args, **kwargs))
+
+    with patch.object(selector, "Solver", Kept):
+        greedyprune.select(model, data, size=0.5, progress=False)
+
+    def gram() -> Tensor:
+        matrix = _gram_of(build[0]())
+        assert matrix is not None, "select chose columns where this benchmark wants the matrix"
+        return matrix
+
+    return gram
+
+
+def _gram_of(solver: Solver) -> Tensor | None:
+    return solver._gram
