@@ -172,6 +172,7 @@ void bind_structs(py::module_& m) {
           [](Quadratic& q, const Features* seen) { q.features = seen; },
           py::return_value_policy::reference);
   pointer(quadratic, "norm", &Quadratic::norm);
+  pointer(quadratic, "size", &Quadratic::size);
   pointer(quadratic, "beta", &Quadratic::beta);
   pointer(quadratic, "state", &Quadratic::state);
   pointer(quadratic, "outgoing", &Quadratic::outgoing);
@@ -183,12 +184,15 @@ void bind_structs(py::module_& m) {
   py::class_<ColumnCache> cache(m, "ColumnCache");
   cache.def(py::init<>())
       .def_readwrite("capacity", &ColumnCache::capacity)
-      .def_readwrite("block", &ColumnCache::block);
+      .def_readwrite("block", &ColumnCache::block)
+      .def_readwrite("rank", &ColumnCache::rank);
   pointer(cache, "columns", &ColumnCache::columns);
   pointer(cache, "slot_of", &ColumnCache::slot_of);
   pointer(cache, "unit_in", &ColumnCache::unit_in);
   pointer(cache, "wanted", &ColumnCache::wanted);
-  pointer(cache, "best", &ColumnCache::best);
+  pointer(cache, "factor", &ColumnCache::factor);
+  pointer(cache, "ahead", &ColumnCache::ahead);
+  pointer(cache, "taken", &ColumnCache::taken);
 
   using P = Pointwise;
   py::class_<P> pointwise(m, "Pointwise");
@@ -262,6 +266,14 @@ void bind_features(py::module_& m) {
 }
 
 void bind_greedy(py::module_& m) {
+  m.attr("product_tile") = kProductTile;
+  m.def("gram_columns", [](Address columns, Address units, int64_t n, const Features& features,
+                           Address outgoing, int64_t outputs, int threads) {
+    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+      return active->gram_columns(at<double>(columns), at<const int64_t>(units), n, features,
+                                  at<const double>(outgoing), outputs, caller);
+    });
+  });
   m.def("greedy_gram", [](Path& path, Address gram, const Quadratic& objective, const Rule& rule,
                           const Workspace& workspace, int threads, py::object step) {
     run(threads, std::move(step), py::none(), [&](const Caller& caller) {

@@ -80,6 +80,7 @@ struct Quadratic {
   int64_t units;
   double scale;
   const double* norm;  // (N)  G_jj = |phi_j|^2
+  const double* size;  // (N)  |phi_j|
   const double* beta;  // (N)  <phi_j, t>, t = target - bias
   double target_norm;  // |t|^2
   double rounding;     // the columns are known to this share of |phi_i| |phi_j|
@@ -99,9 +100,12 @@ struct ColumnCache {
   int64_t* slot_of;  // (N)  -1 on entry
   int64_t* unit_in;  // (capacity)  -1 on entry
   int64_t* wanted;   // (block)  the units that `fetch` has to bring
-  double* best;      // (block)  scratch
   int64_t capacity;  // at least block
   int64_t block;
+  float* factor;  // (N, rank)  scratch, zero on entry: what is known of the missing columns
+  int64_t rank;
+  double* ahead;   // (N)  scratch
+  int64_t* taken;  // (N)  scratch
 };
 
 // Any other loss, or squared error on mini-batches. Screening is in float32, deciding in float64.
@@ -132,6 +136,10 @@ struct Pointwise {
   double* linear_batch;   // (C, b)
   int32_t* label_batch;   // (b)
 };
+
+// Samples whose products are added up in the features' own type, as several sums that fill a
+// register of at least 16 bytes.
+constexpr int64_t kProductTile = 4096;
 
 // One table an instruction set; every entry works on the CPU.
 struct Kernels {
@@ -168,6 +176,12 @@ struct Kernels {
   Status (*candidate_slope_f64)(double* slopes, double* errors, const int64_t* units, int64_t n,
                                 const Features& features, const double* outgoing,
                                 const double* gradient, int64_t outputs, const Caller& caller);
+  // columns[i][j] = <phi_u, phi_j>, u = units[i].
+  Status (*gram_columns)(double* columns,       // (n, N)
+                         const int64_t* units,  // (n)
+                         int64_t n, const Features& features,
+                         const double* outgoing,  // (N, C)
+                         int64_t outputs, const Caller& caller);
   // Every greedy step in one call, on the Gram matrix gram (N, N).
   Status (*greedy_gram)(Path& path, const double* gram, const Quadratic& objective,
                         const Rule& rule, const Workspace& workspace, const Caller& caller);

@@ -121,6 +121,7 @@ def quadratic_struct(run: Run, moments: Moments, rounding: float) -> Any:
         units=len(moments.norm),
         scale=1 / moments.mass,
         norm=moments.norm.contiguous(),
+        size=moments.norm.sqrt(),
         beta=moments.beta.contiguous(),
         target_norm=moments.target_norm,
         rounding=rounding,

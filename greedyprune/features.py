@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._structs import Extent
 from .data import Batch, Batches
 from .graph import Group
 from .losses import Criterion, Target
@@ -46,7 +47,7 @@ class LayerData:
         criterion: Criterion,
         *,
         imitation: bool,
-        device: torch.device,
+        backend: str,
         memory_limit: int,
         progress: Any,
     ) -> None:
@@ -55,13 +56,16 @@ class LayerData:
         weight, bias = consumer.weight.detach(), consumer.bias
         _check_finite(group.producer, model.get_submodule(group.producer))
         _check_finite(group.consumer, consumer)
+        device = batches.device if backend == "cuda" else torch.device("cpu")
         self.group, self.criterion, self.imitation = group, criterion, imitation
         self.units, self.device = group.units, device
+        self._compiled = backend == "cpu"
         self.outgoing = (weight.to(device, torch.float64).T * self.units).contiguous()
         self.bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
         if bias is not None:
             self.bias = bias.detach().to(device, torch.float64)
         self.features: Tensor | None = None
+        self.extent: Extent | None = None  # with `features` on the CPU
         self.target: Target | None = None
         self.targets: Tensor | None = None
         self.output_shape: tuple[int, ...] = ()
@@ -95,6 +99,7 @@ class LayerData:
             samples = block.features.shape[1]
             seen += samples
             if self.features is None:  # a view of the model's own (b, N)
+                self._check_largest(_largest_of(block.features))
                 block = Block(block.features.contiguous(), block.target)
             if samples <= size:
                 yield block
@@ -110,6 +115,13 @@ class LayerData:
                 f"data: a pass gave {seen} samples and the first {self._total}, expected the same "
                 "samples in every pass"
             )
+
+    @property
+    def bytes_held(self) -> int:
+        """What the features take, or as many of them as are held for the first pass."""
+        parts = [self.features] if self.features is not None else []
+        parts += [block.features for block in self._collected[:-1]]  # the last is the model's own
+        return sum(part.numel() * part.element_size() for part in parts)
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -162,20 +174,22 @@ class LayerData:
         hidden = captured[0].detach()
         if hidden.dtype not in (torch.float32, torch.float64):
             hidden = hidden.float()
-        hidden = hidden.reshape(-1, self.units).to(self.device)
-        largest = float(torch.stack(torch.aminmax(hidden)).abs().max())
+        features = hidden.reshape(-1, self.units).to(self.device).T
+        return Block(features, self._target_of(features, outputs, batch.targets)), outputs
+
+    def _check_largest(self, largest: float) -> None:
         self._largest = max(self._largest, largest)
         if not math.isfinite(largest):
             raise ValueError(
                 f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
                 "expected finite numbers"
             )
-        features = hidden.T
-        return Block(features, self._target_of(features, outputs, batch.targets)), outputs
 
     def _target_of(self, features: Tensor, outputs: object, targets: Tensor | None) -> Target:
         if self.imitation:
             dense = self.dense_outputs(features)
+            if not dense.isfinite().all():
+                self._check_largest(_largest_of(features))
             return self.criterion.target(dense.T, tuple(dense.T.shape))
         target = target_of(self.criterion, outputs, targets)
         if (target.outputs, target.samples) != (self.outputs, features.shape[1]):
@@ -191,8 +205,15 @@ class LayerData:
         width, dtype = first.features.shape[1], first.features.dtype
         itemsize = first.features.element_size()
         room = max(1, self._limit // (itemsize * self.units))
+        expected = width * len(self._batches)
+        if expected - width >= room:  # nothing is held for a first pass that can't hold it all
+            room = 0
+        elif not expected and self.criterion.kind == "mse":
+            # Nothing tells how much is to come, and the Gram matrix needs room too.
+            gram = 8 * self.units // itemsize  # in samples
+            room = room - gram if room >= gram else room // 2
         # The odd 16: rows a multiple of 4 KiB apart would share a few sets of the cache.
-        capacity = min(room, width * max(1, len(self._batches)) | 16)
+        capacity = min(room, max(width, expected) | 16)
         store = torch.empty(self.units, capacity, dtype=dtype, device=self.device)
         filled = 0
         targets: list[Target] = []
@@ -201,7 +222,7 @@ class LayerData:
             end = filled + block.features.shape[1]
             if end > room:
                 self._collected = [*_split(store[:, :filled], targets), block]
-                self._unread = blocks
+                self._unread, self.extent = blocks, None
                 if self.criterion.kind == "custom":
                     raise ValueError(
                         f"memory_limit: {self._limit} bytes do not hold the features that a loss "
@@ -215,12 +236,20 @@ class LayerData:
                 )  # fmt: skip
                 larger[:, :filled] = store[:, :filled]
                 store = larger
-            store[:, filled:end] = block.features
+            self._store(store, filled, block.features)
             targets.append(block.target)
             filled = end
             block = next(blocks, None)
         self.features = store[:, :filled]
         self.target = _join(targets)
+
+    def _store(self, store: Tensor, at: int, features: Tensor) -> None:
+        if self._compiled:
+            self.extent = ops.collect_features(store, features.T, at, self.extent)
+            self._check_largest(float(self.extent.largest.max()))
+        else:
+            store[:, at : at + features.shape[1]] = features
+            self._check_largest(_largest_of(features))
 
     def _first_pass(self) -> Generator[Block, None, None]:
         raw: list[Tensor] = []
@@ -281,20 +310,23 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
     beta = torch.zeros_like(norm)
     variance = torch.zeros_like(out)  # sum_s weight_s h_j^2, for each output
     samples, mass, dense, empty, target_norm, mean_norm = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    known = data.extent  # where the squares were added up while the features were collected
     for block in data.blocks():
         h, target = block.features, block.target
         if backend == "reference":
             h = h.double()
         samples, mass = samples + target.samples, mass + target.mass
-        squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
-        norm += squares
+        if known is None:
+            squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
+            norm += squares
         if target.kind != "custom":
             mean_phi = (out.T / n).to(h.dtype) @ h
             outputs = bias[:, None] + mean_phi
             dense += float(target.loss_sum(outputs))
             empty += float(target.loss_sum(bias[:, None].expand_as(outputs)))
             if target.weight is None:
-                variance += squares[:, None]
+                if known is None:
+                    variance += squares[:, None]
                 mean_norm += float(mean_phi.double().square().sum())
             else:
                 weight = target.weight.expand_as(mean_phi)
@@ -305,9 +337,12 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             t = target.value - bias[:, None]
             target_norm += float(t.square().sum())
             beta += ops.candidate_slope(h, out, t, backend=backend)
-        if gram is not None:
-            # Features that are kept decide what float32 leaves open; else there is no second look.
-            _add_upper_product(gram, h.to(data.product_dtype) if backend == "cpu" else h.double())
+        if gram is not None and data.features is None:
+            _add_upper_product(gram, h, torch.float64)
+    if known is not None:
+        norm += known.squares
+        if data.target is not None and data.target.weight is None:
+            variance += norm[:, None]
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0
@@ -316,21 +351,31 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
         dense, empty = dense / mass, empty / mass
     if gram is not None:
+        if data.features is not None:
+            # They decide what float32 leaves open; features that were not kept can't.
+            dtype = data.product_dtype if backend == "cpu" else torch.float64
+            _add_upper_product(gram, data.features, dtype)
         _finish_gram(gram, out)
     norm *= out.square().sum(1)
     return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
 
 
-PRODUCT = 2048  # samples in one product in the features' own type; bounds its rounding
-PANEL = 1024  # rows of the Gram matrix computed together: only the upper half of them
+PRODUCT = 4096  # samples in one product in the features' own type; bounds its rounding
+PANEL = 512  # rows of the Gram matrix computed together: only the upper half of them
 
 
-def _add_upper_product(gram: Tensor, h: Tensor) -> None:
-    """gram += h h^T, the blocks on and above the diagonal; sums of products in float64."""
+def _add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
+    """gram += h h^T, the blocks on and above the diagonal; sums of products in float64.
+
+    dtype: what PRODUCT samples are multiplied in
+    """
+    scratch = torch.empty(PANEL * len(gram), dtype=dtype, device=gram.device)
     for s in range(0, h.shape[1], PRODUCT):
-        part = h[:, s : s + PRODUCT]
+        part = h[:, s : s + PRODUCT].to(dtype)
         for i in range(0, len(gram), PANEL):
-            gram[i : i + PANEL, i:] += part[i : i + PANEL] @ part[i:].T
+            rows, all_columns = part[i : i + PANEL], part[i:]
+            product = scratch[: len(rows) * len(all_columns)].view(len(rows), len(all_columns))
+            gram[i : i + PANEL, i:] += torch.mm(rows, all_columns.T, out=product)
 
 
 def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
@@ -389,6 +434,10 @@ def main_output(outputs: object) -> Tensor:
         f"model: found an output of type {type(outputs).__name__}, expected a tensor, or a dict or "
         "record with logits"
     )
+
+
+def _largest_of(features: Tensor) -> float:
+    return float(torch.stack(torch.aminmax(features)).abs().max())
 
 
 def _check_finite(name: str, module: nn.Module) -> None:

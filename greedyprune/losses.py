@@ -71,7 +71,7 @@ class Target:
         return replace(self, **parts)
 
     def relative(self, outputs: Tensor) -> Tensor:
-        """The outputs (C, m) less the target (mse) or less each sample's highest (cross_entropy)."""
+        """The outputs (C, m) less the target (mse) or each sample's highest (cross_entropy)."""
         if self.kind == "mse":
             assert self.value is not None
             return outputs - self.value

@@ -11,9 +11,14 @@ from . import ops, reference
 from .features import PRODUCT, Block, LayerData, moments
 from .reference import Path, Rule, Step
 
-# A fetch of 32 columns reads the features once and brings two or three of the coming picks; the
-# Gram matrix costs N columns. Columns pay while they are fewer than that:
-COLUMNS_PER_PICK = 12
+# What columns of the Gram matrix cost beside all of it (benchmarks/NOTES.md, "columns or Gram"):
+COLUMNS_PER_PICK = 2.1  # fetched, on MNIST networks with 200 to 1800 steps
+THIN_RATE = 0.7  # multiplications a second in products with few columns, beside square ones
+
+
+def columns_are_cheaper(units: int, picks: int) -> bool:
+    """Is it cheaper to fetch columns for so many picks than to compute half of the matrix?"""
+    return COLUMNS_PER_PICK * picks / THIN_RATE < units / 2
 
 
 class PointwiseObjective:
@@ -134,13 +139,16 @@ class Solver:
     """Runs the greedy loop for one layer by whichever formulation is cheapest for its data."""
 
     def __init__(
-        self, data: LayerData, backend: str, steps: int, memory_limit: int, batches: Tensor | None
+        self, data: LayerData, backend: str, rule: Rule, memory_limit: int, batches: Tensor | None
     ) -> None:
         self.data, self.backend, self._batches = data, backend, batches
         self._gram: Tensor | None = None
+        self._room = memory_limit - data.bytes_held
         quadratic = data.criterion.kind == "mse" and backend != "reference" and batches is None
-        few = steps * COLUMNS_PER_PICK < data.units
-        fits = data.units**2 * 8 <= memory_limit
+        if rule.draws is not None and backend == "cpu" and data.features is not None:
+            quadratic = False  # a few random candidates are scored at once from their features
+        fits = data.units**2 * 8 <= self._room
+        few = columns_are_cheaper(data.units, min(rule.steps, rule.size))
         # One pass has to do where the features were not kept, so the Gram matrix if it fits.
         self._columns = quadratic and (not fits or (few and data.features is not None))
         if quadratic and not self._columns:
@@ -161,15 +169,16 @@ class Solver:
                 self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
             )
         if self._columns and self.backend == "cpu":
-            columns = _columns_of(data, data.product_dtype)
             return ops.greedy_columns(
-                columns, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
-            )
+                _columns_of(data), self.moments, rule, exact=self._exact(),
+                block=16 if data.features is not None else 64,  # a pass of its own costs more
+                capacity=self._room // (8 * data.units), with_gap=with_gap, step=step,
+            )  # fmt: skip
         if self.backend == "cpu" and data.features is not None:
             assert data.target is not None
             return ops.greedy_pointwise(
                 data.features, data.outgoing, data.bias, data.target, rule,
-                batches=self._batches, with_gap=with_gap, step=step,
+                extent=data.extent, batches=self._batches, with_gap=with_gap, step=step,
             )  # fmt: skip
         objective = PointwiseObjective(
             data, self.backend, self._batches, with_gap, self.moments.mass
@@ -182,26 +191,28 @@ class Solver:
         if data.features is None or self.backend != "cpu":
             return None
         assert data.target is not None and data.target.value is not None
+        rounding = ops.columns_rounding(data.product_dtype)
+        if self._gram is not None:  # n u / (1 - n u) for sums of n products, and a little
+            rounding = (PRODUCT + 1) * torch.finfo(data.product_dtype).eps / 2
         return ops.Exact(
-            # n u / (1 - n u) for sums of n products, and a little
-            rounding=(PRODUCT + 1) * torch.finfo(data.product_dtype).eps / 2,
+            rounding=rounding,
             features=data.features,
             outgoing=data.outgoing,
             target=data.target.value - data.bias[:, None],
         )
 
 
-def _columns_of(data: LayerData, dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
-    """Columns of the Gram matrix: products of PRODUCT samples in `dtype`, added up in float64."""
+def _columns_of(data: LayerData) -> Callable[[Tensor, Tensor], None]:
+    """Columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j."""
+    features = data.features
+    if features is not None and features.dtype == data.product_dtype:
+        return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
 
     def columns(units: Tensor, out: Tensor) -> None:
-        by_unit = torch.zeros(data.units, len(units), dtype=torch.float64, device=data.device)
-        blocks = [data.features] if data.features is not None else None
-        for features in blocks or (block.features for block in data.blocks()):
-            rows = features[units].to(dtype)
-            for s in range(0, features.shape[1], PRODUCT):
-                by_unit += features[:, s : s + PRODUCT].to(dtype) @ rows[:, s : s + PRODUCT].T
-        out.copy_(by_unit.T)
+        out.zero_()
+        for block in data.blocks():
+            h = block.features.to(data.product_dtype)
+            out += h[units] @ h.T
         out *= data.outgoing[units] @ data.outgoing.T
 
     return columns

@@ -28,6 +28,8 @@ from ._structs import (
 from .losses import Target
 from .reference import Moments, Path, Rule, Step
 
+RANK = 128  # of the approximation by which coming picks are foreseen
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -176,6 +178,34 @@ def candidate_slope(
     return slopes
 
 
+def gram_columns(features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor) -> None:
+    """Columns of the Gram matrix: out[i, j] = <phi_units[i], phi_j>, README eq. 2.
+
+    Each is off by at most `columns_rounding(features.dtype)` |phi_i| |phi_j|.
+
+    Args:
+        features: (N, m) float32 or float64; outgoing: (N, C) float64
+        units: (n,) int64; out: (n, N) float64
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+    """
+    _check_features(features, outgoing)
+    units = _units(units, features)
+    _check("out", out, (len(units), len(features)), torch.float64)
+    weights = outgoing.double().contiguous()
+    extension().gram_columns(
+        out.data_ptr(), units.data_ptr(), len(units), features_struct(Struct(), features),
+        weights.data_ptr(), weights.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def columns_rounding(dtype: torch.dtype) -> float:
+    """How far `gram_columns` may be off, as a share of |phi_i| |phi_j|."""
+    terms = extension().product_tile * dtype.itemsize / 16  # of the longest sum in that type
+    return (terms + 4) * torch.finfo(dtype).eps / 2
+
+
 def greedy_gram(
     gram: Tensor,
     moments: Moments,
@@ -215,8 +245,8 @@ def greedy_columns(
     rule: Rule,
     *,
     exact: Exact | None = None,
-    block: int = 32,
-    capacity: int = 4096,
+    block: int = 16,
+    capacity: int = 2**62,
     with_gap: bool = True,
     step: Step | None = None,
 ) -> Path:
@@ -235,7 +265,7 @@ def greedy_columns(
     units = len(moments.norm)
     run = Run(rule, units, with_gap)
     block = min(block, units)
-    capacity = max(block, min(capacity, units + block))
+    capacity = max(block, min(capacity, units + block))  # N: no column is ever dropped
     cache = torch.empty(capacity, units, dtype=torch.float64)
     wanted = torch.zeros(block, dtype=torch.int64)
 
@@ -248,9 +278,12 @@ def greedy_columns(
         slot_of=torch.full((units,), -1),
         unit_in=torch.full((capacity,), -1),
         wanted=wanted,
-        best=torch.zeros(block, dtype=torch.float64),
         capacity=capacity,
         block=block,
+        factor=torch.empty(RANK, units),
+        rank=RANK,
+        ahead=torch.empty(units, dtype=torch.float64),
+        taken=torch.empty(units, dtype=torch.int64),
     )
     extension().greedy_columns(
         run.path, described, _quadratic(run, moments, exact), run.rule, run.workspace,

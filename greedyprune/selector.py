@@ -83,8 +83,8 @@ def select(
         backend: "auto", "cpu", "cuda", "reference" (pure torch in float64)
         seed: of `candidates` and `batch_size`; nothing else is random
         progress: False: no progress bars; else they show for what takes over two seconds
-        memory_limit: bytes for the units' activations and for the Gram matrix; what does not fit is
-            computed again in every pass over the data; None: a quarter of the memory that is free
+        memory_limit: bytes for the units' activations and the Gram matrix together; what does not
+            fit is computed again in every pass over the data; None: half the memory that is free
 
     Returns:
         Selection, for `prune`
@@ -136,8 +136,7 @@ def select(
             layer_data = LayerData(
                 model, group, batches, criterion if own else Criterion("mse"),
                 imitation=not own,
-                device=batches.device if backend == "cuda" else torch.device("cpu"),
-                memory_limit=chosen.memory_limit, progress=bar,
+                backend=backend, memory_limit=chosen.memory_limit, progress=bar,
             )  # fmt: skip
             try:
                 selected[group.producer] = _select_layer(layer_data, rule, chosen, backend, bar)
@@ -167,7 +166,7 @@ def _select_layer(
     # Then the network that the loop evaluates is the one that is kept.
     native = weights == "counts" or (weights == "uniform" and not rule.replacement)
     batches = chosen.batches(rule.steps, data.samples) if chosen.batch_size else None
-    solver = Solver(data, backend, rule.steps, chosen.memory_limit, batches)
+    solver = Solver(data, backend, rule, chosen.memory_limit, batches)
     dense_loss, empty_loss = solver.moments.dense_loss, solver.moments.empty_loss
     if data.criterion.kind == "custom":
         dense_loss = CustomObjective(data).dense_loss()

@@ -160,7 +160,7 @@ def resolve(
         candidates=candidates,
         batch_size=batch_size,
         seed=int(seed),  # type: ignore[call-overload]
-        memory_limit=limit or psutil.virtual_memory().available // 4,
+        memory_limit=limit or psutil.virtual_memory().available // 2,
     )
 
 

@@ -20,23 +20,39 @@ Y = torch.randint(3, (2500,))
 T = torch.randn(2500, 3)
 
 
-def layer_data(data: object, loss: object, limit: int = 2**30) -> LayerData:
+def layer_data(data: object, loss: object, limit: int = 2**30, backend: str = "cpu") -> LayerData:
     group = find_groups(MODEL, analyse(MODEL, Batch((X[:4],), {}, None)), None)[0]
     return LayerData(
         MODEL, group, Batches(data, MODEL), criterion_of(loss, None), imitation=False,
-        device=torch.device("cpu"), memory_limit=limit, progress=lambda source, desc: source,
+        backend=backend, memory_limit=limit, progress=lambda source, desc: source,
     )  # fmt: skip
 
 
+class Unsized:
+    """Batches, nobody knows how many."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._batches)
+
+
+BYTES = 30 * 4  # of one sample's features
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("limit", [2**30, 30 * 4 * 1500, 1])
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("limit", [2**30, BYTES * 3000, BYTES * 1500, 1])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("loss", ["mse", nn.CrossEntropyLoss(torch.tensor([1.0, 0.2, 3.0]))])
-def test_moments_are_their_definitions(limit: int, loss: object, backend: str) -> None:
+def test_moments_are_their_definitions(sized: bool, limit: int, loss: object, backend: str) -> None:
     targets = T if loss == "mse" else Y
     batches = [(X[i : i + 700], targets[i : i + 700]) for i in range(0, 2500, 700)]
-    data = layer_data(batches, loss, limit)
-    assert (data.features is None) == (limit < 30 * 4 * 2500)
+    data = layer_data(batches if sized else Unsized(batches), loss, limit, backend)
+    gram_too = 0 if sized or loss != "mse" else 30 * 30 * 8
+    assert (data.features is None) == (limit < BYTES * 2500 + gram_too)
+    assert data.bytes_held <= limit or limit == 1
     gram = torch.zeros(30, 30, dtype=torch.float64)
     found = moments(data, backend, gram)
     hidden = MODEL[:2](X).double().T

@@ -101,8 +101,9 @@ def _screen(p: Problem, target: Target) -> tuple[Tensor, Tensor]:
     losses, errors = torch.empty(n).double(), torch.empty(n).double()
     base, outgoing = target.relative(p.outputs).float().contiguous(), p.outgoing.float()
     p.features = features.double()
+    known = features_struct(keep, features, ops.measure_features(features))
     _backend.extension().candidate_loss_f32(
-        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, features_struct(keep, features, ops.measure_features(features)),
+        losses.data_ptr(), errors.data_ptr(), units.data_ptr(), n, known,
         outgoing.data_ptr(), 1.0, base.data_ptr(), described, 1,
     )  # fmt: skip
     return losses, errors

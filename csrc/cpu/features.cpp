@@ -1,6 +1,8 @@
 // The features: collected unit by unit while the model runs, and measured.
 #include "features.h"
 
+#include <cmath>
+
 #include "../loss.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -30,7 +32,7 @@ void measure(double* squares, double* largest, const Feature* row, int64_t n) {
   }
   *squares += sum_of(sum);
   for (int lane = 0; lane < lanes; ++lane)
-    if (!(high[lane] <= *largest)) *largest = high[lane];
+    if (high[lane] > *largest || std::isnan(high[lane])) *largest = high[lane];  // NaN stays
 }
 
 template <class Feature>

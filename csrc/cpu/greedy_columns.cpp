@@ -1,62 +1,132 @@
 // Squared error, all greedy steps on columns of the Gram matrix, for k small beside N: (2) needs
 // only the columns of the units that get picked. When a picked unit's column is missing, the caller
-// computes it together with those of the units that scored best at that moment (one matrix
-// product), and they stay in a ring. Exact: which columns are at hand changes no number.
+// computes it together with those of the coming picks (one matrix product), and they stay in a
+// ring. Exact: which columns are at hand changes no number.
+//
+// The coming picks are foreseen by running on with an approximation of G from the columns that have
+// been seen, its partial Cholesky factor: G = F F^T on those columns, and close to it elsewhere,
+// for the units of a layer resemble one another.
 #include "greedy_kernels.h"
+#include "parallel.h"
 #include "quadratic.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
 
+constexpr int64_t kBlock = 512;  // units whose sums stay in L1
+
 struct CachedColumns {
   const ColumnCache& cache;
-  int64_t units;
+  const Quadratic& q;
+  const Rule& rule;
+  const Workspace& workspace;
   const Caller& caller;
   int64_t next = 0;    // the slot that the next column goes to
-  int64_t wanted = 0;  // cache.wanted[0:wanted] are the best missing units, best first
+  int64_t wanted = 0;  // cache.wanted[0:wanted] are to be fetched
+  int64_t rank = 0;    // columns of the factor
 
-  // Note the best-scoring units whose columns are missing, up to a block of them.
-  Status remember(const int64_t* scored, const double* scores, int64_t n) {
-    wanted = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (cache.slot_of[scored[i]] >= 0) continue;
-      if (wanted == cache.block && !(scores[i] < cache.best[wanted - 1])) continue;
-      int64_t at = wanted < cache.block ? wanted++ : wanted - 1;
-      for (; at > 0 && scores[i] < cache.best[at - 1]; --at) {
-        cache.wanted[at] = cache.wanted[at - 1];
-        cache.best[at] = cache.best[at - 1];
+  const double* column(int64_t unit, int64_t k) {
+    if (cache.slot_of[unit] < 0) {
+      wanted = 0;
+      want(unit);
+      foresee(unit, k);
+      if (!fetch()) return nullptr;
+    }
+    return cache.columns + cache.slot_of[unit] * q.units;
+  }
+
+ private:
+  void want(int64_t unit) {
+    if (cache.slot_of[unit] >= 0 || wanted == cache.block) return;
+    for (int64_t i = 0; i < wanted; ++i)
+      if (cache.wanted[i] == unit) return;
+    cache.wanted[wanted++] = unit;
+  }
+
+  // Wants the units that would be picked after `unit` at step k.
+  void foresee(int64_t unit, int64_t k) {
+    double* ahead = cache.ahead;
+    int64_t* taken = cache.taken;
+    for (int64_t j = 0; j < q.units; ++j) {
+      ahead[j] = q.state[j];
+      taken[j] = !rule.replacement && workspace.picked[j];
+    }
+    for (int64_t i = 0; i < 6 * cache.block && wanted < cache.block && rank > 0; ++i) {
+      add_approximate_column(unit);
+      taken[unit] = !rule.replacement;
+      unit = lowest(++k);
+      if (unit < 0) return;
+      want(unit);
+    }
+    while (wanted < cache.block) {  // those that score best now
+      for (int64_t i = 0; i < wanted; ++i) taken[cache.wanted[i]] = 1;
+      for (int64_t j = 0; j < q.units; ++j)
+        if (cache.slot_of[j] >= 0) taken[j] = 1;
+      unit = lowest(k);
+      if (unit < 0) return;
+      want(unit);
+    }
+  }
+
+  int64_t lowest(int64_t k) const {
+    const double steps = static_cast<double>(k);
+    double best = HUGE_VAL;
+    int64_t unit = -1;
+    for (int64_t j = 0; j < q.units; ++j) {
+      const double score = 0.5 * q.norm[j] + cache.ahead[j] - steps * q.beta[j];
+      if (score < best && !cache.taken[j]) {
+        best = score;
+        unit = j;
       }
-      cache.wanted[at] = scored[i];
-      cache.best[at] = scores[i];
     }
-    return Status::ok;
+    return unit;
   }
 
-  const double* column(int64_t unit) {
-    if (cache.slot_of[unit] < 0 && !fetch(unit)) return nullptr;
-    return cache.columns + cache.slot_of[unit] * units;
+  // ahead += F F[unit]
+  void add_approximate_column(int64_t unit) {
+    Caller quiet = caller;
+    quiet.poll = nullptr;
+    parallel_blocks(q.units, kBlock, rank, quiet, [&](int64_t first, int64_t last) {
+      float sum[kBlock] = {0};
+      for (int64_t r = 0; r < rank; ++r) {
+        const float* row = cache.factor + r * q.units;
+        const float own = row[unit];
+#pragma omp simd
+        for (int64_t j = first; j < last; ++j) sum[j - first] += own * row[j];
+      }
+      for (int64_t j = first; j < last; ++j) cache.ahead[j] += static_cast<double>(sum[j - first]);
+    });
   }
 
-  bool fetch(int64_t unit) {
-    int64_t count = wanted, at = 0;
-    while (at < count && cache.wanted[at] != unit) ++at;
-    if (at == count) {  // the pick comes with the others, whatever its rough score was
-      if (count < cache.block) ++count;
-      cache.wanted[count - 1] = unit;
-    }
-    if (next + count > cache.capacity) next = 0;
-    for (int64_t i = 0; i < count; ++i) {  // the oldest columns make room
+  // One more column of the factor: what the others leave of column `unit`.
+  void learn(int64_t unit) {
+    if (rank == cache.rank) return;
+    const double* column = cache.columns + cache.slot_of[unit] * q.units;
+    for (int64_t j = 0; j < q.units; ++j) cache.ahead[j] = -column[j];
+    add_approximate_column(unit);
+    const double left = -cache.ahead[unit];
+    if (!(left > 1e-5 * q.norm[unit])) return;
+    const double scale = -1 / std::sqrt(left);
+    for (int64_t j = 0; j < q.units; ++j)
+      cache.factor[rank * q.units + j] = static_cast<float>(scale * cache.ahead[j]);
+    ++rank;
+  }
+
+  bool fetch() {
+    if (next + wanted > cache.capacity) next = 0;
+    for (int64_t i = 0; i < wanted; ++i) {  // the oldest columns make room
       const int64_t old = cache.unit_in[next + i];
       if (old >= 0) cache.slot_of[old] = -1;
       cache.unit_in[next + i] = -1;
     }
-    if (caller.fetch(caller.self, next, count)) return false;
-    for (int64_t i = 0; i < count; ++i) {
+    if (caller.fetch(caller.self, next, wanted)) return false;
+    for (int64_t i = 0; i < wanted; ++i) {
       cache.slot_of[cache.wanted[i]] = next + i;
       cache.unit_in[next + i] = cache.wanted[i];
     }
-    next += count;
+    next += wanted;
+    for (int64_t i = 0; i < wanted; ++i) learn(cache.wanted[i]);
     return true;
   }
 };
@@ -67,7 +137,7 @@ struct CachedColumns {
 
 Status greedy_columns(Path& path, const ColumnCache& cache, const Quadratic& quadratic,
                       const Rule& rule, const Workspace& workspace, const Caller& caller) {
-  CachedColumns columns{cache, quadratic.units, caller};
+  CachedColumns columns{cache, quadratic, rule, workspace, caller};
   QuadraticObjective<CachedColumns> objective(quadratic, columns, workspace, caller);
   return greedy(path, objective, quadratic.units, rule, workspace, caller);
 }

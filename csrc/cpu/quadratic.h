@@ -3,7 +3,7 @@
 //   argmin of (1)  =  argmin_j  G_jj / 2 + c_j - k beta_j,      c += G[:, i_k] after each step (2)
 //   L_k = ( |t|^2 - (2/k) sum_S beta_i + (1/k^2) sum_S c_i ) / (m C)
 //
-// `Columns` gives the rows of G: const double* column(unit), or null after asking the caller
+// `Columns` gives the rows of G: const double* column(unit, k), or null after asking the caller
 // failed. Columns that come from float32 products may be wrong by `rounding` |phi_i| |phi_j|; what
 // that leaves open is scored from the features, where <phi_j, z - k t> is one pass over h_j.
 #pragma once
@@ -25,7 +25,7 @@ class QuadraticObjective {
 
   Status score(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors) {
     score_from_columns(k, units, n, scores, errors);
-    return columns_.remember(units, scores, n);
+    return Status::ok;
   }
 
   bool can_rescore() const { return q_.features != nullptr; }
@@ -47,13 +47,13 @@ class QuadraticObjective {
     return status;
   }
 
-  Status add(int64_t, int64_t unit) {
-    const double* column = columns_.column(unit);
+  Status add(int64_t k, int64_t unit) {
+    const double* column = columns_.column(unit, k);
     if (!column) return Status::stopped;
     beta_sum_ += q_.beta[unit];
     state_sum_ += 2 * q_.state[unit] + q_.norm[unit];
-    reach_ += std::sqrt(q_.norm[unit]);
-    total_reach_ += std::sqrt(q_.norm[unit]);
+    reach_ += q_.size[unit];
+    total_reach_ += q_.size[unit];
     for (int64_t j = 0; j < q_.units; ++j) q_.state[j] += column[j];
     if (q_.features) add_phi(*q_.features, unit, q_.outgoing, q_.outputs, q_.sum);
     return Status::ok;
@@ -132,7 +132,7 @@ class QuadraticObjective {
   }
 
   double error_of(int64_t j, double steps) const {
-    const double size = std::sqrt(q_.norm[j]);
+    const double size = q_.size[j];
     return q_.rounding * size * reach_ +
            64 * Number<double>::epsilon *
                (size * (size + total_reach_) + steps * std::fabs(q_.beta[j]));

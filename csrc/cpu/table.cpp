@@ -2,6 +2,7 @@
 #include "candidate_loss.h"
 #include "candidate_slope.h"
 #include "features.h"
+#include "gram_columns.h"
 #include "greedy_kernels.h"
 
 namespace greedyprune {
@@ -9,8 +10,8 @@ namespace GREEDYPRUNE_ISA {
 
 extern const Kernels kernels = {
     collect_features,       measure_features,        candidate_loss<float>, candidate_loss<double>,
-    candidate_slope<float>, candidate_slope<double>, greedy_gram,           greedy_columns,
-    greedy_pointwise,
+    candidate_slope<float>, candidate_slope<double>, gram_columns,          greedy_gram,
+    greedy_columns,         greedy_pointwise,
 };
 
 }  // namespace GREEDYPRUNE_ISA
