@@ -141,7 +141,8 @@ void bind_structs(py::module_& m) {
       .def_readwrite("steps", &Rule::steps)
       .def_readwrite("size", &Rule::size)
       .def_readwrite("replacement", &Rule::replacement)
-      .def_readwrite("candidates", &Rule::candidates);
+      .def_readwrite("candidates", &Rule::candidates)
+      .def_readwrite("shortlist", &Rule::shortlist);
   pointer(rule, "draws", &Rule::draws);
 
   py::class_<Path> path(m, "Path");
@@ -204,7 +205,7 @@ void bind_structs(py::module_& m) {
   pointer(pointwise, "bias", &P::bias);
   pointer(pointwise, "linear", &P::linear);
   pointer(pointwise, "sum", &P::sum);
-  pointer(pointwise, "batches", &P::batches);
+  pointer(pointwise, "starts", &P::starts);
   pointer(pointwise, "outputs64", &P::outputs64);
   pointer(pointwise, "outputs32", &P::outputs32);
   pointer(pointwise, "outgoing32", &P::outgoing32);
@@ -213,12 +214,9 @@ void bind_structs(py::module_& m) {
   pointer(pointwise, "linear_unit", &P::linear_unit);
   pointer(pointwise, "slopes", &P::slopes);
   pointer(pointwise, "slope_errors", &P::slope_errors);
-  pointer(pointwise, "features_batch", &P::features_batch);
-  pointer(pointwise, "squares_batch", &P::squares_batch);
   pointer(pointwise, "weight_batch", &P::weight_batch);
   pointer(pointwise, "value_batch", &P::value_batch);
   pointer(pointwise, "linear_batch", &P::linear_batch);
-  pointer(pointwise, "label_batch", &P::label_batch);
 }
 
 // One binding for both types of Real; `kernel` is the table's entry.

@@ -22,8 +22,8 @@ struct Features {    // the units' activations, unit-major
   const void* data;  // (units, samples), rows `stride` elements apart
   Type type;
   int64_t units, samples, stride;
-  const double* squares;  // (units) the sum of the squares of each row
-  const double* largest;  // (units) the largest magnitude in each row
+  const double* squares;  // (units) the sum of the squares of each row, or more
+  const double* largest;  // (units) the largest magnitude in each row, or more
 };
 
 // What the outputs f (C, m) are compared with:
@@ -57,6 +57,7 @@ struct Rule {
   bool replacement;     // may a unit be picked again?
   int64_t candidates;   // random candidates a step; 0: every unit
   const double* draws;  // (steps, candidates) uniform in [0, 1), or null
+  int64_t shortlist;    // score so many of the best again on all samples; 0: the first score counts
 };
 
 struct Path {        // what the greedy loop writes
@@ -117,8 +118,8 @@ struct Pointwise {
   const double*
       linear;   // (C, m)  a term  sum_s <linear[:, s], f[:, s]>  added to the loss, or null
   double* sum;  // (C, m)  z; zero on entry
-  const int64_t* batches;  // (steps, batch) the samples that each step looks at; null: all
-  int64_t batch;           // 0: all
+  const int64_t* starts;  // (steps) each step looks at samples [start, start + batch); null: at all
+  int64_t batch;          // 0: all
   // Scratch, with b = batch or m:
   double* outputs64;     // (C, max(b, m))
   float* outputs32;      // (C, b)
@@ -129,12 +130,9 @@ struct Pointwise {
   double* slopes;        // (N)
   double* slope_errors;  // (N)
   // For mini-batches only:
-  void* features_batch;   // (N, b) of features.type
-  double* squares_batch;  // (N)
-  double* weight_batch;   // like target.weight
-  double* value_batch;    // (C, b)
-  double* linear_batch;   // (C, b)
-  int32_t* label_batch;   // (b)
+  double* weight_batch;  // like target.weight
+  double* value_batch;   // (C, b)
+  double* linear_batch;  // (C, b)
 };
 
 // Samples whose products are added up in the features' own type, as several sums that fill a

@@ -56,6 +56,7 @@ class Run(Struct):
             steps=steps,
             size=rule.size,
             replacement=rule.replacement,
+            shortlist=rule.shortlist,
             candidates=0 if rule.draws is None else rule.draws.shape[1],
             draws=None if rule.draws is None else rule.draws.contiguous(),
         )

@@ -92,8 +92,8 @@ class LayerData:
         return self.target.samples
 
     def blocks(self) -> Iterator[Block]:
-        """All samples in blocks whose float64 copy is small."""
-        size = max(64, BLOCK // self.units)
+        """All samples in blocks whose features and outputs are small in float64."""
+        size = max(64, BLOCK // max(self.units, self.outputs))
         seen = 0
         for block in self._sources():
             samples = block.features.shape[1]
@@ -132,6 +132,18 @@ class LayerData:
         if self.features is None or not 1e-12 < self._largest < 1e12:
             return torch.float64
         return self.features.dtype
+
+    def shuffle(self, order: Tensor) -> None:
+        """Puts the samples in another order, (m,) int64; in place, some units at a time."""
+        assert self.features is not None and self.target is not None
+        order = order.to(self.device)
+        some = max(1, BLOCK // len(order))
+        for i in range(0, self.units, some):
+            rows = self.features[i : i + some]
+            rows.copy_(rows[:, order])
+        self.target = self.target[order]
+        if self.targets is not None and len(self.targets) == len(order):
+            self.targets = self.targets[order]
 
     def whole(self) -> list[Block]:
         """All samples as one block; only where the features are in memory."""

@@ -204,13 +204,13 @@ class Criterion:
             label, mass = share.argmax(1), float(samples)
         else:
             label, seen = self._labels(targets, samples, classes)
+            if not smooth:  # nothing of size (C, m): C may be a vocabulary
+                return _on_labels(label, weight[label] * seen, classes)
             share = nn.functional.one_hot(label, classes) * weight * (1 - smooth)
             share = (share + smooth / classes * weight) * seen[:, None]
             mass = float((weight[label] * seen).sum())
         total = share.sum(1)  # the weight of logsumexp; the rest of the loss is linear
-        block = Target("cross_entropy", classes, samples, mass, label=label.int())
-        if not bool((total == 1).all()):
-            block = replace(block, weight=total)
+        block = replace(_on_labels(label, total, classes), mass=mass)
         linear = -share.T
         linear[label, torch.arange(samples, device=device)] += total
         return replace(block, linear=linear.contiguous()) if bool(linear.any()) else block
@@ -234,6 +234,13 @@ class Criterion:
                 + (" (or loss='bce_with_logits' and floating targets)" if classes == 1 else "")
             )
         return torch.where(seen, label, 0), seen
+
+
+def _on_labels(label: Tensor, weight: Tensor, classes: int) -> Target:
+    """Cross-entropy of class indices (m,), each sample's with its weight (m,)."""
+    mass = float(weight.sum())
+    target = Target("cross_entropy", classes, len(label), mass, label=label.int())
+    return target if bool((weight == 1).all()) else replace(target, weight=weight)
 
 
 def _per_output(option: Tensor | None, block: Target, name: str) -> Tensor:

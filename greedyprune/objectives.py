@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops, reference
 from .features import PRODUCT, Block, LayerData, moments
 from .reference import Path, Rule, Step
+from .settings import Batched
 
 # What columns of the Gram matrix cost beside all of it (benchmarks/NOTES.md, "columns or Gram"):
 COLUMNS_PER_PICK = 2.1  # fetched, on MNIST networks with 200 to 1800 steps
@@ -29,7 +30,7 @@ class PointwiseObjective:
     """
 
     def __init__(
-        self, data: LayerData, backend: str, batches: Tensor | None, with_gap: bool, mass: float
+        self, data: LayerData, backend: str, batches: Batched | None, with_gap: bool, mass: float
     ) -> None:
         self.units = data.units
         self._data, self._backend, self._batches = data, backend, batches
@@ -37,9 +38,9 @@ class PointwiseObjective:
         self._counts = torch.zeros(data.units, dtype=torch.float64, device=data.device)
         self._loss, self._gap = 0.0, 0.0
 
-    def scores(self, k: int, candidates: Tensor) -> Tensor:
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
         scores = torch.zeros(len(candidates), dtype=torch.float64, device=self._data.device)
-        for block in self._seen(k):
+        for block in self._data.blocks() if everywhere else self._seen(k):
             scores += ops.candidate_loss(
                 block.features, self._data.outgoing, self._outputs(block.features, k), block.target,
                 shrink=1 / k, units=candidates, backend=self._backend,
@@ -72,7 +73,8 @@ class PointwiseObjective:
         if self._batches is None:
             return self._data.blocks()
         assert self._data.features is not None and self._data.target is not None
-        batch = self._batches[k - 1].to(self._data.device)
+        first = int(self._batches.starts[k - 1])
+        batch = slice(first, first + self._batches.size)
         return [Block(self._data.features[:, batch], self._data.target[batch])]
 
     def _outputs(self, features: Tensor, k: int) -> Tensor:
@@ -93,7 +95,7 @@ class CustomObjective:
         self._function = data.criterion.function
         self._sum = torch.zeros(data.outputs, data.samples, dtype=torch.float64, device=data.device)
 
-    def scores(self, k: int, candidates: Tensor) -> Tensor:
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
         losses = [self._loss_at(self._sum + self._phi(int(j)), k) for j in candidates]
         return torch.tensor(losses, dtype=torch.float64)
 
@@ -139,7 +141,12 @@ class Solver:
     """Runs the greedy loop for one layer by whichever formulation is cheapest for its data."""
 
     def __init__(
-        self, data: LayerData, backend: str, rule: Rule, memory_limit: int, batches: Tensor | None
+        self,
+        data: LayerData,
+        backend: str,
+        rule: Rule,
+        memory_limit: int,
+        batches: Batched | None,
     ) -> None:
         self.data, self.backend, self._batches = data, backend, batches
         self._gram: Tensor | None = None
@@ -174,16 +181,22 @@ class Solver:
                 block=16 if data.features is not None else 64,  # a pass of its own costs more
                 capacity=self._room // (8 * data.units), with_gap=with_gap, step=step,
             )  # fmt: skip
-        if self.backend == "cpu" and data.features is not None:
+        if self.backend == "cpu" and data.features is not None and self._outputs_fit():
             assert data.target is not None
             return ops.greedy_pointwise(
                 data.features, data.outgoing, data.bias, data.target, rule,
-                extent=data.extent, batches=self._batches, with_gap=with_gap, step=step,
+                extent=data.extent, with_gap=with_gap, step=step,
+                starts=None if self._batches is None else self._batches.starts,
+                batch=0 if self._batches is None else self._batches.size,
             )  # fmt: skip
         objective = PointwiseObjective(
             data, self.backend, self._batches, with_gap, self.moments.mass
         )
         return reference.greedy(objective, rule, step)
+
+    def _outputs_fit(self) -> bool:
+        """Is there room for three arrays of (C, m)? C may be a vocabulary."""
+        return 20 * self.data.outputs * self.data.samples <= self._room
 
     def _exact(self) -> ops.Exact | None:
         """Float32 products are twice as fast, and the features in memory make up for them."""

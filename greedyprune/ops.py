@@ -300,7 +300,8 @@ def greedy_pointwise(
     rule: Rule,
     *,
     extent: Extent | None = None,
-    batches: Tensor | None = None,
+    starts: Tensor | None = None,
+    batch: int = 0,
     with_gap: bool = True,
     step: Step | None = None,
 ) -> Path:
@@ -309,8 +310,8 @@ def greedy_pointwise(
     Args:
         features: (N, m) float32 or float64; outgoing: (N, C); bias: (C,)
         extent: of the features, as `measure_features` gives it; None: measured here
-        batches: (steps, b) int64, the samples that each step scores on (Wolfe et al. 2021's
-            stochastic form); the losses reported are always those of all samples
+        starts: (steps,) int64; step k scores on samples [starts[k - 1], starts[k - 1] + batch)
+            (Wolfe et al. 2021's stochastic form); the losses reported are always those of all
 
     Raises:
         ValueError, TypeError: shapes or types that do not fit
@@ -321,40 +322,35 @@ def greedy_pointwise(
     _check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
     _check("bias", bias, (outputs,))
-    if batches is not None and (
-        batches.dtype != torch.int64
-        or batches.dim() != 2
-        or len(batches) < rule.steps
-        or not (int(batches.min()) >= 0 and int(batches.max()) < samples)
+    if starts is not None and (
+        starts.dtype != torch.int64
+        or starts.dim() != 1
+        or len(starts) < rule.steps
+        or not (int(starts.min()) >= 0 and int(starts.max()) + batch <= samples)
     ):
         raise ValueError(
-            f"batches: found {batches.dtype} {tuple(batches.shape)}, expected int64 "
-            f"({rule.steps}, b) in [0, {samples})"
+            f"starts: found {starts.dtype} {tuple(starts.shape)}, expected int64 "
+            f"({rule.steps},) in [0, {samples} - {batch}]"
         )
-    run = Run(rule, units, with_gap and batches is None)
+    run = Run(rule, units, with_gap and starts is None)
     single, double = torch.float32, torch.float64
-    seen = samples if batches is None else batches.shape[1]
-    widest = max(seen, samples)
     scratch = {
         "sum": torch.zeros(outputs, samples, dtype=double),
-        "outputs64": torch.empty(outputs, widest, dtype=double),
-        "outputs32": torch.empty(outputs, widest, dtype=single),
+        "outputs64": torch.empty(outputs, samples, dtype=double),
+        "outputs32": torch.empty(outputs, samples, dtype=single),
         "outgoing32": torch.empty(units, outputs, dtype=single),
-        "weight32": torch.empty(outputs, seen, dtype=single),
-        "value32": torch.empty(outputs, seen, dtype=single),
+        "weight32": torch.empty(outputs, samples, dtype=single),
+        "value32": torch.empty(outputs, samples, dtype=single),
         "linear_unit": torch.empty(units, dtype=double),
         "slopes": torch.empty(units, dtype=double),
         "slope_errors": torch.empty(units, dtype=double),
     }
-    if batches is not None:
+    if starts is not None:
         scratch |= {
-            "batches": batches.contiguous(),
-            "squares_batch": torch.empty(units, dtype=double),
-            "features_batch": torch.empty(units, seen, dtype=features.dtype),
-            "weight_batch": torch.empty(outputs, seen, dtype=double),
-            "value_batch": torch.empty(outputs, seen, dtype=double),
-            "linear_batch": torch.empty(outputs, seen, dtype=double),
-            "label_batch": torch.empty(seen, dtype=torch.int32),
+            "starts": starts.contiguous(),
+            "weight_batch": torch.empty(outputs, batch, dtype=double),
+            "value_batch": torch.empty(outputs, batch, dtype=double),
+            "linear_batch": torch.empty(outputs, batch, dtype=double),
         }
     linear = None if target.linear is None else target.linear / target.mass
     pointwise = run.fill(
@@ -364,7 +360,7 @@ def greedy_pointwise(
         bias=bias.double().contiguous(),
         target=target_struct(run, target, torch.float64, scale=1 / target.mass),
         linear=linear,
-        batch=0 if batches is None else seen,
+        batch=0 if starts is None else batch,
         **scratch,
     )
     extension().greedy_pointwise(

@@ -27,12 +27,14 @@ class Rule:
     size:        stop once so many distinct units are picked
     replacement: may a unit be picked again?
     draws:       (steps, candidates) float64 uniform in [0, 1): score random candidates only
+    shortlist:   score so many of the best again on all samples; 0: the first score counts
     """
 
     steps: int
     size: int
     replacement: bool
     draws: Tensor | None = None
+    shortlist: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Objective(Protocol):
 
     units: int
 
-    def scores(self, k: int, candidates: Tensor) -> Tensor:
-        """L(b + (z + phi_j) / k) for each candidate j, or anything in the same order."""
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        """L(b + (z + phi_j) / k) for each candidate j, or anything in the same order.
+
+        everywhere: on all samples, not on the step's mini-batch
+        """
 
     def add(self, k: int, unit: int) -> None:
         """z += phi_unit."""
@@ -83,6 +88,9 @@ def greedy(objective: Objective, rule: Rule, step: Step | None = None) -> Path:
             n = len(draw)
         candidates = torch.tensor(available[:n])
         scores = objective.scores(k, candidates).cpu()
+        if rule.shortlist:
+            candidates = candidates[scores.argsort(stable=True)[: rule.shortlist]]
+            scores = objective.scores(k, candidates, everywhere=True).cpu()
         lowest = scores.min()
         unit = int(candidates[scores <= lowest + TIE * lowest.abs()].min())  # ties: lowest index
         objective.add(k, unit)
@@ -161,7 +169,7 @@ class QuadraticObjective:
         self._c = torch.zeros_like(moments.norm)
         self._picks: list[int] = []
 
-    def scores(self, k: int, candidates: Tensor) -> Tensor:
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
         m = self._moments
         return (m.norm / 2 + self._c - k * m.beta)[candidates.to(m.norm.device)]
 

@@ -41,6 +41,7 @@ def select(
     replacement: bool | None = None,
     candidates: int | None = None,
     batch_size: int | None = None,
+    shortlist: int | None = None,
     backend: str = "auto",
     seed: int = 0,
     progress: bool | None = None,
@@ -78,8 +79,10 @@ def select(
             selection); "auto": counts for objective loss, refit for imitation
         replacement: may a unit be picked again? None: with `steps` yes, else no
         candidates: score only this many random candidates a step (Ye et al.: 50); None: all
-        batch_size: score each step on a fresh mini-batch of this many samples (Wolfe et al.'s
-            stochastic form); the losses reported are still those of all data
+        batch_size: score each step on a mini-batch of this many samples (Wolfe et al.'s stochastic
+            form); the losses reported are still those of all data
+        shortlist: with batch_size: score so many of the best on the mini-batch again on all data,
+            which costs little and comes close to the full form
         backend: "auto", "cpu", "cuda", "reference" (pure torch in float64)
         seed: of `candidates` and `batch_size`; nothing else is random
         progress: False: no progress bars; else they show for what takes over two seconds
@@ -103,7 +106,7 @@ def select(
     chosen = settings.resolve(
         model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
         objective=objective, weights=weights, replacement=replacement, candidates=candidates,
-        batch_size=batch_size, seed=seed, memory_limit=memory_limit,
+        batch_size=batch_size, shortlist=shortlist, seed=seed, memory_limit=memory_limit,
     )  # fmt: skip
     batches = Batches(data, model)
     backend = _backend.resolve(backend, batches.device)
@@ -166,6 +169,8 @@ def _select_layer(
     # Then the network that the loop evaluates is the one that is kept.
     native = weights == "counts" or (weights == "uniform" and not rule.replacement)
     batches = chosen.batches(rule.steps, data.samples) if chosen.batch_size else None
+    if batches is not None:
+        data.shuffle(batches.order)
     solver = Solver(data, backend, rule, chosen.memory_limit, batches)
     dense_loss, empty_loss = solver.moments.dense_loss, solver.moments.empty_loss
     if data.criterion.kind == "custom":
@@ -217,7 +222,7 @@ def _until(
     """Runs longer and longer paths (they are nested) until the reweighted loss is low enough."""
     steps = 32
     while True:
-        part = Rule(min(steps, rule.steps), rule.size, rule.replacement, rule.draws)
+        part = replace(rule, steps=min(steps, rule.steps))
         path = path_of(part)
         fitted = refit(data, path.order) if weights == "refit" else None
         losses = losses_along(data, path.order, weights, fitted, mass)

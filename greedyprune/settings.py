@@ -18,6 +18,18 @@ REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
 
 
 @dataclass(frozen=True)
+class Batched:
+    """Mini-batches of shuffled samples: step k scores on [starts[k - 1], starts[k - 1] + size).
+
+    order: (m,) int64, the samples in the order that they are shuffled to; starts: (steps,) int64
+    """
+
+    order: Tensor
+    starts: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """The checked arguments; sizes still relative to each layer's number of units."""
 
@@ -31,6 +43,7 @@ class Settings:
     replacement: bool
     candidates: int | None
     batch_size: int | None
+    shortlist: int | None
     seed: int
     memory_limit: int
 
@@ -57,25 +70,23 @@ class Settings:
                 )
             draws = torch.empty(steps, self.candidates, dtype=torch.float64, device="cpu")
             draws.uniform_(generator=self._rng(1))
-        return Rule(steps, size, self.replacement, draws)
+        return Rule(steps, size, self.replacement, draws, self.shortlist or 0)
 
-    def batches(self, steps: int, samples: int) -> Tensor | None:
-        """The samples that each step scores on: (steps, batch_size) int64; None: all of them.
+    def batches(self, steps: int, samples: int) -> Batched | None:
+        """The mini-batches that steps score on; None: all samples.
 
         Passes over the shuffled data, like a training loop's: no sample twice in one pass, and what
-        is left over at its end is dropped.
+        is left over is dropped. Passes differ in the order of the batches and where they begin.
         """
         if self.batch_size is None:
             return None
-        size = min(self.batch_size, samples)
-        rng = self._rng(2)
-        needed, order = steps * size, []
-        while needed > 0:
-            order.append(
-                torch.randperm(samples, device="cpu", generator=rng)[: samples - samples % size]
-            )
-            needed -= len(order[-1])
-        return torch.cat(order)[: steps * size].reshape(steps, size)
+        size, rng = min(self.batch_size, samples), self._rng(2)
+        order, starts = torch.randperm(samples, device="cpu", generator=rng), []
+        count = samples // size
+        for _ in range(-(-steps // count)):
+            first = torch.randint(samples % size + 1, (), device="cpu", generator=rng)
+            starts.append(first + size * torch.randperm(count, device="cpu", generator=rng))
+        return Batched(order, torch.cat(starts)[:steps].contiguous(), size)
 
     def _size(self, layer: str, units: int) -> int:
         size = self.size
@@ -112,6 +123,7 @@ def resolve(
     replacement: object,
     candidates: object,
     batch_size: object,
+    shortlist: object,
     seed: object,
     memory_limit: object,
 ) -> Settings:
@@ -134,6 +146,12 @@ def resolve(
     steps = _positive_int("steps", steps)
     candidates = _positive_int("candidates", candidates)
     batch_size = _positive_int("batch_size", batch_size)
+    shortlist = _positive_int("shortlist", shortlist)
+    if shortlist is not None and batch_size is None:
+        raise ValueError(
+            f"shortlist: found {shortlist} without batch_size, expected batch_size too: the "
+            "shortlist is of those that score best on a mini-batch"
+        )
     limit = _positive_int("memory_limit", memory_limit)
     if tolerance is not None and not (_is_number(tolerance) and tolerance >= 0):  # type: ignore[operator]
         raise ValueError(f"tolerance: found {tolerance!r}, expected a fraction of at least 0")
@@ -159,6 +177,7 @@ def resolve(
         replacement=steps is not None if replacement is None else bool(replacement),
         candidates=candidates,
         batch_size=batch_size,
+        shortlist=shortlist,
         seed=int(seed),  # type: ignore[call-overload]
         memory_limit=limit or psutil.virtual_memory().available // 2,
     )

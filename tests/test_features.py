@@ -12,6 +12,7 @@ from greedyprune.data import Batch, Batches
 from greedyprune.features import LayerData, moments
 from greedyprune.graph import analyse, find_groups
 from greedyprune.losses import criterion_of
+from greedyprune.settings import resolve
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
@@ -144,19 +145,28 @@ def test_streamed_columns_and_weights(weights: str, targets: Tensor) -> None:
 
 
 def test_mini_batches_see_every_sample_once_a_pass() -> None:
-    from greedyprune.settings import resolve
-
     names = ("size", "tolerance", "replacement", "candidates", "layers", "memory_limit")
     chosen = resolve(
-        model=MODEL, steps=9, batch_size=30, seed=3, objective="auto", weights="auto",
-        **dict.fromkeys(names),
+        model=MODEL, steps=9, batch_size=30, shortlist=None, seed=3, objective="auto",
+        weights="auto", **dict.fromkeys(names),
     )  # fmt: skip
     batches = chosen.batches(9, 100)
-    assert batches.shape == (9, 30)
+    assert batches.order.sort().values.equal(torch.arange(100))
+    assert len(batches.starts) == 9 and batches.size == 30
+    seen = [batches.order[start : start + 30] for start in batches.starts]
     for i in (0, 3, 6):
-        seen = batches[i : i + 3].flatten()
-        assert len(seen.unique()) == 90
-    assert not batches[0].equal(batches[3])
+        assert len(torch.cat(seen[i : i + 3]).unique()) == 90
+    assert not seen[0].equal(seen[3])
+
+
+@torch.no_grad()
+def test_shuffling_keeps_samples_together() -> None:
+    data = layer_data((X, T), "mse")
+    before, target = data.features.clone(), data.target
+    order = torch.randperm(2500)
+    data.shuffle(order)
+    assert data.features.equal(before[:, order])
+    assert data.target.value.equal(target.value[:, order])
 
 
 def test_passes_that_differ_are_noticed() -> None:

@@ -160,14 +160,16 @@ def moments_of(p: Problem) -> tuple[Tensor, Moments]:
 class Brute:
     """Equation (1) with every candidate's outputs written out, mini-batches included."""
 
-    def __init__(self, p: Problem, batches: Tensor | None = None) -> None:
-        self.p, self.units, self.batches = p, len(p.features), batches
+    def __init__(self, p: Problem, starts: Tensor | None = None, batch: int = 0) -> None:
+        self.p, self.units, self.starts, self.batch = p, len(p.features), starts, batch
         self.phi = p.features[:, None, :] * p.outgoing[:, :, None]
         self.z = torch.zeros_like(p.outputs)
         self.margins: list[float] = []
 
-    def scores(self, k: int, candidates: Tensor) -> Tensor:
-        seen = slice(None) if self.batches is None else self.batches[k - 1]
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        seen = slice(None)
+        if self.starts is not None and not everywhere:
+            seen = slice(self.starts[k - 1], self.starts[k - 1] + self.batch)
         outputs = self.p.bias[:, None] + (self.z + self.phi[candidates]) / k
         scores = self.p.target[seen].loss_sum(outputs[..., seen]) / self.p.target.mass
         best = scores.sort().values
@@ -181,7 +183,7 @@ class Brute:
         return float(self.p.target.loss_sum(self.p.bias[:, None] + self.z / k) / self.p.target.mass)
 
     def gap(self, k: int) -> float | None:
-        if self.batches is not None:
+        if self.starts is not None:
             return None
         gradient = self.p.target.gradient(self.p.bias[:, None] + self.z / k) / self.p.target.mass
         along = (gradient * self.z).sum() / k
@@ -234,15 +236,16 @@ def test_greedy_pointwise(
 @each_criterion
 def test_greedy_pointwise_on_mini_batches(instruction_set: str, criterion: str) -> None:
     p = Problem(40, 130, 4, criterion)
-    batches = torch.randint(130, (50, 20), generator=torch.Generator().manual_seed(0))
-    for rule in (Rule(50, 100, True), RULES["candidates"]):
-        rule = Rule(50, 100, True, rule.draws)
-        brute = Brute(p, batches)
-        expected = reference.greedy(brute, rule)
-        found = ops.greedy_pointwise(
-            p.features, p.outgoing, p.bias, p.target, rule, batches=batches
-        )
-        agree(found, expected, brute.margins)
+    starts = torch.randint(111, (50,), generator=torch.Generator().manual_seed(0))
+    for drawn in (None, draws(50, 5)):
+        for shortlist in (0, 1, 4):
+            rule = Rule(50, 100, True, drawn, shortlist)
+            brute = Brute(p, starts, 20)
+            expected = reference.greedy(brute, rule)
+            found = ops.greedy_pointwise(
+                p.features, p.outgoing, p.bias, p.target, rule, starts=starts, batch=20
+            )
+            agree(found, expected, brute.margins)
 
 
 @each_rule

@@ -322,10 +322,12 @@ Status losses_of(double* losses, double* errors, const int64_t* units, int64_t n
     sum_losses(sums, group, problem, largest, 0, samples);
     for (int u = 0; u < count; ++u) {
       losses[first + u] = target.scale * (sums[u] - share);
-      if (errors)
-        errors[first + u] =
-            rounding_bound(rounding, target, sums[u] - share, features.squares[units[first + u]],
-                           group.outgoing[u], shrink, samples);
+      if (!errors) continue;
+      const double most = largest[u] * largest[u] * static_cast<double>(samples);
+      const double squares = features.squares[units[first + u]];
+      errors[first + u] =
+          rounding_bound(rounding, target, sums[u] - share, squares < most ? squares : most,
+                         group.outgoing[u], shrink, samples);
     }
   };
   const bool finished =

@@ -1,8 +1,9 @@
 // The greedy loop, equation (1), for any objective; every greedy_*.cpp runs this one.
 //
 // An objective knows z, the sum of the phi picked so far, and offers
-//   score(k, units, n, scores, errors)    what step k minimises, for each of these units, and how
-//                                         far rounding can have moved it
+//   score(k, units, n, scores, errors, everywhere)    what step k minimises, for each of these
+//                                         units, and how far rounding can have moved it; on the
+//                                         step's mini-batch, if it has one, or on all samples
 //   rescore(k, units, n, scores, errors)  the same in float64 (or false: it has nothing better)
 //   add(k, unit)                          z += phi_unit
 //   loss(k)                               L(b + z / k)
@@ -56,6 +57,39 @@ inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, i
   return kept;
 }
 
+// Moves the `wanted` of units[0:n] that score lowest to the front (quickselect; ties to the lowest
+// index); how many those are.
+inline int64_t keep_lowest(int64_t* units, double* scores, int64_t n, int64_t wanted) {
+  if (n <= wanted) return n;
+  const auto before = [](double a, int64_t i, double b, int64_t j) {
+    return a < b || (a == b && i < j);
+  };
+  int64_t first = 0, last = n - 1;
+  while (first < last) {
+    const double pivot = scores[(first + last) / 2];
+    const int64_t pivot_unit = units[(first + last) / 2];
+    int64_t i = first, j = last;
+    while (i <= j) {
+      while (before(scores[i], units[i], pivot, pivot_unit)) ++i;
+      while (before(pivot, pivot_unit, scores[j], units[j])) --j;
+      if (i > j) break;
+      const double score = scores[i];
+      const int64_t unit = units[i];
+      scores[i] = scores[j];
+      units[i++] = units[j];
+      scores[j] = score;
+      units[j--] = unit;
+    }
+    if (wanted - 1 <= j)
+      last = j;
+    else if (wanted - 1 >= i)
+      first = i;
+    else
+      break;
+  }
+  return wanted;
+}
+
 inline double lowest_of(const double* scores, int64_t n) {
   double lowest = scores[0];
   for (int64_t i = 1; i < n; ++i) lowest = scores[i] < lowest ? scores[i] : lowest;
@@ -90,7 +124,11 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
     int64_t* contenders = workspace.contenders;
     for (int64_t i = 0; i < n; ++i) contenders[i] = available[i];
 
-    Status status = objective.score(k, contenders, n, workspace.scores, workspace.errors);
+    Status status = objective.score(k, contenders, n, workspace.scores, workspace.errors, false);
+    if (status == Status::ok && rule.shortlist) {
+      n = keep_lowest(contenders, workspace.scores, n, rule.shortlist);
+      status = objective.score(k, contenders, n, workspace.scores, workspace.errors, true);
+    }
     if (status != Status::ok) return status;
     n = keep_contenders(contenders, workspace.scores, workspace.errors, n);
     if (n > 1 && objective.can_rescore()) {

@@ -27,8 +27,8 @@ class PointwiseObjective {
   Status start() {
     for (int64_t i = 0; i < units() * outputs(); ++i)
       p_.outgoing32[i] = static_cast<float>(p_.outgoing[i]);
-    all_ = {p_.features, p_.target};
-    if (!p_.batch) convert_target(all_.target);
+    see(0);
+    if (!p_.batch) convert_target();
     if (!p_.linear) return Status::ok;
     for (int64_t c = 0; c < outputs(); ++c) {
       for (int64_t s = 0; s < samples(); ++s)
@@ -39,16 +39,16 @@ class PointwiseObjective {
                                    p_.features, p_.outgoing, p_.linear, outputs(), caller_);
   }
 
-  Status score(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
-    seen_ = all_;
-    Status status = Status::ok;
-    if (p_.batch) status = gather(k, candidates, n);
-    if (status != Status::ok) return status;
-    outputs_at(k, p_.batch ? p_.batches + (k - 1) * p_.batch : nullptr);
+  // On the step's mini-batch, if there is one, or (everywhere) on all samples.
+  Status score(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors,
+               bool everywhere) {
+    see(p_.batch && !everywhere ? k : 0);
+    outputs_at(k);
     const int64_t size = outputs() * seen_.features.samples;
     for (int64_t i = 0; i < size; ++i) p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
-    status = candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32,
-                                   part(k), p_.outputs32, target32(), caller_);
+    const Status status =
+        candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32, part(k),
+                              p_.outputs32, target32(), caller_);
     return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
   }
 
@@ -68,17 +68,17 @@ class PointwiseObjective {
   }
 
   Status loss(int64_t k, double* value) {
-    seen_ = all_;
-    outputs_at(k, nullptr);
+    see(0);
+    outputs_at(k);
     const Status status =
-        outputs_loss<double>(value, p_.outputs64, without_value(all_.target), samples(), caller_);
+        outputs_loss<double>(value, p_.outputs64, without_value(seen_.target), samples(), caller_);
     if (p_.linear) *value += linear_bias_ + part(k) * linear_sum_;
     return status;
   }
 
   // Follows loss(k), whose outputs it turns into the loss's gradient.
   Status gap(int64_t k, double* value) {
-    outputs_gradient<double>(p_.outputs64, without_value(all_.target), samples(), caller_);
+    outputs_gradient<double>(p_.outputs64, without_value(seen_.target), samples(), caller_);
     double along = 0;
     for (int64_t i = 0; i < outputs() * samples(); ++i) {
       if (p_.linear) p_.outputs64[i] += p_.linear[i];
@@ -100,9 +100,10 @@ class PointwiseObjective {
   }
 
  private:
-  struct Seen {  // the samples that a step looks at
+  struct Seen {  // the samples that are looked at
     Features features;
     Target<double> target;
+    int64_t first;
   };
 
   int64_t outputs() const { return p_.target.outputs; }
@@ -126,8 +127,9 @@ class PointwiseObjective {
             t.scale};
   }
 
-  void convert_target(const Target<double>& target) {
-    const int64_t seen = p_.batch ? p_.batch : samples();
+  void convert_target() {
+    const Target<double>& target = seen_.target;
+    const int64_t seen = seen_.features.samples;
     if (target.weight) {
       const int64_t size = weight_per_sample() ? seen : outputs() * seen;
       for (int64_t i = 0; i < size; ++i) p_.weight32[i] = static_cast<float>(target.weight[i]);
@@ -140,18 +142,14 @@ class PointwiseObjective {
 
   // outputs64 = b + z / k at the seen samples, relative to the target: squared error subtracts the
   // target, cross-entropy each sample's highest output (so that no exponential overflows).
-  void outputs_at(int64_t k, const int64_t* batch) {
+  void outputs_at(int64_t k) {
     const int64_t seen = seen_.features.samples;
     const Target<double>& target = seen_.target;
     const double scale = part(k);
     for (int64_t c = 0; c < outputs(); ++c) {
-      const double* sum = p_.sum + c * samples();
+      const double* sum = p_.sum + c * samples() + seen_.first;
       double* out = p_.outputs64 + c * seen;
-      const double bias = p_.bias[c];
-      if (batch)
-        for (int64_t s = 0; s < seen; ++s) out[s] = bias + scale * sum[batch[s]];
-      else
-        for (int64_t s = 0; s < seen; ++s) out[s] = bias + scale * sum[s];
+      for (int64_t s = 0; s < seen; ++s) out[s] = p_.bias[c] + scale * sum[s];
       if (target.loss == Loss::squared_error) {
         for (int64_t s = 0; s < seen; ++s) out[s] -= target.value[c * seen + s];
       }
@@ -174,57 +172,46 @@ class PointwiseObjective {
     return caller;
   }
 
-  // The candidates' features and the targets of the step's own samples, contiguous.
-  Status gather(int64_t k, const int64_t* candidates, int64_t n) {
-    const int64_t* batch = p_.batches + (k - 1) * p_.batch;
-    const int64_t size = p_.batch;
-    const Features& f = p_.features;
-    const bool finished =
-        parallel_blocks(n, 16, 8 * size, caller_, [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t j = candidates[i];
-            p_.squares_batch[j] =
-                f.type == Type::float32
-                    ? pick(static_cast<float*>(p_.features_batch) + j * size,
-                           static_cast<const float*>(f.data) + j * f.stride, batch, size)
-                    : pick(static_cast<double*>(p_.features_batch) + j * size,
-                           static_cast<const double*>(f.data) + j * f.stride, batch, size);
-          }
-        });
-    if (!finished) return Status::stopped;
-    const Target<double>& all = p_.target;
-    if (all.label) pick(p_.label_batch, all.label, batch, size);
-    for (int64_t c = 0; c < outputs(); ++c) {
-      if (all.value) pick(p_.value_batch + c * size, all.value + c * samples(), batch, size);
-      if (p_.linear) pick(p_.linear_batch + c * size, p_.linear + c * samples(), batch, size);
-      if (all.weight && !weight_per_sample())
-        pick(p_.weight_batch + c * size, all.weight + c * samples(), batch, size);
+  // Turns to the mini-batch of step k, or (k = 0) to all samples.
+  void see(int64_t k) {
+    seen_ = {p_.features, p_.target, 0};
+    if (k == 0) {
+      if (p_.batch) convert_target();
+      return;
     }
-    if (all.weight && weight_per_sample()) pick(p_.weight_batch, all.weight, batch, size);
-    seen_.features = {p_.features_batch, f.type, units(), size, size, p_.squares_batch, f.largest};
-    seen_.target.value = all.value ? p_.value_batch : nullptr;
-    seen_.target.label = all.label ? p_.label_batch : nullptr;
-    seen_.target.weight = all.weight ? p_.weight_batch : nullptr;
-    convert_target(seen_.target);
-    return Status::ok;
+    const int64_t first = p_.starts[k - 1], size = p_.batch;
+    const Target<double>& all = p_.target;
+    Features& f = seen_.features;
+    f.data = f.type == Type::float32
+                 ? static_cast<const void*>(static_cast<const float*>(f.data) + first)
+                 : static_cast<const void*>(static_cast<const double*>(f.data) + first);
+    f.samples = size;
+    seen_.first = first;
+    if (all.label) seen_.target.label = all.label + first;
+    seen_.target.value = columns(p_.value_batch, all.value, first);
+    if (weight_per_sample()) {
+      if (all.weight) seen_.target.weight = all.weight + first;
+    } else {
+      seen_.target.weight = columns(p_.weight_batch, all.weight, first);
+    }
+    columns(p_.linear_batch, p_.linear, first);
+    convert_target();
   }
 
-  // Those of the numbers that a batch is made of; returns the sum of their squares.
-  template <class T>
-  static double pick(T* out, const T* from, const int64_t* at, int64_t n) {
-    double squares = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = from[at[i]];
-      squares += static_cast<double>(out[i]) * static_cast<double>(out[i]);
-    }
-    return squares;
+  // out (C, batch) = from[:, first : first + batch]; null stays null.
+  const double* columns(double* out, const double* from, int64_t first) const {
+    if (!from) return nullptr;
+    for (int64_t c = 0; c < outputs(); ++c)
+      memcpy(out + c * p_.batch, from + c * samples() + first,
+             static_cast<size_t>(p_.batch) * sizeof(double));
+    return out;
   }
 
   // The loss's linear term for the candidates, if it has one.
   Status add_linear(int64_t k, const int64_t* candidates, int64_t n, double* scores,
                     double* errors) {
     if (!p_.linear) return Status::ok;
-    if (!p_.batch) {
+    if (seen_.features.samples == samples()) {
       for (int64_t i = 0; i < n; ++i) {
         const double term = linear_bias_ + part(k) * (linear_sum_ + p_.linear_unit[candidates[i]]);
         scores[i] += term;
@@ -245,7 +232,7 @@ class PointwiseObjective {
   const Pointwise& p_;
   const Workspace& workspace_;
   const Caller& caller_;
-  Seen all_{}, seen_{};
+  Seen seen_{};
   double linear_bias_ = 0, linear_sum_ = 0;
 };
 

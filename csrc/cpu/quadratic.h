@@ -23,7 +23,7 @@ class QuadraticObjective {
                      const Caller& caller)
       : q_(q), columns_(columns), workspace_(workspace), caller_(caller) {}
 
-  Status score(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors) {
+  Status score(int64_t k, const int64_t* units, int64_t n, double* scores, double* errors, bool) {
     score_from_columns(k, units, n, scores, errors);
     return Status::ok;
   }

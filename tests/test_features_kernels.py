@@ -1,0 +1,137 @@
+"""Collecting and measuring features, columns of the Gram matrix, and where their ranges end."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from greedyprune import objectives, ops, reference
+from greedyprune.losses import Criterion
+from greedyprune.reference import Moments, Rule
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@each_dtype
+@pytest.mark.parametrize(("units", "sizes"), [(1, [1]), (70, [3, 64, 1, 200]), (129, [65, 7])])
+def test_collect_features(
+    instruction_set: str, units: int, sizes: list[int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(n, units, dtype=dtype) for n in sizes]
+    store = torch.full((units, sum(sizes) + 5), 7.0, dtype=dtype)
+    extent, at = None, 0
+    for hidden in batches:
+        extent = ops.collect_features(store, hidden, at, extent)
+        at += len(hidden)
+    everything = torch.cat(batches).T
+    assert store[:, :at].equal(everything) and (store[:, at:] == 7).all()
+    for found in (extent, ops.measure_features(store[:, :at])):
+        torch.testing.assert_close(found.squares, everything.double().square().sum(1))
+        assert found.largest.equal(everything.double().abs().amax(1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 9, 63, 64, 130])
+def test_what_is_not_finite_shows_in_the_extent(instruction_set: str, bad: float, at: int) -> None:
+    hidden = torch.zeros(131, 5)
+    hidden[at, 3] = bad
+    extent = ops.collect_features(torch.empty(5, 131), hidden, 0)
+    assert extent.largest.isfinite().tolist() == [True, True, True, False, True]
+
+
+@each_dtype
+@pytest.mark.parametrize(("units", "samples", "wanted"), [(1, 1, 1), (50, 4100, 17), (7, 33, 70)])
+def test_gram_columns(
+    instruction_set: str, units: int, samples: int, wanted: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(units, samples + 3).to(dtype)[:, :samples]
+    outgoing = torch.randn(units, 3, dtype=torch.float64)
+    picked = torch.randint(units, (wanted,))
+    out = torch.empty(wanted, units, dtype=torch.float64)
+    ops.gram_columns(features, outgoing, picked, out)
+    h = features.double()
+    expected = (h[picked] @ h.T) * (outgoing[picked] @ outgoing.T)
+    size = (h.square().sum(1) * outgoing.square().sum(1)).sqrt()
+    error = (out - expected).abs() / (size[picked][:, None] * size)
+    assert error.max() < ops.columns_rounding(dtype)  # the bound that decides what is scored again
+    assert error.max() < {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+
+
+def quadratic(units: int = 300, samples: int = 200, seed: int = 0) -> tuple[Tensor, Moments]:
+    """A Gram matrix of units that resemble one another, as a layer's do."""
+    rng = torch.Generator().manual_seed(seed)
+    basis = torch.randn(12, samples, generator=rng, dtype=torch.float64)
+    mixing = torch.randn(units, 12, generator=rng, dtype=torch.float64)
+    noise = torch.randn(units, samples, generator=rng, dtype=torch.float64)
+    phi = mixing @ basis + 0.3 * noise
+    t = torch.randn(samples, generator=rng, dtype=torch.float64)
+    gram = phi @ phi.T
+    norm = float(t.square().sum())
+    moments = Moments(samples, samples, gram.diagonal().clone(), phi @ t, norm, 0.0, 0.0, 0.0)
+    return gram, moments
+
+
+@pytest.mark.parametrize("capacity", [16, 40, 1000])
+@pytest.mark.parametrize(
+    "rule", [Rule(120, 301, True), Rule(300, 300, False)], ids=["repeats", "all units"]
+)
+def test_columns_give_the_gram_matrix_s_path(
+    instruction_set: str, rule: Rule, capacity: int
+) -> None:
+    gram, moments = quadratic()
+    fetched: list[int] = []
+
+    def columns(units: Tensor, out: Tensor) -> None:
+        assert len(units.unique()) == len(units) <= 16
+        fetched.extend(units.tolist())
+        out.copy_(gram[units])
+
+    found = ops.greedy_columns(columns, moments, rule, capacity=capacity)
+    expected = reference.greedy_gram(gram, moments, rule)
+    assert found.order.equal(expected.order)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=1e-12)
+    if capacity == 1000:
+        assert len(fetched) == len(set(fetched))  # nothing is fetched twice
+
+
+def test_coming_picks_are_foreseen() -> None:
+    """Where units resemble one another, some passes bring all columns: not one pass a pick."""
+    gram, moments = quadratic()
+    passes = 0
+
+    def columns(units: Tensor, out: Tensor) -> None:
+        nonlocal passes
+        passes += 1
+        out.copy_(gram[units])
+
+    found = ops.greedy_columns(columns, moments, Rule(120, 301, True))
+    distinct = len(found.order.unique())
+    assert distinct > 40
+    assert passes < distinct / 4
+
+
+def test_cost_model_prefers_columns_for_few_picks() -> None:
+    assert objectives.columns_are_cheaper(8192, 200)
+    assert not objectives.columns_are_cheaper(8192, 4096)
+
+
+@pytest.mark.parametrize("outputs", [3, 16, 17, 61, 150])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 8.0, 80.0])
+@each_dtype
+def test_cross_entropy_near_and_far_from_base(
+    instruction_set: str, outputs: int, scale: float, dtype: torch.dtype
+) -> None:
+    """Candidates that stay within the range of exponents, that leave it, and groups with both."""
+    torch.manual_seed(outputs)
+    features = torch.randn(19, 75)
+    outgoing = torch.randn(19, outputs, dtype=torch.float64) * scale
+    outgoing[::3] *= 0.01
+    target = Criterion("cross_entropy").target(torch.randint(outputs, (75,)), (75, outputs))
+    base = 5 * torch.randn(outputs, 75, dtype=torch.float64)
+    base[1] -= 300  # cut off, or not
+    base[:, :5] *= 30
+    found = ops.candidate_loss(features, outgoing, base, target, dtype=dtype)
+    expected = reference.candidate_loss(features, outgoing, base, target)
+    torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12,
+                               atol=0)  # fmt: skip
