@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 GREEDYPRUNE_WERROR ?= OFF
 export GREEDYPRUNE_WERROR
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.h)
-SOURCES := $(CXX_FILES) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.h) \
+  CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help test demo lint format bench clean install
+CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard benchmarks/*.cpp)
+
+.PHONY: help test demo lint format bench bench-quick clean install
 
 help:  ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,8 +38,15 @@ format: .venv/installed  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: .venv/installed  ## benchmarks against plain torch
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: .venv/installed  ## benchmarks against plain torch: benchmarks/RESULTS.md, about half an hour
+	mkdir -p out
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json=out/bench.json
+	$(BIN)/python benchmarks/report.py out/bench.json
+
+bench-quick: .venv/installed  ## every benchmark once, at tiny sizes: out/bench-quick/RESULTS.md
+	mkdir -p out
+	$(BIN)/python -m pytest benchmarks --benchmark-only --quick --benchmark-quiet --benchmark-json=out/bench-quick.json
+	$(BIN)/python benchmarks/report.py out/bench-quick.json --out out/bench-quick
 
 clean:  ## remove what the other targets made
 	rm -rf .venv build dist out *.egg-info greedyprune/_C*.so

@@ -82,11 +82,16 @@ def problem_of(case: Case) -> tuple[Candidates, Tensor]:
 
 
 def ours(p: Candidates) -> Callable[[], Tensor]:
-    target = target_of(p)
+    """A step as `select` makes it: how large the features are it knows from collecting them."""
+    target, extent = target_of(p), ops.measure_features(p.features)
     outgoing, outputs = p.outgoing.double(), p.base.T.double().contiguous()
-    return lambda: (
-        ops.candidate_loss(p.features, outgoing, outputs, target, dtype=torch.float32) / target.mass
-    )
+
+    def losses() -> Tensor:
+        return ops.candidate_loss(
+            p.features, outgoing, outputs, target, extent=extent, dtype=torch.float32
+        ) / target.mass  # fmt: skip
+
+    return losses
 
 
 def target_of(p: Candidates) -> Target:

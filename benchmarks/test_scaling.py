@@ -120,8 +120,10 @@ def work_of(case: Case) -> Callable[[], object]:
     if case.sweep == "steps":
         bias, rule = torch.zeros(case.C, dtype=torch.float64), Rule(case.steps, case.N + 1, True)
         return lambda: ops.greedy_pointwise(p.features, outgoing, bias, target, rule)
-    base = p.base.T.double().contiguous()
-    return lambda: ops.candidate_loss(p.features, outgoing, base, target, dtype=torch.float32)
+    base, extent = p.base.T.double().contiguous(), ops.measure_features(p.features)
+    return lambda: ops.candidate_loss(
+        p.features, outgoing, base, target, extent=extent, dtype=torch.float32
+    )
 
 
 @lru_cache(maxsize=1)

@@ -25,10 +25,10 @@ import greedyprune
 FORWARD = "dense forward pass"
 # How Wolfe et al.'s stochastic form and Ye et al.'s random candidates are asked for.
 STOCHASTIC: dict[str, dict[str, Any]] = {
-    "batch_size=256": {"batch_size": 256},
-    "batch_size=512": {"batch_size": 512},
     "batch_size=1024": {"batch_size": 1024},
-    "batch_size=2048, candidates=2048": {"batch_size": 2048, "candidates": 2048},
+    "batch_size=256, shortlist=256": {"batch_size": 256, "shortlist": 256},
+    "batch_size=512, shortlist=256": {"batch_size": 512, "shortlist": 256},
+    "batch_size=2048, shortlist=256": {"batch_size": 2048, "shortlist": 256},
     "candidates=512": {"candidates": 512},
 }
 
@@ -148,7 +148,7 @@ def time_ours(bench: Bench, limits: Limits, case: Case, net: Network, seconds: f
 
 def time_stochastic(bench: Bench, case: Case, net: Network, options: dict[str, Any]) -> None:
     """The loss reached is that of all samples, whatever the steps looked at."""
-    most = {"batch_size": case.m, "candidates": case.N}
+    most = {"batch_size": case.m, "candidates": case.N, "shortlist": case.N}
     options = {name: min(value, most[name]) for name, value in options.items()}
     found = bench.time(
         lambda: greedyprune.select(net.model, net.data, progress=False, **case.options, **options),

@@ -135,3 +135,70 @@ def test_cross_entropy_near_and_far_from_base(
     expected = reference.candidate_loss(features, outgoing, base, target)
     torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12,
                                atol=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mse columns", "mse Gram", "cross_entropy", "bce_with_logits"])
+def test_near_ties_are_decided_exactly(instruction_set: str, kind: str) -> None:
+    """Pairs of units closer than float32 can tell apart, and yet not equal."""
+    torch.manual_seed(0)
+    units, samples, outputs = 400, 3000, 3
+    twins = torch.randn(units // 2, samples).relu()
+    features = torch.cat([twins, twins * (1 + 4e-7 * torch.randn(units // 2, 1))])
+    weights = torch.randn(units // 2, outputs, dtype=torch.float64)
+    outgoing = torch.cat([weights, weights * (1 + 2e-6 * torch.randn(units // 2, 1).double())])
+    bias = torch.zeros(outputs, dtype=torch.float64)
+    name = kind.split()[0]
+    labels = torch.randint(outputs, (samples,))
+    targets = {
+        "mse": torch.randn(samples, outputs),
+        "cross_entropy": labels,
+        "bce_with_logits": torch.nn.functional.one_hot(labels, outputs).float(),
+    }[name]
+    target = Criterion(name).target(targets, (samples, outputs))
+    rule = Rule(40, units + 1, True)
+    phi = features.double()[:, None] * outgoing[:, :, None]
+
+    class Brute:
+        units = len(features)
+        z = torch.zeros_like(phi[0])
+        closest: list[float] = []
+
+        def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+            scores = target.loss_sum((self.z + phi[candidates]) / k)
+            best = scores.sort().values
+            self.closest.append(float((best[1] - best[0]) / best[0]))
+            return scores
+
+        def add(self, k: int, unit: int) -> None:
+            self.z = self.z + phi[unit]
+
+        def loss(self, k: int) -> float:
+            return 0.0
+
+        def gap(self, k: int) -> None:
+            return None
+
+    brute = Brute()
+    expected = reference.greedy(brute, rule)
+    assert min(brute.closest) < 1e-6  # float32 alone would be guessing
+    if name == "mse":
+        flat, t = phi.flatten(1), target.value
+        gram = flat @ flat.T
+        sums = Moments(samples, 1.0, gram.diagonal().clone(), flat @ t.flatten(),
+                       float(t.square().sum()), 0.0, 0.0, 0.0)  # fmt: skip
+        rounding = ops.columns_rounding(torch.float32)
+        exact = ops.Exact(rounding, features, outgoing, t)
+        if kind == "mse Gram":
+            found = ops.greedy_gram(gram.float().double(), sums, rule, exact=exact)
+        else:
+            found = ops.greedy_columns(
+                lambda picked, out: ops.gram_columns(features, outgoing, picked, out),
+                sums, rule, exact=exact,
+            )  # fmt: skip
+    else:
+        found = ops.greedy_pointwise(features, outgoing, bias, target, rule)
+    unclear = [i for i, margin in enumerate(brute.closest) if margin < 1e-9]
+    sure = min([len(expected.order), *unclear])
+    assert sure > 10
+    assert found.order[:sure].tolist() == expected.order[:sure].tolist()
+    assert found.rescored > 0
