@@ -39,9 +39,10 @@ format: .venv/installed  ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: .venv/installed  ## benchmarks against plain torch: benchmarks/RESULTS.md, about half an hour
-	mkdir -p out
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json=out/bench.json
-	$(BIN)/python benchmarks/report.py out/bench.json
+	rm -rf out/bench && mkdir -p out/bench
+	for file in benchmarks/test_*.py; do $(BIN)/python -m pytest $$file --benchmark-only \
+	  --benchmark-quiet --benchmark-json=out/bench/$$(basename $$file .py).json || exit 1; done
+	$(BIN)/python benchmarks/report.py out/bench/*.json
 
 bench-quick: .venv/installed  ## every benchmark once, at tiny sizes: out/bench-quick/RESULTS.md
 	mkdir -p out

@@ -1,6 +1,6 @@
 """Writes benchmarks/RESULTS.md and scaling.png from the JSON of one run of the benchmarks.
 
-    python benchmarks/report.py RESULTS.json [--out FOLDER]
+    python benchmarks/report.py RESULTS.json ... [--out FOLDER]
 
 Every number in it is computed here from the JSON; results of --quick say nothing about speed and go
 to another folder.
@@ -23,7 +23,7 @@ Table = list[list[str]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for RESULTS.md, scaling.png")
     args = parser.parse_args()
     results = read(args.results)

@@ -71,16 +71,21 @@ class Results:
         ]
 
 
-def read(path: Path) -> Results:
-    content = json.loads(path.read_text())
-    about = content["greedyprune"]
-    rows = []
-    for each in content["benchmarks"]:
-        info = dict(each["extra_info"])
-        named = {key: info.pop(key) for key in ("table", "name", "case", "how")}
-        stats = each["stats"]
-        rows.append(Row(**named, median=stats["median"], rounds=stats["rounds"], info=info))
-    return Results(about["quick"], about["machine"], about["limits"] or {}, about["skipped"], rows)
+def read(paths: list[Path]) -> Results:
+    """The results of one or more runs, each measured beside limits of its own; the first's show."""
+    contents = [json.loads(path.read_text()) for path in paths]
+    rows, skipped = [], []
+    for content in contents:
+        skipped += content["greedyprune"]["skipped"]
+        for each in content["benchmarks"]:
+            info = dict(each["extra_info"])
+            named = {key: info.pop(key) for key in ("table", "name", "case", "how")}
+            stats = each["stats"]
+            rows.append(Row(**named, median=stats["median"], rounds=stats["rounds"], info=info))
+    about = [content["greedyprune"] for content in contents]
+    limits = next((each["limits"] for each in about if each["limits"]), {})
+    quick = any(each["quick"] for each in about)
+    return Results(quick, about[0]["machine"], limits, skipped, rows)
 
 
 def ratio(hows: dict[str, Row], how: str) -> float | None:

@@ -392,9 +392,10 @@ def _add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
 
 def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
     """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), both halves."""
-    for i in range(0, len(gram), PANEL):
-        rows = gram[i : i + PANEL, i:]
-        rows *= outgoing[i : i + PANEL] @ outgoing[i:].T
+    some = 64  # rows at a time: what they need beside the matrix stays small
+    for i in range(0, len(gram), some):
+        rows = gram[i : i + some, i:]
+        rows *= outgoing[i : i + some] @ outgoing[i:].T
         square = rows[:, : len(rows)]
         square.copy_(square.triu() + square.triu(1).T)
         gram[i + len(rows) :, i : i + len(rows)] = rows[:, len(rows) :].T
