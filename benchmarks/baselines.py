@@ -85,12 +85,12 @@ def by_candidate(p: Candidates) -> Tensor:
         "cross_entropy": functional.cross_entropy,
     }
     loss = losses[p.kind]
-    return torch.stack(
-        [
-            loss(torch.addcmul(p.base, h[:, None], w), p.targets)
-            for h, w in zip(p.features, p.outgoing, strict=True)
-        ]
-    )
+    # Not a list of small tensors: each would be put into the room that the last outputs left, the
+    # next outputs would no longer fit there, and the heap would grow by as much for each candidate.
+    found = torch.empty(len(p.features))
+    for j, (h, w) in enumerate(zip(p.features, p.outgoing, strict=True)):
+        found[j] = loss(torch.addcmul(p.base, h[:, None], w), p.targets)
+    return found
 
 
 Part = Callable[[Tensor, Tensor], Tensor]

@@ -83,7 +83,7 @@ def read(paths: list[Path]) -> Results:
             stats = each["stats"]
             rows.append(Row(**named, median=stats["median"], rounds=stats["rounds"], info=info))
     about = [content["greedyprune"] for content in contents]
-    limits = next((each["limits"] for each in about if each["limits"]), {})
+    limits: dict[str, Any] = next((each["limits"] for each in about if each["limits"]), {})
     quick = any(each["quick"] for each in about)
     return Results(quick, about[0]["machine"], limits, skipped, rows)
 

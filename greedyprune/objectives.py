@@ -176,10 +176,12 @@ class Solver:
                 self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
             )
         if self._columns and self.backend == "cpu":
+            block = 16 if data.features is not None else 64  # a pass of its own costs more
+            picks = min(rule.steps, rule.size)
             return ops.greedy_columns(
-                _columns_of(data), self.moments, rule, exact=self._exact(),
-                block=16 if data.features is not None else 64,  # a pass of its own costs more
-                capacity=self._room // (8 * data.units), with_gap=with_gap, step=step,
+                _columns_of(data), self.moments, rule, exact=self._exact(), block=block,
+                capacity=min(self._room // (8 * data.units), block + 4 * picks),
+                with_gap=with_gap, step=step,
             )  # fmt: skip
         if self.backend == "cpu" and data.features is not None and self._outputs_fit():
             assert data.target is not None
