@@ -15,8 +15,7 @@ from . import ops
 from ._structs import Extent
 from .data import Batch, Batches
 from .graph import Group
-from .losses import Criterion, Target
-from .reference import Moments
+from .losses import Criterion, Target, Targets
 
 BLOCK = 2**23  # entries of features that are taken to float64 at a time
 
@@ -228,7 +227,7 @@ class LayerData:
         capacity = min(room, max(width, expected) | 16)
         store = torch.empty(self.units, capacity, dtype=dtype, device=self.device)
         filled = 0
-        targets: list[Target] = []
+        targets = Targets(capacity)
         block: Block | None = first
         while block is not None:
             end = filled + block.features.shape[1]
@@ -253,7 +252,7 @@ class LayerData:
             filled = end
             block = next(blocks, None)
         self.features = store[:, :filled]
-        self.target = _join(targets)
+        self.target = targets.joined()
 
     def _store(self, store: Tensor, at: int, features: Tensor) -> None:
         if self._compiled:
@@ -312,121 +311,12 @@ def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> 
     return criterion.target(targets, shape)
 
 
-def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moments:
-    """The sums over all samples that selection and certificate need, in one pass, float64.
-
-    gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>; None: not wanted
-    """
-    out, bias, n = data.outgoing, data.bias, data.units
-    norm = torch.zeros(n, dtype=torch.float64, device=data.device)  # |h_j|^2
-    beta = torch.zeros_like(norm)
-    variance = torch.zeros_like(out)  # sum_s weight_s h_j^2, for each output
-    samples, mass, dense, empty, target_norm, mean_norm = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-    known = data.extent  # where the squares were added up while the features were collected
-    for block in data.blocks():
-        h, target = block.features, block.target
-        if backend == "reference":
-            h = h.double()
-        samples, mass = samples + target.samples, mass + target.mass
-        if known is None:
-            squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
-            norm += squares
-        if target.kind != "custom":
-            mean_phi = (out.T / n).to(h.dtype) @ h
-            outputs = bias[:, None] + mean_phi
-            dense += float(target.loss_sum(outputs))
-            empty += float(target.loss_sum(bias[:, None].expand_as(outputs)))
-            if target.weight is None:
-                if known is None:
-                    variance += squares[:, None]
-                mean_norm += float(mean_phi.double().square().sum())
-            else:
-                weight = target.weight.expand_as(mean_phi)
-                variance += h.double().square() @ weight.T
-                mean_norm += float((weight * mean_phi.square()).sum())
-        if target.kind == "mse":
-            assert target.value is not None
-            t = target.value - bias[:, None]
-            target_norm += float(t.square().sum())
-            beta += ops.candidate_slope(h, out, t, backend=backend)
-        if gram is not None and data.features is None:
-            _add_upper_product(gram, h, torch.float64)
-    if known is not None:
-        norm += known.squares
-        if data.target is not None and data.target.weight is None:
-            variance += norm[:, None]
-    if mass == 0:
-        raise ValueError("data: every label is ignored, expected at least one that counts")
-    spread = 0.0
-    if data.criterion.kind != "custom":
-        spread = float((variance * out.square()).sum()) / n - mean_norm
-        spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
-        dense, empty = dense / mass, empty / mass
-    if gram is not None:
-        if data.features is not None:
-            # They decide what float32 leaves open; features that were not kept can't.
-            dtype = data.product_dtype if backend == "cpu" else torch.float64
-            _add_upper_product(gram, data.features, dtype)
-        _finish_gram(gram, out)
-    norm *= out.square().sum(1)
-    return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
-
-
-PRODUCT = 4096  # samples in one product in the features' own type; bounds its rounding
-PANEL = 512  # rows of the Gram matrix computed together: only the upper half of them
-
-
-def _add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
-    """gram += h h^T, the blocks on and above the diagonal; sums of products in float64.
-
-    dtype: what PRODUCT samples are multiplied in
-    """
-    scratch = torch.empty(PANEL * len(gram), dtype=dtype, device=gram.device)
-    for s in range(0, h.shape[1], PRODUCT):
-        part = h[:, s : s + PRODUCT].to(dtype)
-        for i in range(0, len(gram), PANEL):
-            rows, all_columns = part[i : i + PANEL], part[i:]
-            product = scratch[: len(rows) * len(all_columns)].view(len(rows), len(all_columns))
-            gram[i : i + PANEL, i:] += torch.mm(rows, all_columns.T, out=product)
-
-
-def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
-    """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), both halves."""
-    some = 64  # rows at a time: what they need beside the matrix stays small
-    for i in range(0, len(gram), some):
-        rows = gram[i : i + some, i:]
-        rows *= outgoing[i : i + some] @ outgoing[i:].T
-        square = rows[:, : len(rows)]
-        square.copy_(square.triu() + square.triu(1).T)
-        gram[i + len(rows) :, i : i + len(rows)] = rows[:, len(rows) :].T
-
-
-def _split(store: Tensor, targets: list[Target]) -> list[Block]:
+def _split(store: Tensor, targets: Targets) -> list[Block]:
     blocks, start = [], 0
-    for target in targets:
+    for target in targets.blocks():
         blocks.append(Block(store[:, start : start + target.samples], target))
         start += target.samples
     return blocks
-
-
-def _join(targets: list[Target]) -> Target:
-    def cat(name: str) -> Tensor | None:
-        parts = [getattr(t, name) for t in targets]
-        if all(part is None for part in parts):
-            return None
-        fill = 1.0 if name == "weight" else 0.0
-        shape, device = next((p.shape[:-1], p.device) for p in parts if p is not None)
-        parts = [
-            torch.full((*shape, t.samples), fill, dtype=torch.float64, device=device)
-            if part is None
-            else part
-            for t, part in zip(targets, parts, strict=True)
-        ]
-        return torch.cat(parts, -1).contiguous()
-
-    tensors: dict[str, Any] = {n: cat(n) for n in ("value", "label", "weight", "linear")}
-    samples, mass = sum(t.samples for t in targets), sum(t.mass for t in targets)
-    return replace(targets[0], samples=samples, mass=mass, **tensors)
 
 
 def _chain(first: list[Block], rest: Iterator[Block]) -> Iterator[Block]:

@@ -57,16 +57,14 @@ class Target:
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[..., samples].contiguous()
 
-        parts: dict[str, Any] = {
-            name: cut(getattr(self, name)) for name in ("value", "label", "weight", "linear")
-        }
+        parts: dict[str, Any] = {name: cut(getattr(self, name)) for name in TENSORS}
         index = samples if isinstance(samples, Tensor) else range(self.samples)[samples]
         return replace(self, samples=len(index), **parts)
 
     def to(self, device: torch.device) -> Target:
         parts: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor.to(device)
-            for name in ("value", "label", "weight", "linear")
+            for name in TENSORS
         }
         return replace(self, **parts)
 
@@ -113,6 +111,69 @@ class Target:
         if self.weight is not None:
             slope = slope * self.weight
         return slope if self.linear is None else slope + self.linear
+
+
+class Targets:
+    """The targets of one block after another, joined; with room for `capacity` samples at first.
+
+    Not a list of tensors: small ones that live on, allocated between two batches' activations, take
+    the room that the first left, the next no longer fit there, and the heap grows with every batch.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._tensors: dict[str, Tensor] = {}
+        self._first: Target | None = None
+        self._sizes: list[tuple[int, float]] = []  # of the blocks: samples and mass
+
+    def append(self, target: Target) -> None:
+        none: dict[str, Any] = dict.fromkeys(TENSORS)
+        self._first = self._first or replace(target, **none)
+        start = sum(samples for samples, _ in self._sizes)
+        for name in TENSORS:
+            part = getattr(target, name)
+            if part is not None or name in self._tensors:
+                room = self._room_for(name, part, start + target.samples)
+                room[..., start : start + target.samples] = _absent(name) if part is None else part
+        self._sizes.append((target.samples, target.mass))
+
+    def joined(self) -> Target:
+        assert self._first is not None
+        samples, mass = (sum(each) for each in zip(*self._sizes, strict=True))
+        tensors: dict[str, Any] = {
+            name: room[..., : int(samples)].contiguous() for name, room in self._tensors.items()
+        }
+        return replace(self._first, samples=int(samples), mass=mass, **tensors)
+
+    def blocks(self) -> list[Target]:
+        """The targets as they came."""
+        if not self._sizes:
+            return []
+        whole, found, start = self.joined(), [], 0
+        for samples, mass in self._sizes:
+            found.append(replace(whole[start : start + samples], mass=mass))
+            start += samples
+        return found
+
+    def _room_for(self, name: str, part: Tensor | None, end: int) -> Tensor:
+        room = self._tensors.get(name)
+        if room is None or room.shape[-1] < end:
+            like = part if room is None else room
+            assert like is not None
+            self._capacity = max(self._capacity, 2 * end if room is not None else end)
+            larger = like.new_full((*like.shape[:-1], self._capacity), _absent(name))
+            if room is not None:
+                larger[..., : room.shape[-1]] = room
+            room = self._tensors[name] = larger
+        return room
+
+
+TENSORS = ("value", "label", "weight", "linear")  # of a Target
+
+
+def _absent(name: str) -> float:
+    """What None stands for."""
+    return 1.0 if name == "weight" else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .features import PRODUCT, Block, LayerData, moments
+from .features import Block, LayerData
+from .moments import PRODUCT, moments
 from .reference import Path, Rule, Step
 from .settings import Batched
 

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import greedyprune
 from greedyprune.data import Batch, Batches
-from greedyprune.features import LayerData, moments
+from greedyprune.features import LayerData
 from greedyprune.graph import analyse, find_groups
 from greedyprune.losses import criterion_of
+from greedyprune.moments import moments
 from greedyprune.settings import resolve
 
 torch.manual_seed(0)

@@ -1,0 +1,100 @@
+"""The sums over all samples that a selection needs, in one pass: README eq. 2 and eq. 3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .features import LayerData
+from .reference import Moments
+
+PRODUCT = 4096  # samples in one product in the features' own type; bounds its rounding
+PANEL = 512  # rows of the Gram matrix computed together: only the upper half of them
+SOME = 64  # rows at a time of what is needed beside the matrix
+
+
+def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moments:
+    """The sums over all samples that selection and certificate need, in one pass, float64.
+
+    gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>; None: not wanted
+    """
+    out, bias, n = data.outgoing, data.bias, data.units
+    norm = torch.zeros(n, dtype=torch.float64, device=data.device)  # |h_j|^2
+    beta = torch.zeros_like(norm)
+    variance = torch.zeros_like(out)  # sum_s weight_s h_j^2, for each output
+    samples, mass, dense, empty, target_norm, mean_norm = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    known = data.extent  # where the squares were added up while the features were collected
+    for block in data.blocks():
+        h, target = block.features, block.target
+        if backend == "reference":
+            h = h.double()
+        samples, mass = samples + target.samples, mass + target.mass
+        if known is None:
+            squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
+            norm += squares
+        if target.kind != "custom":
+            mean_phi = (out.T / n).to(h.dtype) @ h
+            outputs = bias[:, None] + mean_phi
+            dense += float(target.loss_sum(outputs))
+            empty += float(target.loss_sum(bias[:, None].expand_as(outputs)))
+            if target.weight is None:
+                if known is None:
+                    variance += squares[:, None]
+                mean_norm += float(mean_phi.double().square().sum())
+            else:
+                weight = target.weight.expand_as(mean_phi)
+                variance += h.double().square() @ weight.T
+                mean_norm += float((weight * mean_phi.square()).sum())
+        if target.kind == "mse":
+            assert target.value is not None
+            t = target.value - bias[:, None]
+            target_norm += float(t.square().sum())
+            beta += ops.candidate_slope(h, out, t, backend=backend)
+        if gram is not None and data.features is None:
+            _add_upper_product(gram, h, torch.float64)
+    if known is not None:
+        norm += known.squares
+        if data.target is not None and data.target.weight is None:
+            variance += norm[:, None]
+    if mass == 0:
+        raise ValueError("data: every label is ignored, expected at least one that counts")
+    spread = 0.0
+    if data.criterion.kind != "custom":
+        spread = float((variance * out.square()).sum()) / n - mean_norm
+        spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
+        dense, empty = dense / mass, empty / mass
+    if gram is not None:
+        if data.features is not None:
+            # They decide what float32 leaves open; features that were not kept can't.
+            dtype = data.product_dtype if backend == "cpu" else torch.float64
+            _add_upper_product(gram, data.features, dtype)
+        _finish_gram(gram, out)
+    norm *= out.square().sum(1)
+    return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
+
+
+def _add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
+    """gram += h h^T, the blocks on and above the diagonal; sums of products in float64.
+
+    dtype: what PRODUCT samples are multiplied in
+    """
+    scratch = torch.empty(PANEL * len(gram), dtype=dtype, device=gram.device)
+    for s in range(0, h.shape[1], PRODUCT):
+        part = h[:, s : s + PRODUCT].to(dtype)
+        for i in range(0, len(gram), PANEL):
+            rows, all_columns = part[i : i + PANEL], part[i:]
+            product = scratch[: len(rows) * len(all_columns)].view(len(rows), len(all_columns))
+            torch.mm(rows, all_columns.T, out=product)
+            for r in range(0, len(rows), SOME):  # adding to float64 makes a copy in float64
+                gram[i + r : min(i + r + SOME, i + len(rows)), i:] += product[r : r + SOME]
+
+
+def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
+    """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), both halves."""
+    for i in range(0, len(gram), SOME):
+        rows = gram[i : i + SOME, i:]
+        rows *= outgoing[i : i + SOME] @ outgoing[i:].T
+        square = rows[:, : len(rows)]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram[i + len(rows) :, i : i + len(rows)] = rows[:, len(rows) :].T
