@@ -209,7 +209,7 @@ class Solver:
         assert data.target is not None and data.target.value is not None
         rounding = ops.columns_rounding(data.product_dtype)
         if self._gram is not None:  # n u / (1 - n u) for sums of n products, and a little
-            rounding = (PRODUCT + 1) * torch.finfo(data.product_dtype).eps / 2
+            rounding = (PRODUCT + 4) * torch.finfo(data.product_dtype).eps / 2
         return ops.Exact(
             rounding=rounding,
             features=data.features,

@@ -57,7 +57,16 @@ def collect_features(
 
     Returns:
         the extent, its `largest` NaN or inf for a unit with such an activation
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
     """
+    _check_features(features)
+    _check("hidden", hidden, (len(hidden), len(features)), features.dtype)
+    if not 0 <= at <= features.shape[1] - len(hidden):
+        raise ValueError(
+            f"at: found {at} for {len(hidden)} samples, expected room in {features.shape[1]}"
+        )
     extent = Extent.zeros(len(features)) if extent is None else extent
     hidden = hidden.contiguous()
     extension().collect_features(
@@ -69,6 +78,7 @@ def collect_features(
 
 def measure_features(features: Tensor) -> Extent:
     """The extent of features (N, m) float32 or float64, each row contiguous."""
+    _check_features(features)
     extent = Extent.zeros(len(features))
     extension().measure_features(
         extent.squares.data_ptr(), extent.largest.data_ptr(),
@@ -409,7 +419,7 @@ def _check(
         raise TypeError(f"{name}: found {tensor.dtype}, expected {dtype}")
 
 
-def _check_features(features: Tensor, outgoing: Tensor) -> None:
+def _check_features(features: Tensor, outgoing: Tensor | None = None) -> None:
     if features.dtype not in FEATURE_TYPES:
         raise TypeError(f"features: found {features.dtype}, expected float32 or float64")
     if features.dim() != 2 or (features.shape[1] > 1 and features.stride(1) != 1):
@@ -419,7 +429,7 @@ def _check_features(features: Tensor, outgoing: Tensor) -> None:
         )
     if not features.numel():
         raise ValueError(f"features: found shape {tuple(features.shape)}, expected N, m >= 1")
-    if outgoing.dim() != 2 or len(outgoing) != len(features):
+    if outgoing is not None and (outgoing.dim() != 2 or len(outgoing) != len(features)):
         raise ValueError(
             f"outgoing: found shape {tuple(outgoing.shape)}, expected ({len(features)}, C)"
         )

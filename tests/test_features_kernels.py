@@ -30,6 +30,20 @@ def test_collect_features(
         assert found.largest.equal(everything.double().abs().amax(1))
 
 
+@pytest.mark.parametrize(
+    ("hidden", "at", "named"),
+    [
+        (torch.zeros(4, 6), 0, "hidden"),
+        (torch.zeros(4, 5).double(), 0, "hidden"),
+        (torch.zeros(4, 5), 7, "at"),
+        (torch.zeros(4, 5), -1, "at"),
+    ],
+)
+def test_what_does_not_fit_is_not_collected(hidden: Tensor, at: int, named: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{named}: found"):
+        ops.collect_features(torch.zeros(5, 10), hidden, at)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 9, 63, 64, 130])
 def test_what_is_not_finite_shows_in_the_extent(instruction_set: str, bad: float, at: int) -> None:

@@ -13,15 +13,12 @@
 #include <cmath>
 
 #include "../loss.h"
-#include "lanes.h"
-#include "parallel.h"
+#include "groups.h"
 #include "rounding.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
-
-constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;  // candidates at a time: what registers hold
 
 // Cross-entropy subtracts each sample's highest output, of base alone where that is enough: where
 // no candidate takes an output further than 2^reach from base, whose highest is 0 and which is cut
@@ -310,15 +307,12 @@ Status losses_of(double* losses, double* errors, const int64_t* units, int64_t n
   const Problem<Real> problem = problem_of(base, target, samples, shrink);
   const double share = labels_share(base, target, samples, 0, samples);
   const Rounding rounding = errors ? rounding_of(base, target, samples) : Rounding{0, 0, 0};
-  const auto score = [&](auto& group, int64_t first) {
-    constexpr int count = sizeof group.row / sizeof group.row[0];
+  const auto score = [&](auto size, int64_t first) {
+    constexpr int count = decltype(size)::value;
+    Group<count, Feature, Real> group;
+    point_at<count>(group.features, group.outgoing, units + first, features, outgoing, outputs);
     double sums[count], largest[count];
-    for (int u = 0; u < count; ++u) {
-      const int64_t unit = units[first + u];
-      group.features[u] = static_cast<const Feature*>(features.data) + unit * features.stride;
-      group.outgoing[u] = outgoing + unit * outputs;
-      largest[u] = features.largest[unit];
-    }
+    for (int u = 0; u < count; ++u) largest[u] = features.largest[units[first + u]];
     sum_losses(sums, group, problem, largest, 0, samples);
     for (int u = 0; u < count; ++u) {
       losses[first + u] = target.scale * (sums[u] - share);
@@ -330,18 +324,7 @@ Status losses_of(double* losses, double* errors, const int64_t* units, int64_t n
                          group.outgoing[u], shrink, samples);
     }
   };
-  const bool finished =
-      parallel_blocks(n, kGroup, 4 * samples * outputs, caller, [&](int64_t first, int64_t last) {
-        if (last - first == kGroup) {
-          Group<kGroup, Feature, Real> group;
-          return score(group, first);
-        }
-        for (int64_t i = first; i < last; ++i) {
-          Group<1, Feature, Real> group;
-          score(group, i);
-        }
-      });
-  return finished ? Status::ok : Status::stopped;
+  return in_groups(n, 4 * samples * outputs, caller, score) ? Status::ok : Status::stopped;
 }
 
 }  // namespace

@@ -6,14 +6,11 @@
 
 #include "../loss.h"
 #include "features.h"
-#include "lanes.h"
-#include "parallel.h"
+#include "groups.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
-
-constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;  // candidates at a time: what registers hold
 
 template <int kCount, class Feature, class Real>
 struct Group {
@@ -60,13 +57,10 @@ Status slopes_of(double* slopes, double* errors, const int64_t* units, int64_t n
   // Roundings of one sum: over the outputs, a tile's lanes, and (in float64) the tiles.
   const double terms = static_cast<double>(outputs + 8 + kTile / lanes) * Number<Real>::epsilon +
                        static_cast<double>(16 + samples / kTile) * Number<double>::epsilon;
-  const auto score = [&](auto& group, int64_t at) {
-    constexpr int count = sizeof group.features / sizeof group.features[0];
-    for (int u = 0; u < count; ++u) {
-      const int64_t unit = units[at + u];
-      group.features[u] = static_cast<const Feature*>(features.data) + unit * features.stride;
-      group.outgoing[u] = outgoing + unit * outputs;
-    }
+  const auto score = [&](auto size, int64_t at) {
+    constexpr int count = decltype(size)::value;
+    Group<count, Feature, Real> group;
+    point_at<count>(group.features, group.outgoing, units + at, features, outgoing, outputs);
     for (int64_t s = 0; s < samples; s += kTile) {
       const int64_t end = s + kTile < samples ? s + kTile : samples;
       const int64_t whole = end - (end - s) % lanes;
@@ -84,18 +78,7 @@ Status slopes_of(double* slopes, double* errors, const int64_t* units, int64_t n
       errors[at + u] = terms * std::sqrt(sum_of(group.squares[u]) * w_squares * gradient_squares);
     }
   };
-  const bool finished =
-      parallel_blocks(n, kGroup, samples * outputs, caller, [&](int64_t first, int64_t last) {
-        if (last - first == kGroup) {
-          Group<kGroup, Feature, Real> group;
-          return score(group, first);
-        }
-        for (int64_t i = first; i < last; ++i) {
-          Group<1, Feature, Real> group;
-          score(group, i);
-        }
-      });
-  return finished ? Status::ok : Status::stopped;
+  return in_groups(n, samples * outputs, caller, score) ? Status::ok : Status::stopped;
 }
 
 }  // namespace

@@ -59,12 +59,14 @@ struct CachedColumns {
       if (unit < 0) return;
       want(unit);
     }
-    while (wanted < cache.block) {  // those that score best now
-      for (int64_t i = 0; i < wanted; ++i) taken[cache.wanted[i]] = 1;
-      for (int64_t j = 0; j < q.units; ++j)
-        if (cache.slot_of[j] >= 0) taken[j] = 1;
+    if (wanted == cache.block) return;
+    for (int64_t j = 0; j < q.units; ++j)  // then those that score best as far as that is known
+      if (cache.slot_of[j] >= 0) taken[j] = 1;
+    for (int64_t i = 0; i < wanted; ++i) taken[cache.wanted[i]] = 1;
+    while (wanted < cache.block) {
       unit = lowest(k);
       if (unit < 0) return;
+      taken[unit] = 1;
       want(unit);
     }
   }

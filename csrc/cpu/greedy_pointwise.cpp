@@ -43,6 +43,7 @@ class PointwiseObjective {
   Status score(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors,
                bool everywhere) {
     see(p_.batch && !everywhere ? k : 0);
+    if (p_.batch) convert_target();
     outputs_at(k);
     const int64_t size = outputs() * seen_.features.samples;
     for (int64_t i = 0; i < size; ++i) p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
@@ -175,10 +176,7 @@ class PointwiseObjective {
   // Turns to the mini-batch of step k, or (k = 0) to all samples.
   void see(int64_t k) {
     seen_ = {p_.features, p_.target, 0};
-    if (k == 0) {
-      if (p_.batch) convert_target();
-      return;
-    }
+    if (k == 0) return;
     const int64_t first = p_.starts[k - 1], size = p_.batch;
     const Target<double>& all = p_.target;
     Features& f = seen_.features;
@@ -195,7 +193,6 @@ class PointwiseObjective {
       seen_.target.weight = columns(p_.weight_batch, all.weight, first);
     }
     columns(p_.linear_batch, p_.linear, first);
-    convert_target();
   }
 
   // out (C, batch) = from[:, first : first + batch]; null stays null.

@@ -68,7 +68,8 @@ double rounding_bound(const Rounding& r, const Target<Real>& target, double loss
     case Loss::cross_entropy: {  // 2-Lipschitz in the largest change of an output
       const double h = std::sqrt(squares * static_cast<double>(samples));
       const double outputs = static_cast<double>(target.outputs);
-      const double terms = larger(32.0, kTerms + outputs / kTerms);  // of a sum of exponentials
+      // Of a sum of exponentials, and of a lane's sum of their logarithms.
+      const double terms = larger(32.0, kTerms + outputs / kTerms) + lane * std::log(outputs);
       return target.scale *
              (underflow + epsilon * ((16.0 + lane) * (r.base + largest * w_largest * h) +
                                      terms * r.weight_sum + sums));
