@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import reference
 from ._backend import extension
+from ._checks import check, check_features, check_target, checked_units
 from ._structs import (
-    FEATURE_TYPES,
     Extent,
     Run,
     Struct,
@@ -61,8 +61,8 @@ def collect_features(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
     """
-    _check_features(features)
-    _check("hidden", hidden, (len(hidden), len(features)), features.dtype)
+    check_features(features)
+    check("hidden", hidden, (len(hidden), len(features)), features.dtype)
     if not 0 <= at <= features.shape[1] - len(hidden):
         raise ValueError(
             f"at: found {at} for {len(hidden)} samples, expected room in {features.shape[1]}"
@@ -78,7 +78,7 @@ def collect_features(
 
 def measure_features(features: Tensor) -> Extent:
     """The extent of features (N, m) float32 or float64, each row contiguous."""
-    _check_features(features)
+    check_features(features)
     extent = Extent.zeros(len(features))
     extension().measure_features(
         extent.squares.data_ptr(), extent.largest.data_ptr(),
@@ -118,14 +118,14 @@ def candidate_loss(
 
     Source: README eq. 1.
     """
-    _check_features(features, outgoing)
-    _check("outputs", outputs, (outgoing.shape[1], features.shape[1]))
-    units = _units(units, features)
+    check_features(features, outgoing)
+    check("outputs", outputs, (outgoing.shape[1], features.shape[1]))
+    units = checked_units(units, features)
     if backend == "reference":
         return reference.candidate_loss(
             features, outgoing, outputs, target, shrink=shrink, units=units
         )
-    _check_target(target, features, outgoing)
+    check_target(target, features, outgoing)
     _C = extension()
     keep = Struct()
     exact = dtype == torch.float64
@@ -173,9 +173,9 @@ def candidate_slope(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
     """
-    _check_features(features, outgoing)
-    _check("gradient", gradient, (outgoing.shape[1], features.shape[1]))
-    units = _units(units, features)
+    check_features(features, outgoing)
+    check("gradient", gradient, (outgoing.shape[1], features.shape[1]))
+    units = checked_units(units, features)
     if backend != "cpu":  # a matrix product: the library's, on the features' device
         return reference.candidate_slope(features, outgoing, gradient, units=units)
     keep = Struct()
@@ -200,9 +200,9 @@ def gram_columns(features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor)
     Raises:
         ValueError, TypeError: shapes or types that do not fit
     """
-    _check_features(features, outgoing)
-    units = _units(units, features)
-    _check("out", out, (len(units), len(features)), torch.float64)
+    check_features(features, outgoing)
+    units = checked_units(units, features)
+    check("out", out, (len(units), len(features)), torch.float64)
     weights = outgoing.double().contiguous()
     extension().gram_columns(
         out.data_ptr(), units.data_ptr(), len(units), features_struct(Struct(), features),
@@ -238,7 +238,7 @@ def greedy_gram(
     Source: README eq. 2.
     """
     units = len(moments.norm)
-    _check("gram", gram, (units, units), torch.float64)
+    check("gram", gram, (units, units), torch.float64)
     gram = gram.contiguous()
     run = Run(rule, units, with_gap)
     quadratic = _quadratic(run, moments, exact)
@@ -328,10 +328,10 @@ def greedy_pointwise(
 
     Source: README eq. 1.
     """
-    _check_features(features, outgoing)
-    _check_target(target, features, outgoing)
+    check_features(features, outgoing)
+    check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
-    _check("bias", bias, (outputs,))
+    check("bias", bias, (outputs,))
     if starts is not None and (
         starts.dtype != torch.int64
         or starts.dim() != 1
@@ -385,9 +385,9 @@ def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
     quadratic = quadratic_struct(run, moments, rounding)
     if exact is None:
         return quadratic
-    _check_features(exact.features, exact.outgoing)
+    check_features(exact.features, exact.outgoing)
     shape = (exact.outgoing.shape[1], exact.features.shape[1])
-    _check("target", exact.target, shape, torch.float64)
+    check("target", exact.target, shape, torch.float64)
     return run.fill(
         quadratic,
         features=features_struct(run, exact.features),
@@ -398,46 +398,3 @@ def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
         outputs=shape[0],
         all_units=torch.arange(len(exact.features)),
     )
-
-
-def _units(units: Tensor | None, features: Tensor) -> Tensor:
-    if units is None:
-        return torch.arange(len(features), device=features.device)
-    if units.dtype != torch.int64 or units.dim() != 1:
-        raise TypeError(f"units: found {units.dtype} {tuple(units.shape)}, expected int64 (n,)")
-    if len(units) and not (int(units.min()) >= 0 and int(units.max()) < len(features)):
-        raise ValueError(f"units: found other indices, expected them in [0, {len(features)})")
-    return units.to(features.device).contiguous()
-
-
-def _check(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {shape}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise TypeError(f"{name}: found {tensor.dtype}, expected {dtype}")
-
-
-def _check_features(features: Tensor, outgoing: Tensor | None = None) -> None:
-    if features.dtype not in FEATURE_TYPES:
-        raise TypeError(f"features: found {features.dtype}, expected float32 or float64")
-    if features.dim() != 2 or (features.shape[1] > 1 and features.stride(1) != 1):
-        raise ValueError(
-            f"features: found shape {tuple(features.shape)} with strides {features.stride()}, "
-            "expected (N, m) with contiguous rows"
-        )
-    if not features.numel():
-        raise ValueError(f"features: found shape {tuple(features.shape)}, expected N, m >= 1")
-    if outgoing is not None and (outgoing.dim() != 2 or len(outgoing) != len(features)):
-        raise ValueError(
-            f"outgoing: found shape {tuple(outgoing.shape)}, expected ({len(features)}, C)"
-        )
-
-
-def _check_target(target: Target, features: Tensor, outgoing: Tensor) -> None:
-    if (target.outputs, target.samples) != (outgoing.shape[1], features.shape[1]):
-        raise ValueError(
-            f"target: found C={target.outputs}, m={target.samples}, expected "
-            f"C={outgoing.shape[1]}, m={features.shape[1]}"
-        )
