@@ -148,6 +148,7 @@ void bind_structs(py::module_& m) {
   py::class_<Path> path(m, "Path");
   path.def(py::init<>())
       .def_readonly("length", &Path::length)
+      .def_readonly("scored", &Path::scored)
       .def_readonly("rescored", &Path::rescored);
   pointer(path, "order", &Path::order);
   pointer(path, "losses", &Path::losses);

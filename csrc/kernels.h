@@ -65,6 +65,7 @@ struct Path {        // what the greedy loop writes
   double* losses;    // (steps)  the loss after each
   double* gap;       // (steps)  the Frank-Wolfe gap after each, or null: not wanted
   int64_t length;    // picks made
+  int64_t scored;    // candidates that were scored, the others being out of the question
   int64_t rescored;  // candidates scored again because rounding could have decided
 };
 

@@ -72,7 +72,8 @@ class Run(Struct):
     def result(self) -> Path:
         k = self.path.length
         gap = None if self._gap is None else self._gap[:k].clone()
-        return Path(self._order[:k].clone(), self._losses[:k].clone(), gap, self.path.rescored)
+        order, losses = self._order[:k].clone(), self._losses[:k].clone()
+        return Path(order, losses, gap, self.path.scored, self.path.rescored)
 
 
 @dataclass(frozen=True)

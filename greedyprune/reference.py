@@ -41,12 +41,14 @@ class Rule:
 class Path:
     """The greedy picks: order (k,) int64, losses (k,) float64, gap (k,) float64 or None.
 
+    scored: how many candidates' losses were computed; the others could not be the lowest
     rescored: how many candidates were scored again because rounding could have decided
     """
 
     order: Tensor
     losses: Tensor
     gap: Tensor | None
+    scored: int = 0
     rescored: int = 0
 
 

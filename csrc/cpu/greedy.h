@@ -3,7 +3,8 @@
 // An objective knows z, the sum of the phi picked so far, and offers
 //   score(k, units, n, scores, errors, everywhere)    what step k minimises, for each of these
 //                                         units, and how far rounding can have moved it; on the
-//                                         step's mini-batch, if it has one, or on all samples
+//                                         step's mini-batch, if it has one, or on all samples; may
+//                                         drop units that can't be the lowest, and lowers n then
 //   rescore(k, units, n, scores, errors)  the same in float64 (or false: it has nothing better)
 //   add(k, unit)                          z += phi_unit
 //   loss(k)                               L(b + z / k)
@@ -103,6 +104,7 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
   int64_t left = units, distinct = 0;
   for (int64_t j = 0; j < units; ++j) available[j] = j;
   path.length = 0;
+  path.scored = 0;
   path.rescored = 0;
   int64_t* picked = workspace.picked;
   for (int64_t j = 0; j < units; ++j) picked[j] = 0;
@@ -125,6 +127,7 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
     for (int64_t i = 0; i < n; ++i) contenders[i] = available[i];
 
     Status status = objective.score(k, contenders, n, workspace.scores, workspace.errors, false);
+    path.scored += n;
     if (status == Status::ok && rule.shortlist) {
       n = keep_lowest(contenders, workspace.scores, n, rule.shortlist);
       status = objective.score(k, contenders, n, workspace.scores, workspace.errors, true);

@@ -2,8 +2,9 @@
 // stochastic form: each step scores on a mini-batch of its own, while the losses that are reported
 // stay those of all samples.
 //
-// Screening is in float32 with a rounding bound for every candidate; the candidates that the bounds
-// cannot tell apart are scored again in float64.
+// Lazily: the gap's slopes bound every candidate's next loss from below, and those whose bound is
+// above the lowest loss are not scored. Screening is in float32 with a rounding bound for every
+// candidate; the candidates that the bounds cannot tell apart are scored again in float64.
 #include <cmath>
 
 #include "candidate_loss.h"
@@ -15,6 +16,8 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
+
+constexpr int64_t kFirst = 512;  // candidates that are scored before any is ruled out
 
 class PointwiseObjective {
  public:
@@ -29,6 +32,7 @@ class PointwiseObjective {
       p_.outgoing32[i] = static_cast<float>(p_.outgoing[i]);
     see(0);
     if (!p_.batch) convert_target();
+    gradient_error_ = 16 * Number<double>::epsilon * weights_norm() * p_.target.scale;
     if (!p_.linear) return Status::ok;
     for (int64_t c = 0; c < outputs(); ++c) {
       for (int64_t s = 0; s < samples(); ++s)
@@ -40,17 +44,15 @@ class PointwiseObjective {
   }
 
   // On the step's mini-batch, if there is one, or (everywhere) on all samples.
-  Status score(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors,
+  Status score(int64_t k, int64_t* candidates, int64_t& n, double* scores, double* errors,
                bool everywhere) {
     see(p_.batch && !everywhere ? k : 0);
     if (p_.batch) convert_target();
     outputs_at(k);
     const int64_t size = outputs() * seen_.features.samples;
     for (int64_t i = 0; i < size; ++i) p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
-    const Status status =
-        candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32, part(k),
-                              p_.outputs32, target32(), caller_);
-    return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
+    return tangent_.k == k - 1 && k > 1 ? screen_lazily(k, candidates, n, scores, errors)
+                                        : screen(k, candidates, n, scores, errors);
   }
 
   bool can_rescore() const { return true; }
@@ -74,29 +76,42 @@ class PointwiseObjective {
     const Status status =
         outputs_loss<double>(value, p_.outputs64, without_value(seen_.target), samples(), caller_);
     if (p_.linear) *value += linear_bias_ + part(k) * linear_sum_;
+    loss_ = *value;
     return status;
   }
 
-  // Follows loss(k), whose outputs it turns into the loss's gradient.
+  // Follows loss(k), whose outputs it turns into the loss's gradient. What it leaves is the tangent
+  // at u = b + z / k, which the next step is screened with.
   Status gap(int64_t k, double* value) {
     outputs_gradient<double>(p_.outputs64, without_value(seen_.target), samples(), caller_);
-    double along = 0;
+    double along = 0, magnitude = 0;
     for (int64_t i = 0; i < outputs() * samples(); ++i) {
       if (p_.linear) p_.outputs64[i] += p_.linear[i];
-      along += p_.outputs64[i] * p_.sum[i];
+      const double term = p_.outputs64[i] * p_.sum[i];
+      along += term;
+      magnitude += std::fabs(term);
       p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
     }
     int64_t* candidates = workspace_.contenders;  // free between two steps
     for (int64_t j = 0; j < units(); ++j) candidates[j] = j;
     Status status =
-        candidate_slope<float>(workspace_.scores, workspace_.errors, candidates, units(),
-                               p_.features, p_.outgoing32, p_.outputs32, outputs(), caller_);
+        candidate_slope<float>(p_.slopes, p_.slope_errors, candidates, units(), p_.features,
+                               p_.outgoing32, p_.outputs32, outputs(), caller_);
     if (status != Status::ok) return status;
+    for (int64_t j = 0; j < units(); ++j) {
+      p_.slope_errors[j] += gradient_error_ * phi_norm(j);
+      workspace_.scores[j] = p_.slopes[j];
+      workspace_.errors[j] = p_.slope_errors[j];
+    }
     const int64_t n = keep_contenders(candidates, workspace_.scores, workspace_.errors, units());
     status = candidate_slope<double>(workspace_.scores, nullptr, candidates, n, p_.features,
                                      p_.outgoing, p_.outputs64, outputs(), caller_);
     if (status != Status::ok) return status;
     *value = part(k) * along - lowest_of(workspace_.scores, n);
+    const double terms = static_cast<double>(outputs() * samples());
+    tangent_ = {
+        k, loss_, part(k) * along,
+        Number<double>::epsilon * (32 * std::fabs(loss_) + part(k) * (terms + 32) * magnitude)};
     return Status::ok;
   }
 
@@ -106,6 +121,32 @@ class PointwiseObjective {
     Target<double> target;
     int64_t first;
   };
+
+  // The losses are convex: L(x) >= L(u) + <L'(u), x - u> for every x.
+  struct Tangent {
+    int64_t k;     // the step of u
+    double loss;   // L(u)
+    double along;  // <L'(u), u - b>
+    double error;  // how far rounding can have moved the two
+  };
+
+  // The norm of the weights over samples and outputs.
+  double weights_norm() const {
+    const int64_t repeats = weight_per_sample() ? outputs() : 1,
+                  n = outputs() * samples() / repeats;
+    double squares = p_.target.weight ? 0 : static_cast<double>(n);
+    for (int64_t i = 0; p_.target.weight && i < n; ++i)
+      squares += p_.target.weight[i] * p_.target.weight[i];
+    return std::sqrt(squares * static_cast<double>(repeats));
+  }
+
+  // |phi_j| over samples and outputs, or more.
+  double phi_norm(int64_t j) const {
+    const double* w = p_.outgoing + j * outputs();
+    double w_squares = 0;
+    for (int64_t c = 0; c < outputs(); ++c) w_squares += w[c] * w[c];
+    return std::sqrt(p_.features.squares[j] * w_squares);
+  }
 
   int64_t outputs() const { return p_.target.outputs; }
   int64_t samples() const { return p_.features.samples; }
@@ -139,6 +180,43 @@ class PointwiseObjective {
       for (int64_t i = 0; i < outputs() * seen; ++i)
         p_.value32[i] = static_cast<float>(target.value[i]);
     }
+  }
+
+  // The losses of b + (z + phi_j) / k.
+  Status screen(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
+    const Status status =
+        candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32, part(k),
+                              p_.outputs32, target32(), caller_);
+    return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
+  }
+
+  // The same in the order of what the tangent says the losses are at least, as far as that is not
+  // above the lowest loss found: the candidates that are left cannot be the lowest, and are
+  // dropped.
+  Status screen_lazily(int64_t k, int64_t* candidates, int64_t& n, double* scores, double* errors) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t j = candidates[i];
+      const double bound = tangent_.loss + part(k) * (p_.slopes[j] - tangent_.along) -
+                           part(k) * p_.slope_errors[j] - tangent_.error;
+      scores[i] = std::isfinite(bound) ? bound : -HUGE_VAL;
+    }
+    double lowest = HUGE_VAL;
+    int64_t scored = 0;
+    bool possible = true;
+    for (int64_t some = kFirst; possible && scored < n; some *= 2) {
+      const int64_t last =
+          scored + keep_lowest(candidates + scored, scores + scored, n - scored, some);
+      int64_t end = scored;
+      for (int64_t i = scored; i < last; ++i)
+        if (scores[i] <= lowest) candidates[end++] = candidates[i];
+      possible = end == last;
+      const Status status =
+          screen(k, candidates + scored, end - scored, scores + scored, errors + scored);
+      if (status != Status::ok) return status;
+      for (; scored < end; ++scored) lowest = std::fmin(lowest, scores[scored] + errors[scored]);
+    }
+    n = scored;
+    return Status::ok;
   }
 
   // outputs64 = b + z / k at the seen samples, relative to the target: squared error subtracts the
@@ -230,6 +308,9 @@ class PointwiseObjective {
   const Workspace& workspace_;
   const Caller& caller_;
   Seen seen_{};
+  Tangent tangent_{};
+  double gradient_error_ = 0;  // the norm of what outputs_gradient can be off by
+  double loss_ = 0;            // the last that loss(k) found
   double linear_bias_ = 0, linear_sum_ = 0;
 };
 
