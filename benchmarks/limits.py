@@ -91,6 +91,12 @@ def candidates_floor(kind: str, m: int, n: int, c: int, limits: Limits) -> Floor
     return max(reading, exponentials, key=lambda floor: floor.seconds)
 
 
+def steps_floor(m: int, n: int, c: int, steps: int, scored: int, limits: Limits) -> Floor:
+    """Greedy steps by the losses: features read for each step's gap, candidates exponentiated."""
+    reading = steps * 4 * m * n / limits.bandwidth
+    return Floor(reading + scored * m * c / limits.exponentials, "bandwidth, then exponentials")
+
+
 def gram_floor(m: int, n: int, limits: Limits) -> Floor:
     """A symmetric Gram matrix: half the square's multiplications."""
     return Floor(n * n * m / limits.gemm, "GEMM")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from baselines import Layer
 from harness import Bench, clocked, time_vectorised
-from limits import Limits, candidates_floor, gram_floor
+from limits import Limits, gram_floor, steps_floor
 from problems import candidates, network
 from torch import Tensor
 from watching import gram_builder
@@ -186,10 +186,10 @@ def test_greedy_pointwise(bench: Bench, limits: Limits, case: PointwiseCase, how
     layer, loop = pointwise_of(case)
     path, seconds = clocked(loop)
     if how == "greedyprune":
-        floor = candidates_floor(case.kind, case.m, case.N, case.C, limits)
+        floor = steps_floor(case.m, case.N, case.C, case.steps, path.scored, limits)
         bench.note(
-            floor=case.steps * floor.seconds, limit=floor.limit,
-            rescored=path.rescored, scored=case.steps * case.N,
+            floor=floor.seconds, limit=floor.limit,
+            rescored=path.rescored, scored=path.scored, possible=case.steps * case.N,
         )  # fmt: skip
         expected = path.order.tolist()
         bench.time(loop, lambda found: _equal(found.order.tolist(), expected), seconds)

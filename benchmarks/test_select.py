@@ -15,7 +15,7 @@ import baselines
 import pytest
 import torch
 from harness import Bench, clocked, time_vectorised
-from limits import Limits, candidates_floor, gram_floor
+from limits import Limits, gram_floor, steps_floor
 from problems import Network, network
 from torch import Tensor, nn
 from watching import Watched, watched_select
@@ -135,15 +135,16 @@ def time_ours(bench: Bench, limits: Limits, case: Case, net: Network, seconds: f
     found = bench.time(lambda: watched_select(net.model, net.data, **case.options), check, seconds)
     bench.note(
         by=found.by, preparing=found.preparing, looping=found.looping, rescored=found.rescored,
-        scored=len(found.selection.order) * case.N, kept=len(found.selection.kept),
+        scored=found.scored, possible=len(found.selection.order) * case.N,
+        kept=len(found.selection.kept),
         final_loss=float(found.selection.losses[-1]), dense_loss=float(found.selection.dense_loss),
     )  # fmt: skip
     if case.steps is None:
         floor = gram_floor(case.m, case.N, limits)
         bench.note(floor=floor.seconds, limit=floor.limit)
     elif case.kind == "cross_entropy":
-        floor = candidates_floor(case.kind, case.m, case.N, 10, limits)
-        bench.note(floor=case.steps * floor.seconds, limit=floor.limit)
+        floor = steps_floor(case.m, case.N, 10, case.steps, found.scored, limits)
+        bench.note(floor=floor.seconds, limit=floor.limit)
 
 
 def time_stochastic(bench: Bench, case: Case, net: Network, options: dict[str, Any]) -> None:

@@ -24,12 +24,14 @@ class Watched:
     """One select of one layer.
 
     by: "Gram matrix", "columns" or "losses"
+    scored: candidates whose loss was computed; bounds ruled the others out
     rescored: candidates that were scored again because rounding could have decided
     preparing, looping: seconds for the sums over samples (and the Gram matrix), for the steps
     """
 
     selection: Selection
     by: str
+    scored: int
     rescored: int
     preparing: float
     looping: float
@@ -48,7 +50,7 @@ def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
 
         def run(self, *args: Any, **kwargs: Any) -> Path:
             path, seen["looping"] = clocked(lambda: Solver.run(self, *args, **kwargs))
-            seen["rescored"] = path.rescored
+            seen.update(scored=path.scored, rescored=path.rescored)
             return path
 
     with patch.object(selector, "Solver", Watching):

@@ -308,6 +308,58 @@ def test_near_ties_are_decided_in_float64(instruction_set: str) -> None:
             assert found.rescored == 2
 
 
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "mse"])
+def test_candidates_that_cannot_win_are_not_scored(instruction_set: str, criterion: str) -> None:
+    """The tangent rules candidates out, and none of those that are picked."""
+    p = Problem(2000, 150, 5, criterion, scale=3.0)
+    p.features = p.features.float().double()
+    rule = Rule(60, 2001, True)
+    brute = Brute(p)
+    expected = reference.greedy(brute, rule)
+    found = ops.greedy_pointwise(p.features.float(), p.outgoing, p.bias, p.target, rule)
+    agree(found, expected, brute.margins)
+    assert found.scored < 0.8 * 60 * 2000
+    everything = ops.greedy_pointwise(
+        p.features.float(), p.outgoing, p.bias, p.target, rule, with_gap=False
+    )
+    assert everything.scored == 60 * 2000
+    assert everything.order.equal(found.order)
+
+
+@pytest.mark.parametrize("criterion", ["cross_entropy", "logistic"])
+def test_the_last_that_can_win_is_scored(instruction_set: str, criterion: str) -> None:
+    """The winner has the highest bound of all; 800 with low bounds are only just worse."""
+    p = Problem(820, 200, 3, criterion)
+    p.features = p.features.float().double()
+    p.outgoing[800:] *= 1e-2  # so that the loss is nearly what the tangent says
+    gradient = p.target.gradient(p.bias[:, None].expand_as(p.outputs)) / p.target.mass
+    direction = p.outgoing[0].clone()
+    downhill = -direction @ gradient
+    p.features[:800] = (downhill / downhill.abs().mean()).float().double()
+    p.outgoing[:800] = 0
+    first = int(Brute(p).scores(1, torch.arange(820)).argmin())
+
+    def second_losses(scale: float) -> Tensor:
+        p.outgoing[:800] = scale * direction
+        brute = Brute(p)
+        brute.add(1, first)
+        return brute.scores(2, torch.arange(820)).index_fill(0, torch.tensor(first), torch.inf)
+
+    aim = (1 + 2e-6) * second_losses(0.0)[800:].min()
+    far = next(10.0**i for i in range(1, 9) if second_losses(10.0**i)[0] > aim)
+    near = next(far / 2**i for i in range(30) if second_losses(far / 2**i)[0] < aim)
+    for _ in range(60):  # the loss is convex, and just above the winner's at `far`
+        middle = (near + far) / 2
+        near, far = (near, middle) if second_losses(middle)[0] > aim else (middle, far)
+    second_losses(far)
+    brute, rule = Brute(p), Rule(2, 821, False)
+    expected = reference.greedy(brute, rule)
+    found = ops.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule)
+    assert expected.order[0] == first
+    assert expected.order[1] >= 800
+    assert found.order.equal(expected.order)
+
+
 @pytest.mark.parametrize("kernel", ["pointwise", "gram"])
 def test_what_a_callback_raises_arrives(kernel: str) -> None:
     p = Problem(10, 20, 2, "mse")
