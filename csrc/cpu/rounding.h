@@ -23,22 +23,29 @@ template <class Real>
 Rounding rounding_of(const Real* base, const Target<Real>& target, int64_t samples) {
   Rounding r{0, 0, 0};
   const bool per_sample = target.loss == Loss::cross_entropy;
-  for (int64_t s = 0; s < samples; ++s) {
-    double largest = 0;
-    for (int64_t c = 0; c < target.outputs; ++c) {
-      const double x = std::fabs(static_cast<double>(base[c * samples + s]));
-      if (per_sample) {
-        largest = larger(largest, x);
-        if (c + 1 < target.outputs) continue;
-      } else {
-        largest = target.loss == Loss::squared_error ? x * x : x;
-      }
-      const int64_t at = per_sample ? s : c * samples + s;
-      const double weight = target.weight ? static_cast<double>(target.weight[at]) : 1.0;
+  const auto add = [&](const double* size, int64_t at, int64_t n) {  // magnitudes, or their squares
+    for (int64_t i = 0; i < n; ++i) {
+      const double weight = target.weight ? static_cast<double>(target.weight[at + i]) : 1.0;
       r.weight_sum += weight;
       r.weight_largest = larger(r.weight_largest, weight);
-      r.base += weight * largest;
+      r.base += weight * size[i];
     }
+  };
+  for (int64_t s = 0; s < samples; s += kTile) {
+    const int64_t n = s + kTile < samples ? kTile : samples - s;
+    double size[kTile] = {0};
+    for (int64_t c = 0; c < target.outputs; ++c) {
+      const Real* x = base + c * samples + s;
+      for (int64_t i = 0; i < n; ++i) {
+        const double magnitude = std::fabs(static_cast<double>(x[i]));
+        if (per_sample)
+          size[i] = larger(size[i], magnitude);
+        else
+          size[i] = target.loss == Loss::squared_error ? magnitude * magnitude : magnitude;
+      }
+      if (!per_sample) add(size, c * samples + s, n);
+    }
+    if (per_sample) add(size, s, n);
   }
   return r;
 }
