@@ -235,10 +235,10 @@ def _signature(model: nn.Module, batch: Batch) -> object:
     """What a trace depends on: modules, their plain attributes, shapes of tensors and inputs."""
 
     def plain(value: object) -> object:
-        if isinstance(value, (Tensor, nn.Parameter)):
-            return tuple(value.shape), value.dtype
         if isinstance(value, (bool, int, float, str, type(None))):
             return value
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.dtype
         if isinstance(value, (tuple, list)):
             return type(value), tuple(map(plain, value))
         if isinstance(value, dict):
