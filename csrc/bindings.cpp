@@ -196,6 +196,24 @@ void bind_structs(py::module_& m) {
   pointer(cache, "ahead", &ColumnCache::ahead);
   pointer(cache, "taken", &ColumnCache::taken);
 
+  using S = LeastSquares;
+  py::class_<S> squares(m, "LeastSquares");
+  squares.def(py::init<>())
+      .def_readwrite("units", &S::units)
+      .def_readwrite("width", &S::width)
+      .def_readwrite("outputs", &S::outputs)
+      .def_readwrite("most", &S::most)
+      .def_readwrite("scale", &S::scale)
+      .def_readwrite("target_norm", &S::target_norm);
+  pointer(squares, "gram", &S::gram);
+  pointer(squares, "right", &S::right);
+  pointer(squares, "factor", &S::factor);
+  pointer(squares, "solved", &S::solved);
+  pointer(squares, "place", &S::place);
+  pointer(squares, "rest", &S::rest);
+  pointer(squares, "root", &S::root);
+  pointer(squares, "gain", &S::gain);
+
   using P = Pointwise;
   py::class_<P> pointwise(m, "Pointwise");
   pointwise.def(py::init<>())
@@ -290,6 +308,13 @@ void bind_greedy(py::module_& m) {
                                const Workspace& workspace, int threads, py::object step) {
     run(threads, std::move(step), py::none(), [&](const Caller& caller) {
       return active->greedy_pointwise(path, objective, rule, workspace, caller);
+    });
+  });
+  m.attr("most_width") = kMostWidth;
+  m.def("greedy_refit", [](Path& path, const LeastSquares& problem, const Rule& rule,
+                           const Workspace& workspace, int threads, py::object step) {
+    run(threads, std::move(step), py::none(), [&](const Caller& caller) {
+      return active->greedy_refit(path, problem, rule, workspace, caller);
     });
   });
 }

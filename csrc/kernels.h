@@ -136,6 +136,25 @@ struct Pointwise {
   double* linear_batch;  // (C, b)
 };
 
+// Least squares on units of `width` features each, refitted in every step.
+struct LeastSquares {
+  int64_t units, width, outputs;  // N, w, C
+  int64_t most;                   // distinct picks that there is room for
+  double scale;                   // of the loss
+  double target_norm;             // |t|^2
+  const double* gram;             // (N w, N w)  <x_i, x_j>, with any damping on its diagonal
+  double* right;                  // (N w, C)  <x_i, t>; on return those of the residual
+  // Of the picked units in their order: gram = L L^T and L solved = right.
+  double* factor;  // (N w, most w)  each unit's rows of L
+  double* solved;  // (most w, C)
+  int64_t* place;  // (N)  where in that order a unit is; -1: not picked
+  // Scratch:
+  double* rest;  // (N, w, w)
+  double* root;  // (N, w, w)
+  double* gain;  // (N)
+};
+constexpr int64_t kMostWidth = 512;
+
 // Samples whose products are added up in the features' own type, as several sums that fill a
 // register of at least 16 bytes.
 constexpr int64_t kProductTile = 4096;
@@ -190,6 +209,9 @@ struct Kernels {
   // The same by scoring the candidates' losses themselves.
   Status (*greedy_pointwise)(Path& path, const Pointwise& objective, const Rule& rule,
                              const Workspace& workspace, const Caller& caller);
+  // Least squares, with the picked units' outgoing weights solved for again in every step.
+  Status (*greedy_refit)(Path& path, const LeastSquares& problem, const Rule& rule,
+                         const Workspace& workspace, const Caller& caller);
 };
 
 namespace baseline {

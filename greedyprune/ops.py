@@ -26,7 +26,7 @@ from ._structs import (
     target_struct,
 )
 from .losses import Target
-from .reference import Moments, Path, Rule, Step
+from .reference import Moments, Path, Refit, Rule, Step
 
 RANK = 128  # of the approximation by which coming picks are foreseen
 
@@ -377,6 +377,66 @@ def greedy_pointwise(
         run.path, pointwise, run.rule, run.workspace, torch.get_num_threads(), step
     )
     return run.result()
+
+
+def greedy_refit(
+    gram: Tensor,
+    right: Tensor,
+    target_norm: float,
+    rule: Rule,
+    *,
+    width: int = 1,
+    scale: float = 1.0,
+    step: Step | None = None,
+) -> tuple[Path, Refit]:
+    """All greedy steps of least squares that is refitted in every step.
+
+    Each step adds the unit with the largest drop of min_B |t - B x_S|^2, a unit being `width`
+    features side by side.
+
+    Args:
+        gram: (N w, N w) float64, <x_i, x_j>, with any damping on its diagonal
+        right: (N w, C) float64, <x_i, t>
+        target_norm: |t|^2
+        scale: of the losses, which are what is left of |t|^2
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+
+    Source: README, "Refit"; Cholesky, a column when its unit is picked.
+    """
+    features = len(gram)
+    check("gram", gram, (features, features), torch.float64)
+    check("right", right, (features, right.shape[-1]), torch.float64)
+    if features % width:
+        raise ValueError(f"width: found {width} for {features} features, expected a divisor")
+    if width > extension().most_width:
+        raise ValueError(f"width: found {width}, expected at most {extension().most_width}")
+    units, outputs = features // width, right.shape[1]
+    run, most = Run(rule, units, False), min(rule.steps, rule.size, units)
+    double = torch.float64
+    factor = torch.zeros(features, most * width, dtype=double)
+    solved = torch.zeros(most * width, outputs, dtype=double)
+    place = torch.empty(units, dtype=torch.int64)
+    problem = run.fill(
+        extension().LeastSquares(),
+        units=units, width=width, outputs=outputs, most=most, scale=scale, target_norm=target_norm,
+        gram=gram.contiguous(), right=right.clone().contiguous(), factor=factor, solved=solved,
+        place=place, rest=torch.empty(units, width, width, dtype=double),
+        root=torch.empty(units, width, width, dtype=double),
+        gain=torch.empty(units, dtype=double),
+    )  # fmt: skip
+    extension().greedy_refit(
+        run.path, problem, run.rule, run.workspace, torch.get_num_threads(), step
+    )
+    path = run.result()
+    picked = torch.tensor(list(dict.fromkeys(path.order.tolist())), dtype=torch.int64)
+    size = len(picked) * width
+    rows = (picked[:, None] * width + torch.arange(width)).flatten()
+    root = factor[rows, :size].contiguous()
+    diagonal = root.diagonal()
+    diagonal[diagonal == 0] = 1  # of a feature that is spanned by others, which is left out
+    return path, Refit(picked, root, solved[:size].clone())
 
 
 def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:

@@ -52,6 +52,41 @@ class Path:
     rescored: int = 0
 
 
+@dataclass(frozen=True)
+class Refit:
+    """Least squares on units in the order of their first picks, for every length at once.
+
+    A unit has w features, side by side: one for a Linear's input, its taps for a convolution's.
+
+    units:  (K,) int64, the distinct units in that order
+    factor: (K w, K w) float64, lower triangular, factor @ factor.T = H H^T for their features H
+    solved: (K w, C) float64, factor^-1 H t^T: the first d w rows belong to the first d units
+    """
+
+    units: Tensor
+    factor: Tensor
+    solved: Tensor
+
+    @property
+    def width(self) -> int:
+        return len(self.factor) // max(1, len(self.units))
+
+    def outgoing(self, distinct: int) -> Tensor:
+        """The new outgoing weights of the first `distinct` units: (C, distinct, w) float64."""
+        size = distinct * self.width
+        factor, solved = self.factor[:size, :size], self.solved[:size]
+        new = torch.linalg.solve_triangular(factor.T, solved, upper=True).T
+        return new.reshape(-1, distinct, self.width)
+
+    def norms(self) -> Tensor:
+        """The sum of the squares of `outgoing(d)` for d = 1 to K: (K,) float64."""
+        inverse = torch.linalg.solve_triangular(
+            self.factor, torch.eye(len(self.factor), dtype=torch.float64), upper=False
+        )
+        products = (inverse @ inverse.T).mul_(self.solved @ self.solved.T)
+        return products.cumsum(0).cumsum(1).diagonal()[self.width - 1 :: self.width]
+
+
 class Objective(Protocol):
     """What the loop minimises. It knows z, the sum of the phi picked so far."""
 
@@ -196,3 +231,67 @@ def greedy_gram(
 ) -> Path:
     """All greedy steps on a Gram matrix (N, N) float64; see `ops.greedy_gram`."""
     return greedy(QuadraticObjective(gram, moments, with_gap), rule, step)
+
+
+def greedy_refit(
+    gram: Tensor,
+    right: Tensor,
+    target_norm: float,
+    rule: Rule,
+    *,
+    width: int = 1,
+    scale: float = 1.0,
+    step: Step | None = None,
+) -> tuple[Path, Refit]:
+    """Least squares refitted in each step, the Schur complement kept whole; see `ops`."""
+    objective = RefitObjective(gram, right, target_norm, width, scale)
+    path = greedy(objective, rule, step)
+    picked = torch.tensor(list(dict.fromkeys(path.order.tolist())))
+    rows = (picked[:, None] * width + torch.arange(width)).flatten()
+    factor = torch.linalg.cholesky(gram[rows][:, rows])
+    return path, Refit(
+        picked, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False)
+    )
+
+
+class RefitObjective:
+    """What is left of |t|^2 once the picked units' weights are solved for again."""
+
+    def __init__(
+        self, gram: Tensor, right: Tensor, target_norm: float, width: int, scale: float
+    ) -> None:
+        self.units, self._width, self._scale = len(gram) // width, width, scale
+        self._rest, self._right, self._left = gram.clone(), right.clone(), target_norm
+        self._picked: set[int] = set()
+
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        gains = torch.tensor([self._gain(int(j)) for j in candidates], dtype=torch.float64)
+        return self._scale * (self._left - gains)
+
+    def add(self, k: int, unit: int) -> None:
+        if unit in self._picked:
+            return
+        self._left -= self._gain(unit)
+        self._picked.add(unit)
+        own = self._features(unit)
+        solved = torch.linalg.solve(self._rest[own, own], self._rest[own])
+        right = torch.linalg.solve(self._rest[own, own], self._right[own])
+        columns = self._rest[:, own].clone()
+        self._rest -= columns @ solved
+        self._right -= columns @ right
+
+    def loss(self, k: int) -> float:
+        return self._scale * self._left
+
+    def gap(self, k: int) -> float | None:
+        return None
+
+    def _gain(self, unit: int) -> float:
+        if unit in self._picked:
+            return 0.0
+        own = self._features(unit)
+        right = self._right[own]
+        return float((right * torch.linalg.lstsq(self._rest[own, own], right).solution).sum())
+
+    def _features(self, unit: int) -> slice:
+        return slice(unit * self._width, (unit + 1) * self._width)

@@ -7,34 +7,14 @@ squares ("refit").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .features import LayerData
 from .objectives import CustomObjective
+from .reference import Refit
 
 DEPENDENT = 1e-10  # share of a unit's own norm below which what others leave of it is rounding
-
-
-@dataclass(frozen=True)
-class Refit:
-    """Least squares on units in the order of their first picks, for every length at once.
-
-    units:  (K,) int64, the distinct units in that order
-    factor: (K, K) float64, lower triangular, factor @ factor.T = H H^T for their features H (K, m)
-    solved: (K, C) float64, factor^-1 H t^T: the first d rows belong to the first d units
-    """
-
-    units: Tensor
-    factor: Tensor
-    solved: Tensor
-
-    def outgoing(self, distinct: int) -> Tensor:
-        """The new outgoing weights of the first `distinct` units: (C, distinct) float64."""
-        factor, solved = self.factor[:distinct, :distinct], self.solved[:distinct]
-        return torch.linalg.solve_triangular(factor.T, solved, upper=True).T
 
 
 def first_picks(order: Tensor) -> Tensor:

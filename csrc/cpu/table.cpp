@@ -11,7 +11,7 @@ namespace GREEDYPRUNE_ISA {
 extern const Kernels kernels = {
     collect_features,       measure_features,        candidate_loss<float>, candidate_loss<double>,
     candidate_slope<float>, candidate_slope<double>, gram_columns,          greedy_gram,
-    greedy_columns,         greedy_pointwise,
+    greedy_columns,         greedy_pointwise,        greedy_refit,
 };
 
 }  // namespace GREEDYPRUNE_ISA

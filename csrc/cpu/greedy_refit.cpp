@@ -1,0 +1,187 @@
+// Least squares, refitted in every step: pick the unit that lowers the residual most once all the
+// picked units' outgoing weights are solved for again.
+//
+// With x_i the features (`width` of them a unit), K_ij = <x_i, x_j>, L the Cholesky factor of K on
+// the picked units and r_j what is left of <x_j, t>, unit j lowers |t - fit|^2 by
+//
+//     gain_j = tr( r_j^T s_j^-1 r_j ),    s_j = K_jj - L_j L_j^T,    L_j = K_jS L_S^-T
+//
+// and picking it takes r_i -= L_ij g, g = s_j^-1/2 r_j, from all the others. A column of L is
+// formed when its unit is picked, so a step costs O(N) dot products of length k.
+#include <cmath>
+
+#include "greedy.h"
+#include "greedy_kernels.h"
+#include "lanes.h"
+#include "parallel.h"
+
+namespace greedyprune {
+namespace GREEDYPRUNE_ISA {
+namespace {
+
+using Vector = Lanes<double>::Vector;
+constexpr int64_t kLanes = Lanes<double>::count;
+constexpr double kDependent = 1e-10;  // share of its own norm below which a feature is spanned
+
+double dot(const double* a, const double* b, int64_t n) {
+  Vector sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t at = i + v * kLanes;
+      sum[v] += load_lanes<Vector, true>(a + at, kLanes) * load_lanes<Vector, true>(b + at, kLanes);
+    }
+  }
+  double rest = 0;
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+class RefitObjective {
+ public:
+  RefitObjective(const LeastSquares& p, const Caller& caller) : p_(p), caller_(caller) {}
+
+  Status start() {
+    for (int64_t j = 0; j < p_.units; ++j) p_.place[j] = -1;
+    return each_unit(width() * outputs(), [&](int64_t j) {
+      for (int64_t a = 0; a < width(); ++a)
+        for (int64_t b = 0; b < width(); ++b) block(p_.rest, j)[a * width() + b] = gram(j, a, j, b);
+      find_gain(j);
+    });
+  }
+
+  Status score(int64_t, const int64_t* units, int64_t n, double* scores, double* errors, bool) {
+    const double left = p_.target_norm - explained_;
+    for (int64_t i = 0; i < n; ++i) {
+      scores[i] = p_.scale * (left - p_.gain[units[i]]);
+      errors[i] = kRounding * p_.scale * (std::fabs(left) + p_.gain[units[i]]);
+    }
+    return Status::ok;
+  }
+
+  bool can_rescore() const { return false; }
+  Status rescore(int64_t, const int64_t*, int64_t, double*, double*) { return Status::ok; }
+
+  Status add(int64_t, int64_t unit) {
+    if (p_.place[unit] >= 0) return Status::ok;  // picked before: it is in the fit already
+    const int64_t before = width() * picked_, w = width();
+    p_.place[unit] = picked_++;
+    explained_ += p_.gain[unit];
+    p_.gain[unit] = 0;
+    const double* root = block(p_.root, unit);  // of what the others leave of the unit
+    for (int64_t a = 0; a < w; ++a) {
+      for (int64_t b = 0; b < w; ++b) row(unit, a)[before + b] = b <= a ? root[a * w + b] : 0;
+      double* solved = p_.solved + (before + a) * outputs();
+      for (int64_t c = 0; c < outputs(); ++c) solved[c] = right(unit, a)[c];
+      for (int64_t b = 0; b < a; ++b) {
+        const double* earlier = p_.solved + (before + b) * outputs();
+        for (int64_t c = 0; c < outputs(); ++c) solved[c] -= root[a * w + b] * earlier[c];
+      }
+      for (int64_t c = 0; c < outputs(); ++c) solved[c] *= inverse(root[a * w + a]);
+    }
+    return each_unit(w * (before + outputs()), [&](int64_t j) {
+      if (p_.place[j] >= 0) return;
+      for (int64_t a = 0; a < w; ++a) {
+        double* own = row(j, a) + before;  // K_jp - L_j L_p^T, then divided by the root
+        for (int64_t b = 0; b < w; ++b) {
+          own[b] = gram(j, a, unit, b) - dot(row(j, a), row(unit, b), before);
+          for (int64_t c = 0; c < b; ++c) own[b] -= own[c] * root[b * w + c];
+          own[b] *= inverse(root[b * w + b]);
+        }
+        for (int64_t b = 0; b < w; ++b) {
+          const double* solved = p_.solved + (before + b) * outputs();
+          for (int64_t c = 0; c < outputs(); ++c) right(j, a)[c] -= own[b] * solved[c];
+        }
+      }
+      for (int64_t a = 0; a < w; ++a)
+        for (int64_t b = 0; b <= a; ++b)
+          block(p_.rest, j)[a * w + b] -= dot(row(j, a) + before, row(j, b) + before, w);
+      find_gain(j);
+    });
+  }
+
+  Status loss(int64_t, double* value) {
+    *value = p_.scale * (p_.target_norm - explained_);
+    return Status::ok;
+  }
+
+  Status gap(int64_t, double* value) {  // no mixture of the units' own weights
+    *value = NAN;
+    return Status::ok;
+  }
+
+ private:
+  static constexpr double kRounding = 1e-12;  // of sums in float64, as a share
+
+  int64_t width() const { return p_.width; }
+  int64_t outputs() const { return p_.outputs; }
+  double* block(double* of, int64_t j) const { return of + j * width() * width(); }
+  double* right(int64_t j, int64_t a) const { return p_.right + (j * width() + a) * outputs(); }
+  double* row(int64_t j, int64_t a) const {
+    return p_.factor + (j * width() + a) * p_.most * width();
+  }
+  double gram(int64_t i, int64_t a, int64_t j, int64_t b) const {
+    return p_.gram[(i * width() + a) * p_.units * width() + j * width() + b];
+  }
+  // A feature that those before it span has a root of 0 and no part in the fit.
+  static double inverse(double root) { return root > 0 ? 1 / root : 0; }
+
+  template <class Body>
+  Status each_unit(int64_t work, const Body& body) {
+    const int64_t some = 1 + (1 << 14) / (1 + width() * work);
+    const bool finished =
+        parallel_blocks(p_.units, some, width() * work, caller_, [&](int64_t first, int64_t last) {
+          for (int64_t j = first; j < last; ++j) body(j);
+        });
+    return finished ? Status::ok : Status::stopped;
+  }
+
+  // root = the Cholesky factor of what is left of unit j; gain = |root^-1 r_j|^2.
+  void find_gain(int64_t j) {
+    const int64_t w = width();
+    const double* rest = block(p_.rest, j);
+    double* root = block(p_.root, j);
+    for (int64_t a = 0; a < w; ++a) {
+      for (int64_t b = 0; b <= a; ++b) {
+        const double left = rest[a * w + b] - dot(root + a * w, root + b * w, b);
+        if (b < a)
+          root[a * w + b] = left * inverse(root[b * w + b]);
+        else
+          root[a * w + a] = left > kDependent * gram(j, a, j, a) ? std::sqrt(left) : 0;
+      }
+    }
+    Vector total = {}, y[kMostWidth];
+    for (int64_t c = 0; c < outputs(); c += kLanes) {
+      for (int64_t a = 0; a < w; ++a) {
+        const double* r = right(j, a) + c;
+        y[a] = c + kLanes <= outputs() ? load_lanes<Vector, true>(r, kLanes)
+                                       : load_lanes<Vector, false>(r, outputs() - c);
+        for (int64_t b = 0; b < a; ++b) y[a] -= root[a * w + b] * y[b];
+        y[a] *= inverse(root[a * w + a]);
+        total += y[a] * y[a];
+      }
+    }
+    p_.gain[j] = sum_of(total);
+  }
+
+  const LeastSquares& p_;
+  const Caller& caller_;
+  double explained_ = 0;
+  int64_t picked_ = 0;
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+
+Status greedy_refit(Path& path, const LeastSquares& problem, const Rule& rule,
+                    const Workspace& workspace, const Caller& caller) {
+  if (problem.width > kMostWidth) return Status::bad_argument;
+  RefitObjective objective(problem, caller);
+  const Status status = objective.start();
+  if (status != Status::ok) return status;
+  return greedy(path, objective, problem.units, rule, workspace, caller);
+}
+
+}  // namespace GREEDYPRUNE_ISA
+}  // namespace greedyprune
