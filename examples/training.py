@@ -69,8 +69,8 @@ def choose(selection: Selection, kept: Tensor, weights: str) -> Selection:
     other = LayerSelection.of_path(
         len(layer.counts), kept, weights, None,
         losses=torch.full((len(kept),), torch.nan, dtype=torch.float64), gap=None, bound=None,
-        dense_loss=layer.dense_loss, consumer=layer.consumer, slices=layer.slices,
-        outputs=layer.outputs, loss=layer.loss, objective=layer.objective,
+        dense_loss=layer.dense_loss, outputs=layer.outputs, slices=layer.slices,
+        loss=layer.loss, objective=layer.objective,
     )  # fmt: skip
     return Selection({name: other})
 
@@ -80,7 +80,8 @@ def largest(model: nn.Module, selection: Selection, size: int) -> Tensor:
     (name, layer), = selection.layers.items()  # fmt: skip
     weights = dict(model.named_parameters())
     incoming = weights[f"{name}.weight"].detach().norm(dim=1)
-    outgoing = weights[f"{layer.consumer}.weight"].detach().norm(dim=0)
+    (consumer,) = layer.outputs
+    outgoing = weights[f"{consumer}.weight"].detach().norm(dim=0)
     return (incoming * outgoing).topk(size).indices
 
 

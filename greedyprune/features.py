@@ -53,8 +53,8 @@ class LayerData:
         consumer = model.get_submodule(group.consumer)
         assert isinstance(consumer, nn.Linear)
         weight, bias = consumer.weight.detach(), consumer.bias
-        _check_finite(group.producer, model.get_submodule(group.producer))
-        _check_finite(group.consumer, consumer)
+        check_finite(group.producer, model.get_submodule(group.producer))
+        check_finite(group.consumer, consumer)
         device = batches.device if backend == "cuda" else torch.device("cpu")
         self.group, self.criterion, self.imitation = group, criterion, imitation
         self.units, self.device = group.units, device
@@ -343,7 +343,7 @@ def _largest_of(features: Tensor) -> float:
     return float(torch.stack(torch.aminmax(features)).abs().max())
 
 
-def _check_finite(name: str, module: nn.Module) -> None:
+def check_finite(name: str, module: nn.Module) -> None:
     for tensor in module.parameters(recurse=False):
         if not tensor.isfinite().all():
             raise ValueError(f"layer {name!r}: NaN or inf in its weights, expected finite numbers")

@@ -1,71 +1,76 @@
 """What can be selected, read off torch.export's graph.
 
-From each producer (a Linear) forward through operations that keep the units' dimension, until every
-path ends in a consumer (a Linear) that contracts it. Such a group is closed: removing a unit means
-slicing the tensors that were met on the way. An operation that no table below names refuses.
+From each producer (a linear layer or a convolution) forward through operations that keep the units
+apart, until every path ends in a consumer (the same kinds) that contracts their dimension. Such a
+group is closed: removing a unit means slicing the tensors that were met on the way. walk.py has the
+operations.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
 from .data import Batch
+from .walk import (
+    CONVOLUTIONS,
+    IDENTITY,
+    LINEAR,
+    RESHAPING,
+    Coarser,
+    Joined,
+    Layer,
+    NotPrunableError,
+    Slice,
+    Walk,
+    operation,
+    shape_of,
+)
 
-# What the operations do to the last dimension, by name (in-place forms count as the plain ones).
-# What leaves every number as it is:
-IDENTITY = {
-    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
-    "detach", "alias", "to", "_to_copy", "lift_fresh_copy",
-}  # fmt: skip
-# Elementwise operations are those that torch tags `pointwise`, and these:
-ELEMENTWISE = IDENTITY | {"hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like"}
-# Reshaping: keeps the units where the last dimension is unchanged.
-RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
-# Normalisation of each unit by itself: these arguments have one entry a unit.
-PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "prelu": (1,)}
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class Group:
     """Units that are removed together.
 
-    slices: the names of the parameters and buffers with one entry a unit, and in which dimension
-    output: the consumer's output is the model's output
+    producer:  the first layer whose output they are; producers: all of them
+    consumers: the layers that contract them
+    slices:    the parameters and buffers with entries of the units, and where
+    output:    the only consumer's output is the model's output
+    sized:     an operation on the way that may have the number of units written into it
     """
 
-    producer: str
-    consumer: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
     units: int
-    slices: Mapping[str, int]
+    slices: Mapping[str, Slice]
     output: bool
     not_output: str = ""  # what stands between the consumer and the model's output
+    sized: str = ""
 
+    @property
+    def producer(self) -> str:
+        return self.producers[0]
 
-class NotPrunableError(ValueError):
-    """No unit of the layer can be removed; the message says which operation is in the way."""
-
-
-@dataclass
-class _Walk:
-    """One producer's walk: the nodes that carry its units, what it met."""
-
-    units: int
-    carrying: set[fx.Node] = field(default_factory=set)
-    slices: dict[str, int] = field(default_factory=dict)
-    consumers: list[fx.Node] = field(default_factory=list)
+    @property
+    def consumer(self) -> str:
+        return self.consumers[0]
 
 
 class Graph:
     """The exported graph of a model on one batch of example inputs."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(getattr(model, "config", None), "use_cache", False):  # no tensor comes of it
+            kwargs = {"use_cache": False} | kwargs
         before = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # it prints whole graphs where it fails
         try:
@@ -75,41 +80,88 @@ class Graph:
         signature = program.graph_signature
         self._model = model
         self._nodes = list(program.graph.nodes)
+        self._place = {node: i for i, node in enumerate(self._nodes)}
         self._tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._layers = {n: layer for n in self._nodes if (layer := self._layer(n)) is not None}
 
     def producers(self) -> Iterator[tuple[str, fx.Node]]:
-        """The Linears whose weights are a module's own, in the order in which they run."""
-        for node in self._nodes:
-            name = self._linear(node)
-            if name is not None:
-                yield name, node
+        """The layers whose weights are a module's own, in the order in which they run."""
+        for node, layer in self._layers.items():
+            yield layer.name, node
 
     def group(self, name: str, node: fx.Node) -> Group:
         """The group that `node`'s units belong to; NotPrunableError where they can't be removed."""
-        units = int(_shape(node)[-1])
-        walk = _Walk(units, {node})
-        self._slice_linear(walk, node, dim=0)
-        uses = [n for n in self._nodes if self._linear(n) == name]
-        if len(uses) > 1:
-            raise NotPrunableError(f"layer {name!r}: its weights are used {len(uses)} times")
-        for user in self._nodes[self._nodes.index(node) + 1 :]:
-            if any(source in walk.carrying for source in user.all_input_nodes):
-                self._step(name, walk, user)
-        if not walk.consumers:
-            raise NotPrunableError(f"layer {name!r}: nothing uses its units")
-        consumers = {str(self._linear(consumer)) for consumer in walk.consumers}
-        if len(walk.consumers) > 1:
+        if self._layers[node].groups > 1:
             raise NotPrunableError(
-                f"layer {name!r}: its units feed {len(walk.consumers)} Linears "
-                f"({', '.join(sorted(consumers))}), expected one"
+                f"layer {name!r}: a grouped convolution, whose units are those of its input"
             )
-        self._check_untied(name, walk)
-        between = self._between_and_output(walk.consumers[0])
-        return Group(name, consumers.pop(), units, walk.slices, between == "", between)
+        axis = self._layers[node].axis
+        return self._found(name, shape_of(node)[axis], {node: Slice(axis)})
 
-    def _check_untied(self, name: str, walk: _Walk) -> None:
+    def _found(self, name: str, units: int, producers: dict[fx.Node, Slice]) -> Group:
+        """Walks, and again with coarser units or more producers where the walk asks for them."""
+        walk = Walk(name, units, dict(producers), self._layers, self._tensors)
+        try:
+            self._walk(walk, producers)
+        except Joined as joined:
+            size = next(shape_of(each)[self._layers[each].axis] for each in joined.producers)
+            common = math.gcd(size, units)
+            if common == 1:
+                raise walk.refuse(f"its {units} units meet {size} of another layer") from None
+            here = _coarser(producers, (1, common, units // common))
+            for each in joined.producers:
+                axis = self._layers[each].axis
+                if shape_of(each)[axis] != size or self._layers[each].groups > 1:
+                    raise walk.refuse("its units meet those of unlike layers") from None
+                here[each] = Slice(axis, 1, size // common)
+            return self._found(name, common, here)
+        except Coarser as coarser:
+            reason = walk.refuse("all of its units are mixed with one another")
+            for way in coarser.ways:
+                try:
+                    return self._found(name, way[1], _coarser(producers, way))
+                except NotPrunableError as error:
+                    reason = error
+            raise reason from None
+        return self._closed(walk, sorted(producers, key=self._place.__getitem__))
+
+    def _walk(self, walk: Walk, producers: Mapping[fx.Node, Slice]) -> None:
+        for node, at in producers.items():
+            layer = self._layers[node]
+            walk.slice(layer.weight, Slice(layer.out_dim, at.outer, at.inner))
+            if layer.bias is not None:
+                walk.slice(layer.bias, Slice(0, at.outer, at.inner))
+            uses = [each for each in self._layers.values() if each.name == layer.name]
+            if len(uses) > 1:
+                raise NotPrunableError(
+                    f"layer {layer.name!r}: its weights are used {len(uses)} times"
+                )
+        first = min(self._place[node] for node in producers)
+        for node in self._nodes[first + 1 :]:
+            if node in producers:
+                if any(source in walk.carrying for source in node.all_input_nodes):
+                    raise walk.refuse(f"its units are inputs of {self._layers[node].name!r}, too")
+            elif any(source in walk.carrying for source in node.all_input_nodes):
+                walk.step(node)
+
+    def _closed(self, walk: Walk, producers: list[fx.Node]) -> Group:
+        if not walk.consumers:
+            raise walk.refuse("nothing uses its units")
+        names = [self._layers[consumer].name for consumer in walk.consumers]
+        if len(set(names)) < len(names):
+            raise walk.refuse(f"its units feed {sorted(set(names))[0]!r} more than once")
+        self._check_untied(walk, set(producers))
+        between = "more than one layer takes its units, which"
+        if len(walk.consumers) == 1:
+            between = self._between_and_output(walk.consumers[0])
+        return Group(
+            tuple(self._layers[node].name for node in producers), tuple(names), walk.units,
+            walk.slices, between == "", between, walk.sized,
+        )  # fmt: skip
+
+    def _check_untied(self, walk: Walk, producers: set[fx.Node]) -> None:
         """What is sliced must not be used elsewhere."""
-        inside = walk.carrying | set(walk.consumers)
+        inside = set(walk.carrying) | set(walk.consumers) | producers
         owners: dict[int, list[str]] = {}
         for tensor, value in self._model.state_dict(keep_vars=True).items():
             owners.setdefault(id(value), []).append(tensor)
@@ -117,92 +169,57 @@ class Graph:
         for node in self._nodes:
             tensor = self._tensors.get(node.name, "")
             if tensor in walk.slices and (tensor in shared or not inside.issuperset(node.users)):
-                raise NotPrunableError(f"layer {name!r}: {tensor!r} is shared with another layer")
+                raise walk.refuse(f"{tensor!r} is shared with another layer")
 
-    def _step(self, name: str, walk: _Walk, node: fx.Node) -> None:
-        """Takes the units through one operation, or says why not."""
-
-        def refuse(why: str) -> NotPrunableError:
-            return NotPrunableError(f"layer {name!r}: {why}")
-
-        if node.op == "output":
-            raise refuse("its units are the model's output")
-        op = _name(node)
-        if op == "linear":
-            consumer = self._linear(node)
-            if node.args[0] not in walk.carrying or consumer is None:
-                raise refuse(
-                    "its units meet a linear operation that is no module's own (aten.linear)"
-                )
-            if any(arg in walk.carrying for arg in node.args[1:]):
-                raise refuse("its units are used as weights (aten.linear)")
-            walk.slices[f"{consumer}.weight"] = 1
-            walk.consumers.append(node)
-            return
-        if not node.users:
-            return
-        shape = _shape(node)
-        if op in PER_UNIT_ARGUMENTS:
-            if len(shape) != 2 and not (
-                op == "prelu" and _shape(cast(fx.Node, node.args[1])) == (1,)
-            ):
-                raise refuse(f"{node.target} does not act along the units' dimension")
-            for i in PER_UNIT_ARGUMENTS[op]:
-                self._slice_operand(walk, node.args[i], refuse, str(node.target))
-        elif op in RESHAPING:
-            if not shape or shape[-1] != walk.units:
-                raise refuse(f"{node.target} mixes its units' dimension with others")
-        elif op in ELEMENTWISE or _is_pointwise(node):
-            for source in node.all_input_nodes:
-                if source not in walk.carrying:
-                    self._slice_operand(walk, source, refuse, str(node.target))
-            if shape[-1] != walk.units:
-                raise refuse(f"{node.target} changes its units' dimension")
-        else:
-            raise refuse(f"{node.target} stands between its units and a Linear")
-        walk.carrying.add(node)
-
-    def _slice_operand(self, walk: _Walk, operand: object, refuse: Any, op: str) -> None:
-        """An operand beside the units: the same for all of them, or with one entry a unit."""
-        if not isinstance(operand, fx.Node):
-            return
-        shape = _shape(operand)
-        if not shape or shape[-1] == 1:
-            return
-        tensor = self._tensors.get(operand.name)
-        if tensor is None or shape[-1] != walk.units:
-            raise refuse(f"{op} combines its units with another tensor of shape {tuple(shape)}")
-        walk.slices[tensor] = len(shape) - 1
-
-    def _slice_linear(self, walk: _Walk, node: fx.Node, dim: int) -> None:
-        for arg in node.args[1:]:
-            if isinstance(arg, fx.Node):
-                walk.slices[self._tensors[arg.name]] = dim
-
-    def _linear(self, node: fx.Node) -> str | None:
-        """The nn.Linear whose weights a node uses."""
-        if node.op != "call_function" or _name(node) != "linear":
+    def _layer(self, node: fx.Node) -> Layer | None:
+        """The layer whose weights a node uses, if it is a module's own."""
+        if node.op != "call_function" or operation(node) not in LINEAR | CONVOLUTIONS:
             return None
-        weight = node.args[1]
+        op = operation(node)
+        weight, bias = (node.args[2], node.args[0]) if op == "addmm" else (
+            node.args[1], node.args[2] if len(node.args) > 2 else None)  # fmt: skip
         tensor = self._tensors.get(weight.name) if isinstance(weight, fx.Node) else None
-        if tensor is None or not tensor.endswith("weight"):
+        if tensor is None or tensor.rpartition(".")[2] != "weight":
             return None
         name = tensor.rpartition(".")[0]
-        return name if type(self._model.get_submodule(name)) is nn.Linear else None
+        module = self._model.get_submodule(name)
+        of_bias = self._tensors.get(bias.name) if isinstance(bias, fx.Node) else None
+        if bias is not None and of_bias is None:
+            return None
+        dims = len(shape_of(node))
+        if op == "linear" and type(module) is nn.Linear:
+            return Layer(name, tensor, of_bias, 0, 1, 1, dims - 1)
+        if op == "addmm" and type(module).__name__ == "Conv1D":  # GPT-2's: the weight transposed
+            return Layer(name, tensor, of_bias, 1, 0, 1, dims - 1)
+        if (
+            op in CONVOLUTIONS
+            and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            and type(module) in LAYERS
+        ):
+            return Layer(name, tensor, of_bias, 0, 1, module.groups, dims - 1 - int(op[-2]))
+        return None
 
     def _between_and_output(self, consumer: fx.Node) -> str:
         """The first operation between the consumer and the model's output; "" if there is none."""
         reached = {consumer}
-        for node in self._nodes[self._nodes.index(consumer) + 1 :]:
+        for node in self._nodes[self._place[consumer] + 1 :]:
             if not any(source in reached for source in node.all_input_nodes):
                 continue
             if node.op == "output":
                 return ""
-            if _name(node) in (IDENTITY | RESHAPING):
+            if operation(node) in (IDENTITY | RESHAPING):
                 reached.add(node)
             elif node.users:
                 return str(node.target)
         return "nothing that reaches the output"
+
+
+def _coarser(producers: Mapping[fx.Node, Slice], way: tuple[int, int, int]) -> dict[fx.Node, Slice]:
+    """Units so far = before * units * after: where the new units lie."""
+    before, _, after = way
+    return {
+        each: Slice(at.dim, at.outer * before, at.inner * after) for each, at in producers.items()
+    }
 
 
 # What each model's structure allows, from the last call; kept with the model, weakly.
@@ -210,8 +227,12 @@ _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, dict[str, Group | NotPrunable
 _KNOWN = WeakKeyDictionary()
 
 
-def analyse(model: nn.Module, batch: Batch) -> dict[str, Group | NotPrunableError]:
+def analyse(
+    model: nn.Module, batch: Batch, check: Callable[[nn.Module, Group, Batch], None] | None = None
+) -> dict[str, Group | NotPrunableError]:
     """Every producer's group, or why it has none, in the order in which they run.
+
+    check: raises NotPrunableError for a group that can't be cut all the same
 
     Raises whatever torch.export raises for a model that it can't trace. A second call on an
     unchanged model finds the answer kept.
@@ -223,8 +244,13 @@ def analyse(model: nn.Module, batch: Batch) -> dict[str, Group | NotPrunableErro
     graph = Graph(model, batch.args, batch.kwargs)
     found: dict[str, Group | NotPrunableError] = {}
     for name, node in graph.producers():
+        if name in found:  # of the group of a layer before it
+            continue
         try:
-            found[name] = graph.group(name, node)
+            group = graph.group(name, node)
+            if check is not None and group.sized:
+                check(model, group, batch)
+            found |= dict.fromkeys((name, *group.producers), group)
         except NotPrunableError as error:
             found[name] = error.with_traceback(None)
     _KNOWN[model] = signature, found
@@ -260,15 +286,18 @@ def find_groups(
     Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can.
     """
     if wanted is None:
-        groups = [group for group in found.values() if isinstance(group, Group)]
+        groups = [
+            group for name, group in found.items()
+            if isinstance(group, Group) and name == group.producer
+        ]  # fmt: skip
         if not groups:
             reasons = [str(reason) for reason in found.values()]
             reasons += [
                 f"layer {name!r}: {_not_found(module)}"
                 for name, module in model.named_modules()
-                if name not in found and isinstance(module, (nn.Linear, *CONVOLUTIONS))
+                if name not in found and isinstance(module, LAYERS)
             ]
-            why = "; ".join(reasons) or "it has no Linear"
+            why = "; ".join(reasons) or "it has no Linear and no convolution"
             raise NotPrunableError(f"model: no layer can be pruned: {why}")
         return groups
     groups = []
@@ -276,7 +305,8 @@ def find_groups(
     for name in wanted:
         group = found.get(name)
         if isinstance(group, Group):
-            groups.append(group)
+            if group not in groups:
+                groups.append(group)
         elif group is not None:
             raise NotPrunableError(
                 f"layers: found {name!r}, which can't be pruned ({group}), expected any of: {known}"
@@ -288,22 +318,17 @@ def find_groups(
     return groups
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 def _not_found(module: nn.Module) -> str:
     """Why a module is no producer."""
     kind = type(module).__name__
-    if isinstance(module, CONVOLUTIONS):
-        return f"{kind}: convolutions can't be pruned yet"
-    if not isinstance(module, nn.Linear):
-        return f"{kind}: no Linear"
+    if not isinstance(module, LAYERS):
+        return f"{kind}: no Linear or convolution"
     if "weight" not in module._parameters:
         return f"{kind}: its weight is computed, by a parametrization or torch.nn.utils.prune"
     return (
         f"{kind}: it does not run, or shares its weight"
-        if type(module) is nn.Linear
-        else f"{kind}: no plain Linear"
+        if type(module) in LAYERS
+        else f"{kind}: no plain Linear or convolution"
     )
 
 
@@ -345,7 +370,7 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
             f"layers: {producer!r} ran {names.count(producer)} and {consumer!r} "
             f"{names.count(consumer)} times in one forward pass, expected once each"
         )
-    slices = {f"{consumer}.weight": 1}
+    slices = {f"{consumer}.weight": Slice(1)}
     for name in [producer, *names[names.index(producer) + 1 : names.index(consumer)]]:
         module = modules[name]
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -355,7 +380,7 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
                 f"layer {producer!r}: {name!r} ({type(module).__name__}) stands between its units "
                 f"and {consumer!r}"
             )
-        slices |= {f"{name}.{key}": 0 for key in sized}
+        slices |= {f"{name}.{key}": Slice(0) for key in sized}
     last_out = ran[names.index(consumer)][1]
     output = (
         isinstance(outputs, Tensor)
@@ -363,24 +388,9 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
         and torch.equal(outputs.flatten(), last_out.flatten())
     )
     between = "" if output else "something that was not traced"
-    return Group(producer, consumer, units, slices, output, between)
+    return Group((producer,), (consumer,), units, slices, output, between)
 
 
 def module_kind(model: nn.Module, name: str) -> str:
     module = dict(model.named_modules()).get(name)
     return "no such module" if module is None else type(module).__name__
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _name(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", str(node.target))
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())

@@ -52,7 +52,7 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             target_norm += float(t.square().sum())
             beta += ops.candidate_slope(h, out, t, backend=backend)
         if gram is not None and data.features is None:
-            _add_upper_product(gram, h, torch.float64)
+            add_upper_product(gram, h, torch.float64)
     if known is not None:
         norm += known.squares
         if data.target is not None and data.target.weight is None:
@@ -68,13 +68,13 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         if data.features is not None:
             # They decide what float32 leaves open; features that were not kept can't.
             dtype = data.product_dtype if backend == "cpu" else torch.float64
-            _add_upper_product(gram, data.features, dtype)
+            add_upper_product(gram, data.features, dtype)
         _finish_gram(gram, out)
     norm *= out.square().sum(1)
     return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
 
 
-def _add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
+def add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
     """gram += h h^T, the blocks on and above the diagonal; sums of products in float64.
 
     dtype: what PRODUCT samples are multiplied in
@@ -93,8 +93,14 @@ def _add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
 def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
     """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), both halves."""
     for i in range(0, len(gram), SOME):
+        gram[i : i + SOME, i:] *= outgoing[i : i + SOME] @ outgoing[i:].T
+    mirror(gram)
+
+
+def mirror(gram: Tensor) -> None:
+    """Fills the lower half from the upper one, some rows at a time."""
+    for i in range(0, len(gram), SOME):
         rows = gram[i : i + SOME, i:]
-        rows *= outgoing[i : i + SOME] @ outgoing[i:].T
         square = rows[:, : len(rows)]
         square.copy_(square.triu() + square.triu(1).T)
         gram[i + len(rows) :, i : i + len(rows)] = rows[:, len(rows) :].T

@@ -16,14 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .reweight import Refit, distinct_counts, factors
+from .reference import Refit
+from .reweight import distinct_counts, factors
 from .settings import is_int
+from .walk import Slice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-FORMAT = "greedyprune-selection-1"
+FORMAT = "greedyprune-selection-2"
 _TENSORS = (
     "order",
     "counts",
@@ -39,7 +41,7 @@ _TENSORS = (
 
 @dataclass(frozen=True, eq=False)
 class LayerSelection:
-    """The greedy path of one layer with N units, k steps, K distinct units kept, C outputs.
+    """The greedy path of one layer with N units, k steps, K distinct units kept.
 
     All tensors are on the CPU.
 
@@ -47,16 +49,18 @@ class LayerSelection:
     counts:     (N,) int64, how often each unit was picked
     kept:       (K,) int64, the distinct units, ascending
     weights:    (K,) float64, what multiplies the kept units' outgoing weights; after
-                weights="refit": (C, K) float64, the consumer's new weights
+                weights="refit": (C, K) float64, the consumer's new weights, for a consumer with C
+                outputs; (C, K, w) for one that takes w features of each unit, as a convolution
+                its taps; those of the first of several consumers
     losses:     (k,) float64, the objective after each step, for the network so weighted
     dense_loss: () float64, the objective of the dense layer
     bound:      (k,) float64, README eq. 3; None where its conditions do not hold
     gap:        (k,) float64, the Frank-Wolfe gap: losses - gap is at most the loss of any convex
                 reweighting of all units; None where that is not known
     distinct:   (k,) int64, distinct units after each step
-    consumer:   the layer that takes the units' outputs
-    slices:     parameters and buffers with one entry a unit, and in which dimension
-    outputs:    C
+    outputs:    the layers that take the units' outputs, and how many outputs those have
+    slices:     parameters and buffers with entries of the units, and where
+    fitted:     after weights="refit": the least squares of each consumer, for every size
     weighting, loss, objective: the arguments `weights`, `loss`, `objective` of `select`, resolved
     """
 
@@ -69,25 +73,26 @@ class LayerSelection:
     bound: Tensor | None
     gap: Tensor | None
     distinct: Tensor
-    consumer: str
-    slices: Mapping[str, int]
-    outputs: int
+    outputs: Mapping[str, int]
+    slices: Mapping[str, Slice]
     weighting: str
     loss: str
     objective: str
-    fitted: Refit | None = field(default=None, repr=False)
+    fitted: Mapping[str, Refit] | None = field(default=None, repr=False)
 
     @classmethod
     def of_path(
-        cls, units: int, order: Tensor, weighting: str, fitted: Refit | None, **fields: Any
-    ) -> LayerSelection:
+        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, Refit] | None,
+        **fields: Any,
+    ) -> LayerSelection:  # fmt: skip
         """The record of the picks `order` (k,) among `units` units."""
         counts = torch.bincount(order, minlength=units)
         kept = counts.nonzero().flatten()
         if fitted is None:
             weights = factors(weighting, counts, kept)
         else:
-            weights = fitted.outgoing(len(kept))[:, fitted.units[: len(kept)].argsort()]
+            weights = _sorted_outgoing(next(iter(fitted.values())), len(kept))
+            weights = weights[..., 0] if weights.shape[2] == 1 else weights
         return cls(
             order=order, counts=counts, kept=kept, weights=weights.contiguous(),
             distinct=distinct_counts(order), weighting=weighting, fitted=fitted, **fields,
@@ -107,9 +112,20 @@ class LayerSelection:
         return LayerSelection.of_path(
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=cut(self.bound),
-            gap=cut(self.gap), consumer=self.consumer, slices=self.slices,
-            outputs=self.outputs, loss=self.loss, objective=self.objective,
+            gap=cut(self.gap), slices=self.slices, outputs=self.outputs, loss=self.loss,
+            objective=self.objective,
         )  # fmt: skip
+
+    def new_weights(self, consumer: str) -> Tensor | None:
+        """After weights="refit": a consumer's weights (C, K, w) on the kept units' features."""
+        if self.fitted is None:
+            return None
+        return _sorted_outgoing(self.fitted[consumer], len(self.kept))
+
+
+def _sorted_outgoing(fitted: Refit, kept: int) -> Tensor:
+    """The least squares on the first `kept` units, those in ascending order."""
+    return fitted.outgoing(kept)[:, fitted.units[:kept].argsort()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,15 +171,14 @@ class Selection:
             for key in _TENSORS:
                 if (tensor := getattr(layer, key)) is not None:
                     tensors[f"{i}.{key}"] = tensor.contiguous()
-            if layer.fitted is not None:
+            for consumer, fitted in (layer.fitted or {}).items():
                 for item in dataclasses.fields(Refit):
-                    tensors[f"{i}.fitted.{item.name}"] = getattr(
-                        layer.fitted, item.name
-                    ).contiguous()
+                    value = getattr(fitted, item.name).contiguous()
+                    tensors[f"{i}.fitted.{consumer}.{item.name}"] = value
             layers.append({
-                "name": name, "consumer": layer.consumer, "slices": dict(layer.slices),
-                "outputs": layer.outputs, "weighting": layer.weighting, "loss": layer.loss,
-                "objective": layer.objective,
+                "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
+                "slices": {key: dataclasses.astuple(at) for key, at in layer.slices.items()},
+                "loss": layer.loss, "objective": layer.objective,
             })  # fmt: skip
         header = {"format": FORMAT, "layers": json.dumps(layers)}
         Path(path).write_bytes(save(tensors, header))
@@ -184,12 +199,17 @@ class Selection:
         layers = {}
         for i, about in enumerate(json.loads(metadata["layers"])):
             fields: dict[str, Any] = {key: tensors.get(f"{i}.{key}") for key in _TENSORS}
-            parts: dict[str, Any] = {
-                f.name: tensors.get(f"{i}.fitted.{f.name}") for f in dataclasses.fields(Refit)
-            }
-            fitted = None if parts["units"] is None else Refit(**parts)
+            about["slices"] = {key: Slice(*at) for key, at in about["slices"].items()}
+            fitted = {
+                consumer: Refit(**{
+                    f.name: tensors[f"{i}.fitted.{consumer}.{f.name}"]
+                    for f in dataclasses.fields(Refit)
+                })
+                for consumer in about["outputs"]
+                if f"{i}.fitted.{consumer}.units" in tensors
+            }  # fmt: skip
             name = about.pop("name")
-            layers[name] = LayerSelection(**fields, **about, fitted=fitted)
+            layers[name] = LayerSelection(**fields, **about, fitted=fitted or None)
         return Selection(layers)
 
     def summary(self) -> Table:

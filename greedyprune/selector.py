@@ -15,14 +15,16 @@ from tqdm import tqdm
 from . import _backend, settings
 from .data import Batch, Batches
 from .features import LayerData, main_output, run_model, target_of
-from .graph import Group, NotPrunableError, analyse, find_groups, named_group
+from .graph import Group, analyse, find_groups, named_group
+from .imitation import Sums, bytes_of, collect, losses_of, outputs_of
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
-from .reweight import distinct_counts, losses_along, refit
+from .reweight import distinct_counts, first_picks, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
-from .surgery import prune
+from .surgery import masked, prune
+from .walk import NotPrunableError
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows
 
@@ -58,8 +60,9 @@ def select(
     found.
 
     Args:
-        model: any nn.Module with a Linear whose units feed, through elementwise operations,
-            BatchNorm1d or dropout, another Linear
+        model: any nn.Module with a Linear or convolution whose units feed, through operations that
+            keep them apart (elementwise ones, per-channel normalisation, pooling, reshaping,
+            attention between heads), others of these
         data: (inputs, targets) tensors, a Dataset, a DataLoader, or any iterable of batches; a
             batch is a tuple or a dict (targets under "labels" or "targets")
         layers: names of the layers whose output units are selected; None finds them all; a mapping
@@ -72,11 +75,13 @@ def select(
         loss: "mse", "cross_entropy", "bce_with_logits", the matching torch.nn modules, or any
             callable on (outputs, targets), which takes a slow path; "auto": cross_entropy for class
             indices, mse for floating targets
-        objective: "loss" (the model's own), "imitation" (squared error to the consumer's dense
-            output); "auto": loss where the consumer is the model's output, else imitation
+        objective: "loss" (the model's own), "imitation" (squared error to the consumers' dense
+            output); "auto": loss where a Linear that takes one number of each unit is the model's
+            output, else imitation
         weights: of the kept units: "counts" (times N c / k, c the times picked), "uniform" (times
-            N / kept), "none" (as they are), "refit" (least squares on the kept units after the
-            selection); "auto": counts for objective loss, refit for imitation
+            N / kept), "none" (as they are), "refit" (least squares on the kept units: for
+            imitation in each step, with a ridge of 1e-4 of the mean square of a feature; for loss
+            after the selection); "auto": counts for objective loss, refit for imitation
         replacement: may a unit be picked again? None: with `steps` yes, else no
         candidates: score only this many random candidates a step (Ye et al.: 50); None: all
         batch_size: score each step on a mini-batch of this many samples (Wolfe et al.'s stochastic
@@ -117,7 +122,7 @@ def select(
         outputs, heads = _first_outputs(model, first)
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
-        groups = [_with_output(group, heads) for group in _groups(model, first, chosen)]
+        groups = [_with_output(model, group, heads) for group in _groups(model, first, chosen)]
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
         elif loss != "auto" and chosen.objective == "auto":
@@ -132,9 +137,20 @@ def select(
                 f"data: found an iterator for {len(groups)} layers, each of which takes a pass; "
                 "expected a list, Dataset or DataLoader"
             )
-        rules = [chosen.rule(group.producer, group.units) for group in groups]
+        rules = {group.producer: chosen.rule(group.producer, group.units) for group in groups}
+        summed = [
+            group for group in groups
+            if _objective(chosen.objective, group) == "imitation" and _by_sums(model, group, chosen)
+        ]  # fmt: skip
+        sums = collect(model, summed, batches, chosen.memory_limit, bar) if summed else {}
         selected = {}
-        for group, rule in zip(groups, rules, strict=True):
+        for group in groups:
+            rule = rules[group.producer]
+            if group in summed:
+                selected[group.producer] = _select_by_sums(
+                    sums.pop(group.producer), rule, chosen, backend, bar
+                )
+                continue
             own = _objective(chosen.objective, group) == "loss"
             layer_data = LayerData(
                 model, group, batches, criterion if own else Criterion("mse"),
@@ -194,7 +210,7 @@ def _select_layer(
             losses = losses_along(data, path.order, weights, fitted, solver.moments.mass)
     else:
         path, losses, fitted = _until(path_of, rule, enough, data, weights, solver.moments.mass)
-    _warn_of_repeats(data, rule, path, chosen)
+    _warn_of_repeats(data.group.producer, rule, path.order, chosen)
     if float(losses[-1]) > enough > -float("inf"):
         warnings.warn(
             f"tolerance: layer {data.group.producer!r} ends at {float(losses[-1]):.4g} after "
@@ -206,12 +222,84 @@ def _select_layer(
         whole and weights == "counts" and rule.replacement and data.criterion.kind != "custom"
     )
     return LayerSelection.of_path(
-        data.units, path.order, weights, fitted, losses=losses, gap=path.gap,
+        data.units, path.order, weights,
+        None if fitted is None else {data.group.consumer: fitted}, losses=losses,
+        gap=path.gap,
         dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
         bound=bound(dense_loss, solver.moments.spread, len(path.order)) if certified else None,
-        consumer=data.group.consumer, slices=dict(data.group.slices), outputs=data.outputs,
+        slices=dict(data.group.slices), outputs={data.group.consumer: data.outputs},
         loss=data.criterion.kind,
         objective="imitation" if data.imitation else "loss",
+    )  # fmt: skip
+
+
+def _by_sums(model: nn.Module, group: Group, chosen: Settings) -> bool:
+    """Is the layer selected from sums over its consumers' inputs? Else from its units' features."""
+    simple = _is_simple(model, group)
+    if chosen.batch_size is not None:
+        if not simple:
+            raise ValueError(
+                f"batch_size: layer {group.producer!r} imitates its dense output from sums over "
+                "all samples, expected no batch_size"
+            )
+        return False
+    needed = bytes_of(model, group)
+    if needed <= chosen.memory_limit:
+        return True
+    if simple:
+        return False
+    raise ValueError(
+        f"memory_limit: found {chosen.memory_limit} bytes, but layer {group.producer!r} needs "
+        f"{needed} for the products of its features"
+    )
+
+
+def _is_simple(model: nn.Module, group: Group) -> bool:
+    """Does each unit have one feature, that one Linear takes?"""
+    consumer = model.get_submodule(group.consumer)
+    at = group.slices[f"{group.consumer}.weight"]
+    return len(group.consumers) == 1 and type(consumer) is nn.Linear and at.width == 1
+
+
+def _select_by_sums(
+    sums: Sums, rule: Rule, chosen: Settings, backend: str, bar: Callable[..., Any]
+) -> LayerSelection:
+    group = sums.group
+    weights = "refit" if chosen.weights == "auto" else chosen.weights
+    native = weights == "counts" or (weights == "uniform" and not rule.replacement)
+    gram, moments = sums.moments()
+    enough = -float("inf")
+    if chosen.tolerance is not None:
+        enough = chosen.tolerance * moments.empty_loss
+    with bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
+        fitted = None
+        if weights == "refit":
+            path, fitted = sums.refit(rule, backend, _step(shown, enough))
+        else:
+            path = sums.path(gram, moments, rule, backend, with_gap=native and rule.draws is None,
+                             step=_step(shown, enough if native else -float("inf")))  # fmt: skip
+    losses = path.losses
+    if not (native or weights == "refit"):
+        along = losses_of(first_picks(path.order), weights, gram, moments)
+        losses = along[distinct_counts(path.order) - 1]
+    reached = (losses <= enough).nonzero()
+    k = int(reached[0]) + 1 if len(reached) else len(losses)
+    order, gap = path.order[:k], None if path.gap is None else path.gap[:k]
+    if not len(reached) and chosen.tolerance is not None:
+        warnings.warn(
+            f"tolerance: layer {group.producer!r} ends at {float(losses[-1]):.4g} after "
+            f"{len(losses)} steps, above the {enough:.4g} that was asked for",
+            UserWarning,
+            stacklevel=3,
+        )
+    _warn_of_repeats(group.producer, rule, order, chosen)
+    certified = rule.draws is None and weights == "counts" and rule.replacement
+    return LayerSelection.of_path(
+        group.units, order, weights, fitted, losses=losses[:k], gap=gap,
+        dense_loss=torch.zeros((), dtype=torch.float64),
+        bound=bound(0.0, moments.spread, k) if certified else None,
+        slices=dict(group.slices), outputs={each.name: each.outputs for each in sums.consumers},
+        loss="mse", objective="imitation",
     )  # fmt: skip
 
 
@@ -243,12 +331,12 @@ def _step(shown: Any, enough: float) -> Step:
     return step
 
 
-def _warn_of_repeats(data: LayerData, rule: Rule, path: Path, chosen: Settings) -> None:
-    distinct = int(distinct_counts(path.order)[-1])
-    stuck = len(path.order) == rule.steps and distinct < rule.size
+def _warn_of_repeats(layer: str, rule: Rule, order: Tensor, chosen: Settings) -> None:
+    distinct = int(distinct_counts(order)[-1])
+    stuck = len(order) == rule.steps and distinct < rule.size
     if chosen.size is not None and rule.replacement and stuck:
         warnings.warn(
-            f"layer {data.group.producer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
+            f"layer {layer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
             f"size) repeats left it at {distinct} of {rule.size} distinct units",
             UserWarning,
             stacklevel=4,
@@ -287,8 +375,13 @@ def _first_outputs(model: nn.Module, batch: Batch) -> tuple[object, set[str]]:
     return outputs, {n for n, out in produced.items() if torch.equal(out.double().flatten(), main)}
 
 
-def _with_output(group: Group, heads: set[str]) -> Group:
-    if not group.output or group.consumer in heads:
+def _with_output(model: nn.Module, group: Group, heads: set[str]) -> Group:
+    """The group, whose loss can be the model's own only where its consumer is the output."""
+    if not group.output:
+        return group
+    if not _is_simple(model, group):
+        return replace(group, output=False, not_output="a sum over several features a unit")
+    if group.consumer in heads:
         return group
     return replace(group, output=False, not_output="another operation or output")
 
@@ -301,7 +394,7 @@ def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
             _check_cut(model, group, example)
     else:
         try:
-            structure = analyse(model, example)
+            structure = analyse(model, example, _check_cut)
         except Exception as error:
             raise ValueError(
                 f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
@@ -322,29 +415,27 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     nothing = torch.zeros(len(kept), dtype=torch.float64)
     layer = LayerSelection.of_path(
         group.units, kept, "none", None, losses=nothing, dense_loss=nothing[0], bound=None,
-        gap=None, consumer=group.consumer, slices=group.slices, loss="mse", objective="loss",
-        outputs=len(dict(model.named_parameters())[f"{group.consumer}.weight"]),
+        gap=None, slices=group.slices, loss="mse", objective="loss",
+        outputs={name: outputs_of(model, group, name) for name in group.consumers},
     )  # fmt: skip
-    mask = torch.zeros(group.units).index_fill_(0, kept, 1.0)
-    handle = model.get_submodule(group.consumer).register_forward_pre_hook(
-        lambda _, args: (args[0] * mask.to(args[0]), *args[1:])
-    )
-    try:
-        expected = run_model(model, batch)
-    finally:
-        handle.remove()
+    selection = Selection({group.producer: layer})
+    expected = run_model(masked(model, selection), batch)
+    why = f"something between it and {group.consumer!r} mixes them"
+    if group.sized:
+        why = f"{group.sized} may have their number written into it"
     same = False
     try:
-        found = prune(model, Selection({group.producer: layer}))(*batch.args, **batch.kwargs)
+        found = prune(model, selection)(*batch.args, **batch.kwargs)
         was, now = main_output(expected), main_output(found)
         rounding = 0.02 if torch.finfo(was.dtype).bits == 16 else 1e-4
-        same = float((now - was).abs().max()) <= rounding * (float(was.abs().max()) or 1.0)
+        same = was.shape == now.shape and (
+            float((now - was).abs().max()) <= rounding * (float(was.abs().max()) or 1.0)
+        )
     except Exception:
         same = False
     if not same:
         raise NotPrunableError(
-            f"layer {group.producer!r}: cutting units is not what masking them is: something "
-            f"between it and {group.consumer!r} mixes them"
+            f"layer {group.producer!r}: cutting units is not what masking them is: {why}"
         )
 
 

@@ -7,9 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .imitation import module_weight
 from .selection import LayerSelection, Selection
 
-# The attributes with which torch's modules describe the sliced dimension, by (tensor, dimension).
+# The attributes with which modules describe the size of a sliced dimension, by (tensor, dimension).
 _SIZES = {
     (nn.Linear, "weight", 0): "out_features",
     (nn.Linear, "weight", 1): "in_features",
@@ -17,6 +18,13 @@ _SIZES = {
     (nn.BatchNorm1d, "running_mean", 0): "num_features",
     (nn.PReLU, "weight", 0): "num_parameters",
 }
+for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    _SIZES |= {(_conv, "weight", 0): "out_channels", (_conv, "weight", 1): "in_channels"}
+for _norm in (nn.BatchNorm2d, nn.BatchNorm3d):
+    _SIZES |= {(_norm, name, 0): "num_features" for name in ("weight", "running_mean")}
+
+# The attributes of attention modules that grow with their heads.
+_HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "all_head_size")
 
 
 def prune(model: nn.Module, selection: Selection) -> nn.Module:
@@ -52,44 +60,89 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     return small
 
 
+def masked(model: nn.Module, selection: Selection) -> nn.Module:
+    """What `prune` gives, at the dense model's size: zeros where a unit is dropped."""
+    full = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in selection.layers.values():
+            _reweight(full, layer)
+            dropped = (layer.counts == 0).nonzero().flatten()
+            for consumer in layer.outputs:
+                at = layer.slices[f"{consumer}.weight"]
+                weight = full.get_parameter(f"{consumer}.weight")
+                entries = at.entries(dropped, len(layer.counts)).to(weight.device)
+                weight.index_fill_(at.dim, entries, 0)
+    return full
+
+
 def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for tensor, dim in layer.slices.items():
+    for tensor, at in layer.slices.items():
         if tensor not in tensors:
             raise ValueError(f"selection: layer {name!r} needs {tensor!r}, which the model lacks")
-        found = tensors[tensor].shape[dim]
-        if found != len(layer.counts):
+        found = tensors[tensor].shape[at.dim]
+        if found != at.width * len(layer.counts):
             raise ValueError(
                 f"selection: made for {len(layer.counts)} units in layer {name!r}, but the model's "
-                f"{tensor!r} has {found}"
+                f"{tensor!r} has {found / at.width:g}"
             )
 
-    outputs = tensors[f"{layer.consumer}.weight"].shape[0]
-    if outputs != layer.outputs:
-        raise ValueError(
-            f"selection: made for {layer.outputs} outputs of {layer.consumer!r}, but the model's "
-            f"has {outputs}"
-        )
+    for consumer, outputs in layer.outputs.items():
+        at = layer.slices[f"{consumer}.weight"]
+        found = tensors[f"{consumer}.weight"].shape[0 if at.dim else 1]
+        if outputs != found:
+            raise ValueError(
+                f"selection: made for {outputs} outputs of {consumer!r}, but the model's "
+                f"has {found}"
+            )
 
 
 def _reweight(model: nn.Module, layer: LayerSelection) -> None:
     """The kept units' outgoing weights, while everything has its full size."""
-    weight = dict(model.named_parameters())[f"{layer.consumer}.weight"]
-    kept, weights = layer.kept.to(weight.device), layer.weights.to(weight.device)
-    if weights.dim() == 1:
-        weights = weight[:, kept].double() * weights
-    weight[:, kept] = weights.to(weight.dtype)
+    for consumer in layer.outputs:
+        weight = dict(model.named_parameters())[f"{consumer}.weight"]
+        at = layer.slices[f"{consumer}.weight"]
+        here = at.entries(layer.kept, len(layer.counts)).to(weight.device)
+        new = layer.new_weights(consumer)
+        if new is None:
+            factors = torch.ones(len(layer.counts), dtype=torch.float64)
+            factors[layer.kept] = layer.weights
+            shape = [1] * weight.dim()
+            shape[at.dim] = -1
+            every = factors.expand(at.outer, -1)[..., None].expand(-1, -1, at.inner).flatten()
+            old = weight.index_select(at.dim, here).double()
+            changed = old * every.to(weight.device)[here].reshape(shape)
+        else:
+            changed = module_weight(new, at, weight).to(weight.device)
+        weight.index_copy_(at.dim, here, changed.to(weight.dtype))
 
 
 def _cut(model: nn.Module, layer: LayerSelection) -> None:
-    for tensor, dim in layer.slices.items():
+    units, kept = len(layer.counts), len(layer.kept)
+    heads = {
+        name.rpartition(".")[0].rpartition(".")[0] for name, at in layer.slices.items()
+        if at.inner > 1 and name.rpartition(".")[0] not in layer.outputs
+    }  # fmt: skip
+    for name in heads:
+        module = model.get_submodule(name)
+        for attribute in _HEADS:
+            size = getattr(module, attribute, None)
+            if isinstance(size, int):
+                setattr(module, attribute, size * kept // units)
+    for tensor, at in layer.slices.items():
         module_name, _, attribute = tensor.rpartition(".")
         module = model.get_submodule(module_name)
         old: Tensor = getattr(module, attribute)
-        new = old.index_select(dim, layer.kept.to(old.device))
+        new = old.index_select(at.dim, at.entries(layer.kept, units).to(old.device))
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, attribute, new)
-        size = _SIZES.get((type(module), attribute, dim))
+        size = _SIZES.get((type(module), attribute, at.dim))
         if size is not None:
-            setattr(module, size, len(layer.kept))
+            setattr(module, size, new.shape[at.dim])
+        if attribute == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if module.groups > 1:  # each has its own units
+                module.in_channels = module.in_channels * kept // units
+                module.groups = module.groups * kept // units
+        elif attribute == "weight" and at.dim and type(module).__name__ == "Conv1D":
+            module.nf = new.shape[at.dim]  # type: ignore[assignment]

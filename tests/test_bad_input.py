@@ -297,7 +297,6 @@ IN_THE_WAY: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
     "glu": (functional.glu, 6, "glu"),
     "cat": (lambda h: torch.cat([h, h[:, :2]], 1), 14, "cat|slice"),
     "slice": (lambda h: h[:, :6], 6, "slice"),
-    "groups": (lambda h: h.reshape(-1, 6, 2).amax(2), 6, "view|reshape"),
     "residual": (lambda h: h + h.sum(1, keepdim=True), 12, "sum"),
     "matmul": (lambda h: h @ torch.ones(12, 12), 12, "matmul|mm|linear"),
 }

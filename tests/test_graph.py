@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.data import Batch
-from greedyprune.graph import Group, NotPrunableError, analyse, find_groups
+from greedyprune.graph import Group, analyse, find_groups
+from greedyprune.walk import NotPrunableError, Slice
 
 
 class Net(nn.Module):
@@ -36,7 +37,7 @@ def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> 
     return find_groups(model, analyse(model.eval(), Batch((x,), {}, None)), [name])[0]
 
 
-BASE = {"first.weight": 0, "first.bias": 0, "last.weight": 1}
+BASE = {"first.weight": Slice(0), "first.bias": Slice(0), "last.weight": Slice(1)}
 NORM = ("weight", "bias", "running_mean", "running_var")
 ACCEPTED = {
     "nothing": (lambda s, h, x: h, {}),
@@ -46,12 +47,16 @@ ACCEPTED = {
     "dropout": (lambda s, h, x: functional.dropout(h, 0.5, s.training), {}),
     "branches that meet": (lambda s, h, x: torch.where(h > 0, h, 0.1 * h) + h.abs().clone(), {}),
     "a sample's own factor": (lambda s, h, x: h * x[:, :1], {}),
+    "transposed": (lambda s, h, x: h.T.t().transpose(0, 1).T, {}),
     "reshaped": (lambda s, h, x: h.unsqueeze(1).reshape(2, 2, -1).flatten(0, 1), {}),
-    "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": 0}),
+    "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice(0)}),
     "prelu": (lambda s, h, x: s.prelu(h), {}),
-    "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": 0}),
-    "batch norm": (lambda s, h, x: s.norm(h), {f"norm.{name}": 0 for name in NORM}),
-    "plain norm": (lambda s, h, x: s.plain_norm(h), {f"plain_norm.{n}": 0 for n in NORM[2:]}),
+    "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": Slice(0)}),
+    "batch norm": (lambda s, h, x: s.norm(h), {f"norm.{name}": Slice(0) for name in NORM}),
+    "plain norm": (
+        lambda s, h, x: s.plain_norm(h),
+        {f"plain_norm.{n}": Slice(0) for n in NORM[2:]},
+    ),
 }
 
 
@@ -77,8 +82,6 @@ REFUSED = {
     "layer norm": (lambda s, h, x: functional.layer_norm(h, (8,)), "aten.layer_norm.default"),
     "sum": (lambda s, h, x: h + s.side(x), "aten.add.Tensor combines"),
     "concatenation": (lambda s, h, x: torch.cat([h, h], 1)[:, :8], "aten.cat.default"),
-    "transposed": (lambda s, h, x: h.T.T, "aten.numpy_T.default|aten.t.default|permute|transpose"),
-    "mixed": (lambda s, h, x: h.reshape(4, 2, 4).flatten(1), "aten.reshape.default mixes"),
     "matmul": (lambda s, h, x: h @ torch.eye(8), "aten.matmul.default"),
     "foreign linear": (lambda s, h, x: functional.linear(h, torch.eye(8)), "no module's own"),
     "mean": (lambda s, h, x: h - h.mean(1, keepdim=True), "aten.mean"),
@@ -119,7 +122,7 @@ def test_two_consumers() -> None:
             hidden = self.first(x)
             return self.last(hidden) + self.last(hidden.relu())
 
-    with pytest.raises(NotPrunableError, match="its units feed 2 Linears"):
+    with pytest.raises(NotPrunableError, match="its units feed 'last' more than once"):
         group_of(Fork())
 
 
@@ -251,10 +254,6 @@ def test_layers_named_by_hand_are_tried(between: object) -> None:
 
 
 def test_reasons_name_what_a_user_sees() -> None:
-    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    data = torch.randn(10, 1, 4, 4), torch.randint(2, (10,))
-    with pytest.raises(ValueError, match=r"layer '0': Conv2d: convolutions can't be pruned yet"):
-        greedyprune.select(conv, data)
     model = Net()
     nn.utils.parametrizations.weight_norm(model.first)
     data = torch.randn(10, 5), torch.randn(10, 3)
@@ -318,7 +317,8 @@ def test_refitted_layers_in_any_order(layers: list[str]) -> None:
     small = greedyprune.prune(model, selection)
     masked = copy.deepcopy(model)
     for layer in selection.layers.values():
-        weight = masked.get_submodule(layer.consumer).weight
+        (consumer,) = layer.outputs
+        weight = masked.get_submodule(consumer).weight
         with torch.no_grad():
             weight.copy_(torch.zeros_like(weight).index_copy(1, layer.kept, layer.weights.float()))
     torch.testing.assert_close(small(data[0]), masked(data[0]), rtol=1e-5, atol=1e-6)

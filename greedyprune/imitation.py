@@ -1,0 +1,280 @@
+"""Imitation: the consumers' dense outputs are the target, and sums over the samples all it takes.
+
+While the model runs once, each consumer's input is unfolded to one column a position (a
+convolution's as its patches), and K = X X^T added up. With w_a the weights on feature a, units i
+and j have  G_ij = N^2 sum of K_ab <w_a, w_b>  over their features a and b (README eq. 2), and the
+right side of every least squares problem is K W^T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import ops, reference
+from .data import Batches
+from .features import check_finite, run_model
+from .graph import Group
+from .moments import add_upper_product, mirror
+from .reference import Moments, Path, Refit, Rule, Step
+from .reweight import distinct_counts
+from .walk import Slice
+
+DAMPING = 1e-4  # of the mean diagonal: what refitted weights cost, as a share
+
+
+class Consumer:
+    """One consumer of a group: K (F, F) over its inputs' features, a unit's side by side."""
+
+    def __init__(self, name: str, module: nn.Module, group: Group) -> None:
+        self.name, self.units, self.layer = name, group.units, group.producer
+        self._module, self._at = module, group.slices[f"{name}.weight"]
+        at, units = self._at, self.units
+        weight = weight_of(module)
+        self.weight = unit_major(weight.detach().double().cpu(), at, units)
+        self.outputs = len(self.weight)
+        self.features = self.weight.shape[1]
+        self.gram = torch.zeros(
+            self.features, self.features, dtype=torch.float64, device=weight.device
+        )
+        self.positions = 0
+
+    @property
+    def width(self) -> int:
+        """Features a unit."""
+        return self.features // self.units
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds the products of the features of one batch of inputs."""
+        columns = unfolded(self._module, inputs)  # (channels, taps, positions)
+        taps, positions = columns.shape[1:]
+        rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
+        rows = rows.transpose(0, 1).reshape(self.features, positions)
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
+                "numbers"
+            )
+        add_upper_product(self.gram, rows, torch.float64)  # what is left of the loss may be small
+        self.positions += positions
+
+    def right(self) -> Tensor:
+        """<x_i, dense output without its bias>, (F, C) float64."""
+        return self.gram @ self.weight.T
+
+    def unit_gram(self) -> Tensor:
+        """<phi_i, phi_j> / N^2 for units i and j: (N, N) float64."""
+        products = (self.weight.T @ self.weight).mul_(self.gram)
+        shape = self.units, self.width, self.units, self.width
+        return products.view(shape).sum((1, 3))
+
+
+class Sums:
+    """All consumers of one group."""
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        self.group = group
+        self.consumers = [
+            Consumer(name, model.get_submodule(name), group) for name in group.consumers
+        ]
+        for name in (*group.producers, *group.consumers):
+            check_finite(name, model.get_submodule(name))
+
+    @property
+    def mass(self) -> float:
+        return float(sum(each.positions * each.outputs for each in self.consumers))
+
+    def moments(self) -> tuple[Tensor, Moments]:
+        """G (N, N) float64 and the sums of README eq. 2, the dense output being the target."""
+        n = self.group.units
+        gram = sum((each.unit_gram() for each in self.consumers), torch.zeros(n, n).double())
+        target_norm = float(gram.sum())
+        gram *= n**2
+        beta = gram.mean(1)
+        norm = gram.diagonal().clone()
+        spread = max(0.0, float(norm.mean()) - target_norm) / self.mass  # B / 2 = 1 / C
+        return gram, Moments(
+            self.consumers[0].positions, self.mass, norm, beta, target_norm, 0.0, spread,
+            target_norm / self.mass,
+        )  # fmt: skip
+
+    def path(
+        self, gram: Tensor, moments: Moments, rule: Rule, backend: str, *, with_gap: bool,
+        step: Step | None,
+    ) -> Path:  # fmt: skip
+        """Greedy steps of README eq. 2."""
+        solve = reference.greedy_gram if backend == "reference" else ops.greedy_gram
+        return solve(gram, moments, rule, with_gap=with_gap, step=step)
+
+    def refit(
+        self, rule: Rule, backend: str, step: Step | None, damping: float = DAMPING
+    ) -> tuple[Path, dict[str, Refit]]:
+        """Greedy steps of least squares refitted in each; the losses are those without damping.
+
+        Several consumers take a unit through features of their own: least squares problems side by
+        side, as one whose matrices are zero between them.
+        """
+        widths = [each.width for each in self.consumers]
+        width, n, outputs = sum(widths), self.group.units, sum(e.outputs for e in self.consumers)
+        double = torch.float64
+        gram = torch.zeros(n, width, n, width, dtype=double)
+        right = torch.zeros(n, width, outputs, dtype=double)
+        ridges, parts, target_norm = [], [], 0.0
+        first, first_output = 0, 0
+        for each in self.consumers:
+            own = slice(first, first + each.width)
+            out = slice(first_output, first_output + each.outputs)
+            first, first_output = own.stop, out.stop
+            products = each.right()
+            target_norm += float((products * each.weight.T).sum())
+            gram[:, own, :, own] = each.gram.view(n, each.width, n, each.width)
+            right[:, own, out] = products.view(n, each.width, each.outputs)
+            ridges.append(damping * float(each.gram.diagonal().mean()))
+            gram[:, own, :, own].diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).add_(ridges[-1])
+            parts.append((own, out))
+        solve = reference.greedy_refit if backend == "reference" else ops.greedy_refit
+        path, found = solve(
+            gram.view(n * width, n * width), right.view(n * width, outputs), target_norm, rule,
+            width=width, scale=1 / self.mass, step=step,
+        )  # fmt: skip
+        fitted, losses = {}, path.losses
+        at = distinct_counts(path.order) - 1
+        for each, ridge, (own, out) in zip(self.consumers, ridges, parts, strict=True):
+            rows = torch.arange(len(found.factor)).view(-1, width)[:, own].flatten()
+            fitted[each.name] = Refit(
+                found.units.clone(), found.factor[rows][:, rows], found.solved[rows][:, out].clone()
+            )
+            losses = losses - ridge / self.mass * fitted[each.name].norms()[at]
+        return replace(path, losses=losses.clamp(min=0)), fitted
+
+
+def bytes_of(model: nn.Module, group: Group) -> int:
+    """What the sums of a group take: the products, and as much again to work on them."""
+    total = 0
+    for name in group.consumers:
+        weight = weight_of(model.get_submodule(name))
+        features = weight.numel() // outputs_of(model, group, name)
+        total += 16 * features**2
+    return total
+
+
+def collect(
+    model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, bar: Callable[..., Any]
+) -> dict[str, Sums]:
+    """The sums of every group, in as few passes over the data as `limit` bytes allow."""
+    found: dict[str, Sums] = {}
+    waiting = list(groups)
+    while waiting:
+        together: list[Sums] = []
+        held = 0
+        while waiting:
+            sums = Sums(model, waiting[0])
+            held += sum(8 * each.features**2 for each in sums.consumers)
+            if together and held > limit:
+                break
+            together.append(sums)
+            waiting.pop(0)
+        _pass(model, together, batches, bar)
+        found |= {sums.group.producer: sums for sums in together}
+    return found
+
+
+def _pass(
+    model: nn.Module, together: Sequence[Sums], batches: Batches, bar: Callable[..., Any]
+) -> None:
+    def hook(consumer: Consumer) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            consumer.add((args[0] if args else kwargs["input"]).detach())
+
+        return add
+
+    handles = [
+        model.get_submodule(each.name).register_forward_pre_hook(hook(each), with_kwargs=True)
+        for sums in together
+        for each in sums.consumers
+    ]
+    try:
+        for batch in bar(batches, "activations"):
+            run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for sums in together:
+        for each in sums.consumers:
+            mirror(each.gram)
+            each.gram = each.gram.cpu()
+
+
+def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:
+    weight = weight_of(model.get_submodule(consumer))
+    return weight.shape[1 - group.slices[f"{consumer}.weight"].dim]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    return module.get_parameter("weight")
+
+
+def unit_major(weight: Tensor, at: Slice, units: int) -> Tensor:
+    """A consumer's weight with its features in the units' order: (C, N w)."""
+    if at.dim == 0:  # GPT-2's: the weight transposed
+        weight = weight.T
+    taps = weight[0, 0].numel()
+    shaped = weight.reshape(len(weight), at.outer, units, at.inner, taps)
+    return shaped.transpose(1, 2).reshape(len(weight), -1)
+
+
+def module_weight(new: Tensor, at: Slice, like: Tensor) -> Tensor:
+    """The other way: new (C, K, w) as the weight of a module that is like the dense one."""
+    outputs, units = new.shape[:2]
+    taps = like[0, 0].numel() if at.dim == 1 else 1
+    shaped = new.reshape(outputs, units, at.outer, at.inner, taps).transpose(1, 2)
+    if at.dim == 0:
+        return shaped.reshape(outputs, -1).T
+    return shaped.reshape(outputs, -1, *like.shape[2:])
+
+
+def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer's inputs as (channels, taps, positions): its output is a product with the weights."""
+    if inputs.dtype not in (torch.float32, torch.float64):
+        inputs = inputs.float()
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return inputs.reshape(-1, inputs.shape[-1]).T[:, None]
+    spatial = len(module.kernel_size)
+    if inputs.dim() == spatial + 1:
+        inputs = inputs[None]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    sizes = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    ]
+    taps = math.prod(module.kernel_size)
+    columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
+    for tap in range(taps):
+        part, rest = padded, tap
+        for dim in reversed(range(spatial)):
+            rest, offset = divmod(rest, module.kernel_size[dim])
+            start, stride = offset * module.dilation[dim], module.stride[dim]
+            part = part.narrow(dim + 2, start, stride * (sizes[dim] - 1) + 1)
+            part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
+        columns[:, tap] = part.transpose(0, 1)
+    return columns.flatten(2)
+
+
+def losses_of(units: Tensor, weights: str, gram: Tensor, moments: Moments) -> Tensor:
+    """The losses of the first 1 to K of `units` (K,) for "uniform" or "none": (K,) float64."""
+    part = gram[units][:, units]
+    squares = part.cumsum(0).cumsum(1).diagonal()
+    along = moments.beta[units].cumsum(0)
+    shrink = torch.full((len(units),), 1 / len(gram), dtype=torch.float64)
+    if weights == "uniform":
+        shrink = torch.arange(1, len(units) + 1).double().reciprocal()
+    return (moments.target_norm - 2 * shrink * along + shrink**2 * squares) / moments.mass

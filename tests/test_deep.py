@@ -1,0 +1,215 @@
+"""Networks with convolutions and attention: their groups, their selection, their cutting."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import NETWORKS, Block, Inputs, network, outputs_of
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune.data import Batch
+from greedyprune.graph import Group, analyse, find_groups
+from greedyprune.surgery import masked
+from greedyprune.walk import NotPrunableError
+
+each_network = pytest.mark.parametrize("name", NETWORKS)
+each_weights = pytest.mark.parametrize("weights", ["counts", "uniform", "none", "refit"])
+
+
+def data_of(inputs: Inputs) -> object:
+    return inputs if isinstance(inputs, dict) else [inputs]
+
+
+def groups_of(model: nn.Module, inputs: Inputs) -> list[Group]:
+    batch = Batch((), inputs, None) if isinstance(inputs, dict) else Batch((inputs,), {}, None)
+    return find_groups(model, analyse(model, batch), None)
+
+
+@each_network
+def test_groups(name: str) -> None:
+    found = {
+        group.producer: (group.units, group.producers[1:], group.consumers)
+        for group in groups_of(*network(name))
+    }
+    assert found == NETWORKS[name][1]
+
+
+@each_network
+@each_weights
+def test_the_pruned_model_is_the_masked_one(name: str, weights: str) -> None:
+    """Invariant 4, all layers of a network at once."""
+    model, inputs = network(name)
+    selection = greedyprune.select(model, data_of(inputs), objective="imitation", weights=weights)
+    assert set(selection.layers) == set(NETWORKS[name][1])
+    small = greedyprune.prune(model, selection)
+    expected = outputs_of(masked(model, selection), inputs)
+    found = outputs_of(small, inputs)
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    count = [sum(p.numel() for p in each.parameters()) for each in (model, small)]
+    assert count[1] < count[0]
+    for layer in selection.layers.values():
+        assert len(layer.kept) == max(1, round(0.5 * len(layer.counts)))
+
+
+def consumer_outputs(
+    model: nn.Module, inputs: Inputs, consumers: list[str], weights: nn.Module
+) -> list[Tensor]:
+    """What the consumers compute in the dense network, and what with another model's weights."""
+    found: list[Tensor] = []
+
+    def hook(name: str) -> object:
+        def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            other = copy.deepcopy(weights.get_submodule(name))
+            found.append((other(*args) - out).double().flatten())
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in consumers]
+    outputs_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@each_network
+@each_weights
+def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
+    """Invariant 1: the mean squared error of the consumers' outputs, for any length of the path."""
+    model, inputs = network(name)
+    selection = greedyprune.select(model, data_of(inputs), objective="imitation", weights=weights)
+    for producer, layer in selection.layers.items():
+        for k in {1, len(layer.order)}:
+            cut = layer.at(k)
+            other = masked(model, greedyprune.Selection({producer: cut}))
+            errors = consumer_outputs(model, inputs, list(cut.outputs), other)
+            expected = torch.cat(errors).square().mean()
+            torch.testing.assert_close(cut.losses[-1], expected, rtol=1e-5, atol=1e-9)
+
+
+@each_network
+def test_backends_agree(name: str) -> None:
+    model, inputs = network(name)
+    for weights in ("counts", "refit"):
+        paths = [
+            greedyprune.select(
+                model, data_of(inputs), objective="imitation", weights=weights, backend=backend
+            )
+            for backend in ("cpu", "reference")
+        ]
+        for producer, layer in paths[0].layers.items():
+            other = paths[1].layers[producer]
+            assert layer.order.equal(other.order)
+            torch.testing.assert_close(layer.losses, other.losses, rtol=1e-6, atol=1e-9)
+
+
+@each_network
+def test_a_selection_survives_its_file(name: str, tmp_path: object) -> None:
+    model, inputs = network(name)
+    selection = greedyprune.select(model, data_of(inputs), objective="imitation")
+    selection.save(f"{tmp_path}/selection.safetensors")
+    loaded = greedyprune.Selection.load(f"{tmp_path}/selection.safetensors")
+    small = greedyprune.prune(model, selection.at(1))
+    again = greedyprune.prune(model, loaded.at(1))
+    assert outputs_of(small, inputs).equal(outputs_of(again, inputs))
+
+
+@pytest.mark.parametrize("name", ["resnet", "bottleneck", "vgg", "mobilenet", "excited"])
+def test_groups_are_torch_pruning_s(name: str) -> None:
+    """The same layers are cut together as in another library's dependency graph."""
+    tp = pytest.importorskip("torch_pruning")
+    model, inputs = network(name)
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
+    names = {module: name for name, module in model.named_modules()}
+    for group in groups_of(model, inputs):
+        root = model.get_submodule(group.producer)
+        prune = tp.prune_conv_out_channels
+        if isinstance(root, nn.Linear):
+            prune = tp.prune_linear_out_channels
+        theirs = {names[dep.target.module] for dep, _ in graph.get_pruning_group(root, prune, [0])
+                  if dep.target.module in names}  # fmt: skip
+        ours = {tensor.rpartition(".")[0] for tensor in group.slices}
+        assert ours == theirs
+
+
+def refused(model: nn.Module, inputs: Tensor, layer: str) -> str:
+    with pytest.raises(NotPrunableError) as error:
+        find_groups(model, analyse(model.eval(), Batch((inputs,), {}, None)), [layer])
+    return str(error.value)
+
+
+def test_refusals_name_the_operation() -> None:
+    model, inputs = network("resnet")
+    for layer in ("0", "3.conv2", "4.shortcut"):
+        assert "aten.add.Tensor combines its units" in refused(model, inputs, layer)
+    assert "its units are the model's output" in refused(model, inputs, "7")
+    model, inputs = network("resnext")
+    assert "a grouped convolution" in refused(model, inputs, "2")
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.cat([x, self.a(x)], 1))
+
+    assert "aten.cat.default puts other numbers" in refused(Dense(), torch.randn(2, 3, 4, 4), "a")
+    norm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    assert "aten.group_norm" in refused(norm, torch.randn(2, 3, 4, 4), "0")
+
+
+def test_sizes_written_into_the_model_are_found() -> None:
+    class LeNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(1, 6, 3), nn.Linear(6 * 16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.conv(x).relu().view(-1, 96))
+
+    with pytest.raises(ValueError, match=r"layer 'conv': .* aten.view.default may have their"):
+        greedyprune.select(LeNet(), [torch.randn(4, 1, 6, 6)])
+
+
+def test_named_layers_can_be_any_of_a_group() -> None:
+    model, inputs = network("excited")
+    by_gate = greedyprune.select(model, [inputs], layers=["excite"], size=3)
+    assert list(by_gate.layers) == ["conv"]
+
+
+def test_bad_activations_name_the_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    inputs = torch.randn(4, 3, 5, 5)
+    inputs[1, 1, 1, 1] = torch.inf
+    with pytest.raises(ValueError, match="layer '0': NaN or inf in its activations"):
+        greedyprune.select(model, [inputs])
+    with pytest.raises(ValueError, match="memory_limit: found 100 bytes, but layer '0' needs"):
+        greedyprune.select(model, [torch.randn(4, 3, 5, 5)], memory_limit=100)
+    with pytest.raises(ValueError, match="batch_size: layer '0' imitates"):
+        greedyprune.select(model, [torch.randn(4, 3, 5, 5)], batch_size=2)
+
+
+def test_a_tolerance_stops_each_layer() -> None:
+    model, inputs = network("resnet")
+    nothing = copy.deepcopy(model)
+    for parameter in nothing.parameters():
+        nn.init.zeros_(parameter)
+    found = greedyprune.select(model, [inputs], tolerance=1e-4)
+    for layer in found.layers.values():
+        errors = consumer_outputs(model, inputs, list(layer.outputs), nothing)
+        enough = 1e-4 * float(torch.cat(errors).square().mean())
+        assert 1 < len(layer.order) < len(layer.counts)
+        assert float(layer.losses[-1]) <= enough
+        assert (layer.losses[:-1] > enough).all()
+
+
+def test_a_trained_shape_block_keeps_its_shortcut() -> None:
+    block = Block(8, 16, 2).eval()
+    inputs = torch.randn(4, 8, 10, 10)
+    small = greedyprune.prune(block, greedyprune.select(block, [inputs], size=5))
+    assert small.conv1.out_channels == small.bn1.num_features == small.conv2.in_channels == 5
+    assert small.conv2.out_channels == 16
+    assert small(inputs).shape == block(inputs).shape
