@@ -78,40 +78,41 @@ class Graph:
         finally:
             logging.disable(before)
         signature = program.graph_signature
+        self.program, self.kwargs = program, kwargs
         self._model = model
-        self._nodes = list(program.graph.nodes)
-        self._place = {node: i for i, node in enumerate(self._nodes)}
+        self.nodes = list(program.graph.nodes)
+        self._place = {node: i for i, node in enumerate(self.nodes)}
         self._tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self._layers = {n: layer for n in self._nodes if (layer := self._layer(n)) is not None}
+        self.layers = {n: layer for n in self.nodes if (layer := self._layer(n)) is not None}
 
     def producers(self) -> Iterator[tuple[str, fx.Node]]:
         """The layers whose weights are a module's own, in the order in which they run."""
-        for node, layer in self._layers.items():
+        for node, layer in self.layers.items():
             yield layer.name, node
 
     def group(self, name: str, node: fx.Node) -> Group:
         """The group that `node`'s units belong to; NotPrunableError where they can't be removed."""
-        if self._layers[node].groups > 1:
+        if self.layers[node].groups > 1:
             raise NotPrunableError(
                 f"layer {name!r}: a grouped convolution, whose units are those of its input"
             )
-        axis = self._layers[node].axis
+        axis = self.layers[node].axis
         return self._found(name, shape_of(node)[axis], {node: Slice(axis)})
 
     def _found(self, name: str, units: int, producers: dict[fx.Node, Slice]) -> Group:
         """Walks, and again with coarser units or more producers where the walk asks for them."""
-        walk = Walk(name, units, dict(producers), self._layers, self._tensors)
+        walk = Walk(name, units, dict(producers), self.layers, self._tensors)
         try:
             self._walk(walk, producers)
         except Joined as joined:
-            size = next(shape_of(each)[self._layers[each].axis] for each in joined.producers)
+            size = next(shape_of(each)[self.layers[each].axis] for each in joined.producers)
             common = math.gcd(size, units)
             if common == 1:
                 raise walk.refuse(f"its {units} units meet {size} of another layer") from None
             here = _coarser(producers, (1, common, units // common))
             for each in joined.producers:
-                axis = self._layers[each].axis
-                if shape_of(each)[axis] != size or self._layers[each].groups > 1:
+                axis = self.layers[each].axis
+                if shape_of(each)[axis] != size or self.layers[each].groups > 1:
                     raise walk.refuse("its units meet those of unlike layers") from None
                 here[each] = Slice(axis, 1, size // common)
             return self._found(name, common, here)
@@ -127,27 +128,27 @@ class Graph:
 
     def _walk(self, walk: Walk, producers: Mapping[fx.Node, Slice]) -> None:
         for node, at in producers.items():
-            layer = self._layers[node]
+            layer = self.layers[node]
             walk.slice(layer.weight, Slice(layer.out_dim, at.outer, at.inner))
             if layer.bias is not None:
                 walk.slice(layer.bias, Slice(0, at.outer, at.inner))
-            uses = [each for each in self._layers.values() if each.name == layer.name]
+            uses = [each for each in self.layers.values() if each.name == layer.name]
             if len(uses) > 1:
                 raise NotPrunableError(
                     f"layer {layer.name!r}: its weights are used {len(uses)} times"
                 )
         first = min(self._place[node] for node in producers)
-        for node in self._nodes[first + 1 :]:
+        for node in self.nodes[first + 1 :]:
             if node in producers:
                 if any(source in walk.carrying for source in node.all_input_nodes):
-                    raise walk.refuse(f"its units are inputs of {self._layers[node].name!r}, too")
+                    raise walk.refuse(f"its units are inputs of {self.layers[node].name!r}, too")
             elif any(source in walk.carrying for source in node.all_input_nodes):
                 walk.step(node)
 
     def _closed(self, walk: Walk, producers: list[fx.Node]) -> Group:
         if not walk.consumers:
             raise walk.refuse("nothing uses its units")
-        names = [self._layers[consumer].name for consumer in walk.consumers]
+        names = [self.layers[consumer].name for consumer in walk.consumers]
         if len(set(names)) < len(names):
             raise walk.refuse(f"its units feed {sorted(set(names))[0]!r} more than once")
         self._check_untied(walk, set(producers))
@@ -155,7 +156,7 @@ class Graph:
         if len(walk.consumers) == 1:
             between = self._between_and_output(walk.consumers[0])
         return Group(
-            tuple(self._layers[node].name for node in producers), tuple(names), walk.units,
+            tuple(self.layers[node].name for node in producers), tuple(names), walk.units,
             walk.slices, between == "", between, walk.sized,
         )  # fmt: skip
 
@@ -166,7 +167,7 @@ class Graph:
         for tensor, value in self._model.state_dict(keep_vars=True).items():
             owners.setdefault(id(value), []).append(tensor)
         shared = {tensor for names in owners.values() if len(names) > 1 for tensor in names}
-        for node in self._nodes:
+        for node in self.nodes:
             tensor = self._tensors.get(node.name, "")
             if tensor in walk.slices and (tensor in shared or not inside.issuperset(node.users)):
                 raise walk.refuse(f"{tensor!r} is shared with another layer")
@@ -202,7 +203,7 @@ class Graph:
     def _between_and_output(self, consumer: fx.Node) -> str:
         """The first operation between the consumer and the model's output; "" if there is none."""
         reached = {consumer}
-        for node in self._nodes[self._place[consumer] + 1 :]:
+        for node in self.nodes[self._place[consumer] + 1 :]:
             if not any(source in reached for source in node.all_input_nodes):
                 continue
             if node.op == "output":

@@ -21,8 +21,9 @@ from . import ops, reference
 from .data import Batches
 from .features import check_finite, run_model
 from .graph import Group
-from .moments import add_upper_product, mirror
+from .moments import PRODUCT, add_upper_product, mirror
 from .reference import Moments, Path, Refit, Rule, Step
+from .replay import Replay
 from .reweight import distinct_counts
 from .walk import Slice
 
@@ -44,14 +45,16 @@ class Consumer:
             self.features, self.features, dtype=torch.float64, device=weight.device
         )
         self.positions = 0
+        self._cross: Tensor | None = None
+        self._target_norm = 0.0
 
     @property
     def width(self) -> int:
         """Features a unit."""
         return self.features // self.units
 
-    def add(self, inputs: Tensor) -> None:
-        """Adds the products of the features of one batch of inputs."""
+    def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
+        """Adds one batch of inputs and of what they should give; None: what they give."""
         columns = unfolded(self._module, inputs)  # (channels, taps, positions)
         taps, positions = columns.shape[1:]
         rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
@@ -63,10 +66,48 @@ class Consumer:
             )
         add_upper_product(self.gram, rows, torch.float64)  # what is left of the loss may be small
         self.positions += positions
+        if outputs is not None:
+            self._add_target(rows, self._as_columns(outputs))
+
+    def _as_columns(self, outputs: Tensor) -> Tensor:
+        """Outputs without the bias: (C, positions)."""
+        if isinstance(self._module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if outputs.dim() == len(self._module.kernel_size) + 1:
+                outputs = outputs[None]
+            columns = outputs.transpose(0, 1).flatten(1)
+        else:
+            columns = outputs.reshape(-1, outputs.shape[-1]).T
+        bias = getattr(self._module, "bias", None)
+        return columns if bias is None else columns - bias.detach()[:, None]
+
+    def _add_target(self, rows: Tensor, target: Tensor) -> None:
+        if self._cross is None:
+            shape = self.features, self.outputs
+            self._cross = torch.zeros(shape, dtype=torch.float64, device=rows.device)
+        for i in range(0, rows.shape[1], PRODUCT):
+            part = target[:, i : i + PRODUCT].double()
+            self._cross.addmm_(rows[:, i : i + PRODUCT].double(), part.T)
+            self._target_norm += float(part.square().sum())
+
+    def finish(self) -> None:
+        """Fills the other half of the products; takes them to the CPU, where the solvers are."""
+        mirror(self.gram)
+        self.gram = self.gram.cpu()
+        self._cross = None if self._cross is None else self._cross.cpu()
 
     def right(self) -> Tensor:
-        """<x_i, dense output without its bias>, (F, C) float64."""
-        return self.gram @ self.weight.T
+        """<x_i, target>, (F, C) float64."""
+        return self.gram @ self.weight.T if self._cross is None else self._cross
+
+    def target_norm(self) -> float:
+        """|target|^2."""
+        if self._cross is None:
+            return float((self.right() * self.weight.T).sum())
+        return self._target_norm
+
+    def unit_beta(self) -> Tensor:
+        """<phi_i, target> / N for each unit i: (N,) float64."""
+        return (self.right() * self.weight.T).view(self.units, -1).sum(1)
 
     def unit_gram(self) -> Tensor:
         """<phi_i, phi_j> / N^2 for units i and j: (N, N) float64."""
@@ -94,14 +135,16 @@ class Sums:
         """G (N, N) float64 and the sums of README eq. 2, the dense output being the target."""
         n = self.group.units
         gram = sum((each.unit_gram() for each in self.consumers), torch.zeros(n, n).double())
-        target_norm = float(gram.sum())
+        mean_norm = float(gram.sum())  # |mean phi|^2
         gram *= n**2
-        beta = gram.mean(1)
+        beta = n * sum((each.unit_beta() for each in self.consumers), torch.zeros(n).double())
+        target_norm = sum(each.target_norm() for each in self.consumers)
         norm = gram.diagonal().clone()
-        spread = max(0.0, float(norm.mean()) - target_norm) / self.mass  # B / 2 = 1 / C
+        spread = max(0.0, float(norm.mean()) - mean_norm) / self.mass  # B / 2 = 1 / C
+        dense = target_norm - 2 * float(beta.mean()) + mean_norm
         return gram, Moments(
-            self.consumers[0].positions, self.mass, norm, beta, target_norm, 0.0, spread,
-            target_norm / self.mass,
+            self.consumers[0].positions, self.mass, norm, beta, target_norm,
+            max(0.0, dense) / self.mass, spread, target_norm / self.mass,
         )  # fmt: skip
 
     def path(
@@ -132,7 +175,7 @@ class Sums:
             out = slice(first_output, first_output + each.outputs)
             first, first_output = own.stop, out.stop
             products = each.right()
-            target_norm += float((products * each.weight.T).sum())
+            target_norm += each.target_norm()
             gram[:, own, :, own] = each.gram.view(n, each.width, n, each.width)
             right[:, own, out] = products.view(n, each.width, each.outputs)
             ridges.append(damping * float(each.gram.diagonal().mean()))
@@ -185,6 +228,18 @@ def collect(
     return found
 
 
+def replayed(model: nn.Module, group: Group, replay: Replay, bar: Callable[..., Any]) -> Sums:
+    """The sums of one group: inputs from the network pruned so far, targets from the dense one."""
+    sums = Sums(model, group)
+    by_name = {each.name: each for each in sums.consumers}
+    replay.visit(
+        group.consumers, lambda name, inputs, outputs: by_name[name].add(inputs, outputs), bar
+    )
+    for each in sums.consumers:
+        each.finish()
+    return sums
+
+
 def _pass(
     model: nn.Module, together: Sequence[Sums], batches: Batches, bar: Callable[..., Any]
 ) -> None:
@@ -207,8 +262,7 @@ def _pass(
             handle.remove()
     for sums in together:
         for each in sums.consumers:
-            mirror(each.gram)
-            each.gram = each.gram.cpu()
+            each.finish()
 
 
 def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:

@@ -16,10 +16,11 @@ from . import _backend, settings
 from .data import Batch, Batches
 from .features import LayerData, main_output, run_model, target_of
 from .graph import Group, analyse, find_groups, named_group
-from .imitation import Sums, bytes_of, collect, losses_of, outputs_of
+from .imitation import Sums, bytes_of, collect, losses_of, outputs_of, replayed
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
+from .replay import Replay
 from .reweight import distinct_counts, first_picks, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
@@ -48,6 +49,7 @@ def select(
     seed: int = 0,
     progress: bool | None = None,
     memory_limit: int | None = None,
+    sequential: bool = True,
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -93,6 +95,9 @@ def select(
         progress: False: no progress bars; else they show for what takes over two seconds
         memory_limit: bytes for the units' activations and the Gram matrix together; what does not
             fit is computed again in every pass over the data; None: half the memory that is free
+        sequential: layer by layer, each on what the layers pruned before it give, towards what the
+            dense network gives; False: every layer by itself, from one pass through the dense
+            network (as where layers are named by hand)
 
     Returns:
         Selection, for `prune`
@@ -112,6 +117,7 @@ def select(
         model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
         objective=objective, weights=weights, replacement=replacement, candidates=candidates,
         batch_size=batch_size, shortlist=shortlist, seed=seed, memory_limit=memory_limit,
+        sequential=sequential,
     )  # fmt: skip
     batches = Batches(data, model)
     backend = _backend.resolve(backend, batches.device)
@@ -142,15 +148,13 @@ def select(
             group for group in groups
             if _objective(chosen.objective, group) == "imitation" and _by_sums(model, group, chosen)
         ]  # fmt: skip
-        sums = collect(model, summed, batches, chosen.memory_limit, bar) if summed else {}
-        selected = {}
+        selected = _select_summed(model, summed, batches, rules, chosen, backend, bar)
+        if chosen.sequential and selected:
+            model = masked(model, Selection(selected))
         for group in groups:
-            rule = rules[group.producer]
             if group in summed:
-                selected[group.producer] = _select_by_sums(
-                    sums.pop(group.producer), rule, chosen, backend, bar
-                )
                 continue
+            rule = rules[group.producer]
             own = _objective(chosen.objective, group) == "loss"
             layer_data = LayerData(
                 model, group, batches, criterion if own else Criterion("mse"),
@@ -161,7 +165,31 @@ def select(
                 selected[group.producer] = _select_layer(layer_data, rule, chosen, backend, bar)
             finally:
                 layer_data.close()
-    return Selection(selected)
+    return Selection({group.producer: selected[group.producer] for group in groups})
+
+
+def _select_summed(
+    model: nn.Module, groups: Sequence[Group], batches: Batches, rules: Mapping[str, Rule],
+    chosen: Settings, backend: str, bar: Callable[..., Any],
+) -> dict[str, LayerSelection]:  # fmt: skip
+    """The layers that imitate, in the order of the graph or all from one pass."""
+
+    def select_from(sums: Sums) -> LayerSelection:
+        return _select_by_sums(sums, rules[sums.group.producer], chosen, backend, bar)
+
+    if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
+        found = collect(model, groups, batches, chosen.memory_limit, bar) if groups else {}
+        return {name: select_from(sums) for name, sums in found.items()}
+    replay = Replay(model, batches, chosen.memory_limit)
+    order = replay.order([name for group in groups for name in group.consumers])
+    selected = {}
+    for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
+        layer = select_from(replayed(model, group, replay, bar))
+        selected[group.producer] = layer
+        full = masked(model, Selection({group.producer: layer}))
+        for name in sorted(group.consumers, key=order.__getitem__):
+            replay.change(name, full.get_parameter(f"{name}.weight"))
+    return selected
 
 
 def _select_layer(
@@ -296,8 +324,8 @@ def _select_by_sums(
     certified = rule.draws is None and weights == "counts" and rule.replacement
     return LayerSelection.of_path(
         group.units, order, weights, fitted, losses=losses[:k], gap=gap,
-        dense_loss=torch.zeros((), dtype=torch.float64),
-        bound=bound(0.0, moments.spread, k) if certified else None,
+        dense_loss=torch.tensor(moments.dense_loss, dtype=torch.float64),
+        bound=bound(moments.dense_loss, moments.spread, k) if certified else None,
         slices=dict(group.slices), outputs={each.name: each.outputs for each in sums.consumers},
         loss="mse", objective="imitation",
     )  # fmt: skip

@@ -46,6 +46,7 @@ class Settings:
     shortlist: int | None
     seed: int
     memory_limit: int
+    sequential: bool
 
     def rule(self, layer: str, units: int) -> Rule:
         """When to stop and what may be picked, in a layer of so many units."""
@@ -126,6 +127,7 @@ def resolve(
     shortlist: object,
     seed: object,
     memory_limit: object,
+    sequential: object,
 ) -> Settings:
     """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
     if not isinstance(model, nn.Module):
@@ -157,6 +159,8 @@ def resolve(
         raise ValueError(f"tolerance: found {tolerance!r}, expected a fraction of at least 0")
     if not is_int(seed):
         raise TypeError(f"seed: found {seed!r}, expected an int")
+    if not isinstance(sequential, bool):
+        raise TypeError(f"sequential: found {sequential!r}, expected True or False")
     if replacement not in (None, True, False):
         raise TypeError(f"replacement: found {replacement!r}, expected True, False or None")
     if isinstance(size, Mapping):
@@ -180,6 +184,7 @@ def resolve(
         shortlist=shortlist,
         seed=int(seed),  # type: ignore[call-overload]
         memory_limit=limit or psutil.virtual_memory().available // 2,
+        sequential=sequential,
     )
 
 

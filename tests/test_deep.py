@@ -10,8 +10,10 @@ from networks import NETWORKS, Block, Inputs, network, outputs_of
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import selector
 from greedyprune.data import Batch
 from greedyprune.graph import Group, analyse, find_groups
+from greedyprune.replay import Replay
 from greedyprune.surgery import masked
 from greedyprune.walk import NotPrunableError
 
@@ -79,7 +81,9 @@ def consumer_outputs(
 def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
     """Invariant 1: the mean squared error of the consumers' outputs, for any length of the path."""
     model, inputs = network(name)
-    selection = greedyprune.select(model, data_of(inputs), objective="imitation", weights=weights)
+    selection = greedyprune.select(
+        model, data_of(inputs), objective="imitation", weights=weights, sequential=False
+    )
     for producer, layer in selection.layers.items():
         for k in {1, len(layer.order)}:
             cut = layer.at(k)
@@ -87,6 +91,79 @@ def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
             errors = consumer_outputs(model, inputs, list(cut.outputs), other)
             expected = torch.cat(errors).square().mean()
             torch.testing.assert_close(cut.losses[-1], expected, rtol=1e-5, atol=1e-9)
+
+
+def recorded(model: nn.Module, inputs: Inputs, layers: list[str]) -> Tensor:
+    """What some layers compute, one after the other."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: found.update({name: out.double().flatten()})
+        )
+        for name in layers
+    ]
+    outputs_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([found[name] for name in layers])
+
+
+# Not "excited": what its second consumer is given changes with what its first one is left with.
+SEVERAL = [n for n, (_, groups) in NETWORKS.items() if len(groups) > 1 and n != "excited"]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("weights", ["counts", "refit"])
+@pytest.mark.parametrize("room", [True, False])
+def test_layers_make_up_for_those_before_them(
+    name: str, weights: str, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are the distance of the network pruned up to a layer from the dense one there."""
+    model, inputs = network(name)
+    batches = [inputs] if isinstance(inputs, dict) else list(inputs.split(4))
+    options = {"objective": "imitation", "weights": weights}
+    if not room:  # for the values between two layers
+        monkeypatch.setattr(selector, "Replay", lambda model, data, _: Replay(model, data, 0))
+    found = greedyprune.select(model, batches, **options)
+    apart = greedyprune.select(model, batches, **options, sequential=False)
+    first = next(iter(NETWORKS[name][1]))
+    assert found.layers[first].order.equal(apart.layers[first].order)
+    done: dict[str, greedyprune.selection.LayerSelection] = {}
+    for producer in NETWORKS[name][1]:
+        layer = found.layers[producer]
+        done[producer] = layer
+        consumers = list(layer.outputs)
+        small = masked(model, greedyprune.Selection(done))
+        error = recorded(small, inputs, consumers) - recorded(model, inputs, consumers)
+        torch.testing.assert_close(layer.losses[-1], error.square().mean(), rtol=1e-4, atol=1e-9)
+        if len(done) > 1 and weights == "refit":
+            other = masked(model, greedyprune.Selection({**done, producer: apart.layers[producer]}))
+            worse = recorded(other, inputs, consumers) - recorded(model, inputs, consumers)
+            assert error.square().mean() <= worse.square().mean() * 1.05
+
+
+def test_in_place_operations_do_not_reach_the_other_network() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+            self.c, self.d = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            x += self.b(self.a(x).relu_())
+            x.mul_(1.5)
+            x += self.d(self.c(x).relu_())
+            return x
+
+    torch.manual_seed(0)
+    model, inputs = InPlace().eval(), torch.randn(8, 3, 6, 6)
+    selection = greedyprune.select(model, [inputs])
+    small = masked(model, selection)
+    error = recorded(small, inputs, ["d"]) - recorded(model, inputs, ["d"])
+    torch.testing.assert_close(
+        selection.layers["c"].losses[-1], error.square().mean(), rtol=1e-5, atol=0
+    )
 
 
 @each_network

@@ -1,0 +1,192 @@
+"""Two copies of a network run side by side, the dense one and the one pruned so far.
+
+Both go through torch.export's graph a piece at a time, from one layer to the next, so that a whole
+network is selected layer by layer in one pass of each: between two layers every batch's live values
+are kept, or, where those do not fit in memory, computed again from the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
+
+from .data import Batch, Batches
+from .graph import Graph
+from .walk import operation
+
+Values = dict[fx.Node, Any]
+
+
+class _Program:
+    """One exported graph, to be run in pieces; batches of another shape have another."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        graph = Graph(model, batch.args, batch.kwargs)
+        self._nodes, self.kwargs = graph.nodes, graph.kwargs
+        self._interpreter = fx.Interpreter(graph.program.graph_module)
+        self.place = {layer.name: i for i, node in enumerate(graph.nodes)
+                      if (layer := graph.layers.get(node))}  # fmt: skip
+        last = {each: i for i, node in enumerate(self._nodes) for each in node.all_input_nodes}
+        self._dead: list[list[fx.Node]] = [[] for _ in self._nodes]
+        for node, i in last.items():
+            self._dead[i].append(node)
+        specs = graph.program.graph_signature.input_specs
+        self._inputs = list(
+            zip((n for n in self._nodes if n.op == "placeholder"), specs, strict=True)
+        )
+        self._constants = graph.program.constants
+
+    def inputs(self, batch: Batch) -> Values:
+        """The values of the user's inputs."""
+        leaves = iter(tree_leaves((batch.args, self.kwargs | batch.kwargs)))
+        return {
+            node: next(leaves) for node, spec in self._inputs if spec.kind == InputKind.USER_INPUT
+        }
+
+    def run(self, values: Values, tensors: Mapping[str, Tensor], start: int, end: int) -> None:
+        """Runs nodes [start, end) on `values`, of which only those stay that are used later."""
+        own = {
+            node: tensors[spec.target] if spec.target in tensors else self._constants[spec.target]
+            for node, spec in self._inputs
+            if spec.kind != InputKind.USER_INPUT
+        }
+        self._interpreter.env = own | values
+        for i in range(start, end):
+            node = self._nodes[i]
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                break
+            value = self._one(node)
+            if node.users:
+                self._interpreter.env[node] = value
+            for each in self._dead[i]:
+                self._interpreter.env.pop(each, None)
+        values.clear()
+        values.update({n: v for n, v in self._interpreter.env.items() if n not in own})
+        self._interpreter.env = {}
+
+    def operands(self, values: Values, layer: str) -> Tensor:
+        """A layer's input, once everything before it has run."""
+        node = self._nodes[self.place[layer]]
+        return values[node.args[1 if operation(node) == "addmm" else 0]]
+
+    def output(self, values: Values, layer: str) -> Tensor:
+        """A layer's output, just after it has run."""
+        return values[self._nodes[self.place[layer]]]
+
+    def _one(self, node: fx.Node) -> Any:
+        """One operation; in-place ones on a copy, for the networks share values."""
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if not name.endswith("_") or name.endswith("__"):
+            return self._interpreter.run_node(node)
+        args: Any = self._interpreter.map_nodes_to_values(node.args, node)
+        options: Any = self._interpreter.map_nodes_to_values(node.kwargs, node)
+        target: Any = node.target
+        return target(args[0].clone(), *args[1:], **options)
+
+
+class _State:
+    """One batch in both networks, run up to the same node; `pruned` is None while they agree."""
+
+    def __init__(self, batch: Batch, program: _Program) -> None:
+        self.program, self.at = program, 0
+        self.dense = program.inputs(batch)
+        self.pruned: Values | None = None
+
+    def advance(self, to: int, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        if self.pruned is not None:
+            self.program.run(self.pruned, pruned, self.at, to)
+        self.program.run(self.dense, dense, self.at, to)
+        self.at = to
+
+    def bytes_held(self) -> int:
+        tensors = {
+            id(value): value
+            for values in (self.dense, self.pruned or {})
+            for value in tree_leaves(list(values.values()))
+            if isinstance(value, Tensor)
+        }
+        return sum(each.numel() * each.element_size() for each in tensors.values())
+
+
+class Replay:
+    """All batches, advanced from layer to layer."""
+
+    def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
+        self._model, self._batches, self._limit = model, batches, limit
+        self._dense = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        self._changed: dict[str, Tensor] = {}
+        self._first_change: str | None = None
+        self._programs: dict[object, _Program] = {}
+        self._states: list[_State] | None = None  # None: computed from the inputs in every pass
+
+    def order(self, names: Sequence[str]) -> dict[str, int]:
+        """Where in the graph each of these layers runs."""
+        place = self._program(self._batches.first()).place
+        return {name: place[name] for name in names}
+
+    def change(self, layer: str, weight: Tensor) -> None:
+        """The pruned network has this weight from here on; layers in the order of the graph."""
+        self._changed[f"{layer}.weight"] = weight
+        self._first_change = self._first_change or layer
+        for state in self._states or []:
+            if state.pruned is None:
+                state.pruned = dict(state.dense)
+
+    def visit(
+        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None], bar: Any
+    ) -> None:
+        """add(layer, its input in the pruned network, its output in the dense one) for each batch.
+
+        Leaves both networks just before the first of the layers.
+        """
+        layers = sorted(layers, key=self.order(layers).__getitem__)
+        for state in self._all(bar):
+            place = state.program.place
+            pruned = self._dense | self._changed
+            state.advance(place[layers[0]], self._dense, pruned)
+            dense_values, at = dict(state.dense), state.at
+            other = dict(state.dense if state.pruned is None else state.pruned)
+            for layer in layers:
+                state.program.run(other, pruned, at, place[layer])
+                state.program.run(dense_values, self._dense, at, place[layer])
+                found = state.program.operands(other, layer)
+                node_values = dict(dense_values)
+                state.program.run(node_values, self._dense, place[layer], place[layer] + 1)
+                add(layer, found, state.program.output(node_values, layer))
+                at = place[layer]
+
+    def _all(self, bar: Any) -> Iterator[_State]:
+        """Every batch where it was left, or from its inputs."""
+        if self._states is not None:
+            yield from bar(self._states, "activations")
+            return
+        fresh, held, kept = not self._changed, 0, []
+        for batch in bar(self._batches, "activations"):
+            state = _State(batch, self._program(batch))
+            if not fresh:
+                first = self._first_change
+                assert first is not None
+                state.advance(state.program.place[first], self._dense, self._dense)
+                state.pruned = dict(state.dense)
+            yield state
+            held += state.bytes_held()
+            if held <= self._limit:
+                kept.append(state)
+        if held <= self._limit:
+            self._states = kept
+
+    def _program(self, batch: Batch) -> _Program:
+        leaves = tree_leaves((batch.args, batch.kwargs))
+        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves)
+        if shapes not in self._programs:
+            self._programs[shapes] = _Program(self._model, batch)
+        return self._programs[shapes]
