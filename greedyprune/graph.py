@@ -82,7 +82,7 @@ class Graph:
         self._model = model
         self.nodes = list(program.graph.nodes)
         self._place = {node: i for i, node in enumerate(self.nodes)}
-        self._tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.layers = {n: layer for n in self.nodes if (layer := self._layer(n)) is not None}
 
     def producers(self) -> Iterator[tuple[str, fx.Node]]:
@@ -101,7 +101,7 @@ class Graph:
 
     def _found(self, name: str, units: int, producers: dict[fx.Node, Slice]) -> Group:
         """Walks, and again with coarser units or more producers where the walk asks for them."""
-        walk = Walk(name, units, dict(producers), self.layers, self._tensors)
+        walk = Walk(name, units, dict(producers), self.layers, self.tensors)
         try:
             self._walk(walk, producers)
         except Joined as joined:
@@ -168,7 +168,7 @@ class Graph:
             owners.setdefault(id(value), []).append(tensor)
         shared = {tensor for names in owners.values() if len(names) > 1 for tensor in names}
         for node in self.nodes:
-            tensor = self._tensors.get(node.name, "")
+            tensor = self.tensors.get(node.name, "")
             if tensor in walk.slices and (tensor in shared or not inside.issuperset(node.users)):
                 raise walk.refuse(f"{tensor!r} is shared with another layer")
 
@@ -179,12 +179,12 @@ class Graph:
         op = operation(node)
         weight, bias = (node.args[2], node.args[0]) if op == "addmm" else (
             node.args[1], node.args[2] if len(node.args) > 2 else None)  # fmt: skip
-        tensor = self._tensors.get(weight.name) if isinstance(weight, fx.Node) else None
+        tensor = self.tensors.get(weight.name) if isinstance(weight, fx.Node) else None
         if tensor is None or tensor.rpartition(".")[2] != "weight":
             return None
         name = tensor.rpartition(".")[0]
         module = self._model.get_submodule(name)
-        of_bias = self._tensors.get(bias.name) if isinstance(bias, fx.Node) else None
+        of_bias = self.tensors.get(bias.name) if isinstance(bias, fx.Node) else None
         if bias is not None and of_bias is None:
             return None
         dims = len(shape_of(node))

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from .data import Batch, Batches
 from .graph import Graph
-from .walk import operation
+from .walk import IDENTITY, RESHAPING, operation, shape_of
+
+SILENT = 1e-3  # of the largest factor of a normalisation: below, a channel makes up for nothing
 
 Values = dict[fx.Node, Any]
 
@@ -39,6 +42,9 @@ class _Program:
             zip((n for n in self._nodes if n.op == "placeholder"), specs, strict=True)
         )
         self._constants = graph.program.constants
+        self._tensors = graph.tensors
+        self._model = model
+        self.shortcuts = {name: self._shortcut(self._nodes[i]) for name, i in self.place.items()}
 
     def inputs(self, batch: Batch) -> Values:
         """The values of the user's inputs."""
@@ -79,6 +85,58 @@ class _Program:
         """A layer's output, just after it has run."""
         return values[self._nodes[self.place[layer]]]
 
+    def missing(
+        self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor | None:
+        """What the layer's output lacks for the sum with its shortcut to be the dense network's.
+
+        dense, pruned: the values just before the layer; tensors: the two networks' weights
+        """
+        shortcut = self.shortcuts[layer]
+        if shortcut is None:
+            return None
+        beside, end, scale = shortcut
+        found = []
+        for values, own in zip((dense, pruned), tensors, strict=True):
+            values = dict(values)
+            self.run(values, own, self.place[layer], end)
+            found.append(values[beside])
+        lack: Tensor = (found[0] - found[1]).reshape(shape_of(self._nodes[self.place[layer]]))
+        if scale is None:
+            return lack
+        scale = scale.reshape(-1, *[1] * (lack.dim() - 2))
+        lively = scale.abs() > SILENT * scale.abs().max()
+        return torch.where(lively, lack / torch.where(lively, scale, 1.0), 0.0)
+
+    def _shortcut(self, layer: fx.Node) -> tuple[fx.Node, int, Tensor | None] | None:
+        """What a layer's output is added to, where, and what normalisation multiplies it with."""
+        node, scale = layer, None
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            op = operation(user)
+            if op == "batch_norm" and user.args[5] is False and len(shape_of(user)) > 1:
+                weight, _, _, variance = (self._parameter(each) for each in user.args[1:5])
+                assert variance is not None
+                factor = (variance + float(user.args[7])).rsqrt()  # type: ignore[arg-type]
+                factor = factor if weight is None else factor * weight
+                scale = factor if scale is None else scale * factor
+            elif op == "add" and all(isinstance(arg, fx.Node) for arg in user.args):
+                beside: fx.Node = next(arg for arg in user.all_input_nodes if arg is not node)
+                if user.kwargs or shape_of(beside) != shape_of(user) or depends(beside, layer):
+                    return None
+                return beside, self._nodes.index(user), scale
+            elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
+                return None
+            node = user
+        return None
+
+    def _parameter(self, node: object) -> Tensor | None:
+        if not isinstance(node, fx.Node):
+            return None
+        name = self._tensors[node.name]
+        module, _, attribute = name.rpartition(".")
+        return getattr(self._model.get_submodule(module), attribute).detach()
+
     def _one(self, node: fx.Node) -> Any:
         """One operation; in-place ones on a copy, for the networks share values."""
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
@@ -88,6 +146,18 @@ class _Program:
         options: Any = self._interpreter.map_nodes_to_values(node.kwargs, node)
         target: Any = node.target
         return target(args[0].clone(), *args[1:], **options)
+
+
+def depends(node: fx.Node, on: fx.Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        each = todo.pop()
+        if each is on:
+            return True
+        if each not in seen:
+            seen.add(each)
+            todo += each.all_input_nodes
+    return False
 
 
 class _State:
@@ -144,7 +214,10 @@ class Replay:
     def visit(
         self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None], bar: Any
     ) -> None:
-        """add(layer, its input in the pruned network, its output in the dense one) for each batch.
+        """add(layer, its input in the pruned network, what it should give) for each batch.
+
+        That is its output in the dense network, and where it is added to a shortcut, what the
+        pruned network's shortcut lacks.
 
         Leaves both networks just before the first of the layers.
         """
@@ -161,7 +234,12 @@ class Replay:
                 found = state.program.operands(other, layer)
                 node_values = dict(dense_values)
                 state.program.run(node_values, self._dense, place[layer], place[layer] + 1)
-                add(layer, found, state.program.output(node_values, layer))
+                wanted = state.program.output(node_values, layer)
+                if state.pruned is not None:
+                    weights = self._dense, pruned
+                    lack = state.program.missing(layer, dense_values, other, weights)
+                    wanted = wanted if lack is None else wanted + lack
+                add(layer, found, wanted)
                 at = place[layer]
 
     def _all(self, bar: Any) -> Iterator[_State]:
