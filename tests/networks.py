@@ -25,10 +25,11 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
+        self.total = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
+        return functional.relu(self.total(self.bn2(self.conv2(hidden)) + self.shortcut(x)))
 
 
 class Bottleneck(nn.Module):
@@ -39,11 +40,12 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(width, 6, 1), nn.BatchNorm2d(6)
         self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
         self.conv3, self.bn3 = nn.Conv2d(6, width, 1), nn.BatchNorm2d(width)
+        self.total = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = functional.relu(self.bn1(self.conv1(x)))
         hidden = functional.relu(self.bn2(self.conv2(hidden)))
-        return functional.relu(self.bn3(self.conv3(hidden)) + x)
+        return functional.relu(self.total(self.bn3(self.conv3(hidden)) + x))
 
 
 class Excited(nn.Module):
@@ -223,6 +225,32 @@ NETWORKS: dict[str, tuple[Callable[[], tuple[nn.Module, Inputs]], Groups]] = {
         "vit.layers.0.mlp.fc1": (20, (), ("vit.layers.0.mlp.fc2",)),
     }),
 }  # fmt: skip
+
+
+# Where a consumer's output has been added to a shortcut: the module that takes the sum, and the
+# normalisation before that.
+_BERT_TOTALS = {
+    f"{_ATTENTION}.output.dense": (f"{_ATTENTION}.output.LayerNorm", None),
+    "bert.encoder.layer.0.output.dense": ("bert.encoder.layer.0.output.LayerNorm", None),
+}
+TOTALS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "resnet": {"3.conv2": ("3.total", "3.bn2"), "4.conv2": ("4.total", "4.bn2")},
+    "bottleneck": {"1.conv3": ("1.total", "1.bn3")},
+    "bert": _BERT_TOTALS,
+    "bert, eager": _BERT_TOTALS,
+    "gpt2": {
+        "transformer.h.0.attn.c_proj": ("transformer.h.0.ln_2", None),
+        "transformer.h.0.mlp.c_proj": ("transformer.ln_f", None),
+    },
+    "llama": {
+        f"{_LAYER}.self_attn.o_proj": (f"{_LAYER}.post_attention_layernorm", None),
+        f"{_LAYER}.mlp.down_proj": ("model.norm", None),
+    },
+    "vit": {
+        "vit.layers.0.attention.o_proj": ("vit.layers.0.layernorm_after", None),
+        "vit.layers.0.mlp.fc2": ("vit.layernorm", None),
+    },
+}
 
 
 def network(name: str) -> tuple[nn.Module, Inputs]:

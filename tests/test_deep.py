@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from networks import NETWORKS, Block, Inputs, network, outputs_of
+from networks import NETWORKS, TOTALS, Block, Inputs, network, outputs_of
 from torch import Tensor, nn
 
 import greedyprune
@@ -93,19 +93,26 @@ def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
             torch.testing.assert_close(cut.losses[-1], expected, rtol=1e-5, atol=1e-9)
 
 
-def recorded(model: nn.Module, inputs: Inputs, layers: list[str]) -> Tensor:
-    """What some layers compute, one after the other."""
-    found: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, __, out, name=name: found.update({name: out.double().flatten()})
+def recorded(
+    model: nn.Module, inputs: Inputs, consumer: str, total: tuple[str, str | None] | None
+) -> Tensor:
+    """What a layer computes, or its sum with the shortcut, in the layer's own scale."""
+    found: list[Tensor] = []
+    if total is None:
+        handle = model.get_submodule(consumer).register_forward_hook(
+            lambda _, __, out: found.append(out.double())
         )
-        for name in layers
-    ]
+    else:
+        handle = model.get_submodule(total[0]).register_forward_pre_hook(
+            lambda _, args: found.append(args[0].double())
+        )
     outputs_of(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return torch.cat([found[name] for name in layers])
+    handle.remove()
+    if total is None or total[1] is None:
+        return found[0]
+    norm = model.get_submodule(total[1])
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return found[0] / scale[:, None, None]
 
 
 # Not "excited": what its second consumer is given changes with what its first one is left with.
@@ -118,7 +125,10 @@ SEVERAL = [n for n, (_, groups) in NETWORKS.items() if len(groups) > 1 and n != 
 def test_layers_make_up_for_those_before_them(
     name: str, weights: str, room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses are the distance of the network pruned up to a layer from the dense one there."""
+    """Losses are the distance of the network pruned up to a layer from the dense one there.
+
+    Where the layer's output is added to a shortcut, of the sums.
+    """
     model, inputs = network(name)
     batches = [inputs] if isinstance(inputs, dict) else list(inputs.split(4))
     options = {"objective": "imitation", "weights": weights}
@@ -132,13 +142,14 @@ def test_layers_make_up_for_those_before_them(
     for producer in NETWORKS[name][1]:
         layer = found.layers[producer]
         done[producer] = layer
-        consumers = list(layer.outputs)
+        [consumer] = layer.outputs
+        what = consumer, TOTALS.get(name, {}).get(consumer)
         small = masked(model, greedyprune.Selection(done))
-        error = recorded(small, inputs, consumers) - recorded(model, inputs, consumers)
+        error = recorded(small, inputs, *what) - recorded(model, inputs, *what)
         torch.testing.assert_close(layer.losses[-1], error.square().mean(), rtol=1e-4, atol=1e-9)
         if len(done) > 1 and weights == "refit":
             other = masked(model, greedyprune.Selection({**done, producer: apart.layers[producer]}))
-            worse = recorded(other, inputs, consumers) - recorded(model, inputs, consumers)
+            worse = recorded(other, inputs, *what) - recorded(model, inputs, *what)
             assert error.square().mean() <= worse.square().mean() * 1.05
 
 
@@ -160,7 +171,7 @@ def test_in_place_operations_do_not_reach_the_other_network() -> None:
     model, inputs = InPlace().eval(), torch.randn(8, 3, 6, 6)
     selection = greedyprune.select(model, [inputs])
     small = masked(model, selection)
-    error = recorded(small, inputs, ["d"]) - recorded(model, inputs, ["d"])
+    error = outputs_of(small, inputs).double() - outputs_of(model, inputs).double()
     torch.testing.assert_close(
         selection.layers["c"].losses[-1], error.square().mean(), rtol=1e-5, atol=0
     )
