@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from ._backend import show_config
 from .selection import LayerSelection, Selection
 from .selector import select
-from .surgery import prune
+from .structure import layers
+from .surgery import prune, recalibrate
 
 try:
     __version__ = version("greedyprune")
 except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "unknown"
 
-__all__ = ["LayerSelection", "Selection", "prune", "select", "show_config"]
+__all__ = ["LayerSelection", "Selection", "layers", "prune", "recalibrate", "select", "show_config"]

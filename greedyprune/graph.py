@@ -238,7 +238,7 @@ def analyse(
     Raises whatever torch.export raises for a model that it can't trace. A second call on an
     unchanged model finds the answer kept.
     """
-    signature = _signature(model, batch)
+    signature = check, _signature(model, batch)
     known = _KNOWN.get(model)
     if known is not None and known[0] == signature:
         return known[1]
@@ -294,7 +294,7 @@ def find_groups(
         if not groups:
             reasons = [str(reason) for reason in found.values()]
             reasons += [
-                f"layer {name!r}: {_not_found(module)}"
+                f"layer {name!r}: {why_not(module)}"
                 for name, module in model.named_modules()
                 if name not in found and isinstance(module, LAYERS)
             ]
@@ -314,12 +314,12 @@ def find_groups(
             )
         else:
             module = dict(model.named_modules()).get(name)
-            why = "no such module" if module is None else _not_found(module)
+            why = "no such module" if module is None else why_not(module)
             raise ValueError(f"layers: found {name!r} ({why}), expected any of: {known}")
     return groups
 
 
-def _not_found(module: nn.Module) -> str:
+def why_not(module: nn.Module) -> str:
     """Why a module is no producer."""
     kind = type(module).__name__
     if not isinstance(module, LAYERS):

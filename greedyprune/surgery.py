@@ -6,7 +6,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
+from .data import Batch, Batches
 from .imitation import module_weight
 from .selection import LayerSelection, Selection
 
@@ -58,6 +60,39 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         for layer in selection.layers.values():
             _cut(small, layer)
     return small
+
+
+def recalibrate(model: nn.Module, data: object) -> nn.Module:
+    """Estimates the statistics of a model's batch normalisation again, in place; returns the model.
+
+    What `prune` leaves gives other means and variances than the dense network did. One pass over
+    the data in training mode (torch.optim.swa_utils.update_bn); nothing else of the model changes.
+
+    Args:
+        model: any nn.Module, in eval or training mode, in which it stays
+        data: as for `select`; targets are not used
+
+    Raises:
+        TypeError: no nn.Module, or no data; ValueError: data without samples
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    batches = Batches(data, model)
+    batches.first()
+    update_bn(batches, _OfBatch(model))
+    return model
+
+
+class _OfBatch(nn.Module):
+    """A model as a function of a Batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, batch: Batch) -> object:
+        return self.model(*batch.args, **batch.kwargs)
 
 
 def masked(model: nn.Module, selection: Selection) -> nn.Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from io import StringIO
 
 import pytest
 import torch
 from networks import NETWORKS, TOTALS, Block, Inputs, network, outputs_of
+from rich.console import Console
 from torch import Tensor, nn
 
 import greedyprune
@@ -220,6 +222,72 @@ def test_groups_are_torch_pruning_s(name: str) -> None:
                   if dep.target.module in names}  # fmt: skip
         ours = {tensor.rpartition(".")[0] for tensor in group.slices}
         assert ours == theirs
+
+
+@each_network
+def test_the_table_of_layers(name: str) -> None:
+    model, inputs = network(name)
+    found = greedyprune.layers(model, inputs)
+    assert {n: (e.units, e.producers[1:], e.consumers) for n, e in found.items()} == (
+        NETWORKS[name][1]
+    )
+    weights = {
+        n for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    }  # fmt: skip
+    shown = {each for layer in found.values() for each in layer.producers} | set(found.refused)
+    assert weights <= shown
+    for layer in found.values():
+        assert layer.flops > 0
+    text = Console(width=400, file=StringIO())
+    text.print(found.summary())
+    assert all(each in text.file.getvalue() for each in [*found, *found.refused.values()])
+
+
+def test_the_table_s_numbers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
+    found = greedyprune.layers(model, torch.randn(2, 3, 4, 4))
+    assert model.training
+    assert found["0"].features == 4
+    assert found["0"].parameters == 8 * 27 + 8 + 8 + 8 + 32 * 5
+    assert found["0"].flops == 2 * (2 * 4 * 8 * 27 + 2 * 32 * 5)
+    assert found.refused == {"3": "its units are the model's output"}
+    with pytest.raises(TypeError, match="example: found int"):
+        greedyprune.layers(model, 3)
+    with pytest.raises(ValueError, match=r"model: torch.export can't trace it"):
+        greedyprune.layers(model, torch.randn(2, 4, 4, 4))
+
+
+def test_a_large_model_without_weights() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+        ids = torch.zeros(1, 16, dtype=torch.int64)
+    found = greedyprune.layers(model, {"input_ids": ids})
+    assert len(found) == 2 * 22
+    assert sum(layer.parameters for layer in found.values()) > 9e8
+    assert found["model.layers.7.self_attn.q_proj"].units == 4
+    assert found["model.layers.7.mlp.gate_proj"].units == 5632
+
+
+def test_recalibrated_statistics_are_the_data_s() -> None:
+    model, inputs = network("resnet")
+    model = model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert greedyprune.recalibrate(model, [inputs, inputs]) is model
+    hidden = model[0](inputs)
+    torch.testing.assert_close(model[1].running_mean, hidden.mean((0, 2, 3)))
+    torch.testing.assert_close(model[1].running_var, hidden.var((0, 2, 3)))
+    statistics = {name for name in before if "running" in name or "num_batches" in name}
+    for name, value in model.state_dict().items():
+        assert value.equal(before[name]) == (name not in statistics)
+    assert model.training
+    with pytest.raises(TypeError, match="model: found int"):
+        greedyprune.recalibrate(3, [inputs])
 
 
 def refused(model: nn.Module, inputs: Tensor, layer: str) -> str:
