@@ -214,6 +214,23 @@ void bind_structs(py::module_& m) {
   pointer(squares, "root", &S::root);
   pointer(squares, "gain", &S::gain);
 
+  using W = Swaps;
+  py::class_<W> swaps(m, "Swaps");
+  swaps.def(py::init<>())
+      .def_readwrite("units", &W::units)
+      .def_readwrite("width", &W::width)
+      .def_readwrite("outputs", &W::outputs)
+      .def_readwrite("kept_count", &W::kept_count)
+      .def_readwrite("dropped_count", &W::dropped_count);
+  pointer(swaps, "swept", &W::swept);
+  pointer(swaps, "right", &W::right);
+  pointer(swaps, "norms", &W::norms);
+  pointer(swaps, "kept", &W::kept);
+  pointer(swaps, "dropped", &W::dropped);
+  pointer(swaps, "inner", &W::inner);
+  pointer(swaps, "pull", &W::pull);
+  pointer(swaps, "costs", &W::costs);
+
   using P = Pointwise;
   py::class_<P> pointwise(m, "Pointwise");
   pointwise.def(py::init<>())
@@ -311,6 +328,12 @@ void bind_greedy(py::module_& m) {
     });
   });
   m.attr("most_width") = kMostWidth;
+  m.attr("most_swap_width") = kMostSwapWidth;
+  m.def("swap_gains", [](Address gains, const Swaps& problem, int threads) {
+    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+      return active->swap_gains(at<double>(gains), problem, caller);
+    });
+  });
   m.def("greedy_refit", [](Path& path, const LeastSquares& problem, const Rule& rule,
                            const Workspace& workspace, int threads, py::object step) {
     run(threads, std::move(step), py::none(), [&](const Caller& caller) {

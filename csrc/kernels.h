@@ -155,6 +155,22 @@ struct LeastSquares {
 };
 constexpr int64_t kMostWidth = 512;
 
+// Least squares on some kept units, some of which may be exchanged for dropped ones. A and B are
+// its matrices swept on all the kept units (cpu/swap_gains.cpp).
+struct Swaps {
+  int64_t units, width, outputs;  // N, w, C
+  const double* swept;            // (N w, N w)  A, symmetric
+  const double* right;            // (N w, C)  B
+  const double* norms;            // (N w)  the squares of the features
+  const int64_t* kept;            // (kept_count)  the kept units that are tried
+  const int64_t* dropped;         // (dropped_count)
+  int64_t kept_count, dropped_count;
+  const double* inner;  // (kept_count, w, w)  P = (-A_pp)^-1
+  const double* pull;   // (kept_count, w, C)  P B_p
+  const double* costs;  // (kept_count)  what dropping each costs
+};
+constexpr int64_t kMostSwapWidth = 64;
+
 // Samples whose products are added up in the features' own type, as several sums that fill a
 // register of at least 16 bytes.
 constexpr int64_t kProductTile = 4096;
@@ -212,6 +228,8 @@ struct Kernels {
   // Least squares, with the picked units' outgoing weights solved for again in every step.
   Status (*greedy_refit)(Path& path, const LeastSquares& problem, const Rule& rule,
                          const Workspace& workspace, const Caller& caller);
+  // gains (kept_count, dropped_count): by what each exchange lowers the squared error.
+  Status (*swap_gains)(double* gains, const Swaps& problem, const Caller& caller);
 };
 
 namespace baseline {

@@ -3,7 +3,8 @@
     python examples/prune_cnn.py --data DIR [--images 1024] [--keep 0.5 0.25]
 
 DIR has the standard Python batches (cifar-10-batches-py). Prints test accuracies for the theory's
-weights and for least squares, every layer by itself and one after the other.
+weights and for least squares, every layer by itself, one after the other, and with kept channels
+exchanged for others (the default).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import greedyprune
 HOW: dict[str, dict[str, Any]] = {
     "counts, by itself": {"weights": "counts", "sequential": False},
     "counts, in sequence": {"weights": "counts"},
-    "refit, by itself": {"sequential": False},
-    "refit, in sequence": {},
+    "refit, by itself": {"sequential": False, "swaps": 0},
+    "refit, in sequence": {"swaps": 0},
+    "refit, in sequence, exchanges": {},
 }
 
 

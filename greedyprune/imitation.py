@@ -25,8 +25,10 @@ from .moments import PRODUCT, add_upper_product, mirror
 from .reference import Moments, Path, Refit, Rule, Step
 from .replay import Replay
 from .reweight import distinct_counts
+from .swaps import exchanged, refit_of
 from .walk import Slice
 
+WIDEST = 64  # features a unit that exchanges are tried with
 DAMPING = 1e-4  # of the mean diagonal: what refitted weights cost, as a share
 
 
@@ -156,7 +158,13 @@ class Sums:
         return solve(gram, moments, rule, with_gap=with_gap, step=step)
 
     def refit(
-        self, rule: Rule, backend: str, step: Step | None, damping: float = DAMPING
+        self,
+        rule: Rule,
+        backend: str,
+        step: Step | None,
+        *,
+        swaps: int,
+        damping: float = DAMPING,
     ) -> tuple[Path, dict[str, Refit]]:
         """Greedy steps of least squares refitted in each; the losses are those without damping.
 
@@ -186,6 +194,16 @@ class Sums:
             gram.view(n * width, n * width), right.view(n * width, outputs), target_norm, rule,
             width=width, scale=1 / self.mass, step=step,
         )  # fmt: skip
+        if swaps and width <= WIDEST and len(found.units) == len(path.order):
+            units = exchanged(
+                gram.view(n * width, -1), right.view(n * width, -1), target_norm, found.units,
+                width, swaps, backend,
+            )  # fmt: skip
+            if not units.equal(found.units):
+                found = refit_of(gram.view(n * width, -1), right.view(n * width, -1), units, width)
+                gains = found.solved.square().sum(1).view(-1, width).sum(1)
+                losses = (target_norm - gains.cumsum(0)) / self.mass
+                path = Path(units, losses, None, path.scored, path.rescored)
         fitted, losses = {}, path.losses
         at = distinct_counts(path.order) - 1
         for each, ridge, (own, out) in zip(self.consumers, ridges, parts, strict=True):

@@ -439,6 +439,53 @@ def greedy_refit(
     return path, Refit(picked, root, solved[:size].clone())
 
 
+def swap_gains(
+    swept: Tensor,
+    right: Tensor,
+    norms: Tensor,
+    kept: Tensor,
+    dropped: Tensor,
+    inner: Tensor,
+    pull: Tensor,
+    costs: Tensor,
+) -> Tensor:
+    """By what each exchange of a kept for a dropped unit lowers a squared error: (p, d) float64.
+
+    Args:
+        swept: (N w, N w) float64, the Gram matrix swept on all kept units; right: (N w, C) float64,
+            the right side swept along; norms: (N w,), the Gram matrix's diagonal
+        kept: (p,) int64, which of them are tried; dropped: (d,) int64
+        inner: (p, w, w) float64, (-A_pp)^-1; pull: (p, w, C), that times the weights
+        costs: (p,) float64, what dropping each costs
+
+    Raises:
+        ValueError, TypeError: shapes or types that do not fit
+
+    Source: csrc/cpu/swap_gains.cpp.
+    """
+    size, outputs = right.shape
+    check("swept", swept, (size, size), torch.float64)
+    width = inner.shape[-1]
+    if width > extension().most_swap_width:
+        raise ValueError(
+            f"width: found {width}, expected at most {extension().most_swap_width} for exchanges"
+        )
+    check("inner", inner, (len(kept), width, width), torch.float64)
+    check("pull", pull, (len(kept), width, outputs), torch.float64)
+    check("costs", costs, (len(kept),), torch.float64)
+    check("norms", norms, (size,), torch.float64)
+    keep, gains = Struct(), torch.empty(len(kept), len(dropped), dtype=torch.float64)
+    problem = keep.fill(
+        extension().Swaps(),
+        units=size // width, width=width, outputs=outputs, kept_count=len(kept),
+        dropped_count=len(dropped), swept=swept.contiguous(), right=right.contiguous(),
+        norms=norms.contiguous(), kept=kept.contiguous(), dropped=dropped.contiguous(),
+        inner=inner.contiguous(), pull=pull.contiguous(), costs=costs.contiguous(),
+    )  # fmt: skip
+    extension().swap_gains(gains.data_ptr(), problem, torch.get_num_threads())
+    return gains
+
+
 def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
     """The struct of squared error; without `exact` the sums count as float64's, 1024 at a time."""
     rounding = (1024 + moments.samples / 1024) * 2.0**-53 if exact is None else exact.rounding

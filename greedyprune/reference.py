@@ -254,6 +254,29 @@ def greedy_refit(
     )
 
 
+def swap_gains(
+    swept: Tensor,
+    right: Tensor,
+    norms: Tensor,
+    kept: Tensor,
+    dropped: Tensor,
+    inner: Tensor,
+    pull: Tensor,
+    costs: Tensor,
+) -> Tensor:
+    """By what each exchange lowers a squared error; see `ops.swap_gains`."""
+    width = inner.shape[-1]
+    rows = torch.arange(len(right)).view(-1, width)
+    gains = torch.empty(len(kept), len(dropped), dtype=torch.float64)
+    for i, p in enumerate(kept.tolist()):
+        for k, j in enumerate(dropped.tolist()):
+            across = swept[rows[p]][:, rows[j]]
+            left = swept[rows[j]][:, rows[j]] + across.T @ inner[i] @ across
+            own = right[rows[j]] + across.T @ pull[i]
+            gains[i, k] = (own * torch.linalg.lstsq(left, own).solution).sum() - costs[i]
+    return gains
+
+
 class RefitObjective:
     """What is left of |t|^2 once the picked units' weights are solved for again."""
 

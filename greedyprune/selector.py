@@ -50,6 +50,7 @@ def select(
     progress: bool | None = None,
     memory_limit: int | None = None,
     sequential: bool = True,
+    swaps: int | None = None,
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -98,6 +99,9 @@ def select(
         sequential: layer by layer, each on what the layers pruned before it give, towards what the
             dense network gives; False: every layer by itself, from one pass through the dense
             network (as where layers are named by hand)
+        swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
+            while the error falls, at most so often; None: as often as that helps. What comes in
+            this way is last in `order`. Not with tolerance
 
     Returns:
         Selection, for `prune`
@@ -117,7 +121,7 @@ def select(
         model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
         objective=objective, weights=weights, replacement=replacement, candidates=candidates,
         batch_size=batch_size, shortlist=shortlist, seed=seed, memory_limit=memory_limit,
-        sequential=sequential,
+        sequential=sequential, swaps=swaps,
     )  # fmt: skip
     batches = Batches(data, model)
     backend = _backend.resolve(backend, batches.device)
@@ -302,7 +306,10 @@ def _select_by_sums(
     with bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
         fitted = None
         if weights == "refit":
-            path, fitted = sums.refit(rule, backend, _step(shown, enough))
+            path, fitted = sums.refit(
+                rule, backend, _step(shown, enough),
+                swaps=0 if chosen.tolerance is not None else chosen.swaps,
+            )  # fmt: skip
         else:
             path = sums.path(gram, moments, rule, backend, with_gap=native and rule.draws is None,
                              step=_step(shown, enough if native else -float("inf")))  # fmt: skip

@@ -14,6 +14,7 @@ from .reference import Rule
 
 OBJECTIVES = ("auto", "loss", "imitation")
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
+MOST_SWAPS = 10_000
 REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
 
 
@@ -47,6 +48,7 @@ class Settings:
     seed: int
     memory_limit: int
     sequential: bool
+    swaps: int
 
     def rule(self, layer: str, units: int) -> Rule:
         """When to stop and what may be picked, in a layer of so many units."""
@@ -128,6 +130,7 @@ def resolve(
     seed: object,
     memory_limit: object,
     sequential: object,
+    swaps: object,
 ) -> Settings:
     """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
     if not isinstance(model, nn.Module):
@@ -159,6 +162,8 @@ def resolve(
         raise ValueError(f"tolerance: found {tolerance!r}, expected a fraction of at least 0")
     if not is_int(seed):
         raise TypeError(f"seed: found {seed!r}, expected an int")
+    if swaps is not None and not (is_int(swaps) and swaps >= 0):  # type: ignore[operator]
+        raise ValueError(f"swaps: found {swaps!r}, expected an int of at least 0")
     if not isinstance(sequential, bool):
         raise TypeError(f"sequential: found {sequential!r}, expected True or False")
     if replacement not in (None, True, False):
@@ -185,6 +190,7 @@ def resolve(
         seed=int(seed),  # type: ignore[call-overload]
         memory_limit=limit or psutil.virtual_memory().available // 2,
         sequential=sequential,
+        swaps=MOST_SWAPS if swaps is None else int(swaps),  # type: ignore[call-overload]
     )
 
 

@@ -353,7 +353,7 @@ def test_a_tolerance_stops_each_layer() -> None:
     nothing = copy.deepcopy(model)
     for parameter in nothing.parameters():
         nn.init.zeros_(parameter)
-    found = greedyprune.select(model, [inputs], tolerance=1e-4)
+    found = greedyprune.select(model, [inputs], tolerance=1e-4, sequential=False)
     for layer in found.layers.values():
         errors = consumer_outputs(model, inputs, list(layer.outputs), nothing)
         enough = 1e-4 * float(torch.cat(errors).square().mean())
