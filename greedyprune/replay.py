@@ -19,6 +19,7 @@ from .data import Batch, Batches
 from .graph import Graph
 from .walk import IDENTITY, RESHAPING, operation, shape_of
 
+MOST_SHAPES = 16
 SILENT = 1e-3  # of the largest factor of a normalisation: below, a channel makes up for nothing
 
 Values = dict[fx.Node, Any]
@@ -266,5 +267,10 @@ class Replay:
         leaves = tree_leaves((batch.args, batch.kwargs))
         shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves)
         if shapes not in self._programs:
+            if len(self._programs) == MOST_SHAPES:
+                raise ValueError(
+                    f"data: found batches of more than {MOST_SHAPES} shapes, each of which takes a "
+                    "trace of the model; expected batches of one size, or sequential=False"
+                )
             self._programs[shapes] = _Program(self._model, batch)
         return self._programs[shapes]

@@ -98,7 +98,8 @@ def select(
             fit is computed again in every pass over the data; None: half the memory that is free
         sequential: layer by layer, each on what the layers pruned before it give, towards what the
             dense network gives; False: every layer by itself, from one pass through the dense
-            network (as where layers are named by hand)
+            network (as where layers are named by hand, and best for batches of many shapes, each
+            of which takes a trace)
         swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
             while the error falls, at most so often; None: as often as that helps. What comes in
             this way is last in `order`. Not with tolerance

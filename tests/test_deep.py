@@ -155,6 +155,17 @@ def test_layers_make_up_for_those_before_them(
             assert error.square().mean() <= worse.square().mean() * 1.05
 
 
+def test_batches_of_many_shapes() -> None:
+    model, inputs = network("resnet")
+    batches = [inputs[:n] for n in (1, 2, 3)]
+    some = greedyprune.select(model, batches)
+    assert set(some.layers) == {"3.conv1", "4.conv1"}
+    sizes = [torch.randn(1, 3, n, 12) for n in range(6, 25)]
+    with pytest.raises(ValueError, match=r"data: found batches of more than 16 shapes"):
+        greedyprune.select(model, sizes)
+    assert set(greedyprune.select(model, sizes, sequential=False).layers) == set(some.layers)
+
+
 def test_in_place_operations_do_not_reach_the_other_network() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
