@@ -158,13 +158,7 @@ class Sums:
         return solve(gram, moments, rule, with_gap=with_gap, step=step)
 
     def refit(
-        self,
-        rule: Rule,
-        backend: str,
-        step: Step | None,
-        *,
-        swaps: int,
-        damping: float = DAMPING,
+        self, rule: Rule, backend: str, step: Step | None, swaps: int
     ) -> tuple[Path, dict[str, Refit]]:
         """Greedy steps of least squares refitted in each; the losses are those without damping.
 
@@ -186,7 +180,7 @@ class Sums:
             target_norm += each.target_norm()
             gram[:, own, :, own] = each.gram.view(n, each.width, n, each.width)
             right[:, own, out] = products.view(n, each.width, each.outputs)
-            ridges.append(damping * float(each.gram.diagonal().mean()))
+            ridges.append(DAMPING * float(each.gram.diagonal().mean()) or 1.0)  # 1: all are dead
             gram[:, own, :, own].diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).add_(ridges[-1])
             parts.append((own, out))
         solve = reference.greedy_refit if backend == "reference" else ops.greedy_refit

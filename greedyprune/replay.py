@@ -122,10 +122,12 @@ class _Program:
                 factor = factor if weight is None else factor * weight
                 scale = factor if scale is None else scale * factor
             elif op == "add" and all(isinstance(arg, fx.Node) for arg in user.args):
-                beside: fx.Node = next(arg for arg in user.all_input_nodes if arg is not node)
-                if user.kwargs or shape_of(beside) != shape_of(user) or depends(beside, layer):
+                others = [arg for arg in user.all_input_nodes if arg is not node]
+                if len(others) != 1 or others[0].op == "placeholder" or user.kwargs:
+                    return None  # itself, or what both networks have alike
+                if shape_of(others[0]) != shape_of(user) or depends(others[0], layer):
                     return None
-                return beside, self._nodes.index(user), scale
+                return others[0], self._nodes.index(user), scale
             elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
                 return None
             node = user

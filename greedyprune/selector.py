@@ -24,7 +24,7 @@ from .replay import Replay
 from .reweight import distinct_counts, first_picks, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
-from .surgery import masked, prune
+from .surgery import masked, masked_weight, prune
 from .walk import NotPrunableError
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows
@@ -154,7 +154,7 @@ def select(
             if _objective(chosen.objective, group) == "imitation" and _by_sums(model, group, chosen)
         ]  # fmt: skip
         selected = _select_summed(model, summed, batches, rules, chosen, backend, bar)
-        if chosen.sequential and selected:
+        if chosen.sequential and 0 < len(selected) < len(groups):
             model = masked(model, Selection(selected))
         for group in groups:
             if group in summed:
@@ -191,9 +191,9 @@ def _select_summed(
     for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
         layer = select_from(replayed(model, group, replay, bar))
         selected[group.producer] = layer
-        full = masked(model, Selection({group.producer: layer}))
         for name in sorted(group.consumers, key=order.__getitem__):
-            replay.change(name, full.get_parameter(f"{name}.weight"))
+            weight = model.get_parameter(f"{name}.weight")
+            replay.change(name, masked_weight(weight, layer, name))
     return selected
 
 

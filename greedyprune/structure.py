@@ -80,6 +80,8 @@ class Layers(Mapping[str, Prunable]):
 def layers(model: nn.Module, example: object) -> Layers:
     """What `select` can prune in a model, and why not the rest.
 
+    Whether sizes of the dense model are written into its code shows only on data, in `select`.
+
     Args:
         model: any nn.Module that torch.export can trace, also on the meta device
         example: inputs for one forward pass: a tensor, a tuple of them, or a dict of keyword

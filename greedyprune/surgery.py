@@ -56,7 +56,7 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     small = copy.deepcopy(model)
     with torch.no_grad():
         for layer in selection.layers.values():
-            _reweight(small, layer)
+            _mask(small, layer)
         for layer in selection.layers.values():
             _cut(small, layer)
     return small
@@ -100,13 +100,7 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
     full = copy.deepcopy(model)
     with torch.no_grad():
         for layer in selection.layers.values():
-            _reweight(full, layer)
-            dropped = (layer.counts == 0).nonzero().flatten()
-            for consumer in layer.outputs:
-                at = layer.slices[f"{consumer}.weight"]
-                weight = full.get_parameter(f"{consumer}.weight")
-                entries = at.entries(dropped, len(layer.counts)).to(weight.device)
-                weight.index_fill_(at.dim, entries, 0)
+            _mask(full, layer)
     return full
 
 
@@ -132,24 +126,27 @@ def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:
             )
 
 
-def _reweight(model: nn.Module, layer: LayerSelection) -> None:
-    """The kept units' outgoing weights, while everything has its full size."""
+def _mask(model: nn.Module, layer: LayerSelection) -> None:
     for consumer in layer.outputs:
-        weight = dict(model.named_parameters())[f"{consumer}.weight"]
-        at = layer.slices[f"{consumer}.weight"]
-        here = at.entries(layer.kept, len(layer.counts)).to(weight.device)
-        new = layer.new_weights(consumer)
-        if new is None:
-            factors = torch.ones(len(layer.counts), dtype=torch.float64)
-            factors[layer.kept] = layer.weights
-            shape = [1] * weight.dim()
-            shape[at.dim] = -1
-            every = factors.expand(at.outer, -1)[..., None].expand(-1, -1, at.inner).flatten()
-            old = weight.index_select(at.dim, here).double()
-            changed = old * every.to(weight.device)[here].reshape(shape)
-        else:
-            changed = module_weight(new, at, weight).to(weight.device)
-        weight.index_copy_(at.dim, here, changed.to(weight.dtype))
+        weight = model.get_parameter(f"{consumer}.weight")
+        weight.copy_(masked_weight(weight, layer, consumer))
+
+
+def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tensor:
+    """A consumer's dense weight with the kept units' new weights, and zeros for the others."""
+    at, units = layer.slices[f"{consumer}.weight"], len(layer.counts)
+    here = at.entries(layer.kept, units).to(weight.device)
+    new = layer.new_weights(consumer)
+    if new is None:
+        factors = torch.zeros(at.outer, units, at.inner, dtype=torch.float64)
+        factors[:, layer.kept] = layer.weights[:, None]
+        shape = [1] * weight.dim()
+        shape[at.dim] = -1
+        kept = factors.flatten()[here.cpu()].reshape(shape).to(weight.device)
+        changed = weight.index_select(at.dim, here).double() * kept
+    else:
+        changed = module_weight(new, at, weight).to(weight.device)
+    return torch.zeros_like(weight).index_copy_(at.dim, here, changed.to(weight.dtype))
 
 
 def _cut(model: nn.Module, layer: LayerSelection) -> None:

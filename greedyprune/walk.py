@@ -121,7 +121,7 @@ class Walk:
         op = operation(node)
         if op in LINEAR | CONVOLUTIONS:
             self._through_layer(node)
-        elif op == "split_with_sizes" or op in ("split", "chunk"):
+        elif op in ("split", "split_with_sizes", "chunk"):
             self._through_split(node)
         elif node.op == "call_function" and node.target.__name__ == "getitem":  # type: ignore[union-attr]
             self.carrying[node] = self.carrying[first_of(node)]

@@ -155,6 +155,36 @@ def test_layers_make_up_for_those_before_them(
             assert error.square().mean() <= worse.square().mean() * 1.05
 
 
+def test_dead_layers_and_odd_shortcuts() -> None:
+    """Units that never fire, a sum with itself, a parameter of the output's own shape beside it."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.e, self.f = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.place = nn.Parameter(torch.randn(1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x).relu())
+            y = self.d(self.c(y + y).relu()) + self.place
+            return self.f(self.e(y).relu()).softmax(-1)
+
+    torch.manual_seed(0)
+    model = Odd()
+    with torch.no_grad():
+        model.c.bias.fill_(-1e3)
+    batches = list(torch.randn(30, 4).split(1))
+    for backend in ("cpu", "reference"):
+        selection = greedyprune.select(model, batches, backend=backend)
+        assert all(2 * len(e.kept) == len(e.counts) for e in selection.layers.values())
+        assert selection.layers["c"].losses.eq(0).all()
+        assert selection.layers["c"].weights.eq(0).all()
+        small, inputs = greedyprune.prune(model, selection), torch.cat(batches)
+        torch.testing.assert_close(small(inputs), masked(model, selection)(inputs))
+
+
 def test_batches_of_many_shapes() -> None:
     model, inputs = network("resnet")
     batches = [inputs[:n] for n in (1, 2, 3)]
