@@ -1,6 +1,5 @@
-// The only file that knows Python. Tensors arrive as addresses (tensor.data_ptr());
-// greedyprune/ops.py has checked them. Structs are the ones of kernels.h, field by field.
-#include <pybind11/pybind11.h>
+// The module, and the CPU's kernels.
+#include "bindings.h"
 
 #include <chrono>
 #include <cstdint>
@@ -8,29 +7,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-
-namespace py = pybind11;
 using namespace greedyprune;
 
 namespace {
 
-using Address = std::uintptr_t;
-
 const char* active_name = instruction_sets()[0];
 const Kernels* active = kernels_for(active_name);
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class S, class T>
-void pointer(py::class_<S>& c, const char* name, T* S::* member) {
-  c.def_property(
-      name, [member](const S& s) { return reinterpret_cast<Address>(s.*member); },
-      [member](S& s, Address address) { s.*member = at<T>(address); });
-}
 
 // Python callbacks behind the plain Caller. An exception ends the kernel and is raised after it.
 class PythonCaller {
@@ -108,7 +90,7 @@ void run(int threads, py::object step, py::object fetch, const Kernel& kernel) {
 template <class Real>
 void bind_target(py::module_& m, const char* name) {
   using T = Target<Real>;
-  py::class_<T> target(m, name);
+  py::class_<T> target(m, name, py::module_local());
   target.def(py::init<>())
       .def_property(
           "loss", [](const T& t) { return static_cast<int>(t.loss); },
@@ -121,7 +103,7 @@ void bind_target(py::module_& m, const char* name) {
 }
 
 void bind_structs(py::module_& m) {
-  py::class_<Features> features(m, "Features");
+  py::class_<Features> features(m, "Features", py::module_local());
   features.def(py::init<>())
       .def_property(
           "type", [](const Features& f) { return static_cast<int>(f.type); },
@@ -136,7 +118,7 @@ void bind_structs(py::module_& m) {
   bind_target<float>(m, "TargetF32");
   bind_target<double>(m, "TargetF64");
 
-  py::class_<Rule> rule(m, "Rule");
+  py::class_<Rule> rule(m, "Rule", py::module_local());
   rule.def(py::init<>())
       .def_readwrite("steps", &Rule::steps)
       .def_readwrite("size", &Rule::size)
@@ -145,7 +127,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("shortlist", &Rule::shortlist);
   pointer(rule, "draws", &Rule::draws);
 
-  py::class_<Path> path(m, "Path");
+  py::class_<Path> path(m, "Path", py::module_local());
   path.def(py::init<>())
       .def_readonly("length", &Path::length)
       .def_readonly("scored", &Path::scored)
@@ -154,7 +136,7 @@ void bind_structs(py::module_& m) {
   pointer(path, "losses", &Path::losses);
   pointer(path, "gap", &Path::gap);
 
-  py::class_<Workspace> workspace(m, "Workspace");
+  py::class_<Workspace> workspace(m, "Workspace", py::module_local());
   workspace.def(py::init<>());
   pointer(workspace, "available", &Workspace::available);
   pointer(workspace, "scores", &Workspace::scores);
@@ -162,7 +144,7 @@ void bind_structs(py::module_& m) {
   pointer(workspace, "contenders", &Workspace::contenders);
   pointer(workspace, "picked", &Workspace::picked);
 
-  py::class_<Quadratic> quadratic(m, "Quadratic");
+  py::class_<Quadratic> quadratic(m, "Quadratic", py::module_local());
   quadratic.def(py::init<>())
       .def_readwrite("units", &Quadratic::units)
       .def_readwrite("outputs", &Quadratic::outputs)
@@ -183,7 +165,7 @@ void bind_structs(py::module_& m) {
   pointer(quadratic, "residual", &Quadratic::residual);
   pointer(quadratic, "all_units", &Quadratic::all_units);
 
-  py::class_<ColumnCache> cache(m, "ColumnCache");
+  py::class_<ColumnCache> cache(m, "ColumnCache", py::module_local());
   cache.def(py::init<>())
       .def_readwrite("capacity", &ColumnCache::capacity)
       .def_readwrite("block", &ColumnCache::block)
@@ -197,7 +179,7 @@ void bind_structs(py::module_& m) {
   pointer(cache, "taken", &ColumnCache::taken);
 
   using S = LeastSquares;
-  py::class_<S> squares(m, "LeastSquares");
+  py::class_<S> squares(m, "LeastSquares", py::module_local());
   squares.def(py::init<>())
       .def_readwrite("units", &S::units)
       .def_readwrite("width", &S::width)
@@ -215,7 +197,7 @@ void bind_structs(py::module_& m) {
   pointer(squares, "gain", &S::gain);
 
   using W = Swaps;
-  py::class_<W> swaps(m, "Swaps");
+  py::class_<W> swaps(m, "Swaps", py::module_local());
   swaps.def(py::init<>())
       .def_readwrite("units", &W::units)
       .def_readwrite("width", &W::width)
@@ -232,7 +214,7 @@ void bind_structs(py::module_& m) {
   pointer(swaps, "costs", &W::costs);
 
   using P = Pointwise;
-  py::class_<P> pointwise(m, "Pointwise");
+  py::class_<P> pointwise(m, "Pointwise", py::module_local());
   pointwise.def(py::init<>())
       .def_readwrite("features", &P::features)
       .def_readwrite("target", &P::target)
@@ -342,20 +324,6 @@ void bind_greedy(py::module_& m) {
   });
 }
 
-#ifdef GREEDYPRUNE_CUDA
-template <class Real, class Launcher>
-void bind_cuda(py::module_& m, const char* name, Launcher launcher) {
-  m.def(name, [launcher](Address losses, Address partial, Address units, int64_t n,
-                         const Features& features, Address outgoing, double shrink, Address base,
-                         const Target<Real>& target, Address stream) {
-    const Status status =
-        launcher(at<double>(losses), at<double>(partial), at<const int64_t>(units), n, features,
-                 at<const Real>(outgoing), shrink, at<const Real>(base), target, at<void>(stream));
-    if (status != Status::ok) throw std::runtime_error(std::string("CUDA: ") + cuda::last_error());
-  });
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -368,9 +336,7 @@ PYBIND11_MODULE(_C, m) {
                                  &Kernels::candidate_slope_f64);
   bind_greedy(m);
 #ifdef GREEDYPRUNE_CUDA
-  bind_cuda<float>(m, "cuda_candidate_loss_f32", cuda::candidate_loss_f32);
-  bind_cuda<double>(m, "cuda_candidate_loss_f64", cuda::candidate_loss_f64);
-  m.def("cuda_candidate_loss_splits", cuda::candidate_loss_splits);
+  bind_cuda(m);
 #endif
 
   m.def("instruction_sets", [] {

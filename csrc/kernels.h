@@ -16,7 +16,12 @@ namespace greedyprune {
 
 enum class Status : int32_t { ok = 0, stopped = 1, bad_argument = 2, device_error = 3 };
 enum class Loss : int32_t { squared_error = 0, cross_entropy = 1, logistic = 2 };
-enum class Type : int32_t { float32 = 0, float64 = 1 };
+enum class Type : int32_t {
+  float32 = 0,
+  float64 = 1,
+  bfloat16 = 2,
+  float16 = 3
+};  // of 16 bits: CUDA
 
 struct Features {    // the units' activations, unit-major
   const void* data;  // (units, samples), rows `stride` elements apart
@@ -247,16 +252,94 @@ const char* const* instruction_sets();
 // The table for one of them; null if it is not among them.
 const Kernels* kernels_for(const char* instruction_set);
 
+// The same on a GPU. Every pointer is the device's, but for Sampling::starts; `stream` is a
+// cudaStream_t. Launchers return once the work is in the stream.
 namespace cuda {
-// As Kernels::candidate_loss_f64, on device pointers; `stream` is a cudaStream_t. `partial` is
-// scratch, (n, candidate_loss_splits(n, m)).
-int64_t candidate_loss_splits(int64_t n, int64_t samples);
-Status candidate_loss_f32(double* losses, double* partial, const int64_t* units, int64_t n,
-                          const Features& features, const float* outgoing, double shrink,
-                          const float* base, const Target<float>& target, void* stream);
+
+// A path that several calls make goes on where the last ended. On the device; zero at first.
+struct Progress {
+  int64_t length;    // picks made
+  int64_t distinct;  // units among them
+  int64_t missing;   // 1 + the unit whose column the next step needs; 0: none is missing
+  int64_t done;      // nothing is left to pick, or enough is picked
+  int64_t scored, rescored;
+  double beta_sum, state_sum, reach;  // squared error: sums over the picks of beta, c, |phi|
+  double loss, along, tangent_error;  // other losses: at the last step's outputs
+  double slope_error;                 // what rounding does to <gradient, phi_j>, by |phi_j|
+  double linear_sum;                  // over the picks: linear_unit
+};
+
+// How many sums a candidate's loss or slope on `samples` is added up from.
+int64_t candidate_pieces(int64_t samples);
+
+// As Kernels::candidate_loss_f64, without errors.
+Status candidate_loss_f32(double* losses,   // (n)
+                          double* partial,  // (n, candidate_pieces(m))  scratch
+                          const int64_t* units, int64_t n, const Features& features,
+                          const double* reach,    // (N) the largest |h_j w_jc| or more, or null
+                          const float* outgoing,  // (N, C)
+                          double shrink,
+                          const float* base,  // (C, m)
+                          const Target<float>& target, void* stream);
 Status candidate_loss_f64(double* losses, double* partial, const int64_t* units, int64_t n,
-                          const Features& features, const double* outgoing, double shrink,
-                          const double* base, const Target<double>& target, void* stream);
+                          const Features& features, const double* reach, const double* outgoing,
+                          double shrink, const double* base, const Target<double>& target,
+                          void* stream);
+// As Kernels::candidate_slope_f64, without errors.
+Status candidate_slope_f32(double* slopes, double* partial, const int64_t* units, int64_t n,
+                           const Features& features, const float* outgoing, const float* gradient,
+                           int64_t outputs, void* stream);
+Status candidate_slope_f64(double* slopes, double* partial, const int64_t* units, int64_t n,
+                           const Features& features, const double* outgoing, const double* gradient,
+                           int64_t outputs, void* stream);
+
+// Steps up to `last` in one launch, on the Gram matrix gram (N, N). Nothing is scored again from
+// features: gram is float64's.
+Status greedy_gram(Progress* progress, const Path& path, const double* gram,
+                   const Quadratic& objective, const Rule& rule, const Workspace& workspace,
+                   int64_t last, void* stream);
+// The same on columns of it, until one is missing: unit j's is in row slot_of[j] of columns.
+Status greedy_columns(Progress* progress, const Path& path, const double* columns,
+                      const int64_t* slot_of, const Quadratic& objective, const Rule& rule,
+                      const Workspace& workspace, int64_t last, void* stream);
+
+// Any other loss, or squared error on mini-batches.
+struct Pointwise {
+  Features features;
+  const double* outgoing;     // (N, C)
+  const float* outgoing32;    // (N, C)
+  const double* w_largest;    // (N)  the largest |w_jc|
+  const double* w_sum;        // (N)  sum of |w_jc|
+  const double* w_squares;    // (N)  sum of w_jc^2
+  const double* reach;        // (N)  the largest |h_j w_jc|, or more
+  const double* bias;         // (C)
+  Target<double> target;      // weight over all samples
+  const float* weight32;      // like target.weight
+  const float* value32;       // (C, m) logistic
+  double weights_norm;        // of the weights over samples and outputs
+  const double* linear;       // (C, m)  as in the CPU's, or null
+  const double* linear_unit;  // (N)
+  const double* linear_bias;  // (1)  sum of bias_c linear_cs
+  double linear_norm;         // of linear over samples and outputs
+  double* sum;                // (C, m)  z; zero at first
+  const int64_t* starts;      // (steps) on the host; null: every step looks at all samples
+  int64_t batch;              // 0: all
+  // Scratch:
+  double* outputs64;  // (C, m)
+  float* outputs32;   // (C, m)
+  double* partial;    // (N, candidate_pieces(m))
+  double* slopes;     // (N)
+  double* bounds;     // (N)
+  double* sums;       // (kSums, 4)
+  int64_t* counts;    // (3)
+};
+constexpr int64_t kSums = 128;
+
+// Steps first to last, without waiting for the device.
+Status greedy_pointwise(Progress* progress, const Path& path, const Pointwise& objective,
+                        const Rule& rule, const Workspace& workspace, int64_t first, int64_t last,
+                        void* stream);
+
 // The last CUDA error's name and text.
 const char* last_error();
 }  // namespace cuda

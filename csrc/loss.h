@@ -8,11 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define GREEDYPRUNE_INLINE __host__ __device__ __forceinline__
-#else
-#define GREEDYPRUNE_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {  // each instruction set has its own copy: the linker must not mix them
@@ -124,19 +120,23 @@ GREEDYPRUNE_INLINE V at_least(V y, typename Number<V>::Real lowest) {
   return bits_of<V>(bits < limit ? bits : limit);
 }
 
-// exp(x) for x <= 0; what would be subnormal becomes the smallest normal number.
+// 2^y for y up to the highest exponent; what would be subnormal becomes the smallest normal number.
 template <class V>
-GREEDYPRUNE_INLINE V exp_nonpositive(V x) {
+GREEDYPRUNE_INLINE V exp2_upto(V y) {
 #ifdef __CUDA_ARCH__
   if constexpr (sizeof(V) == sizeof(float)) {  // relative error 2^-22; underflows to zero
     float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y));
     return power;
   }
 #endif
-  using F = Number<V>;
-  const V y = x * static_cast<typename F::Real>(kLog2E);
-  return exp2_normal(at_least(y, F::lowest_exponent));
+  return exp2_normal(at_least(y, Number<V>::lowest_exponent));
+}
+
+// exp(x) for x <= 0, the same for what is subnormal.
+template <class V>
+GREEDYPRUNE_INLINE V exp_nonpositive(V x) {
+  return exp2_upto(x * static_cast<typename Number<V>::Real>(kLog2E));
 }
 
 // a / b for |a| <= b, 1 <= b <= 3.

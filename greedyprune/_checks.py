@@ -28,9 +28,10 @@ def check(
         raise TypeError(f"{name}: found {tensor.dtype}, expected {dtype}")
 
 
-def check_features(features: Tensor, outgoing: Tensor | None = None) -> None:
-    if features.dtype not in FEATURE_TYPES:
-        raise TypeError(f"features: found {features.dtype}, expected float32 or float64")
+def check_features(features: Tensor, outgoing: Tensor | None = None, backend: str = "cpu") -> None:
+    if features.dtype not in FEATURE_TYPES or (features.itemsize < 4 and backend == "cpu"):
+        expected = "float32 or float64" + (", bfloat16 or float16" if backend != "cpu" else "")
+        raise TypeError(f"features: found {features.dtype}, expected {expected}")
     if features.dim() != 2 or (features.shape[1] > 1 and features.stride(1) != 1):
         raise ValueError(
             f"features: found shape {tuple(features.shape)} with strides {features.stride()}, "

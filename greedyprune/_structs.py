@@ -12,7 +12,7 @@ from ._backend import extension
 from .losses import KINDS, Target
 from .reference import Moments, Path, Rule
 
-FEATURE_TYPES = {torch.float32: 0, torch.float64: 1}
+FEATURE_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Struct:
@@ -38,18 +38,21 @@ class Struct:
 class Run(Struct):
     """What every greedy kernel takes: the rule, the path that it writes, scratch."""
 
-    def __init__(self, rule: Rule, units: int, with_gap: bool) -> None:
+    def __init__(
+        self, rule: Rule, units: int, with_gap: bool, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         _C = extension()
         double, steps = torch.float64, rule.steps
-        draws = rule.draws
+        draws = None if rule.draws is None else rule.draws.to(device).contiguous()
         if draws is not None and (draws.dtype != double or len(draws) < steps):
             raise ValueError(
                 f"draws: found {draws.dtype} {tuple(draws.shape)}, expected float64 ({steps}, n)"
             )
-        self._order = torch.zeros(steps, dtype=torch.int64)
-        self._losses = torch.zeros(steps, dtype=double)
-        self._gap = torch.zeros(steps, dtype=double) if with_gap else None
+        self._order = torch.zeros(steps, dtype=torch.int64, device=device)
+        self._losses = torch.zeros(steps, dtype=double, device=device)
+        self._gap = torch.zeros_like(self._losses) if with_gap else None
+        self.picked = torch.empty(units, dtype=torch.int64, device=device)
         self.path = self.fill(_C.Path(), order=self._order, losses=self._losses, gap=self._gap)
         self.rule = self.fill(
             _C.Rule(),
@@ -57,16 +60,16 @@ class Run(Struct):
             size=rule.size,
             replacement=rule.replacement,
             shortlist=rule.shortlist,
-            candidates=0 if rule.draws is None else rule.draws.shape[1],
-            draws=None if rule.draws is None else rule.draws.contiguous(),
+            candidates=0 if draws is None else draws.shape[1],
+            draws=draws,
         )
         self.workspace = self.fill(
             _C.Workspace(),
-            available=torch.empty(units, dtype=torch.int64),
-            contenders=torch.empty(units, dtype=torch.int64),
-            picked=torch.empty(units, dtype=torch.int64),
-            scores=torch.empty(units, dtype=double),
-            errors=torch.empty(units, dtype=double),
+            available=torch.empty_like(self.picked),
+            contenders=torch.empty_like(self.picked),
+            picked=self.picked,
+            scores=torch.empty(units, dtype=double, device=device),
+            errors=torch.empty(units, dtype=double, device=device),
         )
 
     def result(self) -> Path:

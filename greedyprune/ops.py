@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cuda, reference
 from ._backend import extension
 from ._checks import check, check_features, check_target, checked_units
 from ._structs import (
@@ -109,6 +109,7 @@ def candidate_loss(
         units: (n,) int64, which units; None: all
         extent: of the features, as `measure_features` gives it; None: measured here
         dtype: what the kernel computes in, float32 or float64; sums are float64
+        backend: "cpu", "cuda" (also for features in bfloat16 and float16) or "reference"
 
     Returns:
         (n,) float64: sums, to be divided by `target.mass`
@@ -118,7 +119,7 @@ def candidate_loss(
 
     Source: README eq. 1.
     """
-    check_features(features, outgoing)
+    check_features(features, outgoing, backend)
     check("outputs", outputs, (outgoing.shape[1], features.shape[1]))
     units = checked_units(units, features)
     if backend == "reference":
@@ -126,28 +127,21 @@ def candidate_loss(
             features, outgoing, outputs, target, shrink=shrink, units=units
         )
     check_target(target, features, outgoing)
-    _C = extension()
-    keep = Struct()
-    exact = dtype == torch.float64
-    losses = torch.empty(len(units), dtype=torch.float64, device=features.device)
     base = target.relative(outputs).to(dtype).contiguous()
     weights = outgoing.to(dtype).contiguous()
-    kernel_target = target_struct(keep, target, dtype, scale=1.0)
-    if backend == "cpu" and extent is None:
-        extent = measure_features(features)
-    described = features_struct(keep, features, extent)
     if backend == "cuda":
-        launch = _C.cuda_candidate_loss_f64 if exact else _C.cuda_candidate_loss_f32
-        splits = _C.cuda_candidate_loss_splits(len(units), features.shape[1])
-        partial = torch.empty(len(units), splits, dtype=torch.float64, device=features.device)
-        with torch.cuda.device(features.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            launch(losses.data_ptr(), partial.data_ptr(), units.data_ptr(), len(units), described,
-                   weights.data_ptr(), shrink, base.data_ptr(), kernel_target, stream)  # fmt: skip
+        losses = _cuda.candidate_loss(features, weights, base, target, shrink, units, extent, dtype)
     else:
-        launch = _C.candidate_loss_f64 if exact else _C.candidate_loss_f32
-        launch(losses.data_ptr(), 0, units.data_ptr(), len(units), described, weights.data_ptr(),
-               shrink, base.data_ptr(), kernel_target, torch.get_num_threads())  # fmt: skip
+        keep = Struct()
+        losses = torch.empty(len(units), dtype=torch.float64)
+        _C = extension()
+        launch = _C.candidate_loss_f64 if dtype == torch.float64 else _C.candidate_loss_f32
+        launch(
+            losses.data_ptr(), 0, units.data_ptr(), len(units),
+            features_struct(keep, features, extent or measure_features(features)),
+            weights.data_ptr(), shrink, base.data_ptr(),
+            target_struct(keep, target, dtype, scale=1.0), torch.get_num_threads(),
+        )  # fmt: skip
     if target.linear is not None:
         losses += (target.linear * outputs).sum()
         losses += shrink * candidate_slope(
@@ -173,14 +167,16 @@ def candidate_slope(
     Raises:
         ValueError, TypeError: shapes or types that do not fit
     """
-    check_features(features, outgoing)
+    check_features(features, outgoing, backend)
     check("gradient", gradient, (outgoing.shape[1], features.shape[1]))
     units = checked_units(units, features)
-    if backend != "cpu":  # a matrix product: the library's, on the features' device
+    if backend == "reference":
         return reference.candidate_slope(features, outgoing, gradient, units=units)
+    weights, slope = outgoing.double().contiguous(), gradient.double().contiguous()
+    if backend == "cuda":
+        return _cuda.candidate_slope(features, weights, slope, units)
     keep = Struct()
     slopes = torch.empty(len(units), dtype=torch.float64)
-    weights, slope = outgoing.double().contiguous(), gradient.double().contiguous()
     extension().candidate_slope_f64(
         slopes.data_ptr(), 0, units.data_ptr(), len(units), features_struct(keep, features),
         weights.data_ptr(), slope.data_ptr(), outgoing.shape[1], torch.get_num_threads(),
@@ -224,13 +220,14 @@ def greedy_gram(
     exact: Exact | None = None,
     with_gap: bool = True,
     step: Step | None = None,
+    backend: str = "cpu",
 ) -> Path:
     """All greedy steps for squared error on a Gram matrix, O(N) a step.
 
     Args:
         gram: (N, N) float64, G_ij = <phi_i, phi_j>
         moments: norm and beta (N,), and the sums of the targets
-        exact: what makes every pick exact where the Gram matrix is not
+        exact: what makes every pick exact where the Gram matrix is not; not with "cuda"
 
     Raises:
         ValueError, TypeError: shapes or types that do not fit
@@ -240,6 +237,8 @@ def greedy_gram(
     units = len(moments.norm)
     check("gram", gram, (units, units), torch.float64)
     gram = gram.contiguous()
+    if backend == "cuda":
+        return _cuda.greedy_gram(gram, moments, rule, with_gap, step, _rounding(moments, exact))
     run = Run(rule, units, with_gap)
     quadratic = _quadratic(run, moments, exact)
     extension().greedy_gram(
@@ -259,6 +258,7 @@ def greedy_columns(
     capacity: int = 2**62,
     with_gap: bool = True,
     step: Step | None = None,
+    backend: str = "cpu",
 ) -> Path:
     """The same on columns of the Gram matrix, fetched `block` at a time when a pick's is missing.
 
@@ -273,9 +273,13 @@ def greedy_columns(
     Source: README eq. 2; which columns are at hand changes no number.
     """
     units = len(moments.norm)
-    run = Run(rule, units, with_gap)
     block = min(block, units)
     capacity = max(block, min(capacity, units + block))  # N: no column is ever dropped
+    if backend == "cuda":
+        return _cuda.greedy_columns(
+            columns, moments, rule, block, capacity, with_gap, step, _rounding(moments, exact)
+        )
+    run = Run(rule, units, with_gap)
     cache = torch.empty(capacity, units, dtype=torch.float64)
     wanted = torch.zeros(block, dtype=torch.int64)
 
@@ -314,6 +318,7 @@ def greedy_pointwise(
     batch: int = 0,
     with_gap: bool = True,
     step: Step | None = None,
+    backend: str = "cpu",
 ) -> Path:
     """All greedy steps by the candidates' losses themselves.
 
@@ -328,7 +333,7 @@ def greedy_pointwise(
 
     Source: README eq. 1.
     """
-    check_features(features, outgoing)
+    check_features(features, outgoing, backend)
     check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
     check("bias", bias, (outputs,))
@@ -342,7 +347,13 @@ def greedy_pointwise(
             f"starts: found {starts.dtype} {tuple(starts.shape)}, expected int64 "
             f"({rule.steps},) in [0, {samples} - {batch}]"
         )
-    run = Run(rule, units, with_gap and starts is None)
+    with_gap = with_gap and starts is None
+    if backend == "cuda":
+        return _cuda.greedy_pointwise(
+            features, outgoing.double().contiguous(), bias.double().contiguous(), target, rule,
+            extent, starts, batch, with_gap, step,
+        )  # fmt: skip
+    run = Run(rule, units, with_gap)
     single, double = torch.float32, torch.float64
     scratch = {
         "sum": torch.zeros(outputs, samples, dtype=double),
@@ -487,9 +498,7 @@ def swap_gains(
 
 
 def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
-    """The struct of squared error; without `exact` the sums count as float64's, 1024 at a time."""
-    rounding = (1024 + moments.samples / 1024) * 2.0**-53 if exact is None else exact.rounding
-    quadratic = quadratic_struct(run, moments, rounding)
+    quadratic = quadratic_struct(run, moments, _rounding(moments, exact))
     if exact is None:
         return quadratic
     check_features(exact.features, exact.outgoing)
@@ -505,3 +514,8 @@ def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
         outputs=shape[0],
         all_units=torch.arange(len(exact.features)),
     )
+
+
+def _rounding(moments: Moments, exact: Exact | None) -> float:
+    """Without `exact` the sums count as float64's, 1024 at a time."""
+    return (1024 + moments.samples / 1024) * 2.0**-53 if exact is None else exact.rounding

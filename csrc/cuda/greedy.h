@@ -1,0 +1,165 @@
+// The greedy loop on a GPU for squared error through sums over the samples, for greedy_gram.cu and
+// greedy_columns.cu (see cpu/quadratic.h for the formulas and cpu/greedy.h for the rules):
+//
+//   argmin of (1)  =  argmin_j  G_jj / 2 + c_j - k beta_j,      c += G[:, i_k] after each step (2)
+//
+// All steps in one launch of one block: a step is one pass over N numbers, which barriers between
+// blocks would take longer than. The pass that adds a column to c also finds the gap and what the
+// next step would pick. `Columns` gives rows of G, or null for one that is missing: then the launch
+// ends before that pick, and another goes on with it.
+#pragma once
+
+#include "launch.h"
+
+namespace greedyprune {
+namespace GREEDYPRUNE_ISA {
+
+constexpr int kGreedyThreads = 1024;
+
+struct QuadraticScores {
+  Quadratic q;
+  double steps;  // k
+  double reach;  // sum of |phi_i| over the picks
+
+  __device__ __forceinline__ double score(int64_t j, double c) const {
+    return 0.5 * q.norm[j] + c - steps * q.beta[j];
+  }
+  __device__ __forceinline__ double error(int64_t j) const {
+    const double size = q.size[j];
+    return q.rounding * size * reach +
+           64 * Number<double>::epsilon * (size * (size + reach) + steps * fabs(q.beta[j]));
+  }
+};
+
+// What a thread has seen of one step's candidates: the lowest that a score can be at most, and at
+// least.
+struct Seen {
+  double above = HUGE_VALF, below = HUGE_VALF;
+
+  __device__ __forceinline__ void look(const QuadraticScores& scores, int64_t j, double c) {
+    const double score = scores.score(j, c), error = scores.error(j);
+    above = fmin(above, score + error);
+    below = isfinite(score) && isfinite(error) ? fmin(below, score - error) : -HUGE_VALF;
+  }
+};
+
+template <class Columns>
+__global__ void __launch_bounds__(kGreedyThreads)
+    greedy_steps(Progress* progress, Path path, Columns columns, Quadratic q, Rule rule,
+                 Workspace workspace, int64_t last) {
+  int64_t *available = workspace.available, *picked = workspace.picked;
+  const unsigned thread = threadIdx.x;
+  const bool drawn = rule.candidates > 0;
+  int64_t k = progress->length, distinct = progress->distinct, missing = 0, scored = 0;
+  double beta_sum = progress->beta_sum, state_sum = progress->state_sum;
+  QuadraticScores scores = {q, 0, progress->reach};
+  bool drew = progress->missing > 0;  // the step's candidates are in front already
+  if (k == 0 && !drew) {
+    for (int64_t j = thread; j < q.units; j += blockDim.x) {
+      available[j] = j;
+      picked[j] = 0;
+    }
+  }
+  const auto left = [&] { return rule.replacement ? q.units : q.units - distinct; };
+  const auto more = [&] { return k < rule.steps && distinct < rule.size && left() > 0; };
+  const auto may_pick = [&](int64_t j) { return rule.replacement || !picked[j]; };
+  Seen seen;
+  bool looked = false;
+  __syncthreads();
+
+  while (k < last && more()) {
+    ++k;
+    scores.steps = static_cast<double>(k);
+    int64_t n = q.units;
+    if (drawn) {
+      n = rule.candidates < left() ? rule.candidates : left();
+      if (thread == 0 && !drew) draw(available, left(), n, rule.draws + (k - 1) * rule.candidates);
+      drew = false;
+      __syncthreads();
+    }
+    scored += drawn ? n : left();
+    const auto candidate = [&](int64_t i) { return drawn ? available[i] : i; };
+    if (!looked) {
+      seen = Seen();
+      for (int64_t i = thread; i < n; i += blockDim.x) {
+        const int64_t j = candidate(i);
+        if (drawn || may_pick(j)) seen.look(scores, j, q.state[j]);
+      }
+    }
+    const double lowest = block_min(seen.above);
+    int64_t mine = kNoUnit;
+    if (!(seen.below > lowest)) {
+      for (int64_t i = thread; i < n; i += blockDim.x) {
+        const int64_t j = candidate(i);
+        if (!(drawn || may_pick(j))) continue;
+        if (is_contender(scores.score(j, q.state[j]), scores.error(j), lowest))
+          mine = lesser(mine, j);
+      }
+    }
+    const int64_t unit = block_min(mine);  // those left are equal: the lowest index
+    const double* column = columns.column(unit);
+    if (!column) {
+      --k;
+      scored -= drawn ? n : left();
+      missing = unit + 1;
+      break;
+    }
+
+    const double part = 1 / scores.steps;
+    const bool again = picked[unit] != 0;
+    beta_sum += q.beta[unit];
+    state_sum += 2 * q.state[unit] + q.norm[unit];
+    scores.reach += q.size[unit];
+    scores.steps = static_cast<double>(k + 1);
+    __syncthreads();  // all have read what is changed now
+    if (thread == 0) picked[unit] = 1;
+    if (!again) ++distinct;
+    if (drawn && !rule.replacement) take(available, left() + 1, unit);
+    __syncthreads();
+
+    double slope = HUGE_VALF;
+    seen = Seen();
+    looked = !drawn;
+    for (int64_t j = thread; j < q.units; j += blockDim.x) {
+      const double c = q.state[j] + __ldcs(column + j);
+      q.state[j] = c;
+      if (path.gap) slope = fmin(slope, part * c - q.beta[j]);
+      if (looked && may_pick(j)) seen.look(scores, j, c);
+    }
+    if (path.gap) slope = block_min(slope);
+    if (thread == 0) {
+      path.order[k - 1] = unit;
+      path.losses[k - 1] =
+          q.scale * (q.target_norm - 2 * part * beta_sum + part * part * state_sum);
+      if (path.gap)
+        path.gap[k - 1] = 2 * q.scale * (part * part * state_sum - part * beta_sum - slope);
+    }
+    __syncthreads();
+  }
+  if (thread == 0) {
+    progress->length = k;
+    progress->distinct = distinct;
+    progress->missing = missing;
+    progress->done = !more();
+    progress->scored += scored;
+    progress->beta_sum = beta_sum;
+    progress->state_sum = state_sum;
+    progress->reach = scores.reach;
+  }
+}
+
+template <class Columns>
+Status launch_greedy(Progress* progress, const Path& path, const Columns& columns,
+                     const Quadratic& objective, const Rule& rule, const Workspace& workspace,
+                     int64_t last, void* stream) {
+  Launcher launch(stream);
+  const int64_t warps = ceil_div(objective.units, kLanes);
+  const int threads =
+      static_cast<int>(warps * kLanes < kGreedyThreads ? warps * kLanes : kGreedyThreads);
+  launch(greedy_steps<Columns>, 1, threads, progress, path, columns, objective, rule, workspace,
+         last);
+  return launch.status();
+}
+
+}  // namespace GREEDYPRUNE_ISA
+}  // namespace greedyprune

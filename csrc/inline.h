@@ -1,0 +1,8 @@
+// How functions are marked that kernels of either device inline.
+#pragma once
+
+#ifdef __CUDACC__
+#define GREEDYPRUNE_INLINE __host__ __device__ __forceinline__
+#else
+#define GREEDYPRUNE_INLINE inline __attribute__((always_inline))
+#endif
