@@ -49,8 +49,19 @@ def has_cuda() -> bool:
     return _extension is not None and _extension.cuda is not None and torch.cuda.is_available()
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The backend that `select(backend=...)` means for a model on `device`.
+def cuda_device(device: torch.device) -> torch.device:
+    """Where backend "cuda" works: `device`, the model's, or the current GPU for one on the CPU."""
+    return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are free, or that torch holds for what comes."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def resolve(backend: str, on_gpu: bool) -> str:
+    """The backend that `select(backend=...)` means for a model and data of which any is on a GPU.
 
     Raises ValueError for an unknown name, and for CUDA or the extension where there is none.
     """
@@ -69,7 +80,7 @@ def resolve(backend: str, device: torch.device) -> str:
         )
     if backend != "auto":
         return backend
-    if device.type == "cuda" and has_cuda():
+    if on_gpu and has_cuda():
         return "cuda"
     return "cpu" if has_extension() else "reference"
 

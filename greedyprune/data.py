@@ -35,6 +35,7 @@ class Batches:
     def __init__(self, data: object, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self._device = tensors[0].device if tensors else torch.device("cpu")
+        self.on_gpu = self._device.type == "cuda"  # the model, or data that was read
         types = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self._dtype = types.pop() if len(types) == 1 else None
         self._source = _as_batches(data)
@@ -124,6 +125,7 @@ class Batches:
                 value = torch.as_tensor(value)
             else:
                 return value
+        self.on_gpu = self.on_gpu or value.is_cuda
         dtype = self._dtype if value.is_floating_point() else None
         return value.to(self._device, dtype, non_blocking=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import _backend, ops
 from ._structs import Extent
 from .data import Batch, Batches
 from .graph import Group
@@ -32,7 +32,8 @@ class LayerData:
     """What the selection of one layer looks at.
 
     outgoing: (N, C) float64, the consumer's weights times N; bias: (C,) float64
-    features: (N, m) float32 or float64, or None: computed again for every pass
+    features: (N, m) float32 or float64 (on a GPU also of 16 bits), or None: computed again for
+        every pass
     target:   of all samples, with `features`
     targets, output_shape: the data's own targets and the model's output shape after the first
         dimension, for a loss of the user's own
@@ -55,10 +56,12 @@ class LayerData:
         weight, bias = consumer.weight.detach(), consumer.bias
         check_finite(group.producer, model.get_submodule(group.producer))
         check_finite(group.consumer, consumer)
-        device = batches.device if backend == "cuda" else torch.device("cpu")
+        device = torch.device("cpu")
+        if backend == "cuda":
+            device = _backend.cuda_device(batches.device)
         self.group, self.criterion, self.imitation = group, criterion, imitation
         self.units, self.device = group.units, device
-        self._compiled = backend == "cpu"
+        self._backend = backend
         self.outgoing = (weight.to(device, torch.float64).T * self.units).contiguous()
         self.bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
         if bias is not None:
@@ -126,9 +129,9 @@ class LayerData:
     def product_dtype(self) -> torch.dtype:
         """What Gram products are computed in: float64 where nothing can be scored again.
 
-        Also where float32 could over- or underflow.
+        As without the features, and on a GPU. Also where float32 could over- or underflow.
         """
-        if self.features is None or not 1e-12 < self._largest < 1e12:
+        if self.features is None or self._backend != "cpu" or not 1e-12 < self._largest < 1e12:
             return torch.float64
         return self.features.dtype
 
@@ -183,7 +186,7 @@ class LayerData:
                 f"{len(captured)} times in one forward pass, expected once"
             )
         hidden = captured[0].detach()
-        if hidden.dtype not in (torch.float32, torch.float64):
+        if hidden.itemsize < 4 and self._backend != "cuda":
             hidden = hidden.float()
         features = hidden.reshape(-1, self.units).to(self.device).T
         return Block(features, self._target_of(features, outputs, batch.targets)), outputs
@@ -223,8 +226,10 @@ class LayerData:
             # Nothing tells how much is to come, and the Gram matrix needs room too.
             gram = 8 * self.units // itemsize  # in samples
             room = room - gram if room >= gram else room // 2
-        # The odd 16: rows a multiple of 4 KiB apart would share a few sets of the cache.
-        capacity = min(room, max(width, expected) | 16)
+        # The odd 16: rows a multiple of 4 KiB apart would share a few sets of the cache. On a GPU
+        # rows begin at multiples of 16 bytes.
+        capacity = max(width, expected)
+        capacity = min(room, capacity | 16 if self._backend == "cpu" else -(-capacity // 8) * 8)
         store = torch.empty(self.units, capacity, dtype=dtype, device=self.device)
         filled = 0
         targets = Targets(capacity)
@@ -255,7 +260,7 @@ class LayerData:
         self.target = targets.joined()
 
     def _store(self, store: Tensor, at: int, features: Tensor) -> None:
-        if self._compiled:
+        if self._backend == "cpu":
             self.extent = ops.collect_features(store, features.T, at, self.extent)
             self._check_largest(float(self.extent.largest.max()))
         else:

@@ -27,14 +27,17 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
     known = data.extent  # where the squares were added up while the features were collected
     for block in data.blocks():
         h, target = block.features, block.target
-        if backend == "reference":
-            h = h.double()
         samples, mass = samples + target.samples, mass + target.mass
         if known is None:
             squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
             norm += squares
+        if backend == "reference":
+            h = h.double()
         if target.kind != "custom":
-            mean_phi = (out.T / n).to(h.dtype) @ h
+            wide = (
+                h if backend == "cpu" else h.double()
+            )  # a GPU may round float32 products to 11 bits
+            mean_phi = (out.T / n).to(wide.dtype) @ wide
             outputs = bias[:, None] + mean_phi
             dense += float(target.loss_sum(outputs))
             empty += float(target.loss_sum(bias[:, None].expand_as(outputs)))
@@ -67,8 +70,7 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
     if gram is not None:
         if data.features is not None:
             # They decide what float32 leaves open; features that were not kept can't.
-            dtype = data.product_dtype if backend == "cpu" else torch.float64
-            add_upper_product(gram, data.features, dtype)
+            add_upper_product(gram, data.features, data.product_dtype)
         _finish_gram(gram, out)
     norm *= out.square().sum(1)
     return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)

@@ -14,13 +14,14 @@ from .reference import Path, Rule, Step
 from .settings import Batched
 
 # What columns of the Gram matrix cost beside all of it (benchmarks/NOTES.md, "columns or Gram"):
-COLUMNS_PER_PICK = 2.1  # fetched, on MNIST networks with 200 to 1800 steps
+# how many are fetched for a pick, on MNIST networks with 200 to 1800 steps.
+COLUMNS_PER_PICK = {"cpu": 2.1, "cuda": 7.0}
 THIN_RATE = 0.7  # multiplications a second in products with few columns, beside square ones
 
 
-def columns_are_cheaper(units: int, picks: int) -> bool:
+def columns_are_cheaper(units: int, picks: int, backend: str = "cpu") -> bool:
     """Is it cheaper to fetch columns for so many picks than to compute half of the matrix?"""
-    return COLUMNS_PER_PICK * picks / THIN_RATE < units / 2
+    return COLUMNS_PER_PICK[backend] * picks / THIN_RATE < units / 2
 
 
 class PointwiseObjective:
@@ -153,10 +154,11 @@ class Solver:
         self._gram: Tensor | None = None
         self._room = memory_limit - data.bytes_held
         quadratic = data.criterion.kind == "mse" and backend != "reference" and batches is None
-        if rule.draws is not None and backend == "cpu" and data.features is not None:
+        if rule.draws is not None and data.features is not None:
             quadratic = False  # a few random candidates are scored at once from their features
         fits = data.units**2 * 8 <= self._room
-        few = columns_are_cheaper(data.units, min(rule.steps, rule.size))
+        picks = min(rule.steps, rule.size)
+        few = quadratic and columns_are_cheaper(data.units, picks, backend)
         # One pass has to do where the features were not kept, so the Gram matrix if it fits.
         self._columns = quadratic and (not fits or (few and data.features is not None))
         if quadratic and not self._columns:
@@ -168,27 +170,26 @@ class Solver:
         data = self.data
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)
+        kept = data.features is not None
         if self._gram is not None:
-            if self.backend == "cuda":
-                return reference.greedy_gram(
-                    self._gram, self.moments, rule, with_gap=with_gap, step=step
-                )
             return ops.greedy_gram(
-                self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step
-            )
-        if self._columns and self.backend == "cpu":
-            block = 16 if data.features is not None else 64  # a pass of its own costs more
+                self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step,
+                backend=self.backend,
+            )  # fmt: skip
+        if self._columns:
+            # A fetch is a pass of its own, or a wait for the GPU.
+            block = 16 if kept and self.backend == "cpu" else 64
             picks = min(rule.steps, rule.size)
             return ops.greedy_columns(
-                _columns_of(data), self.moments, rule, exact=self._exact(), block=block,
+                self._columns_of(), self.moments, rule, exact=self._exact(), block=block,
                 capacity=min(self._room // (8 * data.units), block + 4 * picks),
-                with_gap=with_gap, step=step,
+                with_gap=with_gap, step=step, backend=self.backend,
             )  # fmt: skip
-        if self.backend == "cpu" and data.features is not None and self._outputs_fit():
-            assert data.target is not None
+        if self.backend != "reference" and kept and self._outputs_fit():
+            assert data.features is not None and data.target is not None
             return ops.greedy_pointwise(
                 data.features, data.outgoing, data.bias, data.target, rule,
-                extent=data.extent, with_gap=with_gap, step=step,
+                extent=data.extent, with_gap=with_gap, step=step, backend=self.backend,
                 starts=None if self._batches is None else self._batches.starts,
                 batch=0 if self._batches is None else self._batches.size,
             )  # fmt: skip
@@ -217,18 +218,17 @@ class Solver:
             target=data.target.value - data.bias[:, None],
         )
 
+    def _columns_of(self) -> Callable[[Tensor, Tensor], None]:
+        """Columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j."""
+        data, features, dtype = self.data, self.data.features, self.data.product_dtype
+        if features is not None and features.dtype == dtype and self.backend == "cpu":
+            return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
 
-def _columns_of(data: LayerData) -> Callable[[Tensor, Tensor], None]:
-    """Columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j."""
-    features = data.features
-    if features is not None and features.dtype == data.product_dtype:
-        return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
+        def columns(units: Tensor, out: Tensor) -> None:
+            out.zero_()
+            for block in data.blocks():
+                h = block.features.to(dtype)
+                out += h[units] @ h.T
+            out *= data.outgoing[units] @ data.outgoing.T
 
-    def columns(units: Tensor, out: Tensor) -> None:
-        out.zero_()
-        for block in data.blocks():
-            h = block.features.to(data.product_dtype)
-            out += h[units] @ h.T
-        out *= data.outgoing[units] @ data.outgoing.T
-
-    return columns
+        return columns

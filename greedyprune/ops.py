@@ -238,6 +238,7 @@ def greedy_gram(
     check("gram", gram, (units, units), torch.float64)
     gram = gram.contiguous()
     if backend == "cuda":
+        _check_exact(exact)
         return _cuda.greedy_gram(gram, moments, rule, with_gap, step, _rounding(moments, exact))
     run = Run(rule, units, with_gap)
     quadratic = _quadratic(run, moments, exact)
@@ -276,6 +277,7 @@ def greedy_columns(
     block = min(block, units)
     capacity = max(block, min(capacity, units + block))  # N: no column is ever dropped
     if backend == "cuda":
+        _check_exact(exact)
         return _cuda.greedy_columns(
             columns, moments, rule, block, capacity, with_gap, step, _rounding(moments, exact)
         )
@@ -514,6 +516,11 @@ def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
         outputs=shape[0],
         all_units=torch.arange(len(exact.features)),
     )
+
+
+def _check_exact(exact: Exact | None) -> None:
+    if exact is not None:
+        raise ValueError("exact: found features for backend='cuda', expected None")
 
 
 def _rounding(moments: Moments, exact: Exact | None) -> float:

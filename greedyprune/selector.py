@@ -125,11 +125,15 @@ def select(
         sequential=sequential, swaps=swaps,
     )  # fmt: skip
     batches = Batches(data, model)
-    backend = _backend.resolve(backend, batches.device)
+    wanted, backend = backend, _backend.resolve(backend, batches.on_gpu)
     criterion = criterion_of(loss, None)
     bar = _bars(progress)
     with _evaluating(model):
         first = batches.first()
+        backend = _backend.resolve(wanted, batches.on_gpu)
+        if memory_limit is None and backend == "cuda":
+            room = _backend.free_memory(_backend.cuda_device(batches.device)) // 2
+            chosen = replace(chosen, memory_limit=room)
         outputs, heads = _first_outputs(model, first)
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)

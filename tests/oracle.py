@@ -12,6 +12,7 @@ import hypothesis
 import matplotlib
 import pytest
 import torch
+from conftest import BACKENDS
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -20,7 +21,6 @@ import greedyprune
 
 matplotlib.use("Agg")
 
-BACKENDS = ["cpu", "reference"] + (["cuda"] if torch.cuda.is_available() else [])
 WEIGHTS = ["counts", "uniform", "none", "refit"]
 LOSSES = {
     "mse": nn.MSELoss(),
@@ -34,7 +34,7 @@ SMOOTHNESS: dict[str, Callable[[int], float]] = {  # B of equation (3), by numbe
     "bce_with_logits": lambda c: 1 / (4 * c),
 }
 NAMED = {"0": "2"}  # spares the search
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 modest = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 Problem = tuple[nn.Module, Tensor, Tensor]

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BACKENDS
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
 
-BACKENDS = ["cpu", "reference"] + (["cuda"] if torch.cuda.is_available() else [])
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 Data = Callable[[Tensor, Tensor], object]
 pytestmark = pytest.mark.usefixtures("one_thread")
 

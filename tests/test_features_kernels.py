@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Kernels
 from torch import Tensor
 
 from greedyprune import objectives, ops, reference
@@ -90,9 +91,7 @@ def quadratic(units: int = 300, samples: int = 200, seed: int = 0) -> tuple[Tens
 @pytest.mark.parametrize(
     "rule", [Rule(120, 301, True), Rule(300, 300, False)], ids=["repeats", "all units"]
 )
-def test_columns_give_the_gram_matrix_s_path(
-    instruction_set: str, rule: Rule, capacity: int
-) -> None:
+def test_columns_give_the_gram_matrix_s_path(on: Kernels, rule: Rule, capacity: int) -> None:
     gram, moments = quadratic()
     fetched: list[int] = []
 
@@ -101,7 +100,7 @@ def test_columns_give_the_gram_matrix_s_path(
         fetched.extend(units.tolist())
         out.copy_(gram[units])
 
-    found = ops.greedy_columns(columns, moments, rule, capacity=capacity)
+    found = on.greedy_columns(columns, moments, rule, capacity=capacity)
     expected = reference.greedy_gram(gram, moments, rule)
     assert found.order.equal(expected.order)
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=1e-12)
@@ -139,7 +138,7 @@ def test_cost_model_prefers_columns_for_few_picks() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 8.0, 80.0])
 @each_dtype
 def test_cross_entropy_near_and_far_from_base(
-    instruction_set: str, outputs: int, scale: float, dtype: torch.dtype
+    on: Kernels, outputs: int, scale: float, dtype: torch.dtype
 ) -> None:
     """Candidates that stay within the range of exponents, that leave it, and groups with both."""
     torch.manual_seed(outputs)
@@ -150,7 +149,7 @@ def test_cross_entropy_near_and_far_from_base(
     base = 5 * torch.randn(outputs, 75, dtype=torch.float64)
     base[1] -= 300  # cut off, or not
     base[:, :5] *= 30
-    found = ops.candidate_loss(features, outgoing, base, target, dtype=dtype)
+    found = on.candidate_loss(features, outgoing, base, target, dtype=dtype)
     expected = reference.candidate_loss(features, outgoing, base, target)
     torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12,
                                atol=0)  # fmt: skip

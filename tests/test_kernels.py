@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TOLERANCE
+from conftest import TOLERANCE, Kernels
 from torch import Tensor, nn
 
 from greedyprune import _backend, ops, reference
@@ -64,7 +64,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("feature_dtype", [torch.float32, torch.float64])
 def test_candidate_loss(
-    instruction_set: str,
+    on: Kernels,
     criterion: str,
     dtype: torch.dtype,
     feature_dtype: torch.dtype,
@@ -74,7 +74,7 @@ def test_candidate_loss(
     features = p.features.to(feature_dtype)
     arguments = (features, p.outgoing, p.outputs, p.target)
     expected = reference.candidate_loss(*arguments, shrink=0.4) / p.target.mass
-    found = ops.candidate_loss(*arguments, shrink=0.4, dtype=dtype) / p.target.mass
+    found = on.candidate_loss(*arguments, shrink=0.4, dtype=dtype) / p.target.mass
     close(found, expected, dtype)
 
 
@@ -111,32 +111,32 @@ def _screen(p: Problem, target: Target) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("logit", [1e3, 1e5, -1e5])
 @pytest.mark.parametrize("criterion", ["cross_entropy", "logistic"])
-def test_large_logits_do_not_overflow(instruction_set: str, criterion: str, logit: float) -> None:
+def test_large_logits_do_not_overflow(on: Kernels, criterion: str, logit: float) -> None:
     p = Problem(4, 40, 3, criterion)
     p.outputs[1] = logit
     arguments = (p.features, p.outgoing, p.outputs, p.target)
-    found = ops.candidate_loss(*arguments, dtype=torch.float32)
+    found = on.candidate_loss(*arguments, dtype=torch.float32)
     assert found.isfinite().all()
     close(found, reference.candidate_loss(*arguments), torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_candidate_slope(instruction_set: str, shape: tuple[int, int, int]) -> None:
+def test_candidate_slope(on: Kernels, shape: tuple[int, int, int]) -> None:
     p = Problem(*shape, "mse")
     expected = reference.candidate_slope(p.features, p.outgoing, p.outputs)
-    found = ops.candidate_slope(p.features, p.outgoing, p.outputs)
+    found = on.candidate_slope(p.features, p.outgoing, p.outputs)
     close(found, expected, torch.float64)
 
 
 @each_dtype
-def test_some_units_of_strided_rows(instruction_set: str, dtype: torch.dtype) -> None:
+def test_some_units_of_strided_rows(on: Kernels, dtype: torch.dtype) -> None:
     p = Problem(20, 150, 3, "cross_entropy")
     part = p.features[:, 10:140]
     target = p.target[slice(10, 140)]
     units = torch.tensor([19, 3, 3, 0])
     arguments = (part, p.outgoing, p.outputs[:, 10:140].contiguous(), target)
     expected = reference.candidate_loss(*arguments)[units]
-    close(ops.candidate_loss(*arguments, units=units, dtype=dtype), expected, dtype)
+    close(on.candidate_loss(*arguments, units=units, dtype=dtype), expected, dtype)
 
 
 def test_no_units() -> None:
@@ -222,27 +222,25 @@ each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @each_criterion
 @each_rule
 @each_dtype
-def test_greedy_pointwise(
-    instruction_set: str, criterion: str, rule: Rule, dtype: torch.dtype
-) -> None:
+def test_greedy_pointwise(on: Kernels, criterion: str, rule: Rule, dtype: torch.dtype) -> None:
     p = Problem(40, 130, 4, criterion)
     p.features = p.features.to(dtype).double()
-    brute = Brute(p)
+    brute, rule = Brute(p), on.few(rule)
     expected = reference.greedy(brute, rule)
-    found = ops.greedy_pointwise(p.features.to(dtype), p.outgoing, p.bias, p.target, rule)
+    found = on.greedy_pointwise(p.features.to(dtype), p.outgoing, p.bias, p.target, rule)
     agree(found, expected, brute.margins)
 
 
 @each_criterion
-def test_greedy_pointwise_on_mini_batches(instruction_set: str, criterion: str) -> None:
+def test_greedy_pointwise_on_mini_batches(on: Kernels, criterion: str) -> None:
     p = Problem(40, 130, 4, criterion)
     starts = torch.randint(111, (50,), generator=torch.Generator().manual_seed(0))
     for drawn in (None, draws(50, 5)):
         for shortlist in (0, 1, 4):
-            rule = Rule(50, 100, True, drawn, shortlist)
+            rule = on.few(Rule(50, 100, True, drawn, shortlist), steps=8)
             brute = Brute(p, starts, 20)
             expected = reference.greedy(brute, rule)
-            found = ops.greedy_pointwise(
+            found = on.greedy_pointwise(
                 p.features, p.outgoing, p.bias, p.target, rule, starts=starts, batch=20
             )
             agree(found, expected, brute.margins)
@@ -250,15 +248,16 @@ def test_greedy_pointwise_on_mini_batches(instruction_set: str, criterion: str) 
 
 @each_rule
 @pytest.mark.parametrize("outputs", [1, 4])
-def test_greedy_gram(instruction_set: str, rule: Rule, outputs: int) -> None:
+def test_greedy_gram(on: Kernels, rule: Rule, outputs: int) -> None:
     p = Problem(40, 130, outputs, "mse")
     p.features = p.features.float().double()
     brute = Brute(p)
     expected = reference.greedy(brute, rule)
     gram, sums = moments_of(p)
-    agree(ops.greedy_gram(gram, sums, rule), expected, brute.margins)
-    rounded = gram.bfloat16().double()
-    agree(ops.greedy_gram(rounded, sums, rule, exact=rough(p)), expected, brute.margins)
+    agree(on.greedy_gram(gram, sums, rule), expected, brute.margins)
+    if on.backend == "cpu":
+        rounded = gram.bfloat16().double()
+        agree(on.greedy_gram(rounded, sums, rule, exact=rough(p)), expected, brute.margins)
     agree(reference.greedy_gram(gram, sums, rule), expected, brute.margins)
 
 
@@ -267,12 +266,24 @@ def rough(p: Problem) -> ops.Exact:
     return ops.Exact(2.0**-8, p.features.float(), p.outgoing, p.target.value - p.bias[:, None])
 
 
+each_cache = pytest.mark.parametrize(("block", "capacity"), [(1, 1), (4, 8), (16, 40), (64, 4096)])
+
+
 @each_rule
-@pytest.mark.parametrize(("block", "capacity"), [(1, 1), (4, 8), (16, 40), (64, 4096)])
-@pytest.mark.parametrize("exact", [True, False])
-def test_greedy_columns(
-    instruction_set: str, rule: Rule, block: int, capacity: int, exact: bool
+@each_cache
+def test_greedy_columns(on: Kernels, rule: Rule, block: int, capacity: int) -> None:
+    check_columns(on, rule, block, capacity, exact=False)
+
+
+@each_rule
+@each_cache
+def test_greedy_columns_that_are_rounded(
+    instruction_set: str, rule: Rule, block: int, capacity: int
 ) -> None:
+    check_columns(Kernels("cpu", "cpu"), rule, block, capacity, exact=True)
+
+
+def check_columns(on: Kernels, rule: Rule, block: int, capacity: int, *, exact: bool) -> None:
     p = Problem(40, 130, 3, "mse")
     p.features = p.features.float().double()
     brute = Brute(p)
@@ -285,7 +296,7 @@ def test_greedy_columns(
         # With the features at hand even columns rounded to bfloat16 must not change a pick.
         out.copy_(gram[units].bfloat16() if exact else gram[units])
 
-    found = ops.greedy_columns(
+    found = on.greedy_columns(
         columns, sums, rule, block=block, capacity=capacity, exact=rough(p) if exact else None
     )
     agree(found, expected, brute.margins)
@@ -293,7 +304,7 @@ def test_greedy_columns(
         assert len(fetched) == len(set(fetched))  # a column is never brought twice
 
 
-def test_near_ties_are_decided_in_float64(instruction_set: str) -> None:
+def test_near_ties_are_decided_in_float64(on: Kernels) -> None:
     """Unit 1 is better than unit 0 by less than float32 can see, in every loss."""
     for criterion in CRITERIA:
         p = Problem(2, 200, 3, criterion)
@@ -303,31 +314,31 @@ def test_near_ties_are_decided_in_float64(instruction_set: str) -> None:
         slope = (gradient * p.features[0]).sum(1)
         p.outgoing[1] = p.outgoing[0] - 1e-10 * slope / slope.norm()
         for rule in (Rule(1, 2, True),):
-            found = ops.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule)
+            found = on.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule)
             assert found.order.tolist() == [1]
             assert found.rescored == 2
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "mse"])
-def test_candidates_that_cannot_win_are_not_scored(instruction_set: str, criterion: str) -> None:
+def test_candidates_that_cannot_win_are_not_scored(on: Kernels, criterion: str) -> None:
     """The tangent rules candidates out, and none of those that are picked."""
     p = Problem(2000, 150, 5, criterion, scale=3.0)
     p.features = p.features.float().double()
-    rule = Rule(60, 2001, True)
+    rule = on.few(Rule(60, 2001, True), steps=5)
     brute = Brute(p)
     expected = reference.greedy(brute, rule)
-    found = ops.greedy_pointwise(p.features.float(), p.outgoing, p.bias, p.target, rule)
+    found = on.greedy_pointwise(p.features.float(), p.outgoing, p.bias, p.target, rule)
     agree(found, expected, brute.margins)
-    assert found.scored < 0.8 * 60 * 2000
-    everything = ops.greedy_pointwise(
+    assert found.scored < 0.8 * rule.steps * 2000
+    everything = on.greedy_pointwise(
         p.features.float(), p.outgoing, p.bias, p.target, rule, with_gap=False
     )
-    assert everything.scored == 60 * 2000
+    assert everything.scored == rule.steps * 2000
     assert everything.order.equal(found.order)
 
 
 @pytest.mark.parametrize("criterion", ["cross_entropy", "logistic"])
-def test_the_last_that_can_win_is_scored(instruction_set: str, criterion: str) -> None:
+def test_the_last_that_can_win_is_scored(on: Kernels, criterion: str) -> None:
     """The winner has the highest bound of all; 800 with low bounds are only just worse."""
     p = Problem(820, 200, 3, criterion)
     p.features = p.features.float().double()
@@ -354,7 +365,7 @@ def test_the_last_that_can_win_is_scored(instruction_set: str, criterion: str) -
     second_losses(far)
     brute, rule = Brute(p), Rule(2, 821, False)
     expected = reference.greedy(brute, rule)
-    found = ops.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule)
+    found = on.greedy_pointwise(p.features, p.outgoing, p.bias, p.target, rule)
     assert expected.order[0] == first
     assert expected.order[1] >= 800
     assert found.order.equal(expected.order)

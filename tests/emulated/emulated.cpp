@@ -41,9 +41,10 @@ void give_way(State state) {
 }
 
 void enter() {
-  (*body)();
-  fibers[current].state = State::done;
-  _longjmp(scheduler, 1);
+  for (;;) {  // the next block's thread is the same fiber
+    (*body)();
+    give_way(State::done);
+  }
 }
 
 void resume(unsigned i) {
@@ -61,43 +62,43 @@ void resume(unsigned i) {
   setcontext(&fiber.start);
 }
 
-// Lets fibers [first, last) go on if all that have not ended wait at this barrier; were any?
-bool release(unsigned first, unsigned last, State barrier) {
-  bool any = false;
-  for (unsigned i = first; i < last; ++i) {
-    if (fibers[i].state == State::done) continue;
-    if (fibers[i].state != barrier) return false;
-    any = true;
+// Runs the fibers [first, last) of a warp until all that have not ended are at the block's barrier.
+void run_warp(unsigned first, unsigned last, bool reverse) {
+  for (;;) {
+    unsigned waiting = 0, left = 0;
+    for (unsigned i = first; i < last; ++i) {
+      const unsigned fiber = reverse ? first + last - 1 - i : i;
+      if (fibers[fiber].state == State::ready) resume(fiber);
+      waiting += fibers[fiber].state == State::at_warp_barrier;
+      left += fibers[fiber].state != State::done;
+    }
+    if (!waiting) return;
+    if (waiting < left) {
+      std::fprintf(stderr, "emulated CUDA: threads of a warp wait at different barriers\n");
+      std::abort();
+    }
+    for (unsigned i = first; i < last; ++i)
+      if (fibers[i].state == State::at_warp_barrier) fibers[i].state = State::ready;
   }
-  for (unsigned i = first; any && i < last; ++i)
-    if (fibers[i].state == barrier) fibers[i].state = State::ready;
-  return any;
 }
 
 void run_block(unsigned threads, bool reverse) {
   for (unsigned i = 0; i < threads; ++i) {
-    fibers[i].started = false;
     fibers[i].state = State::ready;
-    fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+    fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y,
+                        i / (blockDim.x * blockDim.y)};
   }
-  for (;;) {
-    bool moved = false, left = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned fiber = reverse ? threads - 1 - i : i;
-      if (fibers[fiber].state == State::ready) {
-        resume(fiber);
-        moved = true;
-      }
-      left = left || fibers[fiber].state != State::done;
+  for (bool left = true; left;) {
+    const unsigned warps = (threads + kWarp - 1) / kWarp;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned first = kWarp * (reverse ? warps - 1 - i : i);
+      run_warp(first, first + kWarp < threads ? first + kWarp : threads, reverse);
     }
-    if (!left) return;
-    for (unsigned i = 0; i < threads; i += kWarp)
-      moved =
-          release(i, i + kWarp < threads ? i + kWarp : threads, State::at_warp_barrier) || moved;
-    moved = release(0, threads, State::at_block_barrier) || moved;
-    if (!moved) {
-      std::fprintf(stderr, "emulated CUDA: threads wait at different barriers\n");
-      std::abort();
+    left = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      if (fibers[i].state == State::done) continue;
+      fibers[i].state = State::ready;
+      left = true;
     }
   }
 }
@@ -113,7 +114,7 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const char* order = std::getenv("EMULATED_ORDER");
   const bool reverse = order && order[0] == 'r';
   const unsigned threads = block.x * block.y * block.z;
-  while (fibers.size() < threads) {
+  while (fibers.size() < 1024) {  // all that there can be: they must not move
     fibers.emplace_back();
     fibers.back().stack.reset(new char[kStack]);
   }
