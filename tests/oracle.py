@@ -36,7 +36,12 @@ SMOOTHNESS: dict[str, Callable[[int], float]] = {  # B of equation (3), by numbe
 NAMED = {"0": "2"}  # spares the search
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
-modest = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+modest = hypothesis.settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # `backend` has no state
+)
 Problem = tuple[nn.Module, Tensor, Tensor]
 
 
