@@ -7,9 +7,9 @@ export GREEDYPRUNE_WERROR
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.h) \
   CMakeLists.txt setup.py pyproject.toml
 
-CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard benchmarks/*.cpp)
+CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard benchmarks/*.cpp tests/emulated/*.h tests/emulated/*.cpp)
 
-.PHONY: help test demo lint format bench bench-quick clean install
+.PHONY: help test demo lint format bench bench-quick gpu-check clean install
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: .venv/installed  ## benchmarks against plain torch: benchmarks/RESULTS.md
 	for file in benchmarks/test_*.py; do $(BIN)/python -m pytest $$file --benchmark-only \
 	  --benchmark-quiet --benchmark-json=out/bench/$$(basename $$file .py).json || exit 1; done
 	$(BIN)/python benchmarks/report.py out/bench/*.json
+
+gpu-check:  ## tests, compute-sanitizer and benchmarks on a GPU, in under 9 minutes: out/gpu
+	benchmarks/gpu_check.sh out/gpu
 
 bench-quick: .venv/installed  ## every benchmark once, at tiny sizes: out/bench-quick/RESULTS.md
 	mkdir -p out

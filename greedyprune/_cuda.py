@@ -24,7 +24,7 @@ DOUBLE = torch.float64
 
 
 @contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
+def stream_of(device: torch.device) -> Iterator[int]:
     """The current stream of `device`, which is the current one inside."""
     if device.type != "cuda":  # the tests' emulation
         yield 0
@@ -52,7 +52,7 @@ def candidate_loss(
         extension().cuda_candidate_loss_f64 if dtype == DOUBLE
         else extension().cuda_candidate_loss_f32
     )  # fmt: skip
-    with _stream(device) as stream:
+    with stream_of(device) as stream:
         launch(
             losses.data_ptr(), partial.data_ptr(), units.data_ptr(), len(units),
             features_struct(keep, features), reach.data_ptr(), outgoing.data_ptr(), shrink,
@@ -63,7 +63,7 @@ def candidate_loss(
 
 def candidate_slope(features: Tensor, outgoing: Tensor, gradient: Tensor, units: Tensor) -> Tensor:
     slopes, partial = _scratch(units, features)
-    with _stream(features.device) as stream:
+    with stream_of(features.device) as stream:
         extension().cuda_candidate_slope_f64(
             slopes.data_ptr(), partial.data_ptr(), units.data_ptr(), len(units),
             features_struct(Struct(), features), outgoing.data_ptr(), gradient.data_ptr(),
@@ -129,7 +129,7 @@ def greedy_gram(
     quadratic = quadratic_struct(run, moments, rounding)
 
     def launch(first: int, last: int) -> None:
-        with _stream(gram.device) as stream:
+        with stream_of(gram.device) as stream:
             extension().cuda_greedy_gram(
                 run.progress.data_ptr(), run.path, gram.data_ptr(), quadratic, run.rule,
                 run.workspace, last, stream,
@@ -153,7 +153,7 @@ def greedy_columns(
     begin = 0
 
     def launch(first: int, last: int) -> None:
-        with _stream(device) as stream:
+        with stream_of(device) as stream:
             extension().cuda_greedy_columns(
                 run.progress.data_ptr(), run.path, cache.data_ptr(), slot_of.data_ptr(), quadratic,
                 run.rule, run.workspace, last, stream,
@@ -235,7 +235,7 @@ def greedy_pointwise(
     pointwise.weight32, pointwise.value32 = single.weight, single.value
 
     def launch(first: int, last: int) -> None:
-        with _stream(device) as stream:
+        with stream_of(device) as stream:
             extension().cuda_greedy_pointwise(
                 run.progress.data_ptr(), run.path, pointwise, run.rule, run.workspace, first, last,
                 stream,

@@ -40,7 +40,9 @@ modest = hypothesis.settings(
     max_examples=25,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # `backend` has no state
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture
+    ],  # `backend` has no state
 )
 Problem = tuple[nn.Module, Tensor, Tensor]
 

@@ -25,8 +25,12 @@ def load() -> ModuleType:
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
+    tools = Path(sys.executable).parent  # where pip puts cmake and ninja
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     for command in (["cmake", "-G", "Ninja", str(ROOT), *options], ["cmake", "--build", "."]):
-        done = subprocess.run(command, cwd=build, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=build, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
     (path,) = (build / "out").glob("_C*.so")

@@ -85,8 +85,7 @@ void run_warp(unsigned first, unsigned last, bool reverse) {
 void run_block(unsigned threads, bool reverse) {
   for (unsigned i = 0; i < threads; ++i) {
     fibers[i].state = State::ready;
-    fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y,
-                        i / (blockDim.x * blockDim.y)};
+    fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
   }
   for (bool left = true; left;) {
     const unsigned warps = (threads + kWarp - 1) / kWarp;
