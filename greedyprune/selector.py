@@ -24,7 +24,7 @@ from .replay import Replay
 from .reweight import distinct_counts, first_picks, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
-from .surgery import masked, masked_weight, prune
+from .surgery import cut, masked, masked_weight
 from .walk import NotPrunableError
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows
@@ -461,7 +461,7 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
         why = f"{group.sized} may have their number written into it"
     same = False
     try:
-        found = prune(model, selection)(*batch.args, **batch.kwargs)
+        found = cut(model, selection)(*batch.args, **batch.kwargs)
         was, now = main_output(expected), main_output(found)
         rounding = 0.02 if torch.finfo(was.dtype).bits == 16 else 1e-4
         same = was.shape == now.shape and (
