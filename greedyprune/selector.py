@@ -128,7 +128,7 @@ def select(
     backend = _backend.resolve(backend, batches.device)
     criterion = criterion_of(loss, None)
     bar = _bars(progress)
-    with _evaluating(model):
+    with evaluating(model):
         first = batches.first()
         outputs, heads = _first_outputs(model, first)
         if loss == "auto":
@@ -311,6 +311,8 @@ def _select_by_sums(
                 rule, backend, _step(shown, enough),
                 swaps=0 if chosen.tolerance is not None else chosen.swaps,
             )  # fmt: skip
+        elif weights == "none" and not rule.replacement:
+            path = sums.path_unscaled(gram, moments, rule, backend, _step(shown, -float("inf")))
         else:
             path = sums.path(gram, moments, rule, backend, with_gap=native and rule.draws is None,
                              step=_step(shown, enough if native else -float("inf")))  # fmt: skip
@@ -481,7 +483,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast; afterwards modes, buffers and RNG are as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
