@@ -82,7 +82,8 @@ def select(
             output); "auto": loss where a Linear that takes one number of each unit is the model's
             output, else imitation
         weights: of the kept units: "counts" (times N c / k, c the times picked), "uniform" (times
-            N / kept), "none" (as they are), "refit" (least squares on the kept units: for
+            N / kept), "none" (as they are, which the picks of a layer that imitates are for, where
+            it keeps each unit once), "refit" (least squares on the kept units: for
             imitation in each step, with a ridge of 1e-4 of the mean square of a feature; for loss
             after the selection); "auto": counts for objective loss, refit for imitation
         replacement: may a unit be picked again? None: with `steps` yes, else no
