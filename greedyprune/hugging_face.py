@@ -17,6 +17,7 @@ _WIDTHS = (
     "hidden_dim",
 )  # fmt: skip
 _HEADS = ("num_attention_heads", "num_key_value_heads")
+_ENTRIES = (*_WIDTHS, *_HEADS, "head_dim")
 
 
 def describe(small: nn.Module, selection: Selection) -> None:
@@ -26,12 +27,15 @@ def describe(small: nn.Module, selection: Selection) -> None:
     that follow from the hidden size.
     """
     config: Any = getattr(small, "config", None)
-    if not hasattr(config, "from_dict") or not (edits := _edits(config, selection)):
+    if not hasattr(config, "from_dict"):
         return
     try:
+        edits = _edits(config, selection)
+        if not edits:
+            return
         with torch.device("meta"):
             built = type(small)(config.from_dict(config.to_dict() | edits))
-    except Exception:  # whatever a class has against such sizes
+    except Exception:  # whatever a class has against such sizes, or its config lacks
         return
     if _shapes(built) == _shapes(small):
         apply_sizes(small, edits)
@@ -40,7 +44,7 @@ def describe(small: nn.Module, selection: Selection) -> None:
 def config_sizes(model: nn.Module) -> dict[str, int]:
     """The entries of the model's config that `describe` may have edited; none without a config."""
     config = getattr(model, "config", None)
-    found = {name: getattr(config, name, None) for name in (*_WIDTHS, *_HEADS, "head_dim")}
+    found = {name: getattr(config, name, None) for name in _ENTRIES}
     return {name: size for name, size in found.items() if isinstance(size, int)}
 
 
@@ -50,8 +54,8 @@ def apply_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
     if config is None or config_sizes(model) | sizes == config_sizes(model):
         return
     edited = copy.deepcopy(config)
-    for name, size in sizes.items():
-        setattr(edited, name, size)
+    for name in sizes.keys() & set(_ENTRIES):
+        setattr(edited, name, sizes[name])
     for module in model.modules():
         if getattr(module, "config", None) is config:
             module.config = edited
@@ -68,7 +72,7 @@ def _edits(config: Any, selection: Selection) -> dict[str, int]:
                     edits[entry] = kept
         elif config.num_attention_heads % units == 0:  # a unit: heads with one key and value
             heads = config.num_attention_heads
-            edits["head_dim"] = getattr(config, "head_dim", config.hidden_size // heads)
+            edits["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
             for entry in _HEADS:
                 if hasattr(config, entry):
                     edits[entry] = getattr(config, entry) // units * kept
