@@ -165,6 +165,11 @@ def test_what_can_t_be_scored() -> None:
     joined, x = Joined().eval(), torch.randn(4, 3, 5, 5)
     with pytest.raises(ValueError, match=r"'a', which 'c' takes otherwise, expected"):
         GreedyImportance(joined, x)(group_of(graph_of(joined, x), joined.a))
+    fused = nn.ModuleDict({"qkv": nn.Linear(4, 6), "proj": nn.Linear(2, 4)})
+    fused.forward = lambda x: fused.proj(fused.qkv(x).chunk(3, -1)[0])
+    x = torch.randn(5, 4)
+    with pytest.raises(ValueError, match=r"'qkv', which 'proj' takes otherwise, expected"):
+        GreedyImportance(fused, x)(group_of(graph_of(fused, x), fused.qkv))
     with pytest.raises(TypeError, match="model: found int, expected"):
         GreedyImportance(3, images)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="data: found int, expected"):

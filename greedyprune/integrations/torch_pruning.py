@@ -153,9 +153,10 @@ def _slice(layer: nn.Module, item: Any, units: int) -> Slice | None:
     if type(layer) not in LAYERS or getattr(layer, "groups", 1) > 1:
         return None
     inputs = layer.get_parameter("weight").shape[1]
+    if inputs % units:
+        return None
     roots = dict(zip(item.idxs, item.root_idxs, strict=True))
     for inner in (inputs // units, 1):
-        at = Slice(1, inputs // units // max(1, inner), inner)
-        if roots == {i: i // max(1, inner) % units for i in range(inputs)}:
-            return at
+        if roots == {i: i // inner % units for i in range(inputs)}:
+            return Slice(1, inputs // units // inner, inner)
     return None
