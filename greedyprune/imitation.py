@@ -157,6 +157,19 @@ class Sums:
         solve = reference.greedy_gram if backend == "reference" else ops.greedy_gram
         return solve(gram, moments, rule, with_gap=with_gap, step=step)
 
+    def path_unscaled(
+        self, gram: Tensor, moments: Moments, rule: Rule, backend: str, step: Step | None = None
+    ) -> Path:
+        """Greedy steps towards the network whose weights stay as they are: eq. 2 with N for k.
+
+        Then a unit's share of the target is a constant, like its norm; what is added to all of them
+        so that none is below the norm moves no pick. The path has the losses of another problem.
+        """
+        linear = 2 * self.group.units * moments.beta
+        constants = moments.norm + (linear.max() - linear)
+        other = replace(moments, norm=constants, beta=torch.zeros_like(linear))
+        return self.path(gram, other, rule, backend, with_gap=False, step=step)
+
     def refit(
         self, rule: Rule, backend: str, step: Step | None, swaps: int
     ) -> tuple[Path, dict[str, Refit]]:

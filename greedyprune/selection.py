@@ -186,16 +186,7 @@ class Selection:
     @staticmethod
     def load(path: str | PathLike[str]) -> Selection:
         """Reads what `save` wrote; ValueError for any other file."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no file at {str(path)!r}")
-        try:
-            with safe_open(Path(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(f"path: {str(path)!r} is not a safetensors file ({error})") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"path: {str(path)!r} holds no selection of this format ({FORMAT})")
+        tensors, metadata = read_tensors(path, FORMAT, "selection")
         layers = {}
         for i, about in enumerate(json.loads(metadata["layers"])):
             fields: dict[str, Any] = {key: tensors.get(f"{i}.{key}") for key in _TENSORS}
@@ -273,6 +264,23 @@ class Selection:
             for name, layer in self.layers.items()
         )
         return f"Selection({{{layers}}})"
+
+
+def read_tensors(
+    path: str | PathLike[str], form: str, what: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header's texts of a file of ours; an error naming `path` for others."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: no file at {str(path)!r}")
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"path: {str(path)!r} is not a safetensors file ({error})") from None
+    if metadata.get("format") != form:
+        raise ValueError(f"path: {str(path)!r} holds no {what} of this format ({form})")
+    return tensors, metadata
 
 
 def _number(value: float | None) -> str:

@@ -24,7 +24,7 @@ from .replay import Replay
 from .reweight import distinct_counts, first_picks, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
-from .surgery import masked, masked_weight, prune
+from .surgery import cut, masked, masked_weight
 from .walk import NotPrunableError
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows
@@ -82,7 +82,8 @@ def select(
             output); "auto": loss where a Linear that takes one number of each unit is the model's
             output, else imitation
         weights: of the kept units: "counts" (times N c / k, c the times picked), "uniform" (times
-            N / kept), "none" (as they are), "refit" (least squares on the kept units: for
+            N / kept), "none" (as they are, which the picks of a layer that imitates are for, where
+            it keeps each unit once), "refit" (least squares on the kept units: for
             imitation in each step, with a ridge of 1e-4 of the mean square of a feature; for loss
             after the selection); "auto": counts for objective loss, refit for imitation
         replacement: may a unit be picked again? None: with `steps` yes, else no
@@ -128,7 +129,7 @@ def select(
     wanted, backend = backend, _backend.resolve(backend, batches.on_gpu)
     criterion = criterion_of(loss, None)
     bar = _bars(progress)
-    with _evaluating(model):
+    with evaluating(model):
         first = batches.first()
         backend = _backend.resolve(wanted, batches.on_gpu)
         if memory_limit is None and backend == "cuda":
@@ -315,6 +316,8 @@ def _select_by_sums(
                 rule, backend, _step(shown, enough),
                 swaps=0 if chosen.tolerance is not None else chosen.swaps,
             )  # fmt: skip
+        elif weights == "none" and not rule.replacement:
+            path = sums.path_unscaled(gram, moments, rule, backend, _step(shown, -float("inf")))
         else:
             path = sums.path(gram, moments, rule, backend, with_gap=native and rule.draws is None,
                              step=_step(shown, enough if native else -float("inf")))  # fmt: skip
@@ -465,7 +468,7 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
         why = f"{group.sized} may have their number written into it"
     same = False
     try:
-        found = prune(model, selection)(*batch.args, **batch.kwargs)
+        found = cut(model, selection)(*batch.args, **batch.kwargs)
         was, now = main_output(expected), main_output(found)
         rounding = 0.02 if torch.finfo(was.dtype).bits == 16 else 1e-4
         same = was.shape == now.shape and (
@@ -485,7 +488,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast; afterwards modes, buffers and RNG are as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

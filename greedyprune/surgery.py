@@ -9,24 +9,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .data import Batch, Batches
+from .hugging_face import describe
 from .imitation import module_weight
 from .selection import LayerSelection, Selection
-
-# The attributes with which modules describe the size of a sliced dimension, by (tensor, dimension).
-_SIZES = {
-    (nn.Linear, "weight", 0): "out_features",
-    (nn.Linear, "weight", 1): "in_features",
-    (nn.BatchNorm1d, "weight", 0): "num_features",
-    (nn.BatchNorm1d, "running_mean", 0): "num_features",
-    (nn.PReLU, "weight", 0): "num_parameters",
-}
-for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    _SIZES |= {(_conv, "weight", 0): "out_channels", (_conv, "weight", 1): "in_channels"}
-for _norm in (nn.BatchNorm2d, nn.BatchNorm3d):
-    _SIZES |= {(_norm, name, 0): "num_features" for name in ("weight", "running_mean")}
-
-# The attributes of attention modules that grow with their heads.
-_HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "all_head_size")
+from .sizes import CONV1D, HEADS, SIZES
 
 
 def prune(model: nn.Module, selection: Selection) -> nn.Module:
@@ -35,6 +21,11 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     Equivalent to: masking the units that were not kept and multiplying the kept units' outgoing
     weights by `selection.layers[name].weights` (after weights="refit": replacing them by it). Only
     the structure and those weights change; biases and everything else stay.
+
+    The config of a Hugging Face model is edited where it can say what is left: one width for the
+    feed-forward blocks of all layers, or one number of heads where that does not follow from the
+    hidden size (Llama's and ViT's, not BERT's or GPT-2's). Then `save_pretrained` works as always.
+    It is left as it is where it can't; `save_pruned` keeps any model.
 
     Raises:
         TypeError: no Selection, or no nn.Module
@@ -53,6 +44,13 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
     for name, layer in selection.layers.items():
         _check_fits(model, name, layer)
+    small = cut(model, selection)
+    describe(small, selection)
+    return small
+
+
+def cut(model: nn.Module, selection: Selection) -> nn.Module:
+    """What `prune` gives, for a selection that fits, with the config as it was."""
     small = copy.deepcopy(model)
     with torch.no_grad():
         for layer in selection.layers.values():
@@ -157,7 +155,7 @@ def _cut(model: nn.Module, layer: LayerSelection) -> None:
     }  # fmt: skip
     for name in heads:
         module = model.get_submodule(name)
-        for attribute in _HEADS:
+        for attribute in HEADS:
             size = getattr(module, attribute, None)
             if isinstance(size, int):
                 setattr(module, attribute, size * kept // units)
@@ -169,12 +167,12 @@ def _cut(model: nn.Module, layer: LayerSelection) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, attribute, new)
-        size = _SIZES.get((type(module), attribute, at.dim))
+        size = SIZES.get((type(module), attribute, at.dim))
         if size is not None:
             setattr(module, size, new.shape[at.dim])
         if attribute == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             if module.groups > 1:  # each has its own units
                 module.in_channels = module.in_channels * kept // units
                 module.groups = module.groups * kept // units
-        elif attribute == "weight" and at.dim and type(module).__name__ == "Conv1D":
-            module.nf = new.shape[at.dim]  # type: ignore[assignment]
+        elif attribute == "weight" and type(module).__name__ == "Conv1D":
+            setattr(module, CONV1D[at.dim], new.shape[at.dim])

@@ -95,6 +95,27 @@ def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
             torch.testing.assert_close(cut.losses[-1], expected, rtol=1e-5, atol=1e-9)
 
 
+@torch.no_grad()
+def test_weights_as_they_are_are_what_is_selected_for() -> None:
+    """Each pick is the one that leaves the least error once no weight changes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4), nn.Softmax(1))
+    inputs = torch.randn(50, 6)
+    hidden, outgoing = model[:2](inputs).double(), model[2].weight.double()
+    dense, left, order, losses = hidden @ outgoing.T, list(range(10)), [], []
+    while left:
+        found = [(hidden[:, [*order, j]] @ outgoing[:, [*order, j]].T - dense).square().mean()
+                 for j in left]  # fmt: skip
+        losses.append(min(found))
+        order.append(left.pop(found.index(min(found))))
+    for backend in ("cpu", "reference"):
+        layer = greedyprune.select(model, [inputs], size=1.0, weights="none", backend=backend)
+        assert layer.order.tolist() == order
+        torch.testing.assert_close(layer.losses, torch.stack(losses), rtol=1e-5, atol=1e-9)
+    smaller = greedyprune.select(model, [inputs], size=4, weights="none")
+    assert smaller.order.tolist() == order[:4]
+
+
 def recorded(
     model: nn.Module, inputs: Inputs, consumer: str, total: tuple[str, str | None] | None
 ) -> Tensor:

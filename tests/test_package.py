@@ -53,8 +53,9 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert selection.order.tolist() == order
 
 
-@pytest.mark.parametrize("module", ["selector", "surgery"])
-def test_docstring_examples(module: str) -> None:
+@pytest.mark.parametrize("module", ["selector", "surgery", "saving"])
+def test_docstring_examples(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = {"torch": torch, "nn": nn, "greedyprune": greedyprune}
     loaded = sys.modules[f"greedyprune.{module}"]
     failed, tried = doctest.testmod(loaded, extraglobs=names)

@@ -1,0 +1,1 @@
+"""Greedy forward selection inside other libraries, which are needed only here."""

@@ -1,0 +1,73 @@
+"""Pruned models go where dense ones go: torch.export, torch.compile, ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Inputs, network, outputs_of
+from torch import Tensor, nn
+from torch.export import Dim
+
+import greedyprune
+
+each_network = pytest.mark.parametrize("name", ["resnet", "mobilenet", "attention", "gpt2"])
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Plain(nn.Module):
+    """A model as a function from one tensor to one, without caches."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model, self.key = model, next(iter(inputs)) if isinstance(inputs, dict) else None
+        self.options = {"use_cache": False} if self.key else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.key is None:
+            return self.model(x)
+        return self.model(**{self.key: x}, **self.options).logits
+
+
+def pruned(name: str) -> tuple[nn.Module, Tensor]:
+    """All layers of a network cut to half, and inputs for it."""
+    model, inputs = network(name)
+    data = inputs if isinstance(inputs, dict) else [inputs]
+    selection = greedyprune.select(model, data, objective="imitation", sequential=False)
+    x = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+    return Plain(greedyprune.prune(model, selection), inputs).eval(), x
+
+
+@torch.no_grad()
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@each_network
+def test_torch_export(name: str, tmp_path: Path) -> None:
+    """From one batch to batches of any length, through a file."""
+    model, inputs = pruned(name)
+    program = torch.export.export(model, (inputs[:3],), dynamic_shapes=({0: Dim("batch")},))
+    torch.export.save(program, tmp_path / "small.pt2")
+    again = torch.export.load(tmp_path / "small.pt2").module()
+    assert_same(again(inputs), outputs_of(model, inputs))
+
+
+@each_network
+def test_torch_compile(name: str) -> None:
+    """No size of the dense network is left in what a compiler is given; one graph."""
+    model, inputs = pruned(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(outputs_of(compiled, inputs), outputs_of(model, inputs))
+
+
+@each_network
+def test_onnx(name: str) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, inputs = pruned(name)
+    program = torch.onnx.export(model, (inputs,), dynamo=True, verbose=False)
+    assert_same(program(inputs)[0], outputs_of(model, inputs))
