@@ -32,7 +32,7 @@ from .surgery import cut_to
 
 ROUNDS = 4  # a latency is measured, and asked for a little lower where it was missed
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of every layer's units, where latencies are measured
-SECONDS, RUNS = 2.0, 7  # measuring takes so long, and at least so many runs of each model
+SECONDS, RUNS = 2.0, 5  # measuring takes so long, and at least so many runs of each model
 
 
 def step_of(group: Group, round_to: int) -> int:

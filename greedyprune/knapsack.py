@@ -179,10 +179,8 @@ def _multiplier(
         relaxed = _Relaxed(knapsack, tree, max(0.0, lost) / saved)
         if best is None or relaxed.bound(knapsack.limit) > best.bound(knapsack.limit):
             best = relaxed
-        choice, line = (
-            relaxed.choice,
-            knapsack.value(cheap) + relaxed.multiplier * knapsack.cost(cheap),
-        )
+        choice = relaxed.choice
+        line = knapsack.value(cheap) + relaxed.multiplier * knapsack.cost(cheap)
         here = knapsack.value(choice) + relaxed.multiplier * knapsack.cost(choice)
         if here >= line - ROUNDING * abs(line):
             return found, best
