@@ -235,10 +235,7 @@ def _search(
         for j, b in knapsack.beside[i].items():
             if place[j] < t:
                 w = knapsack.widths[j][chosen[:, j]]
-                together = b * w[:, None] * knapsack.widths[i][columns]
-                new_cost = new_cost + together
-                if j != tree.parent[i]:
-                    new_excess = new_excess + relaxed.multiplier * together
+                new_cost += b * w[:, None] * knapsack.widths[i][columns]
         rows, at = np.nonzero((new_excess < room) & (new_cost + least[t + 1] <= knapsack.limit))
         if not len(rows):
             return None, exact
