@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,6 +46,7 @@ class Group:
     slices:    the parameters and buffers with entries of the units, and where
     output:    the only consumer's output is the model's output
     sized:     an operation on the way that may have the number of units written into it
+    products:  matrix products of each unit by itself (attention's), and the FLOPs of all
     """
 
     producers: tuple[str, ...]
@@ -55,6 +56,7 @@ class Group:
     output: bool
     not_output: str = ""  # what stands between the consumer and the model's output
     sized: str = ""
+    products: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def producer(self) -> str:
@@ -157,7 +159,7 @@ class Graph:
             between = self._between_and_output(walk.consumers[0])
         return Group(
             tuple(self.layers[node].name for node in producers), tuple(names), walk.units,
-            walk.slices, between == "", between, walk.sized,
+            walk.slices, between == "", between, walk.sized, walk.products,
         )  # fmt: skip
 
     def _check_untied(self, walk: Walk, producers: set[fx.Node]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .costs import Budget, Cost
 from .reference import Refit
 from .reweight import distinct_counts, factors
 from .settings import is_int
@@ -134,9 +135,15 @@ class Selection:
 
     For a model with one selected layer, that layer's attributes (`order`, `kept`, `losses`, ...)
     are also attributes of the Selection.
+
+    costs:  what the model costs for any widths of the layers: "params", and "flops" of the first
+            batch; None where the selection is not of `select`
+    budget: how the widths were chosen for a budget; None where they were not
     """
 
     layers: Mapping[str, LayerSelection]
+    costs: Mapping[str, Cost] | None = None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
@@ -152,7 +159,17 @@ class Selection:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Selection, (dict(self.layers),)
+        return Selection, (dict(self.layers), self.costs, self.budget)
+
+    def change(self, what: str) -> tuple[int, int] | None:
+        """The dense model's "params" or "flops", and the pruned one's; None where not known.
+
+        FLOPs are torch.utils.flop_counter's, of the first batch of the data.
+        """
+        if self.costs is None:
+            return None
+        widths = {name: len(layer.kept) for name, layer in self.layers.items()}
+        return self.costs[what].dense, self.costs[what].at(widths)
 
     def at(self, k: int) -> Selection:
         """The path cut after k steps, in every layer: one run serves every size.
@@ -161,7 +178,7 @@ class Selection:
         """
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
-        return Selection({name: layer.at(k) for name, layer in self.layers.items()})
+        return Selection({name: layer.at(k) for name, layer in self.layers.items()}, self.costs)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file, with what is no tensor as JSON in its header."""
@@ -180,7 +197,11 @@ class Selection:
                 "slices": {key: dataclasses.astuple(at) for key, at in layer.slices.items()},
                 "loss": layer.loss, "objective": layer.objective,
             })  # fmt: skip
-        header = {"format": FORMAT, "layers": json.dumps(layers)}
+        header = {
+            "format": FORMAT, "layers": json.dumps(layers),
+            "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
+            "costs": json.dumps({n: each.as_json() for n, each in (self.costs or {}).items()}),
+        }  # fmt: skip
         Path(path).write_bytes(save(tensors, header))
 
     @staticmethod
@@ -201,13 +222,20 @@ class Selection:
             }  # fmt: skip
             name = about.pop("name")
             layers[name] = LayerSelection(**fields, **about, fitted=fitted or None)
-        return Selection(layers)
+        costs = json.loads(metadata.get("costs", "{}"))
+        budget = json.loads(metadata.get("budget", "null"))
+        return Selection(
+            layers,
+            {n: Cost.of_json(each) for n, each in costs.items()} or None,
+            None if budget is None else Budget(**budget),
+        )
 
     def summary(self) -> Table:
         """A rich table, a row a layer: `rich.print(selection.summary())`.
 
         gap and bound are those of the last step: the loss is at most `gap` above that of any convex
-        reweighting of all units, and `bound` is what is proved of greedy selection.
+        reweighting of all units, and `bound` is what is proved of greedy selection. Below it,
+        parameters and FLOPs (of the first batch) before and after.
         """
         from rich.table import Table
 
@@ -224,7 +252,20 @@ class Selection:
                 layer.weighting, _number(last[0]), _number(float(layer.dense_loss)),
                 _number(last[1]), _number(last[2]),
             )  # fmt: skip
+        table.caption = "\n".join(self._caption()) or None
         return table
+
+    def _caption(self) -> Iterator[str]:
+        for what, unit in (("params", "parameters"), ("flops", "FLOPs of the first batch")):
+            if change := self.change(what):
+                before, after = change
+                yield f"{before:,} {unit} before, {after:,} after ({after / max(1, before):.1%})"
+        if self.budget is not None:
+            found = self.budget
+            yield (
+                f"{found.what} {found.reached:.4g} for a budget of {found.share:.4g}; loss of the "
+                f"widths {found.objective:.4g}, at most {found.gap:.2g} above the best"
+            )
 
     def plot(self) -> Figure:
         """A figure with a panel a layer: loss against k, the dense loss, the bound.

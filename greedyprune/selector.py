@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import _backend, settings
+from .budget import check_uniform, kinds_of, step_of, within_budget
+from .costs import costs_of, counted
 from .data import Batch, Batches
 from .features import LayerData, main_output, run_model, target_of
-from .graph import Group, analyse, find_groups, named_group
-from .imitation import Sums, bytes_of, collect, losses_of, outputs_of, replayed
+from .graph import Group
+from .imitation import Sums, bytes_of, collect, losses_of, replayed
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
@@ -24,8 +26,8 @@ from .replay import Replay
 from .reweight import distinct_counts, first_picks, losses_along, refit
 from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
-from .surgery import cut, masked, masked_weight
-from .walk import NotPrunableError
+from .surgery import masked, masked_weight
+from .trial import groups_of
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows
 
@@ -51,6 +53,9 @@ def select(
     memory_limit: int | None = None,
     sequential: bool = True,
     swaps: int | None = None,
+    budget: Mapping[str, float] | None = None,
+    round_to: int | None = None,
+    uniform: bool = False,
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -71,7 +76,8 @@ def select(
         layers: names of the layers whose output units are selected; None finds them all; a mapping
             from producer to consumer names skips the search, for models that can't be traced
         size: distinct units kept: an int, or a float in (0, 1] for a fraction; or a mapping from
-            layer name to either. Half the units, where neither size, steps nor tolerance is given
+            layer name to either. Half the units, where neither size, steps, tolerance nor budget
+            is given
         steps: number of greedy steps, when that is to be exact; not together with size
         tolerance: stop a layer once its loss is at most (1 + tolerance) times the dense model's;
             for objective="imitation", at most tolerance times the loss of a layer without units
@@ -104,6 +110,17 @@ def select(
         swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
             while the error falls, at most so often; None: as often as that helps. What comes in
             this way is last in `order`. Not with tolerance
+        budget: {"flops": 0.6}, {"params": 0.5} or {"latency": 0.7}: what the pruned model may cost,
+            as a share of the dense model; flops and latency (on the model's device) of the first
+            batch. The sizes k_l of the layers l are those that minimise, under it,
+
+                sum over l of  L_l(k_l) / L_l(0),
+
+            L_l(k) being the squared error that the consumers of layer l imitate their dense output
+            with, when it keeps the first k units of its greedy path and all else is dense
+        round_to: sizes are rounded to multiples of so many channels, or to all of a layer's units
+        uniform: with budget, one size for all layers of a kind: with as many units, between the
+            same kinds of modules
 
     Returns:
         Selection, for `prune`
@@ -123,7 +140,7 @@ def select(
         model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
         objective=objective, weights=weights, replacement=replacement, candidates=candidates,
         batch_size=batch_size, shortlist=shortlist, seed=seed, memory_limit=memory_limit,
-        sequential=sequential, swaps=swaps,
+        sequential=sequential, swaps=swaps, budget=budget, round_to=round_to, uniform=uniform,
     )  # fmt: skip
     batches = Batches(data, model)
     wanted, backend = backend, _backend.resolve(backend, batches.on_gpu)
@@ -135,10 +152,10 @@ def select(
         if memory_limit is None and backend == "cuda":
             room = _backend.free_memory(_backend.cuda_device(batches.device)) // 2
             chosen = replace(chosen, memory_limit=room)
-        outputs, heads = _first_outputs(model, first)
+        (outputs, heads), total, flops = counted(lambda: _first_outputs(model, first))
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
-        groups = [_with_output(model, group, heads) for group in _groups(model, first, chosen)]
+        groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
         elif loss != "auto" and chosen.objective == "auto":
@@ -148,12 +165,30 @@ def select(
                 UserWarning,
                 stacklevel=2,
             )
-        if batches.once and len(groups) > 1:
+        if batches.once and (len(groups) > 1 or chosen.budget is not None):
+            what = "a budget" if chosen.budget is not None else f"{len(groups)} layers"
             raise ValueError(
-                f"data: found an iterator for {len(groups)} layers, each of which takes a pass; "
+                f"data: found an iterator for {what}, which takes a pass for each layer; "
                 "expected a list, Dataset or DataLoader"
             )
-        rules = {group.producer: chosen.rule(group.producer, group.units) for group in groups}
+        costs, spent = costs_of(model, groups, total, flops), None
+        if chosen.budget is not None:
+            alone = replace(
+                chosen, size=1.0, tolerance=None, replacement=False, swaps=0, round_to=1
+            )
+            sizes, spent = within_budget(
+                model, groups, batches, chosen, costs,
+                lambda sums: _select_by_sums(
+                    sums, alone.rule(sums.group.producer, sums.group.units), alone, backend, bar
+                ), bar,
+            )  # fmt: skip
+            chosen = replace(chosen, size=sizes)
+        rules = {
+            group.producer: chosen.rule(
+                group.producer, group.units, step_of(group, chosen.round_to)
+            ) for group in groups
+        }  # fmt: skip
+        check_uniform(kinds_of(model, groups, chosen.uniform), rules)
         summed = [
             group for group in groups
             if _objective(chosen.objective, group) == "imitation" and _by_sums(model, group, chosen)
@@ -175,7 +210,7 @@ def select(
                 selected[group.producer] = _select_layer(layer_data, rule, chosen, backend, bar)
             finally:
                 layer_data.close()
-    return Selection({group.producer: selected[group.producer] for group in groups})
+    return Selection({group.producer: selected[group.producer] for group in groups}, costs, spent)
 
 
 def _select_summed(
@@ -427,64 +462,6 @@ def _with_output(model: nn.Module, group: Group, heads: set[str]) -> Group:
     if group.consumer in heads:
         return group
     return replace(group, output=False, not_output="another operation or output")
-
-
-def _groups(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
-    """The groups to select from: read off the graph, or as the caller named both ends."""
-    if chosen.consumers is not None:
-        groups = [named_group(model, *ends, example) for ends in chosen.consumers.items()]
-        for group in groups:
-            _check_cut(model, group, example)
-    else:
-        try:
-            structure = analyse(model, example, _check_cut)
-        except Exception as error:
-            raise ValueError(
-                f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
-                "layers={producer: consumer}"
-            ) from error
-        groups = find_groups(model, structure, chosen.layers)
-    if isinstance(chosen.size, Mapping):
-        names = [group.producer for group in groups]
-        for name in chosen.size:
-            if name not in names:
-                raise ValueError(f"size: found an entry for {name!r}, expected names among {names}")
-    return groups
-
-
-def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
-    """Cutting half of the units must do what masking them does: no graph vouches for it."""
-    kept = torch.arange(0, group.units, 2)
-    nothing = torch.zeros(len(kept), dtype=torch.float64)
-    layer = LayerSelection.of_path(
-        group.units, kept, "none", None, losses=nothing, dense_loss=nothing[0], bound=None,
-        gap=None, slices=group.slices, loss="mse", objective="loss",
-        outputs={name: outputs_of(model, group, name) for name in group.consumers},
-    )  # fmt: skip
-    selection = Selection({group.producer: layer})
-    expected = run_model(masked(model, selection), batch)
-    why = f"something between it and {group.consumer!r} mixes them"
-    if group.sized:
-        why = f"{group.sized} may have their number written into it"
-    same = False
-    try:
-        found = cut(model, selection)(*batch.args, **batch.kwargs)
-        was, now = main_output(expected), main_output(found)
-        rounding = 0.02 if torch.finfo(was.dtype).bits == 16 else 1e-4
-        same = was.shape == now.shape and (
-            float((now - was).abs().max()) <= rounding * (float(was.abs().max()) or 1.0)
-        )
-    except Exception:
-        same = False
-    if not same:
-        raise NotPrunableError(
-            f"layer {group.producer!r}: cutting units is not what masking them is: {why}"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

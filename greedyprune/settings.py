@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .reference import Rule
 
 OBJECTIVES = ("auto", "loss", "imitation")
+BUDGETS = ("flops", "params", "latency")
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
 MOST_SWAPS = 10_000
 REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
@@ -49,12 +50,15 @@ class Settings:
     memory_limit: int
     sequential: bool
     swaps: int
+    budget: tuple[str, float] | None
+    round_to: int
+    uniform: bool
 
-    def rule(self, layer: str, units: int) -> Rule:
-        """When to stop and what may be picked, in a layer of so many units."""
+    def rule(self, layer: str, units: int, step: int = 1) -> Rule:
+        """When to stop and what may be picked, in a layer of so many units; sizes in steps."""
         size, steps = units, self.steps
         if self.size is not None:
-            size = self._size(layer, units)
+            size = nearest(self._size(layer, units), units, step)
         if steps is None:
             steps = size * REPEATS_LIMIT if self.replacement else size
         else:
@@ -131,6 +135,9 @@ def resolve(
     memory_limit: object,
     sequential: object,
     swaps: object,
+    budget: object,
+    round_to: object,
+    uniform: object,
 ) -> Settings:
     """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
     if not isinstance(model, nn.Module):
@@ -168,11 +175,23 @@ def resolve(
         raise TypeError(f"sequential: found {sequential!r}, expected True or False")
     if replacement not in (None, True, False):
         raise TypeError(f"replacement: found {replacement!r}, expected True, False or None")
+    share = _budget(budget)
+    others = {"size": size, "steps": steps, "tolerance": tolerance}
+    given = [name for name, value in others.items() if value is not None]
+    if share is not None and given:
+        raise ValueError(f"budget: found budget and {given[0]}, expected one of them")
+    step = _positive_int("round_to", round_to)
+    if not isinstance(uniform, bool):
+        raise TypeError(f"uniform: found {uniform!r}, expected True or False")
+    if (step or uniform) and (steps is not None or tolerance is not None):
+        raise ValueError(
+            f"{'round_to' if step else 'uniform'}: found with {given[-1]}, expected size or budget"
+        )
     if isinstance(size, Mapping):
         size = {name: _checked_size(each) for name, each in size.items()}
     elif size is not None:
         size = _checked_size(size)
-    elif steps is None and tolerance is None:
+    elif steps is None and tolerance is None and share is None:
         size = 0.5
     names, consumers = _layers(layers)
     return Settings(
@@ -191,7 +210,33 @@ def resolve(
         memory_limit=limit or psutil.virtual_memory().available // 2,
         sequential=sequential,
         swaps=MOST_SWAPS if swaps is None else int(swaps),  # type: ignore[call-overload]
+        budget=share,
+        round_to=step or 1,
+        uniform=uniform,
     )
+
+
+def nearest(size: int, units: int, step: int) -> int:
+    """The multiple of `step` nearest to `size`, or all units where they are; of two the larger."""
+    below = size // step * step
+    allowed = [each for each in (below, below + step, units) if 1 <= each <= units]
+    return min(allowed, key=lambda each: (abs(each - size), -each))
+
+
+def _budget(budget: object) -> tuple[str, float] | None:
+    if budget is None:
+        return None
+    expected = "expected {'flops': 0.6}, {'params': 0.5} or {'latency': 0.7}, say"
+    if not isinstance(budget, Mapping):
+        raise TypeError(f"budget: found {budget!r}, {expected}")
+    if len(budget) != 1 or next(iter(budget)) not in BUDGETS:
+        raise ValueError(f"budget: found {dict(budget)!r}, {expected}")
+    [(what, share)] = budget.items()
+    if not _is_number(share):
+        raise TypeError(f"budget: found {dict(budget)!r}, {expected}")
+    if not 0 < share <= 1:
+        raise ValueError(f"budget: found {dict(budget)!r}, expected a share in (0, 1]")
+    return what, float(share)
 
 
 def _layers(layers: object) -> tuple[tuple[str, ...] | None, Mapping[str, str] | None]:

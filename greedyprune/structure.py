@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from .costs import Cost, costs_of, counted
 from .data import Batch
 from .graph import LAYERS, Group, analyse, why_not
 
@@ -26,7 +26,8 @@ class Prunable:
     producers:  the layers whose outputs they are
     consumers:  the layers that take them
     parameters: in all of these layers and between them, that belong to the units
-    flops:      of producers and consumers on the example, two for a multiplication with an addition
+    flops:      of these layers and of products of the units (attention's), on the example; two for
+                a multiplication with an addition
     """
 
     units: int
@@ -103,48 +104,38 @@ def layers(model: nn.Module, example: object) -> Layers:
         model.eval()
         with torch.no_grad():
             found = analyse(model, batch)
-            flops = _flops(model, batch)
+            _, total, flops = counted(lambda: model(*batch.args, **batch.kwargs))
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"model: torch.export can't trace it ({first[0]})") from error
     finally:
         for module, training in modes.items():
             module.training = training
-    prunable, refused = {}, {}
-    for name, group in found.items():
-        if not isinstance(group, Group):
-            refused[name] = str(group).removeprefix(f"layer {name!r}: ")
-        elif name == group.producer:
-            prunable[name] = _described(model, group, flops)
+    groups = {group.producer: group for group in found.values() if isinstance(group, Group)}
+    costs = costs_of(model, list(groups.values()), total, flops)
+    prunable = {name: _described(model, group, costs) for name, group in groups.items()}
+    refused = {
+        name: str(reason).removeprefix(f"layer {name!r}: ")
+        for name, reason in found.items()
+        if not isinstance(reason, Group)
+    }
     for name, module in model.named_modules():
         if isinstance(module, LAYERS) and name not in found:
             refused[name] = why_not(module)
     return Layers(prunable, refused)
 
 
-def _described(model: nn.Module, group: Group, flops: Mapping[str, int]) -> Prunable:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+def _described(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:
     at = group.slices[f"{group.consumer}.weight"]
-    weight = parameters[f"{group.consumer}.weight"]
+    weight = model.get_parameter(f"{group.consumer}.weight")
     return Prunable(
         units=group.units,
         features=weight.numel() // weight.shape[1 - at.dim] // group.units,
         producers=group.producers,
         consumers=group.consumers,
-        parameters=sum(parameters[n].numel() for n in group.slices if n in parameters),
-        flops=sum(flops.get(name, 0) for name in {*group.producers, *group.consumers}),
+        parameters=costs["params"].of(group.producer),
+        flops=costs["flops"].of(group.producer),
     )
-
-
-def _flops(model: nn.Module, batch: Batch) -> dict[str, int]:
-    """Of each module on the batch."""
-    with FlopCounterMode(display=False) as counter:
-        model(*batch.args, **batch.kwargs)
-    root = f"{type(model).__name__}."
-    return {
-        name.removeprefix(root): sum(by_operation.values())
-        for name, by_operation in counter.get_flop_counts().items()
-    }
 
 
 def _batch(example: object) -> Batch:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .data import Batch, Batches
+from .graph import Group
 from .hugging_face import describe
-from .imitation import module_weight
+from .imitation import module_weight, outputs_of
 from .selection import LayerSelection, Selection
 from .sizes import CONV1D, HEADS, SIZES
 
@@ -100,6 +102,25 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
         for layer in selection.layers.values():
             _mask(full, layer)
     return full
+
+
+def with_units(model: nn.Module, kept: Iterable[tuple[Group, Tensor]]) -> Selection:
+    """Groups with given units (K,) int64 kept, their weights as they are."""
+    nothing = torch.zeros(1, dtype=torch.float64)
+    return Selection({
+        group.producer: LayerSelection.of_path(
+            group.units, units, "none", None, losses=nothing.expand(len(units)),
+            dense_loss=nothing[0], bound=None, gap=None, slices=group.slices, loss="mse",
+            objective="loss",
+            outputs={name: outputs_of(model, group, name) for name in group.consumers},
+        )
+        for group, units in kept
+    })  # fmt: skip
+
+
+def cut_to(model: nn.Module, groups: Iterable[Group], widths: Mapping[str, int]) -> nn.Module:
+    """A new model with the first so many units of each group."""
+    return cut(model, with_units(model, ((g, torch.arange(widths[g.producer])) for g in groups)))
 
 
 def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:

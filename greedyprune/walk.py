@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 
 # What the operations do to the units' dimension, by name (in-place forms count as the plain ones).
 # What leaves every number as it is:
@@ -106,6 +107,7 @@ class Walk:
     slices: dict[str, Slice] = field(default_factory=dict)
     consumers: list[fx.Node] = field(default_factory=list)
     sized: str = ""  # an operation that may have sizes of the dense model written into it
+    products: dict[str, int] = field(default_factory=dict)  # matrix products and their FLOPs
 
     def refuse(self, why: str) -> NotPrunableError:
         return NotPrunableError(f"layer {self.name!r}: {why}")
@@ -213,6 +215,7 @@ class Walk:
         for at in found.values():
             if at.outer != first.outer or first.inner % at.inner:
                 raise self.refuse(f"{node.target} pairs its units with others")
+        self.products[node.name] = _flops(node)
         self.carrying[node] = first
 
     def _through_per_unit(self, node: fx.Node, op: str) -> None:
@@ -370,6 +373,14 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 def first_of(node: fx.Node) -> fx.Node:
     """The operand that an operation of one tensor acts on."""
     return node.args[0]  # type: ignore[return-value]
+
+
+def _flops(node: fx.Node) -> int:
+    """Of one operation, run on tensors without data."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    return counter.get_total_flops()
 
 
 def _is_node(value: object) -> bool:

@@ -114,7 +114,7 @@ class GreedyImportance(Importance):
         limit = psutil.virtual_memory().available // 2
         with evaluating(self._model):
             found = collect(self._model, groups, batches, limit, lambda source, _: source)
-        backend = _backend.resolve("auto", batches.device)
+        backend = _backend.resolve("auto", batches.on_gpu)
         scores = {}
         for sums in found.values():
             of_units = _scores(sums, backend)

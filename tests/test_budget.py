@@ -1,0 +1,377 @@
+"""Widths for a budget, rounded and uniform widths, and what a model costs before and after."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from networks import NETWORKS, Block, Inputs, network, outputs_of
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import greedyprune
+from greedyprune import budget, knapsack
+from greedyprune.budget import knapsack_of
+from greedyprune.data import Batch
+from greedyprune.graph import analyse, find_groups
+from greedyprune.knapsack import Knapsack, solve
+
+
+def instance(
+    items: int, widths: int, seed: int, *, edges: str = "", share: float = 0.5
+) -> Knapsack:
+    """Random losses that fall with the width, random costs; edges: none, a "chain" or "all"."""
+    rng = np.random.default_rng(seed)
+    w = [np.arange(1.0, 1 + widths) for _ in range(items)]
+    values = [np.sort(rng.random(widths))[::-1].copy() for _ in range(items)]
+    costs = [rng.integers(1, 1000) * each for each in w]
+    pairs = [(i, j) for i, j in itertools.combinations(range(items), 2)
+             if edges == "all" or (edges == "chain" and j == i + 1)]  # fmt: skip
+    couplings = {pair: float(rng.integers(1, 300)) for pair in pairs}
+    whole = Knapsack(values, costs, w, couplings, np.inf)
+    limit = share * whole.cost(np.full(items, widths - 1))
+    return Knapsack(values, costs, w, couplings, limit)
+
+
+def lowest(problem: Knapsack) -> float:
+    """By trying everything."""
+    every = itertools.product(*(range(len(each)) for each in problem.widths))
+    fitting = [c for c in map(np.array, every) if problem.cost(c) <= problem.limit]
+    return min(problem.value(c) for c in fitting)
+
+
+@pytest.mark.parametrize("edges", ["", "chain", "all"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_the_knapsack_is_solved_exactly(edges: str, share: float) -> None:
+    for seed in range(8):
+        problem = instance(4, 5, seed, edges=edges, share=share)
+        best = solve(problem)
+        assert problem.cost(best.choice) <= problem.limit
+        assert best.value == pytest.approx(problem.value(best.choice))
+        assert best.gap == 0
+        assert best.value == pytest.approx(lowest(problem), abs=1e-12)
+
+
+@pytest.mark.parametrize("edges", ["", "chain", "all"])
+def test_the_gap_is_honest_where_not_all_is_searched(
+    edges: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knapsack, "BEAMS", (1,))
+    monkeypatch.setattr(knapsack, "TRIED", (2, 1))
+    gaps = []
+    for seed in range(30):
+        problem = instance(4, 5, seed, edges=edges)
+        best = solve(problem)
+        assert problem.cost(best.choice) <= problem.limit
+        assert best.value - best.gap - 1e-12 <= lowest(problem) <= best.value + 1e-12
+        gaps.append(best.gap)
+    assert max(gaps) > 0
+
+
+def test_a_large_knapsack() -> None:
+    for items, widths, edges in ((200, 4096, ""), (13, 512, "chain")):
+        problem = instance(items, widths, 0, edges=edges)
+        best = solve(problem)
+        assert problem.cost(best.choice) <= problem.limit
+        assert best.gap <= 0.02 * best.value
+
+
+def test_no_limit_and_no_room() -> None:
+    problem = instance(3, 4, 0, share=1.0)
+    assert solve(problem).choice.tolist() == [3, 3, 3]
+    with pytest.raises(ValueError, match="even the smallest widths cost"):
+        solve(instance(3, 4, 0, share=0.1))
+
+
+def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
+    with FlopCounterMode(display=False) as counter:
+        outputs_of(model, inputs)
+    return {
+        "flops": counter.get_total_flops(),
+        "params": sum(each.numel() for each in model.parameters()),
+    }
+
+
+def data_of(inputs: Inputs) -> object:
+    return inputs if isinstance(inputs, dict) else [inputs]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_costs_are_those_of_the_pruned_model(name: str, tmp_path: object) -> None:
+    model, inputs = network(name)
+    found = greedyprune.select(model, data_of(inputs), objective="imitation", size=0.7)
+    found.save(f"{tmp_path}/selection.safetensors")
+    loaded = greedyprune.Selection.load(f"{tmp_path}/selection.safetensors")
+    before = count(model, inputs)
+    for selection in (found, found.at(1), loaded):
+        after = count(greedyprune.prune(model, selection), inputs)
+        text = Console(width=200, file=StringIO())
+        text.print(selection.summary())
+        for what in ("params", "flops"):
+            assert selection.change(what) == (before[what], after[what])
+            assert f"{before[what]:,}" in text.file.getvalue()
+            assert f"{after[what]:,}" in text.file.getvalue()
+    alone = greedyprune.Selection(found.layers)
+    assert alone.change("params") is None
+    assert alone.summary().caption is None
+
+
+def relative_losses(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Of every layer by itself, as a share of what it loses without units."""
+    found = greedyprune.select(
+        model, data_of(inputs), objective="imitation", sequential=False, size=1.0, swaps=0
+    )
+    outputs: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        empty = copy.deepcopy(module)
+        nn.init.zeros_(empty.weight)
+        outputs.append((out - empty.forward(*args)).double().flatten())
+
+    losses = {}
+    for name, layer in found.layers.items():
+        outputs.clear()
+        handles = [model.get_submodule(n).register_forward_hook(record) for n in layer.outputs]
+        outputs_of(model, inputs)
+        for handle in handles:
+            handle.remove()
+        losses[name] = layer.losses / torch.cat(outputs).square().mean()
+    return losses
+
+
+def tried_out(
+    selection: greedyprune.Selection, losses: Mapping[str, Tensor], what: str, share: float,
+    allowed: Mapping[str, Sequence[int]],
+) -> float:  # fmt: skip
+    """The lowest sum of losses within a budget, by trying all widths."""
+    cost = selection.costs[what]
+    every = (dict(zip(allowed, w, strict=True)) for w in itertools.product(*allowed.values()))
+    return min(
+        sum(float(losses[name][k - 1]) for name, k in widths.items())
+        for widths in every
+        if cost.at(widths) <= share * cost.dense
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "excited", "llama", "gpt2"])
+@pytest.mark.parametrize(("what", "share", "round_to"), [("flops", 0.8, None), ("params", 0.95, 4)])
+def test_a_budget_s_widths_lose_least(
+    name: str, what: str, share: float, round_to: int | None
+) -> None:
+    model, inputs = network(name)
+    selection = greedyprune.select(
+        model, data_of(inputs), objective="imitation", budget={what: share}, round_to=round_to
+    )
+    found = selection.budget
+    assert (found.what, found.share, found.gap) == (what, share, 0)
+    before, after = count(model, inputs), count(greedyprune.prune(model, selection), inputs)
+    assert after[what] <= share * before[what]
+    assert found.reached == after[what] / before[what]
+
+    losses, allowed = relative_losses(model, inputs), {}
+    heads = {"llama": 4, "gpt2": 6}.get(name)  # features a head
+    for layer, (units, _, _) in NETWORKS[name][1].items():
+        channels = heads if heads and "attn" in layer else 1
+        allowed[layer] = [w for w in range(1, units + 1)
+                          if w == units or w * channels % (round_to or 1) == 0]  # fmt: skip
+        assert len(selection.layers[layer].kept) in allowed[layer]
+    assert found.objective == pytest.approx(
+        tried_out(selection, losses, what, share, allowed), rel=1e-5
+    )
+    sizes = {layer: len(each.kept) for layer, each in selection.layers.items()}
+    assert sum(float(losses[n][k - 1]) for n, k in sizes.items()) == pytest.approx(
+        found.objective, rel=1e-5
+    )
+    again = greedyprune.select(model, data_of(inputs), objective="imitation", size=sizes)
+    for layer, each in selection.layers.items():
+        assert each.order.equal(again.layers[layer].order)
+
+
+def test_a_budget_survives_its_file(tmp_path: object) -> None:
+    model, inputs = network("vgg")
+    selection = greedyprune.select(
+        model, [inputs], objective="imitation", weights="counts", budget={"params": 0.5}
+    )
+    selection.save(f"{tmp_path}/selection.safetensors")
+    loaded = greedyprune.Selection.load(f"{tmp_path}/selection.safetensors")
+    assert loaded.budget == selection.budget
+    assert loaded.costs == selection.costs
+    assert selection.at(1).budget is None
+    assert "params 0." in loaded.summary().caption
+
+
+class Stack(nn.Module):
+    """Two feed-forward blocks of one kind and one that is larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(8, n) for n in (16, 16, 20))
+        self.down = nn.ModuleList(nn.Linear(n, 8) for n in (16, 16, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(up(x).relu())
+        return x
+
+
+def test_uniform_widths() -> None:
+    torch.manual_seed(0)
+    model, inputs = Stack(), torch.randn(100, 8)
+    with torch.no_grad():
+        model.up[1].weight[4:] = 0  # four of its units do
+    options = {"objective": "imitation", "budget": {"flops": 0.6}}
+    own = greedyprune.select(model, [inputs], **options)
+    shared = greedyprune.select(model, [inputs], **options, uniform=True)
+    sizes = [[len(each.kept) for each in s.layers.values()] for s in (own, shared)]
+    assert sizes[0][0] != sizes[0][1]
+    assert sizes[1][0] == sizes[1][1]
+    losses = list(relative_losses(model, inputs).values())
+    cost = shared.costs["flops"]
+    best = min(
+        float(losses[0][k - 1] + losses[1][k - 1] + losses[2][j - 1])
+        for k in range(1, 17)
+        for j in range(1, 21)
+        if cost.at({"up.0": k, "up.1": k, "up.2": j}) <= 0.6 * cost.dense
+    )
+    assert shared.budget.objective == pytest.approx(best, rel=1e-5)
+    with pytest.raises(ValueError, match=r"uniform: found sizes 3 for 'up.0' and 4 for 'up.1'"):
+        greedyprune.select(model, [inputs], uniform=True, size={"up.0": 3, "up.1": 4, "up.2": 5})
+
+
+def test_layers_of_a_kind_that_share_weights() -> None:
+    """Consecutive convolutions of one width: the cost grows with its square."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(3)]
+    model = nn.Sequential(*(m for c in convs for m in (c, nn.ReLU())), nn.Conv2d(6, 2, 1)).eval()
+    inputs = torch.randn(8, 3, 8, 8)
+    groups = find_groups(model, analyse(model, Batch((inputs,), {}, None)), None)
+    selection = greedyprune.select(model, [inputs], budget={"flops": 0.5}, uniform=True)
+    assert len({len(each.kept) for each in selection.layers.values()}) == 1
+    cost = selection.costs["flops"]
+    losses = {g.producer: torch.zeros(6) for g in groups}
+    problem = knapsack_of([groups[:2], groups[2:]], losses, cost, 1, cost.dense)
+    for k, j in itertools.product(range(1, 7), repeat=2):
+        widths = {"0": k, "2": k, "4": j}
+        assert problem.cost(np.array([k - 1, j - 1])) == pytest.approx(
+            cost.at(widths) - cost.at(dict.fromkeys(widths, 0))
+        )
+
+
+def test_sizes_in_multiples() -> None:
+    model, inputs = network("resnet")
+
+    def sizes(model: nn.Module, inputs: object, **options: object) -> list[int]:
+        found = greedyprune.select(model, inputs, objective="imitation", **options)
+        return [len(each.kept) for each in found.layers.values()]
+
+    assert sizes(model, [inputs], size=0.5, round_to=3) == [3, 9]  # of 4 of 8, of 8 of 16
+    assert sizes(model, [inputs], size={"3.conv1": 1, "4.conv1": 12}, round_to=8) == [8, 16]
+    assert sizes(model, [inputs], size=0.9, round_to=3) == [8, 15]  # 7: of 6 and 8 the larger
+    assert sizes(model, [inputs], size=1, round_to=32) == [8, 16]
+    model, inputs = network("llama")
+    assert sizes(model, inputs, size=0.5, round_to=8) == [2, 8]  # heads of 4 numbers, 2 at a time
+
+
+class Clock:
+    """In place of timing: a model takes its FLOPs in nanoseconds, and what no width changes."""
+
+    def __init__(self, rest: float, wrong: float = 0.0) -> None:
+        self.rest, self.wrong, self.asked = rest, wrong, 0
+
+    def __call__(
+        self, models: Sequence[nn.Module], batch: Batch, modules: Sequence[str] = ()
+    ) -> list[dict[str, float]]:
+        self.asked += 1
+        found = []
+        for model in models:
+            with FlopCounterMode(display=False) as counter:
+                model(*batch.args, **batch.kwargs)
+            flops = {name.partition(".")[2]: sum(each.values())
+                     for name, each in counter.get_flop_counts().items()}  # fmt: skip
+            times = {name: float(flops.get(name, 0)) for name in modules}
+            small = len(found) == 1 and len(models) == 2
+            times[""] = counter.get_total_flops() + self.rest + small * self.wrong
+            found.append(times)
+        return found
+
+
+def test_a_latency_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = network("vgg")
+    flops = count(model, inputs)["flops"]
+    clock = Clock(rest=flops / 4)  # 0.8 of the time is 0.75 of the FLOPs
+    monkeypatch.setattr(budget, "medians", clock)
+    options = {"objective": "imitation", "weights": "counts"}
+    by_time = greedyprune.select(model, [inputs], **options, budget={"latency": 0.8})
+    by_count = greedyprune.select(model, [inputs], **options, budget={"flops": 0.75})
+    assert clock.asked == 3
+    for name, layer in by_count.layers.items():
+        assert len(layer.kept) == len(by_time.layers[name].kept)
+    assert by_time.budget.reached == pytest.approx((4 * by_count.budget.reached + 1) / 5)
+
+    monkeypatch.setattr(budget, "medians", clock := Clock(flops / 4, wrong=0.05 * flops))
+    corrected = greedyprune.select(model, [inputs], **options, budget={"latency": 0.8})
+    assert clock.asked > 3  # the whole model gains less than its layers say
+    assert corrected.budget.reached <= 0.8
+    assert corrected.change("flops")[1] < by_count.change("flops")[1]
+
+    monkeypatch.setattr(budget, "medians", Clock(flops / 4, wrong=flops))
+    with pytest.warns(UserWarning, match=r"budget: found .* of the dense model's latency, above"):
+        greedyprune.select(model, [inputs], **options, budget={"latency": 0.8})
+    with pytest.raises(ValueError, match=r"budget: found {'latency': 0.2}, but the smallest"):
+        greedyprune.select(model, [inputs], **options, budget={"latency": 0.2})
+
+
+def test_a_latency_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "SECONDS", 0.2)
+    model, inputs = nn.Sequential(Block(8, 8), nn.Conv2d(8, 8, 1)).eval(), torch.randn(2, 8, 6, 6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    times = budget.medians([model, nn.Identity()], Batch((inputs,), {}, None), [""])
+    assert times[0][""] > times[1][""] > 0
+    batch = Batch((inputs,), {}, None)
+    cost = budget._latency(model, find_groups(model, analyse(model, batch), None), batch)
+    assert cost.dense > 0
+    assert all(part >= 0 for part in cost.parts.values())
+    assert cost.at({"0.conv1": 1}) <= cost.dense
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+BAD: list[tuple[dict, str]] = [
+    ({"budget": 0.5}, r"budget: found 0.5, expected {'flops': 0.6}"),
+    ({"budget": {}}, r"budget: found {}, expected {'flops': 0.6}"),
+    ({"budget": {"memory": 0.5}}, r"budget: found {'memory': 0.5}, expected {'flops'"),
+    ({"budget": {"flops": 0.5, "params": 0.5}}, r"budget: found .*'params': 0.5}, expected"),
+    ({"budget": {"flops": 0}}, r"budget: found {'flops': 0}, expected a share in \(0, 1\]"),
+    ({"budget": {"flops": 1.5}}, r"budget: found {'flops': 1.5}, expected a share"),
+    ({"budget": {"flops": "half"}}, r"budget: found {'flops': 'half'}, expected"),
+    ({"budget": {"flops": 0.5}, "size": 0.5}, "budget: found budget and size, expected one"),
+    ({"budget": {"flops": 0.5}, "steps": 5}, "budget: found budget and steps, expected one"),
+    ({"budget": {"flops": 0.5}, "tolerance": 0.1}, "budget: found budget and tolerance"),
+    ({"budget": {"flops": 0.01}}, r"'flops': 0.01}, but the smallest widths .* leave 0.\d+ of"),
+    ({"budget": {"flops": 0.9}, "memory_limit": 100}, r"memory_limit: found 100 bytes, but a budg"),
+    ({"round_to": 0}, "round_to: found 0, expected at least 1"),
+    ({"round_to": "8"}, "round_to: found '8', expected an int"),
+    ({"round_to": 8, "steps": 5}, "round_to: found with steps, expected size or budget"),
+    ({"uniform": 1}, "uniform: found 1, expected True or False"),
+    ({"uniform": True, "tolerance": 0.1}, "uniform: found with tolerance, expected size or"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_budgets(options: dict, message: str) -> None:
+    model, inputs = network("vgg")
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        greedyprune.select(model, [inputs], objective="imitation", **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_budget_takes_two_passes() -> None:
+    model, inputs = network("mobilenet")
+    with pytest.raises(ValueError, match="data: found an iterator for a budget"):
+        greedyprune.select(model, iter([inputs]), budget={"flops": 0.5})
