@@ -37,7 +37,7 @@ GREEDYPRUNE_INLINE double rounding_bound(const Rounding& r, const Target<Real>& 
   const double largest = r.weight_largest;
   const double underflow = static_cast<double>(Number<Real>::tiny) * 8.0 * r.weight_sum;
   // Adding up positive numbers, weighting, the polynomials' last places.
-  const double sums = (32.0 + length.terms) * loss;
+  const double sums = (32.0 + length.terms) * fabs(loss);
   switch (target.loss) {
     case Loss::squared_error: {  // |d(x^2)| <= 2 |x| |dx|, then Cauchy-Schwarz
       const double moved = 48.0 * (r.base + largest * unit.w_squares * unit.squares);
