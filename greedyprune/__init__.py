@@ -7,6 +7,7 @@ small = greedyprune.prune(model, selection)
 from importlib.metadata import PackageNotFoundError, version
 
 from ._backend import show_config
+from .refitting import refit
 from .selection import LayerSelection, Selection
 from .selector import select
 from .structure import layers
@@ -17,4 +18,13 @@ try:
 except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "unknown"
 
-__all__ = ["LayerSelection", "Selection", "layers", "prune", "recalibrate", "select", "show_config"]
+__all__ = [
+    "LayerSelection",
+    "Selection",
+    "layers",
+    "prune",
+    "recalibrate",
+    "refit",
+    "select",
+    "show_config",
+]

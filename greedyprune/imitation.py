@@ -68,28 +68,15 @@ class Consumer:
             )
         add_upper_product(self.gram, rows, torch.float64)  # what is left of the loss may be small
         self.positions += positions
-        if outputs is not None:
-            self._add_target(rows, self._as_columns(outputs))
-
-    def _as_columns(self, outputs: Tensor) -> Tensor:
-        """Outputs without the bias: (C, positions)."""
-        if isinstance(self._module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if outputs.dim() == len(self._module.kernel_size) + 1:
-                outputs = outputs[None]
-            columns = outputs.transpose(0, 1).flatten(1)
-        else:
-            columns = outputs.reshape(-1, outputs.shape[-1]).T
-        bias = getattr(self._module, "bias", None)
-        return columns if bias is None else columns - bias.detach()[:, None]
-
-    def _add_target(self, rows: Tensor, target: Tensor) -> None:
+        if outputs is None:
+            return
+        target, bias = as_columns(self._module, outputs), getattr(self._module, "bias", None)
+        if bias is not None:
+            target = target - bias.detach()[:, None]
         if self._cross is None:
             shape = self.features, self.outputs
             self._cross = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-        for i in range(0, rows.shape[1], PRODUCT):
-            part = target[:, i : i + PRODUCT].double()
-            self._cross.addmm_(rows[:, i : i + PRODUCT].double(), part.T)
-            self._target_norm += float(part.square().sum())
+        self._target_norm += add_right(self._cross, rows, target)
 
     def finish(self) -> None:
         """Fills the other half of the products; takes them to the CPU, where the solvers are."""
@@ -333,6 +320,24 @@ def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
             part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
         columns[:, tap] = part.transpose(0, 1)
     return columns.flatten(2)
+
+
+def as_columns(module: nn.Module, outputs: Tensor) -> Tensor:
+    """A layer's outputs as (C, positions), in the order of `unfolded`'s."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return outputs.reshape(-1, outputs.shape[-1]).T
+    batched = outputs if outputs.dim() == len(module.kernel_size) + 2 else outputs[None]
+    return batched.transpose(0, 1).flatten(1)
+
+
+def add_right(right: Tensor, rows: Tensor, target: Tensor) -> float:
+    """right (F, C) += rows target^T in float64; returns |target|^2."""
+    norm = 0.0
+    for i in range(0, rows.shape[1], PRODUCT):
+        part = target[:, i : i + PRODUCT].double()
+        right.addmm_(rows[:, i : i + PRODUCT].double(), part.T)
+        norm += float(part.square().sum())
+    return norm
 
 
 def losses_of(units: Tensor, weights: str, gram: Tensor, moments: Moments) -> Tensor:

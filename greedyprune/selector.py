@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import _backend, settings
 from .data import Batch, Batches
+from .evaluation import bars, evaluating
 from .features import LayerData, main_output, run_model, target_of
 from .graph import Group, analyse, find_groups, named_group
 from .imitation import Sums, bytes_of, collect, losses_of, outputs_of, replayed
@@ -26,8 +25,6 @@ from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
 from .surgery import masked, masked_weight, prune
 from .walk import NotPrunableError
-
-BAR_DELAY = 2.0  # seconds before a progress bar shows
 
 
 def select(
@@ -127,8 +124,8 @@ def select(
     batches = Batches(data, model)
     backend = _backend.resolve(backend, batches.device)
     criterion = criterion_of(loss, None)
-    bar = _bars(progress)
-    with _evaluating(model):
+    bar = bars(progress)
+    with evaluating(model):
         first = batches.first()
         outputs, heads = _first_outputs(model, first)
         if loss == "auto":
@@ -193,7 +190,7 @@ def _select_summed(
         selected[group.producer] = layer
         for name in sorted(group.consumers, key=order.__getitem__):
             weight = model.get_parameter(f"{name}.weight")
-            replay.change(name, masked_weight(weight, layer, name))
+            replay.change(name, weight=masked_weight(weight, layer, name))
     return selected
 
 
@@ -478,40 +475,3 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; afterwards modes, buffers and RNG are as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = next((t.device.type for t in model.parameters()), "cpu")
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        model.eval()
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-            torch.autocast(device, enabled=False),
-            torch.autocast("cpu", enabled=False),
-        ):
-            yield
-    finally:
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
-        for module, training in modes.items():
-            module.training = training
-
-
-def _bars(progress: bool | None) -> Callable[..., Any]:
-    def bar(source: Iterable[Any] | None = None, desc: str = "", total: int | None = None) -> Any:
-        if total is None and source is not None:
-            total = len(source) or None  # type: ignore[arg-type]
-        return tqdm(
-            source, desc=desc, total=total, delay=BAR_DELAY, leave=False,
-            disable=progress is False,
-        )  # fmt: skip
-
-    return bar

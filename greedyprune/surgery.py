@@ -47,19 +47,8 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         >>> greedyprune.prune(model, selection)[0].weight.shape
         torch.Size([3, 4])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    if not isinstance(selection, Selection):
-        raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
-    for name, layer in selection.layers.items():
-        _check_fits(model, name, layer)
-    small = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in selection.layers.values():
-            _mask(small, layer)
-        for layer in selection.layers.values():
-            _cut(small, layer)
-    return small
+    check_fits(model, selection)
+    return cut(masked(model, selection), selection)
 
 
 def recalibrate(model: nn.Module, data: object) -> nn.Module:
@@ -104,7 +93,25 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
     return full
 
 
-def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:
+def cut(full: nn.Module, selection: Selection) -> nn.Module:
+    """Cuts what `masked` gives, in place; returns it."""
+    with torch.no_grad():
+        for layer in selection.layers.values():
+            _cut(full, layer)
+    return full
+
+
+def check_fits(model: nn.Module, selection: Selection) -> None:
+    """TypeError or ValueError where the selection was not made for this model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
+    for name, layer in selection.layers.items():
+        _check_layer(model, name, layer)
+
+
+def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for tensor, at in layer.slices.items():
         if tensor not in tensors:

@@ -1,0 +1,144 @@
+"""Least squares once more, for every layer of a pruned network, towards what the dense one gives.
+
+A selection gives new weights to the layers that take its units. All the others, too, get inputs
+that differ from the dense network's: convolutions and projections on the way, the classifier at the
+end. In the order in which they run, each layer's weights are solved for again on the inputs that
+the layers before it leave:
+
+    min_D  |t - (W + D) x|^2 + ridge |D|^2,      t the layer's output in the dense network
+
+where the output is added to a shortcut, corrected for what that lacks (replay.py).
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .data import Batches
+from .evaluation import bars, evaluating
+from .imitation import add_right, as_columns, module_weight, unfolded
+from .moments import add_upper_product, mirror
+from .replay import Replay
+from .selection import Selection
+from .surgery import check_fits, cut, masked
+from .walk import Layer, Slice
+
+DAMPING = 1e-3  # of the features' mean square: what a change of the weights costs
+ROUNDS = 4
+
+
+def refit(
+    model: nn.Module,
+    selection: Selection,
+    data: object,
+    *,
+    memory_limit: int | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """What `prune` gives, with the weights of its layers solved for again, one after the other.
+
+    Every Linear and convolution that runs after the first cut is given, by least squares on the
+    pruned network's inputs, the weights with which it comes closest to its output in the dense
+    network; no gradients, no labels, nothing to tune. Grouped convolutions and weights that are
+    shared with others stay, as do normalisations; no layer gains a bias.
+
+    Args:
+        model: the dense model that the selection was made on; it is not changed
+        selection: from `select`
+        data: as for `select`, and best the same; targets are not used
+        memory_limit: bytes for the activations between two layers; where they do not fit, they are
+            computed again for every layer; None: half the memory that is free
+        progress: False: no progress bars
+
+    Returns:
+        a new, physically smaller nn.Module, of the same shapes as `prune`'s
+
+    Raises:
+        TypeError, ValueError: no model, a selection for another model, data without samples, NaN
+            or inf in a layer's inputs, or a model that torch.export can't trace
+
+    Example:
+        >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> data = torch.randn(32, 4), torch.randn(32, 1)
+        >>> small = greedyprune.refit(model, greedyprune.select(model, data, size=3), data)
+        >>> small[0].weight.shape
+        torch.Size([3, 4])
+    """
+    check_fits(model, selection)
+    batches, full, bar = Batches(data, model), masked(model, selection), bars(progress)
+    batches.first()
+    if batches.once:
+        raise ValueError(
+            "data: found an iterator, but every layer takes a pass; expected a list, Dataset or "
+            "DataLoader"
+        )
+    cuts = {name: layer for layer in selection.layers.values() for name in layer.outputs}
+    with evaluating(model):
+        replay = Replay(model, batches, memory_limit or psutil.virtual_memory().available // 2)
+        place = replay.order(list(cuts))
+        for name in sorted(cuts, key=place.__getitem__):
+            replay.change(name, weight=full.get_parameter(f"{name}.weight"))
+        for layer in replay.after_changes():
+            module, channels = full.get_submodule(layer.name), None
+            if layer.name in cuts:
+                own = cuts[layer.name]
+                channels = own.slices[layer.weight].entries(own.kept, len(own.counts))
+            sums = _Sums(module, layer, channels)
+            for _ in range(ROUNDS if replay.is_rectified(layer.name) else 1):
+                for inputs, error in replay.errors(layer.name, bar):
+                    sums.add(inputs, error)
+                replay.change(layer.name, **sums.solve())
+    return cut(full, selection)
+
+
+class _Sums:
+    """One layer's least squares, over all data.
+
+    channels: of its inputs, those that are left; None: all
+    """
+
+    def __init__(self, module: nn.Module, layer: Layer, channels: Tensor | None) -> None:
+        self._module, self._dim = module, layer.in_dim
+        self._weight = module.get_parameter("weight")
+        self._bias = None if layer.bias is None else module.get_parameter("bias")
+        if channels is None:
+            channels = torch.arange(self._weight.shape[self._dim])
+        self._channels = channels.to(self._weight.device)
+        self._gram: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._right: Tensor | None = None
+
+    def add(self, inputs: Tensor, error: Tensor) -> None:
+        rows = unfolded(self._module, inputs)[self._channels].flatten(0, 1)
+        if self._bias is not None:  # the weight of a feature that is always 1
+            rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
+        target, double = as_columns(self._module, error), torch.float64
+        if self._right is None:
+            self._right = torch.zeros(len(rows), len(target), dtype=double, device=rows.device)
+        add_right(self._right, rows, target)
+        if self._factor is None:  # the inputs are the same in every round
+            if self._gram is None:
+                self._gram = torch.zeros(len(rows), len(rows), dtype=double, device=rows.device)
+            add_upper_product(self._gram, rows, rows.dtype)
+
+    def solve(self) -> dict[str, Tensor]:
+        """Changes the layer's weight and, where it has one, bias; returns them."""
+        assert self._right is not None
+        if self._factor is None:
+            assert self._gram is not None
+            mirror(self._gram)
+            squares = self._gram.diagonal()[: len(self._gram) - (self._bias is not None)]
+            squares += DAMPING * float(squares.mean()) or 1.0  # 1: all are dead
+            self._factor = torch.linalg.cholesky(self._gram)
+        change = torch.cholesky_solve(self._right, self._factor).T
+        self._right = None
+        tensors: dict[str, Tensor] = {"weight": self._weight}
+        if self._bias is not None:
+            self._bias.add_(change[:, -1].to(self._bias.dtype))
+            change, tensors["bias"] = change[:, :-1], self._bias
+        shaped = change.reshape(len(change), len(self._channels), -1)
+        shaped = module_weight(shaped, Slice(self._dim), self._weight)
+        self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
+        return tensors
