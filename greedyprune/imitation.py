@@ -9,7 +9,7 @@ right side of every least squares problem is K W^T.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,22 +25,31 @@ from .moments import PRODUCT, add_upper_product, mirror
 from .reference import Moments, Path, Refit, Rule, Step
 from .replay import Replay
 from .reweight import distinct_counts
-from .swaps import exchanged, refit_of
+from .swaps import best_exchanged
 from .walk import Slice
 
 WIDEST = 64  # features a unit that exchanges are tried with
+Roots = Mapping[str, Tensor]  # of consumers' metrics
 DAMPING = 1e-4  # of the mean diagonal: what refitted weights cost, as a share
 
 
 class Consumer:
-    """One consumer of a group: K (F, F) over its inputs' features, a unit's side by side."""
+    """One consumer of a group: K (F, F) over its inputs' features, a unit's side by side.
 
-    def __init__(self, name: str, module: nn.Module, group: Group) -> None:
+    root: (C, C) float64, the square root of the metric that its errors are measured in; None: I
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None
+    ) -> None:
         self.name, self.units, self.layer = name, group.units, group.producer
         self._module, self._at = module, group.slices[f"{name}.weight"]
         at, units = self._at, self.units
         weight = weight_of(module)
         self.weight = unit_major(weight.detach().double().cpu(), at, units)
+        self.root = root
+        if root is not None:
+            self.weight = root @ self.weight
         self.outputs = len(self.weight)
         self.features = self.weight.shape[1]
         self.gram = torch.zeros(
@@ -73,6 +82,8 @@ class Consumer:
         target, bias = as_columns(self._module, outputs), getattr(self._module, "bias", None)
         if bias is not None:
             target = target - bias.detach()[:, None]
+        if self.root is not None:
+            target = self.root.to(target) @ target
         if self._cross is None:
             shape = self.features, self.outputs
             self._cross = torch.zeros(shape, dtype=torch.float64, device=rows.device)
@@ -108,10 +119,11 @@ class Consumer:
 class Sums:
     """All consumers of one group."""
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
+    def __init__(self, model: nn.Module, group: Group, roots: Roots) -> None:
         self.group = group
         self.consumers = [
-            Consumer(name, model.get_submodule(name), group) for name in group.consumers
+            Consumer(name, model.get_submodule(name), group, roots.get(name))
+            for name in group.consumers
         ]
         for name in (*group.producers, *group.consumers):
             check_finite(name, model.get_submodule(name))
@@ -176,15 +188,14 @@ class Sums:
             width=width, scale=1 / self.mass, step=step,
         )  # fmt: skip
         if swaps and width <= WIDEST and len(found.units) == len(path.order):
-            units = exchanged(
+            best = best_exchanged(
                 gram.view(n * width, -1), right.view(n * width, -1), target_norm, found.units,
                 width, swaps, backend,
             )  # fmt: skip
-            if not units.equal(found.units):
-                found = refit_of(gram.view(n * width, -1), right.view(n * width, -1), units, width)
-                gains = found.solved.square().sum(1).view(-1, width).sum(1)
+            if not best.units.equal(found.units):
+                gains = best.solved.square().sum(1).view(-1, width).sum(1)
                 losses = (target_norm - gains.cumsum(0)) / self.mass
-                path = Path(units, losses, None, path.scored, path.rescored)
+                path, found = Path(best.units, losses, None, path.scored, path.rescored), best
         fitted, losses = {}, path.losses
         at = distinct_counts(path.order) - 1
         for each, ridge, (own, out) in zip(self.consumers, ridges, parts, strict=True):
@@ -193,6 +204,9 @@ class Sums:
                 found.units.clone(), found.factor[rows][:, rows], found.solved[rows][:, out].clone()
             )
             losses = losses - ridge / self.mass * fitted[each.name].norms()[at]
+            if each.root is not None:  # the weights themselves are the same in any metric
+                plain = torch.linalg.solve(each.root, fitted[each.name].solved, left=False)
+                fitted[each.name] = replace(fitted[each.name], solved=plain)
         return replace(path, losses=losses.clamp(min=0)), fitted
 
 
@@ -207,8 +221,9 @@ def bytes_of(model: nn.Module, group: Group) -> int:
 
 
 def collect(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, bar: Callable[..., Any]
-) -> dict[str, Sums]:
+    model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, roots: Roots,
+    bar: Callable[..., Any],
+) -> dict[str, Sums]:  # fmt: skip
     """The sums of every group, in as few passes over the data as `limit` bytes allow."""
     found: dict[str, Sums] = {}
     waiting = list(groups)
@@ -216,7 +231,7 @@ def collect(
         together: list[Sums] = []
         held = 0
         while waiting:
-            sums = Sums(model, waiting[0])
+            sums = Sums(model, waiting[0], roots)
             held += sum(8 * each.features**2 for each in sums.consumers)
             if together and held > limit:
                 break
@@ -227,9 +242,11 @@ def collect(
     return found
 
 
-def replayed(model: nn.Module, group: Group, replay: Replay, bar: Callable[..., Any]) -> Sums:
+def replayed(
+    model: nn.Module, group: Group, replay: Replay, roots: Roots, bar: Callable[..., Any]
+) -> Sums:
     """The sums of one group: inputs from the network pruned so far, targets from the dense one."""
-    sums = Sums(model, group)
+    sums = Sums(model, group, roots)
     by_name = {each.name: each for each in sums.consumers}
     replay.visit(
         group.consumers, lambda name, inputs, outputs: by_name[name].add(inputs, outputs), bar

@@ -100,7 +100,7 @@ class _Sums:
     """
 
     def __init__(self, module: nn.Module, layer: Layer, channels: Tensor | None) -> None:
-        self._module, self._dim = module, layer.in_dim
+        self._module, self._name, self._dim = module, layer.name, layer.in_dim
         self._weight = module.get_parameter("weight")
         self._bias = None if layer.bias is None else module.get_parameter("bias")
         if channels is None:
@@ -115,6 +115,10 @@ class _Sums:
         if self._bias is not None:  # the weight of a feature that is always 1
             rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
         target, double = as_columns(self._module, error), torch.float64
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
+            )
         if self._right is None:
             self._right = torch.zeros(len(rows), len(target), dtype=double, device=rows.device)
         add_right(self._right, rows, target)

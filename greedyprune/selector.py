@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _backend, settings
+from . import _backend, fisher, settings
 from .data import Batch, Batches
 from .evaluation import bars, evaluating
 from .features import LayerData, main_output, run_model, target_of
 from .graph import Group, analyse, find_groups, named_group
-from .imitation import Sums, bytes_of, collect, losses_of, outputs_of, replayed
+from .imitation import Roots, Sums, bytes_of, collect, losses_of, outputs_of, replayed
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
@@ -48,6 +48,7 @@ def select(
     memory_limit: int | None = None,
     sequential: bool = True,
     swaps: int | None = None,
+    metric: str = "none",
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -100,6 +101,9 @@ def select(
         swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
             while the error falls, at most so often; None: as often as that helps. What comes in
             this way is last in `order`. Not with tolerance
+        metric: in which a layer that imitates measures its consumers' output errors: "none" (all
+            alike) or "fisher" (by what they do to the model's predictions: a backward pass, for
+            `loss`, without labels; fisher.py); `losses` are in that metric
 
     Returns:
         Selection, for `prune`
@@ -119,7 +123,7 @@ def select(
         model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
         objective=objective, weights=weights, replacement=replacement, candidates=candidates,
         batch_size=batch_size, shortlist=shortlist, seed=seed, memory_limit=memory_limit,
-        sequential=sequential, swaps=swaps,
+        sequential=sequential, swaps=swaps, metric=metric,
     )  # fmt: skip
     batches = Batches(data, model)
     backend = _backend.resolve(backend, batches.device)
@@ -133,7 +137,7 @@ def select(
         groups = [_with_output(model, group, heads) for group in _groups(model, first, chosen)]
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
-        elif loss != "auto" and chosen.objective == "auto":
+        elif loss != "auto" and chosen.objective == "auto" and chosen.metric == "none":
             warnings.warn(
                 f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
                 "the layers imitate their dense output instead",
@@ -150,7 +154,16 @@ def select(
             group for group in groups
             if _objective(chosen.objective, group) == "imitation" and _by_sums(model, group, chosen)
         ]  # fmt: skip
-        selected = _select_summed(model, summed, batches, rules, chosen, backend, bar)
+        roots = {}
+        if chosen.metric == "fisher" and summed:
+            if criterion.kind == "custom":
+                raise ValueError(
+                    "metric: found 'fisher' with a loss of your own, expected 'mse', "
+                    "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
+                )
+            names = [name for group in summed for name in group.consumers]
+            roots = fisher.roots(model, names, batches, criterion.kind, chosen.seed, bar)
+        selected = _select_summed(model, summed, batches, rules, roots, chosen, backend, bar)
         if chosen.sequential and 0 < len(selected) < len(groups):
             model = masked(model, Selection(selected))
         for group in groups:
@@ -172,7 +185,7 @@ def select(
 
 def _select_summed(
     model: nn.Module, groups: Sequence[Group], batches: Batches, rules: Mapping[str, Rule],
-    chosen: Settings, backend: str, bar: Callable[..., Any],
+    roots: Roots, chosen: Settings, backend: str, bar: Callable[..., Any],
 ) -> dict[str, LayerSelection]:  # fmt: skip
     """The layers that imitate, in the order of the graph or all from one pass."""
 
@@ -180,13 +193,13 @@ def _select_summed(
         return _select_by_sums(sums, rules[sums.group.producer], chosen, backend, bar)
 
     if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
-        found = collect(model, groups, batches, chosen.memory_limit, bar) if groups else {}
+        found = collect(model, groups, batches, chosen.memory_limit, roots, bar) if groups else {}
         return {name: select_from(sums) for name, sums in found.items()}
     replay = Replay(model, batches, chosen.memory_limit)
     order = replay.order([name for group in groups for name in group.consumers])
     selected = {}
     for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
-        layer = select_from(replayed(model, group, replay, bar))
+        layer = select_from(replayed(model, group, replay, roots, bar))
         selected[group.producer] = layer
         for name in sorted(group.consumers, key=order.__getitem__):
             weight = model.get_parameter(f"{name}.weight")
@@ -276,7 +289,7 @@ def _by_sums(model: nn.Module, group: Group, chosen: Settings) -> bool:
     needed = bytes_of(model, group)
     if needed <= chosen.memory_limit:
         return True
-    if simple:
+    if simple and chosen.metric == "none":
         return False
     raise ValueError(
         f"memory_limit: found {chosen.memory_limit} bytes, but layer {group.producer!r} needs "

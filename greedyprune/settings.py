@@ -14,6 +14,7 @@ from .reference import Rule
 
 OBJECTIVES = ("auto", "loss", "imitation")
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
+METRICS = ("none", "fisher")
 MOST_SWAPS = 10_000
 REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
 
@@ -49,6 +50,7 @@ class Settings:
     memory_limit: int
     sequential: bool
     swaps: int
+    metric: str
 
     def rule(self, layer: str, units: int) -> Rule:
         """When to stop and what may be picked, in a layer of so many units."""
@@ -131,6 +133,7 @@ def resolve(
     memory_limit: object,
     sequential: object,
     swaps: object,
+    metric: object,
 ) -> Settings:
     """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
     if not isinstance(model, nn.Module):
@@ -146,6 +149,7 @@ def resolve(
             raise TypeError(f"model: {name!r} {found}, expected real numbers in memory")
     _one_of("objective", objective, OBJECTIVES)
     _one_of("weights", weights, WEIGHTS)
+    _one_of("metric", metric, METRICS)
     if size is not None and steps is not None:
         raise ValueError(f"steps: found size={size!r} and steps={steps!r}, expected one of them")
     steps = _positive_int("steps", steps)
@@ -156,6 +160,11 @@ def resolve(
         raise ValueError(
             f"shortlist: found {shortlist} without batch_size, expected batch_size too: the "
             "shortlist is of those that score best on a mini-batch"
+        )
+    if metric != "none" and batch_size is not None:
+        raise ValueError(
+            f"metric: found {metric!r} with batch_size, expected 'none': on mini-batches errors "
+            "are not measured in a metric"
         )
     limit = _positive_int("memory_limit", memory_limit)
     if tolerance is not None and not (_is_number(tolerance) and tolerance >= 0):  # type: ignore[operator]
@@ -191,6 +200,7 @@ def resolve(
         memory_limit=limit or psutil.virtual_memory().available // 2,
         sequential=sequential,
         swaps=MOST_SWAPS if swaps is None else int(swaps),  # type: ignore[call-overload]
+        metric=str(metric),
     )
 
 
