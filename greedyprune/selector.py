@@ -99,8 +99,9 @@ def select(
             network (as where layers are named by hand, and best for batches of many shapes, each
             of which takes a trace)
         swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
-            while the error falls, at most so often; None: as often as that helps. What comes in
-            this way is last in `order`. Not with tolerance
+            while the error falls, at most so often; None: as often as that helps. From what
+            backward elimination leaves, too, and the better is kept. What comes in this way is last
+            in `order`. Not with tolerance
         metric: in which a layer that imitates measures its consumers' output errors: "none" (all
             alike) or "fisher" (by what they do to the model's predictions: a backward pass, for
             `loss`, without labels; fisher.py); `losses` are in that metric
