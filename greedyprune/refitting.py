@@ -41,8 +41,9 @@ def refit(
 
     Every Linear and convolution that runs after the first cut is given, by least squares on the
     pruned network's inputs, the weights with which it comes closest to its output in the dense
-    network; no gradients, no labels, nothing to tune. Grouped convolutions and weights that are
-    shared with others stay, as do normalisations; no layer gains a bias.
+    network; no gradients, no labels, nothing to tune. A layer without a bias before a normalisation
+    that has one changes that; else none is added. Grouped convolutions and weights that are shared
+    with others stay.
 
     Args:
         model: the dense model that the selection was made on; it is not changed
@@ -85,11 +86,20 @@ def refit(
             if layer.name in cuts:
                 own = cuts[layer.name]
                 channels = own.slices[layer.weight].entries(own.kept, len(own.counts))
-            sums = _Sums(module, layer, channels)
-            for _ in range(ROUNDS if replay.is_rectified(layer.name) else 1):
+            ahead, scale, shifted = replay.ahead(layer.name), None, None
+            if layer.bias is not None:
+                shifted = layer.name
+            elif ahead.norm is not None:
+                shifted, scale = ahead.norm, ahead.scale
+            bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
+            sums = _Sums(module, layer, channels, bias, scale)
+            for _ in range(ROUNDS if ahead.rectified else 1):
                 for inputs, error in replay.errors(layer.name, bar):
                     sums.add(inputs, error)
-                replay.change(layer.name, **sums.solve())
+                sums.solve()
+                replay.change(layer.name, weight=module.get_parameter("weight"))
+                if shifted is not None and bias is not None:
+                    replay.change(shifted, bias=bias)
     return cut(full, selection)
 
 
@@ -97,12 +107,16 @@ class _Sums:
     """One layer's least squares, over all data.
 
     channels: of its inputs, those that are left; None: all
+    bias: what a constant is added to, times `scale`: the layer's own, or its normalisation's
     """
 
-    def __init__(self, module: nn.Module, layer: Layer, channels: Tensor | None) -> None:
+    def __init__(
+        self, module: nn.Module, layer: Layer, channels: Tensor | None, bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:  # fmt: skip
         self._module, self._name, self._dim = module, layer.name, layer.in_dim
         self._weight = module.get_parameter("weight")
-        self._bias = None if layer.bias is None else module.get_parameter("bias")
+        self._bias, self._scale = bias, scale
         if channels is None:
             channels = torch.arange(self._weight.shape[self._dim])
         self._channels = channels.to(self._weight.device)
@@ -127,8 +141,8 @@ class _Sums:
                 self._gram = torch.zeros(len(rows), len(rows), dtype=double, device=rows.device)
             add_upper_product(self._gram, rows, rows.dtype)
 
-    def solve(self) -> dict[str, Tensor]:
-        """Changes the layer's weight and, where it has one, bias; returns them."""
+    def solve(self) -> None:
+        """Changes the layer's weight and the bias, in place."""
         assert self._right is not None
         if self._factor is None:
             assert self._gram is not None
@@ -138,11 +152,10 @@ class _Sums:
             self._factor = torch.linalg.cholesky(self._gram)
         change = torch.cholesky_solve(self._right, self._factor).T
         self._right = None
-        tensors: dict[str, Tensor] = {"weight": self._weight}
         if self._bias is not None:
-            self._bias.add_(change[:, -1].to(self._bias.dtype))
-            change, tensors["bias"] = change[:, :-1], self._bias
+            constant = change[:, -1] if self._scale is None else change[:, -1] * self._scale
+            self._bias.add_(constant.to(self._bias.dtype))
+            change = change[:, :-1]
         shaped = change.reshape(len(change), len(self._channels), -1)
         shaped = module_weight(shaped, Slice(self._dim), self._weight)
         self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
-        return tensors

@@ -31,6 +31,7 @@ class Ahead(NamedTuple):
 
     node: fx.Node
     scale: Tensor | None  # (C,); None: 1
+    norm: str | None  # the only normalisation, right after the layer: its bias can take a constant
     beside: fx.Node | None  # the shortcut that is added on the way
     rectified: bool  # only its positive part goes on
 
@@ -152,17 +153,20 @@ class _Program:
         return found
 
     def _ahead(self, layer: fx.Node) -> Ahead:
-        node, scale, beside = layer, None, None
+        node, scale, norm, beside = layer, None, None, None
         while len(node.users) == 1:
             user = next(iter(node.users))
             op = operation(user)
             if op == "relu":
-                return Ahead(node, scale, beside, True)
+                return Ahead(node, scale, norm, beside, True)
             if beside is not None:
                 break
             if op == "batch_norm" and user.args[5] is False and len(shape_of(user)) > 1:
                 weight, _, _, variance = (self._parameter(each) for each in user.args[1:5])
                 assert variance is not None
+                shift, norm = user.args[2], None
+                if node is layer and isinstance(shift, fx.Node) and len(shift.users) == 1:
+                    norm = self._tensors[shift.name].rpartition(".")[0]
                 factor = (variance + float(user.args[7])).rsqrt()  # type: ignore[arg-type]
                 factor = factor if weight is None else factor * weight
                 scale = factor if scale is None else scale * factor
@@ -176,7 +180,7 @@ class _Program:
             elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
                 break
             node = user
-        return Ahead(node, scale, beside, False)
+        return Ahead(node, scale, norm, beside, False)
 
     def _own_weights(self, graph: Graph) -> dict[int, Layer]:
         """The layers, by their place, whose weights nothing else uses, here or by another name."""
@@ -274,9 +278,8 @@ class Replay:
             if first is not None and i >= program.place[first]
         ]  # fmt: skip
 
-    def is_rectified(self, layer: str) -> bool:
-        """Does a ReLU follow the layer, its normalisation and shortcut?"""
-        return self._program(self._batches.first()).ahead[layer].rectified
+    def ahead(self, layer: str) -> Ahead:
+        return self._program(self._batches.first()).ahead[layer]
 
     def change(self, layer: str, **tensors: Tensor) -> None:
         """The pruned network has this weight or bias from here on; in the order of the graph."""

@@ -160,6 +160,26 @@ def test_padding_of_another_kind_is_not_there_twice() -> None:
 
 
 @torch.no_grad()
+def test_a_normalisation_s_bias_takes_the_constant() -> None:
+    """So that the outputs' mean is the dense network's; the convolution gets no bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6)
+    ).eval()
+    nn.init.normal_(model[3].weight)
+    nn.init.uniform_(model[3].running_var, 0.5, 2)
+    inputs = torch.randn(20, 3, 9, 9)
+    selection = greedyprune.select(model, [inputs])
+    pruned, small = (
+        greedyprune.prune(model, selection), greedyprune.refit(model, selection, [inputs])
+    )  # fmt: skip
+    assert small[2].bias is None
+    means = [each(inputs).mean((0, 2, 3)) for each in (model, pruned, small)]
+    assert float((means[1] - means[0]).abs().max()) > 1e-3
+    torch.testing.assert_close(means[2], means[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_nothing_cut_nothing_changes() -> None:
     model, inputs = network("resnet")
     whole = greedyprune.select(
