@@ -12,6 +12,9 @@ where the output is added to a shortcut, corrected for what that lacks (replay.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import psutil
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ from .surgery import check_fits, cut, masked
 from .walk import Layer, Slice
 
 DAMPING = 1e-3  # of the features' mean square: what a change of the weights costs
-ROUNDS = 4
+ROUNDS = 4  # where a ReLU follows: each makes a target of what the last one gave
 
 
 def refit(
@@ -82,31 +85,39 @@ def refit(
         for name in sorted(cuts, key=place.__getitem__):
             replay.change(name, weight=full.get_parameter(f"{name}.weight"))
         for layer in replay.after_changes():
-            module, channels = full.get_submodule(layer.name), None
-            if layer.name in cuts:
-                own = cuts[layer.name]
+            own, channels = cuts.get(layer.name), None
+            if own is not None:
                 channels = own.slices[layer.weight].entries(own.kept, len(own.counts))
-            ahead, scale, shifted = replay.ahead(layer.name), None, None
-            if layer.bias is not None:
-                shifted = layer.name
-            elif ahead.norm is not None:
-                shifted, scale = ahead.norm, ahead.scale
-            bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
-            sums = _Sums(module, layer, channels, bias, scale)
-            for _ in range(ROUNDS if ahead.rectified else 1):
-                for inputs, error in replay.errors(layer.name, bar):
-                    sums.add(inputs, error)
-                sums.solve()
-                replay.change(layer.name, weight=module.get_parameter("weight"))
-                if shifted is not None and bias is not None:
-                    replay.change(shifted, bias=bias)
+            _solve(full, layer, channels, replay, bar)
     return cut(full, selection)
+
+
+def _solve(
+    full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Callable[..., Any]
+) -> None:
+    """Changes one layer of `full` and of the replay's pruned network.
+
+    channels: of the layer's inputs, those that are left; None: all
+    """
+    ahead, scale, shifted = replay.ahead(layer.name), None, None
+    if layer.bias is not None:
+        shifted = layer.name
+    elif ahead.norm is not None:
+        shifted, scale = ahead.norm, ahead.scale
+    bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
+    sums = _Sums(full.get_submodule(layer.name), layer, channels, bias, scale)
+    for _ in range(ROUNDS if ahead.rectified else 1):
+        for inputs, error in replay.errors(layer.name, bar):
+            sums.add(inputs, error)
+        sums.solve()
+        replay.change(layer.name, weight=full.get_parameter(layer.weight))
+        if shifted is not None and bias is not None:
+            replay.change(shifted, bias=bias)
 
 
 class _Sums:
     """One layer's least squares, over all data.
 
-    channels: of its inputs, those that are left; None: all
     bias: what a constant is added to, times `scale`: the layer's own, or its normalisation's
     """
 
