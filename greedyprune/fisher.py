@@ -18,7 +18,7 @@ from .data import Batches
 from .features import main_output
 from .imitation import as_columns
 
-IDENTITY_SHARE = 0.5  # by measurement: examples/prune_cnn.py
+IDENTITY_SHARE = 0.5  # of 0.01 to 0.8 the best on a ResNet-20
 
 
 def roots(
