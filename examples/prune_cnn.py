@@ -3,8 +3,9 @@
     python examples/prune_cnn.py --data DIR [--images 1024] [--keep 0.5 0.25]
 
 DIR has the standard Python batches (cifar-10-batches-py). Prints test accuracies for the theory's
-weights and for least squares, every layer by itself, one after the other, and with kept channels
-exchanged for others (the default).
+weights and for least squares, every layer by itself, one after the other, with kept channels
+exchanged for others (the default), in the metric of the predictions' Fisher information, and of
+both with all layers refit afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import rich
 import torch
 from cifar import accuracy, kept_resnet20, read_cifar
 from rich.table import Table
+from torch import Tensor, nn
 
 import greedyprune
 
@@ -27,7 +29,19 @@ HOW: dict[str, dict[str, Any]] = {
     "refit, by itself": {"sequential": False, "swaps": 0},
     "refit, in sequence": {"swaps": 0},
     "refit, in sequence, exchanges": {},
+    "the same, metric='fisher'": {"metric": "fisher"},
 }
+REFIT = list(HOW)[-2:]  # also with greedyprune.refit afterwards
+
+
+def row(
+    table: Table, keep: float, name: str, small: nn.Module, held_out: tuple[Tensor, Tensor],
+    seconds: float,
+) -> None:  # fmt: skip
+    count = sum(p.numel() for p in small.parameters())
+    table.add_row(
+        f"{keep:g}", name, f"{count:,}", f"{accuracy(small, held_out):.2%}", f"{seconds:.1f}"
+    )
 
 
 def main() -> None:
@@ -51,12 +65,11 @@ def main() -> None:
             start = time.perf_counter()
             selection = greedyprune.select(model, data, layers=inner, size=keep, **options)
             seconds = time.perf_counter() - start
-            small = greedyprune.prune(model, selection)
-            count = sum(p.numel() for p in small.parameters())
-            table.add_row(
-                f"{keep:g}", name, f"{count:,}", f"{accuracy(small, held_out):.2%}",
-                f"{seconds:.1f}",
-            )  # fmt: skip
+            row(table, keep, name, greedyprune.prune(model, selection), held_out, seconds)
+            if name in REFIT:
+                small = greedyprune.refit(model, selection, data)
+                seconds = time.perf_counter() - start
+                row(table, keep, f"{name}, then all layers", small, held_out, seconds)
     rich.print(table)
 
 

@@ -7,6 +7,7 @@ small = greedyprune.prune(model, selection)
 from importlib.metadata import PackageNotFoundError, version
 
 from ._backend import show_config
+from .refitting import refit
 from .saving import load_pruned, save_pruned
 from .selection import LayerSelection, Selection
 from .selector import select
@@ -19,6 +20,6 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
-    "LayerSelection", "Selection", "layers", "load_pruned", "prune", "recalibrate", "save_pruned",
-    "select", "show_config",
+    "LayerSelection", "Selection", "layers", "load_pruned", "prune", "recalibrate", "refit",
+    "save_pruned", "select", "show_config",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import sys
 from types import ModuleType
 
+import psutil
 import torch
 
 BUILD_HINT = "build it with `pip install .` in a checkout (needs a C++ compiler)"
@@ -54,10 +55,12 @@ def cuda_device(device: torch.device) -> torch.device:
     return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that are free, or that torch holds for what comes."""
+def room(device: torch.device) -> int:
+    """Half the bytes that are free on a device, or that torch holds there for what comes."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available // 2
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    return (torch.cuda.mem_get_info(device)[0] + held) // 2
 
 
 def resolve(backend: str, on_gpu: bool) -> str:

@@ -123,7 +123,7 @@ def _losses(
                 f"products of the features of layer {group.producer!r}"
             )
     losses = {}
-    for name, sums in collect(model, groups, batches, memory_limit, bar).items():
+    for name, sums in collect(model, groups, batches, memory_limit, {}, bar).items():
         empty = sum(each.target_norm() for each in sums.consumers) / sums.mass
         losses[name] = path_of(sums).losses / (empty or 1.0)
     return losses

@@ -9,7 +9,7 @@ right side of every least squares problem is K W^T.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,22 +25,31 @@ from .moments import PRODUCT, add_upper_product, mirror
 from .reference import Moments, Path, Refit, Rule, Step
 from .replay import Replay
 from .reweight import distinct_counts
-from .swaps import exchanged, refit_of
+from .swaps import best_exchanged
 from .walk import Slice
 
 WIDEST = 64  # features a unit that exchanges are tried with
+Roots = Mapping[str, Tensor]  # of consumers' metrics
 DAMPING = 1e-4  # of the mean diagonal: what refitted weights cost, as a share
 
 
 class Consumer:
-    """One consumer of a group: K (F, F) over its inputs' features, a unit's side by side."""
+    """One consumer of a group: K (F, F) over its inputs' features, a unit's side by side.
 
-    def __init__(self, name: str, module: nn.Module, group: Group) -> None:
+    root: (C, C) float64, the square root of the metric that its errors are measured in; None: I
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None
+    ) -> None:
         self.name, self.units, self.layer = name, group.units, group.producer
         self._module, self._at = module, group.slices[f"{name}.weight"]
         at, units = self._at, self.units
         weight = weight_of(module)
         self.weight = unit_major(weight.detach().double().cpu(), at, units)
+        self.root = root
+        if root is not None:
+            self.weight = root @ self.weight
         self.outputs = len(self.weight)
         self.features = self.weight.shape[1]
         self.gram = torch.zeros(
@@ -68,28 +77,17 @@ class Consumer:
             )
         add_upper_product(self.gram, rows, torch.float64)  # what is left of the loss may be small
         self.positions += positions
-        if outputs is not None:
-            self._add_target(rows, self._as_columns(outputs))
-
-    def _as_columns(self, outputs: Tensor) -> Tensor:
-        """Outputs without the bias: (C, positions)."""
-        if isinstance(self._module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if outputs.dim() == len(self._module.kernel_size) + 1:
-                outputs = outputs[None]
-            columns = outputs.transpose(0, 1).flatten(1)
-        else:
-            columns = outputs.reshape(-1, outputs.shape[-1]).T
-        bias = getattr(self._module, "bias", None)
-        return columns if bias is None else columns - bias.detach()[:, None]
-
-    def _add_target(self, rows: Tensor, target: Tensor) -> None:
+        if outputs is None:
+            return
+        target, bias = as_columns(self._module, outputs), getattr(self._module, "bias", None)
+        if bias is not None:
+            target = target - bias.detach()[:, None]
+        if self.root is not None:
+            target = self.root.to(target) @ target
         if self._cross is None:
             shape = self.features, self.outputs
             self._cross = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-        for i in range(0, rows.shape[1], PRODUCT):
-            part = target[:, i : i + PRODUCT].double()
-            self._cross.addmm_(rows[:, i : i + PRODUCT].double(), part.T)
-            self._target_norm += float(part.square().sum())
+        self._target_norm += add_right(self._cross, rows, target)
 
     def finish(self) -> None:
         """Fills the other half of the products; takes them to the CPU, where the solvers are."""
@@ -121,10 +119,11 @@ class Consumer:
 class Sums:
     """All consumers of one group."""
 
-    def __init__(self, model: nn.Module, group: Group) -> None:
+    def __init__(self, model: nn.Module, group: Group, roots: Roots) -> None:
         self.group = group
         self.consumers = [
-            Consumer(name, model.get_submodule(name), group) for name in group.consumers
+            Consumer(name, model.get_submodule(name), group, roots.get(name))
+            for name in group.consumers
         ]
         for name in (*group.producers, *group.consumers):
             check_finite(name, model.get_submodule(name))
@@ -202,15 +201,14 @@ class Sums:
             width=width, scale=1 / self.mass, step=step,
         )  # fmt: skip
         if swaps and width <= WIDEST and len(found.units) == len(path.order):
-            units = exchanged(
+            best = best_exchanged(
                 gram.view(n * width, -1), right.view(n * width, -1), target_norm, found.units,
                 width, swaps, backend,
             )  # fmt: skip
-            if not units.equal(found.units):
-                found = refit_of(gram.view(n * width, -1), right.view(n * width, -1), units, width)
-                gains = found.solved.square().sum(1).view(-1, width).sum(1)
+            if not best.units.equal(found.units):
+                gains = best.solved.square().sum(1).view(-1, width).sum(1)
                 losses = (target_norm - gains.cumsum(0)) / self.mass
-                path = Path(units, losses, None, path.scored, path.rescored)
+                path, found = Path(best.units, losses, None, path.scored, path.rescored), best
         fitted, losses = {}, path.losses
         at = distinct_counts(path.order) - 1
         for each, ridge, (own, out) in zip(self.consumers, ridges, parts, strict=True):
@@ -219,6 +217,9 @@ class Sums:
                 found.units.clone(), found.factor[rows][:, rows], found.solved[rows][:, out].clone()
             )
             losses = losses - ridge / self.mass * fitted[each.name].norms()[at]
+            if each.root is not None:  # the weights themselves are the same in any metric
+                plain = torch.linalg.solve(each.root, fitted[each.name].solved, left=False)
+                fitted[each.name] = replace(fitted[each.name], solved=plain)
         return replace(path, losses=losses.clamp(min=0)), fitted
 
 
@@ -233,8 +234,9 @@ def bytes_of(model: nn.Module, group: Group) -> int:
 
 
 def collect(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, bar: Callable[..., Any]
-) -> dict[str, Sums]:
+    model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, roots: Roots,
+    bar: Callable[..., Any],
+) -> dict[str, Sums]:  # fmt: skip
     """The sums of every group, in as few passes over the data as `limit` bytes allow."""
     found: dict[str, Sums] = {}
     waiting = list(groups)
@@ -242,7 +244,7 @@ def collect(
         together: list[Sums] = []
         held = 0
         while waiting:
-            sums = Sums(model, waiting[0])
+            sums = Sums(model, waiting[0], roots)
             held += sum(8 * each.features**2 for each in sums.consumers)
             if together and held > limit:
                 break
@@ -253,9 +255,11 @@ def collect(
     return found
 
 
-def replayed(model: nn.Module, group: Group, replay: Replay, bar: Callable[..., Any]) -> Sums:
+def replayed(
+    model: nn.Module, group: Group, replay: Replay, roots: Roots, bar: Callable[..., Any]
+) -> Sums:
     """The sums of one group: inputs from the network pruned so far, targets from the dense one."""
-    sums = Sums(model, group)
+    sums = Sums(model, group, roots)
     by_name = {each.name: each for each in sums.consumers}
     replay.visit(
         group.consumers, lambda name, inputs, outputs: by_name[name].add(inputs, outputs), bar
@@ -346,6 +350,24 @@ def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
             part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
         columns[:, tap] = part.transpose(0, 1)
     return columns.flatten(2)
+
+
+def as_columns(module: nn.Module, outputs: Tensor) -> Tensor:
+    """A layer's outputs as (C, positions), in the order of `unfolded`'s."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return outputs.reshape(-1, outputs.shape[-1]).T
+    batched = outputs if outputs.dim() == len(module.kernel_size) + 2 else outputs[None]
+    return batched.transpose(0, 1).flatten(1)
+
+
+def add_right(right: Tensor, rows: Tensor, target: Tensor) -> float:
+    """right (F, C) += rows target^T in float64; returns |target|^2."""
+    norm = 0.0
+    for i in range(0, rows.shape[1], PRODUCT):
+        part = target[:, i : i + PRODUCT].double()
+        right.addmm_(rows[:, i : i + PRODUCT].double(), part.T)
+        norm += float(part.square().sum())
+    return norm
 
 
 def losses_of(units: Tensor, weights: str, gram: Tensor, moments: Moments) -> Tensor:

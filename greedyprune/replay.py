@@ -7,8 +7,9 @@ are kept, or, where those do not fit in memory, computed again from the inputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +18,31 @@ from torch.utils._pytree import tree_leaves
 
 from .data import Batch, Batches
 from .graph import Graph
-from .walk import IDENTITY, RESHAPING, operation, shape_of
+from .walk import IDENTITY, RESHAPING, Layer, operation, shape_of
 
 MOST_SHAPES = 16
 SILENT = 1e-3  # of the largest factor of a normalisation: below, a channel makes up for nothing
 
 Values = dict[fx.Node, Any]
+
+
+class Ahead(NamedTuple):
+    """What becomes of a layer's output: node = scale * output + ..., before anything not linear."""
+
+    node: fx.Node
+    scale: Tensor | None  # (C,); None: 1
+    norm: str | None  # the only normalisation, right after the layer: its bias can take a constant
+    beside: fx.Node | None  # the shortcut that is added on the way
+    rectified: bool  # only its positive part goes on
+
+    def unscaled(self, difference: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A difference there as one of the layer's output; 0 where the scale is next to nothing."""
+        difference = difference.reshape(shape)
+        if self.scale is None:
+            return difference
+        scale = self.scale.reshape(-1, *[1] * (len(shape) - 2))
+        lively = scale.abs() > SILENT * scale.abs().max()
+        return torch.where(lively, difference / torch.where(lively, scale, 1.0), 0.0)
 
 
 class _Program:
@@ -31,6 +51,7 @@ class _Program:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         graph = Graph(model, batch.args, batch.kwargs)
         self._nodes, self.kwargs = graph.nodes, graph.kwargs
+        self._place = {node: i for i, node in enumerate(graph.nodes)}
         self._interpreter = fx.Interpreter(graph.program.graph_module)
         self.place = {layer.name: i for i, node in enumerate(graph.nodes)
                       if (layer := graph.layers.get(node))}  # fmt: skip
@@ -45,7 +66,8 @@ class _Program:
         self._constants = graph.program.constants
         self._tensors = graph.tensors
         self._model = model
-        self.shortcuts = {name: self._shortcut(self._nodes[i]) for name, i in self.place.items()}
+        self.ahead = {name: self._ahead(self._nodes[i]) for name, i in self.place.items()}
+        self.refittable = self._own_weights(graph)
 
     def inputs(self, batch: Batch) -> Values:
         """The values of the user's inputs."""
@@ -79,8 +101,12 @@ class _Program:
 
     def operands(self, values: Values, layer: str) -> Tensor:
         """A layer's input, once everything before it has run."""
-        node = self._nodes[self.place[layer]]
-        return values[node.args[1 if operation(node) == "addmm" else 0]]
+        node, module = self._nodes[self.place[layer]], self._model.get_submodule(layer)
+        found: Tensor = values[node.args[1 if operation(node) == "addmm" else 0]]
+        if getattr(module, "padding_mode", "zeros") == "zeros":
+            return found
+        around = module._reversed_padding_repeated_twice  # a node of its own has padded already
+        return nn.functional.pad(found, [-each for each in around])  # type: ignore[union-attr]
 
     def output(self, values: Values, layer: str) -> Tensor:
         """A layer's output, just after it has run."""
@@ -93,45 +119,83 @@ class _Program:
 
         dense, pruned: the values just before the layer; tensors: the two networks' weights
         """
-        shortcut = self.shortcuts[layer]
-        if shortcut is None:
+        ahead = self.ahead[layer]
+        if ahead.beside is None:
             return None
-        beside, end, scale = shortcut
-        found = []
-        for values, own in zip((dense, pruned), tensors, strict=True):
-            values = dict(values)
-            self.run(values, own, self.place[layer], end)
-            found.append(values[beside])
-        lack: Tensor = (found[0] - found[1]).reshape(shape_of(self._nodes[self.place[layer]]))
-        if scale is None:
-            return lack
-        scale = scale.reshape(-1, *[1] * (lack.dim() - 2))
-        lively = scale.abs() > SILENT * scale.abs().max()
-        return torch.where(lively, lack / torch.where(lively, scale, 1.0), 0.0)
+        found = self._at(ahead.beside, layer, (dense, pruned), tensors, self._place[ahead.node])
+        return ahead.unscaled(found[0] - found[1], shape_of(self._nodes[self.place[layer]]))
 
-    def _shortcut(self, layer: fx.Node) -> tuple[fx.Node, int, Tensor | None] | None:
-        """What a layer's output is added to, where, and what normalisation multiplies it with."""
-        node, scale = layer, None
+    def error(
+        self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor:
+        """By what the layer's output would have to change for both networks to go on alike.
+
+        Where only the positive part goes on, what is negative in the dense network need only stay
+        so (the target of Zhang et al. 2015, arXiv:1505.06798, for one step).
+        """
+        ahead = self.ahead[layer]
+        end = self._place[ahead.node] + 1
+        goal, found = self._at(ahead.node, layer, (dense, pruned), tensors, end)
+        if ahead.rectified:
+            goal = torch.where(goal > 0, goal, found.clamp(max=0))
+        return ahead.unscaled(goal - found, shape_of(self._nodes[self.place[layer]]))
+
+    def _at(
+        self, node: fx.Node, layer: str, values: Sequence[Values],
+        tensors: Sequence[Mapping[str, Tensor]], end: int,
+    ) -> list[Tensor]:  # fmt: skip
+        """A node's value in each network, from the values just before the layer."""
+        found = []
+        for before, own in zip(values, tensors, strict=True):
+            after = dict(before)
+            self.run(after, own, self.place[layer], end)
+            found.append(after[node])
+        return found
+
+    def _ahead(self, layer: fx.Node) -> Ahead:
+        node, scale, norm, beside = layer, None, None, None
         while len(node.users) == 1:
             user = next(iter(node.users))
             op = operation(user)
+            if op == "relu":
+                return Ahead(node, scale, norm, beside, True)
+            if beside is not None:
+                break
             if op == "batch_norm" and user.args[5] is False and len(shape_of(user)) > 1:
                 weight, _, _, variance = (self._parameter(each) for each in user.args[1:5])
                 assert variance is not None
+                shift, norm = user.args[2], None
+                if node is layer and isinstance(shift, fx.Node) and len(shift.users) == 1:
+                    norm = self._tensors[shift.name].rpartition(".")[0]
                 factor = (variance + float(user.args[7])).rsqrt()  # type: ignore[arg-type]
                 factor = factor if weight is None else factor * weight
                 scale = factor if scale is None else scale * factor
             elif op == "add" and all(isinstance(arg, fx.Node) for arg in user.args):
                 others = [arg for arg in user.all_input_nodes if arg is not node]
                 if len(others) != 1 or others[0].op == "placeholder" or user.kwargs:
-                    return None  # itself, or what both networks have alike
+                    break  # itself, or what both networks have alike
                 if shape_of(others[0]) != shape_of(user) or depends(others[0], layer):
-                    return None
-                return others[0], self._nodes.index(user), scale
+                    break
+                beside = others[0]
             elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
-                return None
+                break
             node = user
-        return None
+        return Ahead(node, scale, norm, beside, False)
+
+    def _own_weights(self, graph: Graph) -> dict[int, Layer]:
+        """The layers, by their place, whose weights nothing else uses, here or by another name."""
+        names = Counter(id(p) for _, p in self._model.named_parameters(remove_duplicate=False))
+        users: Counter[str] = Counter()
+        for node in self._nodes:
+            users[self._tensors.get(node.name, "")] += len(node.users)
+        found = {}
+        for node, layer in graph.layers.items():
+            own = [each for each in (layer.weight, layer.bias) if each is not None]
+            if layer.groups == 1 and all(
+                users[each] == 1 and names[id(self._model.get_parameter(each))] == 1 for each in own
+            ):
+                found[self._place[node]] = layer
+        return found
 
     def _parameter(self, node: object) -> Tensor | None:
         if not isinstance(node, fx.Node):
@@ -206,9 +270,20 @@ class Replay:
         place = self._program(self._batches.first()).place
         return {name: place[name] for name in names}
 
-    def change(self, layer: str, weight: Tensor) -> None:
-        """The pruned network has this weight from here on; layers in the order of the graph."""
-        self._changed[f"{layer}.weight"] = weight
+    def after_changes(self) -> list[Layer]:
+        """The layers with weights of their own that run once something has changed, in order."""
+        program, first = self._program(self._batches.first()), self._first_change
+        return [
+            layer for i, layer in program.refittable.items()
+            if first is not None and i >= program.place[first]
+        ]  # fmt: skip
+
+    def ahead(self, layer: str) -> Ahead:
+        return self._program(self._batches.first()).ahead[layer]
+
+    def change(self, layer: str, **tensors: Tensor) -> None:
+        """The pruned network has this weight or bias from here on; in the order of the graph."""
+        self._changed |= {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
         self._first_change = self._first_change or layer
         for state in self._states or []:
             if state.pruned is None:
@@ -244,6 +319,15 @@ class Replay:
                     wanted = wanted if lack is None else wanted + lack
                 add(layer, found, wanted)
                 at = place[layer]
+
+    def errors(self, layer: str, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """A layer's input in the pruned network and its output's error there, for each batch."""
+        for state in self._all(bar):
+            program, pruned = state.program, self._dense | self._changed
+            state.advance(program.place[layer], self._dense, pruned)
+            values = state.pruned or state.dense
+            error = program.error(layer, state.dense, values, (self._dense, pruned))
+            yield program.operands(values, layer), error
 
     def _all(self, bar: Any) -> Iterator[_State]:
         """Every batch where it was left, or from its inputs."""

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from . import _backend, settings
+from . import _backend, fisher, settings
 from .budget import check_uniform, kinds_of, step_of, within_budget
 from .costs import costs_of, counted
 from .data import Batch, Batches
+from .evaluation import bars, evaluating
 from .features import LayerData, main_output, run_model, target_of
 from .graph import Group
-from .imitation import Sums, bytes_of, collect, losses_of, replayed
+from .imitation import Roots, Sums, bytes_of, collect, losses_of, replayed
 from .losses import Criterion, bound, criterion_of
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step
@@ -28,8 +27,6 @@ from .selection import LayerSelection, Selection
 from .settings import REPEATS_LIMIT, Settings
 from .surgery import masked, masked_weight
 from .trial import groups_of
-
-BAR_DELAY = 2.0  # seconds before a progress bar shows
 
 
 def select(
@@ -56,6 +53,7 @@ def select(
     budget: Mapping[str, float] | None = None,
     round_to: int | None = None,
     uniform: bool = False,
+    metric: str = "none",
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -108,8 +106,9 @@ def select(
             network (as where layers are named by hand, and best for batches of many shapes, each
             of which takes a trace)
         swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
-            while the error falls, at most so often; None: as often as that helps. What comes in
-            this way is last in `order`. Not with tolerance
+            while the error falls, at most so often; None: as often as that helps. From what
+            backward elimination leaves, too, and the better is kept. What comes in this way is last
+            in `order`. Not with tolerance
         budget: {"flops": 0.6}, {"params": 0.5} or {"latency": 0.7}: what the pruned model may cost,
             as a share of the dense model; flops and latency (on the model's device) of the first
             batch. The sizes k_l of the layers l are those that minimise, under it,
@@ -121,6 +120,9 @@ def select(
         round_to: sizes are rounded to multiples of so many channels, or to all of a layer's units
         uniform: with budget, one size for all layers of a kind: with as many units, between the
             same kinds of modules
+        metric: in which a layer that imitates measures its consumers' output errors: "none" (all
+            alike) or "fisher" (by what they do to the model's predictions: a backward pass, for
+            `loss`, without labels; fisher.py); `losses` are in that metric
 
     Returns:
         Selection, for `prune`
@@ -141,16 +143,17 @@ def select(
         objective=objective, weights=weights, replacement=replacement, candidates=candidates,
         batch_size=batch_size, shortlist=shortlist, seed=seed, memory_limit=memory_limit,
         sequential=sequential, swaps=swaps, budget=budget, round_to=round_to, uniform=uniform,
+        metric=metric,
     )  # fmt: skip
     batches = Batches(data, model)
     wanted, backend = backend, _backend.resolve(backend, batches.on_gpu)
     criterion = criterion_of(loss, None)
-    bar = _bars(progress)
+    bar = bars(progress)
     with evaluating(model):
         first = batches.first()
         backend = _backend.resolve(wanted, batches.on_gpu)
         if memory_limit is None and backend == "cuda":
-            room = _backend.free_memory(_backend.cuda_device(batches.device)) // 2
+            room = _backend.room(_backend.cuda_device(batches.device))
             chosen = replace(chosen, memory_limit=room)
         (outputs, heads), total, flops = counted(lambda: _first_outputs(model, first))
         if loss == "auto":
@@ -158,7 +161,7 @@ def select(
         groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
         if any(_objective(chosen.objective, group) == "loss" for group in groups):
             target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
-        elif loss != "auto" and chosen.objective == "auto":
+        elif loss != "auto" and chosen.objective == "auto" and chosen.metric == "none":
             warnings.warn(
                 f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
                 "the layers imitate their dense output instead",
@@ -193,7 +196,16 @@ def select(
             group for group in groups
             if _objective(chosen.objective, group) == "imitation" and _by_sums(model, group, chosen)
         ]  # fmt: skip
-        selected = _select_summed(model, summed, batches, rules, chosen, backend, bar)
+        roots = {}
+        if chosen.metric == "fisher" and summed:
+            if criterion.kind == "custom":
+                raise ValueError(
+                    "metric: found 'fisher' with a loss of your own, expected 'mse', "
+                    "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
+                )
+            names = [name for group in summed for name in group.consumers]
+            roots = fisher.roots(model, names, batches, criterion.kind, chosen.seed, bar)
+        selected = _select_summed(model, summed, batches, rules, roots, chosen, backend, bar)
         if chosen.sequential and 0 < len(selected) < len(groups):
             model = masked(model, Selection(selected))
         for group in groups:
@@ -215,7 +227,7 @@ def select(
 
 def _select_summed(
     model: nn.Module, groups: Sequence[Group], batches: Batches, rules: Mapping[str, Rule],
-    chosen: Settings, backend: str, bar: Callable[..., Any],
+    roots: Roots, chosen: Settings, backend: str, bar: Callable[..., Any],
 ) -> dict[str, LayerSelection]:  # fmt: skip
     """The layers that imitate, in the order of the graph or all from one pass."""
 
@@ -223,17 +235,17 @@ def _select_summed(
         return _select_by_sums(sums, rules[sums.group.producer], chosen, backend, bar)
 
     if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
-        found = collect(model, groups, batches, chosen.memory_limit, bar) if groups else {}
+        found = collect(model, groups, batches, chosen.memory_limit, roots, bar) if groups else {}
         return {name: select_from(sums) for name, sums in found.items()}
     replay = Replay(model, batches, chosen.memory_limit)
     order = replay.order([name for group in groups for name in group.consumers])
     selected = {}
     for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
-        layer = select_from(replayed(model, group, replay, bar))
+        layer = select_from(replayed(model, group, replay, roots, bar))
         selected[group.producer] = layer
         for name in sorted(group.consumers, key=order.__getitem__):
             weight = model.get_parameter(f"{name}.weight")
-            replay.change(name, masked_weight(weight, layer, name))
+            replay.change(name, weight=masked_weight(weight, layer, name))
     return selected
 
 
@@ -319,7 +331,7 @@ def _by_sums(model: nn.Module, group: Group, chosen: Settings) -> bool:
     needed = bytes_of(model, group)
     if needed <= chosen.memory_limit:
         return True
-    if simple:
+    if simple and chosen.metric == "none":
         return False
     raise ValueError(
         f"memory_limit: found {chosen.memory_limit} bytes, but layer {group.producer!r} needs "
@@ -462,40 +474,3 @@ def _with_output(model: nn.Module, group: Group, heads: set[str]) -> Group:
     if group.consumer in heads:
         return group
     return replace(group, output=False, not_output="another operation or output")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; afterwards modes, buffers and RNG are as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = next((t.device.type for t in model.parameters()), "cpu")
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        model.eval()
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-            torch.autocast(device, enabled=False),
-            torch.autocast("cpu", enabled=False),
-        ):
-            yield
-    finally:
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                with torch.no_grad():
-                    buffer.copy_(before)
-        for module, training in modes.items():
-            module.training = training
-
-
-def _bars(progress: bool | None) -> Callable[..., Any]:
-    def bar(source: Iterable[Any] | None = None, desc: str = "", total: int | None = None) -> Any:
-        if total is None and source is not None:
-            total = len(source) or None  # type: ignore[arg-type]
-        return tqdm(
-            source, desc=desc, total=total, delay=BAR_DELAY, leave=False,
-            disable=progress is False,
-        )  # fmt: skip
-
-    return bar

@@ -15,6 +15,7 @@ from .reference import Rule
 OBJECTIVES = ("auto", "loss", "imitation")
 BUDGETS = ("flops", "params", "latency")
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
+METRICS = ("none", "fisher")
 MOST_SWAPS = 10_000
 REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
 
@@ -53,6 +54,7 @@ class Settings:
     budget: tuple[str, float] | None
     round_to: int
     uniform: bool
+    metric: str
 
     def rule(self, layer: str, units: int, step: int = 1) -> Rule:
         """When to stop and what may be picked, in a layer of so many units; sizes in steps."""
@@ -138,6 +140,7 @@ def resolve(
     budget: object,
     round_to: object,
     uniform: object,
+    metric: object,
 ) -> Settings:
     """Checks the arguments of `select`; ValueError or TypeError naming the one that is wrong."""
     if not isinstance(model, nn.Module):
@@ -153,6 +156,7 @@ def resolve(
             raise TypeError(f"model: {name!r} {found}, expected real numbers in memory")
     _one_of("objective", objective, OBJECTIVES)
     _one_of("weights", weights, WEIGHTS)
+    _one_of("metric", metric, METRICS)
     if size is not None and steps is not None:
         raise ValueError(f"steps: found size={size!r} and steps={steps!r}, expected one of them")
     steps = _positive_int("steps", steps)
@@ -163,6 +167,11 @@ def resolve(
         raise ValueError(
             f"shortlist: found {shortlist} without batch_size, expected batch_size too: the "
             "shortlist is of those that score best on a mini-batch"
+        )
+    if metric != "none" and batch_size is not None:
+        raise ValueError(
+            f"metric: found {metric!r} with batch_size, expected 'none': on mini-batches errors "
+            "are not measured in a metric"
         )
     limit = _positive_int("memory_limit", memory_limit)
     if tolerance is not None and not (_is_number(tolerance) and tolerance >= 0):  # type: ignore[operator]
@@ -213,6 +222,7 @@ def resolve(
         budget=share,
         round_to=step or 1,
         uniform=uniform,
+        metric=str(metric),
     )
 
 

@@ -40,25 +40,9 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         >>> greedyprune.prune(model, selection)[0].weight.shape
         torch.Size([3, 4])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    if not isinstance(selection, Selection):
-        raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
-    for name, layer in selection.layers.items():
-        _check_fits(model, name, layer)
-    small = cut(model, selection)
+    check_fits(model, selection)
+    small = cut(masked(model, selection), selection)
     describe(small, selection)
-    return small
-
-
-def cut(model: nn.Module, selection: Selection) -> nn.Module:
-    """What `prune` gives, for a selection that fits, with the config as it was."""
-    small = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in selection.layers.values():
-            _mask(small, layer)
-        for layer in selection.layers.values():
-            _cut(small, layer)
     return small
 
 
@@ -120,10 +104,29 @@ def with_units(model: nn.Module, kept: Iterable[tuple[Group, Tensor]]) -> Select
 
 def cut_to(model: nn.Module, groups: Iterable[Group], widths: Mapping[str, int]) -> nn.Module:
     """A new model with the first so many units of each group."""
-    return cut(model, with_units(model, ((g, torch.arange(widths[g.producer])) for g in groups)))
+    selection = with_units(model, ((g, torch.arange(widths[g.producer])) for g in groups))
+    return cut(masked(model, selection), selection)
 
 
-def _check_fits(model: nn.Module, name: str, layer: LayerSelection) -> None:
+def cut(full: nn.Module, selection: Selection) -> nn.Module:
+    """Cuts what `masked` gives, in place; returns it."""
+    with torch.no_grad():
+        for layer in selection.layers.values():
+            _cut(full, layer)
+    return full
+
+
+def check_fits(model: nn.Module, selection: Selection) -> None:
+    """TypeError or ValueError where the selection was not made for this model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
+    for name, layer in selection.layers.items():
+        _check_layer(model, name, layer)
+
+
+def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for tensor, at in layer.slices.items():
         if tensor not in tensors:

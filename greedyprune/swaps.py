@@ -15,6 +15,30 @@ from .reference import Refit
 
 TRIED = 8  # kept units a round: those that cost least to drop
 LEAST = 1e-9  # of |t|^2: what an exchange has to bring
+FEWEST = 2304  # features up to which it is tried from the other side, too
+
+
+def best_exchanged(
+    gram: Tensor, right: Tensor, target_norm: float, kept: Tensor, width: int, limit: int,
+    backend: str,
+) -> Refit:  # fmt: skip
+    """The fit after exchanges: from the units `kept`, or, if better, from those that elimination
+    leaves; units that both have come first, in the order of `kept`.
+    """
+    starts = [kept]
+    if len(gram) <= FEWEST:
+        starts.append(eliminated(gram, right, len(kept), width))
+    best = None
+    for start in starts:
+        units = exchanged(gram, right, target_norm, start, width, limit, backend).tolist()
+        order = [unit for unit in kept.tolist() if unit in units]
+        order += [unit for unit in units if unit not in order]
+        found = refit_of(gram, right, torch.tensor(order), width)
+        gain = float(found.solved.square().sum())
+        if best is None or gain > best[0] + LEAST * target_norm:
+            best = gain, found
+    assert best is not None
+    return best[1]
 
 
 def exchanged(
@@ -36,11 +60,7 @@ def exchanged(
         if not len(dropped):
             break
         here = torch.tensor(units)
-        rows = features[here]
-        inner = torch.linalg.inv(-swept[rows[:, :, None], rows[:, None]])  # (K, w, w)
-        own = left[rows]
-        pull = inner @ own
-        costs = (own * pull).sum((1, 2))
+        inner, pull, costs = _dropped(swept, left, features[here])
         tried = costs.argsort(stable=True)[:TRIED]
         gains = gains_of(
             swept, left, norms, here[tried], dropped, inner[tried], pull[tried], costs[tried]
@@ -54,6 +74,30 @@ def exchanged(
         sweep(swept, left, features[into], 1)
         units.append(into)
     return torch.tensor(units)
+
+
+def eliminated(gram: Tensor, right: Tensor, count: int, width: int) -> Tensor:
+    """Units (count,) that are left when those go one by one that cost least to drop.
+
+    Source: Meng et al. 2024, arXiv:2403.12983 (OSSCAR).
+    """
+    features = torch.arange(len(gram)).view(-1, width)
+    swept, left, units = gram.clone(), right.clone(), list(range(len(features)))
+    sweep(swept, left, features.flatten(), 1)
+    while len(units) > count:
+        costs = _dropped(swept, left, features[torch.tensor(units)])[-1]
+        sweep(swept, left, features[units.pop(int(costs.argmin()))], -1)
+    return torch.tensor(units)
+
+
+def _dropped(swept: Tensor, left: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For units of rows (K, w) in the fit: (-A_kk)^-1, that times the weights, what dropping costs.
+
+    (K, w, w), (K, w, C), (K,)
+    """
+    inner = torch.linalg.inv(-swept[rows[:, :, None], rows[:, None]])
+    pull = inner @ left[rows]
+    return inner, pull, (left[rows] * pull).sum((1, 2))
 
 
 def sweep(swept: Tensor, right: Tensor, rows: Tensor, sign: int) -> None:

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import emulated
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +46,6 @@ def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_backend, "_extension", emulated_extension)
     monkeypatch.setattr(_backend, "has_cuda", lambda: True)
     monkeypatch.setattr(_backend, "cuda_device", lambda device: device)
-    monkeypatch.setattr(_backend, "free_memory", lambda _: psutil.virtual_memory().available)
 
 
 ON_GPU = pytest.param(

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar import accuracy, kept_resnet20, read_cifar
 
 
-def test_half_of_a_resnet20() -> None:
+def test_some_of_a_resnet20() -> None:
     folder = Path(os.environ.get("GREEDYPRUNE_DATA", "")) / "cifar-10-batches-py"
     if "GREEDYPRUNE_DATA" not in os.environ or not folder.is_dir():
         pytest.skip("no CIFAR-10 in $GREEDYPRUNE_DATA")
@@ -36,3 +36,6 @@ def test_half_of_a_resnet20() -> None:
         found[how] = accuracy(greedyprune.prune(model, selection), held_out)
     assert found["in sequence"] > dense - 0.08
     assert found["in sequence"] > found["refit"] > found["counts"] + 0.1
+    quarter = greedyprune.select(model, data, layers=layers, size=0.25)
+    pruned = accuracy(greedyprune.prune(model, quarter), held_out)
+    assert accuracy(greedyprune.refit(model, quarter, data), held_out) > pruned + 0.03

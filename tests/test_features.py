@@ -150,7 +150,8 @@ def test_mini_batches_see_every_sample_once_a_pass() -> None:
              "round_to")  # fmt: skip
     chosen = resolve(
         model=MODEL, steps=9, batch_size=30, shortlist=None, seed=3, objective="auto",
-        weights="auto", sequential=True, swaps=None, uniform=False, **dict.fromkeys(names),
+        weights="auto", sequential=True, swaps=None, uniform=False, metric="none",
+        **dict.fromkeys(names),
     )  # fmt: skip
     batches = chosen.batches(9, 100)
     assert batches.order.sort().values.equal(torch.arange(100))

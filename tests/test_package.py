@@ -129,7 +129,7 @@ def test_kernels_release_the_interpreter() -> None:
 
 
 def test_progress_bars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("greedyprune.selector.BAR_DELAY", 1e-9)
+    monkeypatch.setattr("greedyprune.evaluation.BAR_DELAY", 1e-9)
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
     data = torch.randn(20, 3), torch.randn(20, 2)
 

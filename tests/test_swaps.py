@@ -74,6 +74,31 @@ def test_sweeping_in_and_out_is_nothing() -> None:
     torch.testing.assert_close(right, p.right, rtol=1e-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_elimination_drops_what_costs_least(shape: tuple[int, ...]) -> None:
+    p = Fits(*shape)
+    units = list(range(shape[0]))
+    while len(units) > 3:
+        costs = [p.left([j for j in units if j != out]) for out in units]
+        units.pop(min(range(len(units)), key=costs.__getitem__))
+        found = swaps.eliminated(p.gram, p.right, len(units), p.width)
+        assert found.tolist() == units
+
+
+def test_the_better_of_both_directions() -> None:
+    """Two units that are the target together, beside one that is close to it: only backward."""
+    torch.manual_seed(0)
+    a, b, other = torch.randn(3, 200, dtype=torch.float64)
+    x = torch.stack([a, b, a + b + 0.3 * other, torch.randn(200, dtype=torch.float64)])
+    gram, right, norm = x @ x.T, x @ (a + b)[:, None], float((a + b).square().sum())
+    forward = ops.greedy_refit(gram, right, norm, Rule(2, 2, False))[1].units
+    assert forward[0] == 2
+    assert swaps.eliminated(gram, right, 2, 1).tolist() == [0, 1]
+    best = swaps.best_exchanged(gram, right, norm, forward, 1, 0, "cpu")
+    assert sorted(best.units.tolist()) == [0, 1]
+    assert float(best.solved.square().sum()) == pytest.approx(norm)
+
+
 def test_nothing_to_exchange() -> None:
     p = Fits(4, 2, 60, 3)
     every = torch.arange(4)

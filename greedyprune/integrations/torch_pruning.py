@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from .. import _backend
 from ..data import Batches
+from ..evaluation import evaluating
 from ..graph import LAYERS, Group
 from ..imitation import Sums, collect, losses_of
 from ..reference import Rule
-from ..selector import evaluating
 from ..walk import NotPrunableError, Slice
 
 try:
@@ -111,9 +110,9 @@ class GreedyImportance(Importance):
 
     def _scored(self, groups: list[Group]) -> dict[nn.Module, Tensor]:
         batches = Batches(self._data, self._model)
-        limit = psutil.virtual_memory().available // 2
+        limit = _backend.room(batches.device)
         with evaluating(self._model):
-            found = collect(self._model, groups, batches, limit, lambda source, _: source)
+            found = collect(self._model, groups, batches, limit, {}, lambda source, _: source)
         backend = _backend.resolve("auto", batches.on_gpu)
         scores = {}
         for sums in found.values():

@@ -1,0 +1,175 @@
+"""Least squares once more, for every layer of a pruned network, towards what the dense one gives.
+
+A selection gives new weights to the layers that take its units. All the others, too, get inputs
+that differ from the dense network's: convolutions and projections on the way, the classifier at the
+end. In the order in which they run, each layer's weights are solved for again on the inputs that
+the layers before it leave:
+
+    min_D  |t - (W + D) x|^2 + ridge |D|^2,      t the layer's output in the dense network
+
+where the output is added to a shortcut, corrected for what that lacks (replay.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _backend
+from .data import Batches
+from .evaluation import bars, evaluating
+from .hugging_face import describe
+from .imitation import add_right, as_columns, module_weight, unfolded
+from .moments import add_upper_product, mirror
+from .replay import Replay
+from .selection import Selection
+from .surgery import check_fits, cut, masked
+from .walk import Layer, Slice
+
+DAMPING = 1e-3  # of the features' mean square: what a change of the weights costs
+ROUNDS = 4  # where a ReLU follows: each makes a target of what the last one gave
+
+
+def refit(
+    model: nn.Module,
+    selection: Selection,
+    data: object,
+    *,
+    memory_limit: int | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """What `prune` gives, with the weights of its layers solved for again, one after the other.
+
+    Every Linear and convolution that runs after the first cut is given, by least squares on the
+    pruned network's inputs, the weights with which it comes closest to its output in the dense
+    network; no gradients, no labels, nothing to tune. A layer without a bias before a normalisation
+    that has one changes that; else none is added. Grouped convolutions and weights that are shared
+    with others stay.
+
+    Args:
+        model: the dense model that the selection was made on; it is not changed
+        selection: from `select`
+        data: as for `select`, and best the same; targets are not used
+        memory_limit: bytes for the activations between two layers; where they do not fit, they are
+            computed again for every layer; None: half the memory that is free
+        progress: False: no progress bars
+
+    Returns:
+        a new, physically smaller nn.Module, of the same shapes as `prune`'s
+
+    Raises:
+        TypeError, ValueError: no model, a selection for another model, data without samples, NaN
+            or inf in a layer's inputs, or a model that torch.export can't trace
+
+    Example:
+        >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> data = torch.randn(32, 4), torch.randn(32, 1)
+        >>> small = greedyprune.refit(model, greedyprune.select(model, data, size=3), data)
+        >>> small[0].weight.shape
+        torch.Size([3, 4])
+    """
+    check_fits(model, selection)
+    batches, full, bar = Batches(data, model), masked(model, selection), bars(progress)
+    batches.first()
+    if batches.once:
+        raise ValueError(
+            "data: found an iterator, but every layer takes a pass; expected a list, Dataset or "
+            "DataLoader"
+        )
+    cuts = {name: layer for layer in selection.layers.values() for name in layer.outputs}
+    with evaluating(model):
+        replay = Replay(model, batches, memory_limit or _backend.room(batches.device))
+        place = replay.order(list(cuts))
+        for name in sorted(cuts, key=place.__getitem__):
+            replay.change(name, weight=full.get_parameter(f"{name}.weight"))
+        for layer in replay.after_changes():
+            own, channels = cuts.get(layer.name), None
+            if own is not None:
+                channels = own.slices[layer.weight].entries(own.kept, len(own.counts))
+            _solve(full, layer, channels, replay, bar)
+    small = cut(full, selection)
+    describe(small, selection)
+    return small
+
+
+def _solve(
+    full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Callable[..., Any]
+) -> None:
+    """Changes one layer of `full` and of the replay's pruned network.
+
+    channels: of the layer's inputs, those that are left; None: all
+    """
+    ahead, scale, shifted = replay.ahead(layer.name), None, None
+    if layer.bias is not None:
+        shifted = layer.name
+    elif ahead.norm is not None:
+        shifted, scale = ahead.norm, ahead.scale
+    bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
+    sums = _Sums(full.get_submodule(layer.name), layer, channels, bias, scale)
+    for _ in range(ROUNDS if ahead.rectified else 1):
+        for inputs, error in replay.errors(layer.name, bar):
+            sums.add(inputs, error)
+        sums.solve()
+        replay.change(layer.name, weight=full.get_parameter(layer.weight))
+        if shifted is not None and bias is not None:
+            replay.change(shifted, bias=bias)
+
+
+class _Sums:
+    """One layer's least squares, over all data.
+
+    bias: what a constant is added to, times `scale`: the layer's own, or its normalisation's
+    """
+
+    def __init__(
+        self, module: nn.Module, layer: Layer, channels: Tensor | None, bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._module, self._name, self._dim = module, layer.name, layer.in_dim
+        self._weight = module.get_parameter("weight")
+        self._bias, self._scale = bias, scale
+        if channels is None:
+            channels = torch.arange(self._weight.shape[self._dim])
+        self._channels = channels.to(self._weight.device)
+        self._gram: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._right: Tensor | None = None
+
+    def add(self, inputs: Tensor, error: Tensor) -> None:
+        rows = unfolded(self._module, inputs)[self._channels].flatten(0, 1)
+        if self._bias is not None:  # the weight of a feature that is always 1
+            rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
+        target, double = as_columns(self._module, error), torch.float64
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
+            )
+        if self._right is None:
+            self._right = torch.zeros(len(rows), len(target), dtype=double, device=rows.device)
+        add_right(self._right, rows, target)
+        if self._factor is None:  # the inputs are the same in every round
+            if self._gram is None:
+                self._gram = torch.zeros(len(rows), len(rows), dtype=double, device=rows.device)
+            add_upper_product(self._gram, rows, rows.dtype)
+
+    def solve(self) -> None:
+        """Changes the layer's weight and the bias, in place."""
+        assert self._right is not None
+        if self._factor is None:
+            assert self._gram is not None
+            mirror(self._gram)
+            squares = self._gram.diagonal()[: len(self._gram) - (self._bias is not None)]
+            squares += DAMPING * float(squares.mean()) or 1.0  # 1: all are dead
+            self._factor = torch.linalg.cholesky(self._gram)
+        change = torch.cholesky_solve(self._right, self._factor).T
+        self._right = None
+        if self._bias is not None:
+            constant = change[:, -1] if self._scale is None else change[:, -1] * self._scale
+            self._bias.add_(constant.to(self._bias.dtype))
+            change = change[:, :-1]
+        shaped = change.reshape(len(change), len(self._channels), -1)
+        shaped = module_weight(shaped, Slice(self._dim), self._weight)
+        self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
