@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -165,7 +166,8 @@ def bench_candidates(rows: list[Row], rates: dict[str, float]) -> None:
                 check_candidates(p, losses)
             name = f"greedyprune, {str(dtype).removeprefix('torch.')} features"
             rows.append(Row(case, name, timed(call), goal or limit / 0.6, limit, "exponentials"))
-        rows += [torch_candidates(p, case), compiled_candidates(p, case)]
+        rows.append(torch_candidates(p, case))
+        rows.append(compiled_candidates(p, case))
     for kind in ("mse", "bce_with_logits"):
         m, n, c, _ = CANDIDATES[0]
         p = candidates(kind, m, n, c)
@@ -177,12 +179,10 @@ def bench_candidates(rows: list[Row], rates: dict[str, float]) -> None:
 
 def torch_candidates(p: Candidates, case: str) -> Row:
     """Eager torch in the layout and chunk size that are fastest."""
-    forms = [
-        Form(layout, chunk)
-        for layout in LAYOUTS
-        for chunk in CHUNKS
-        if 4 * chunk * p.base.numel() <= LARGEST
-    ]
+    one = 4 * p.base.numel()  # bytes of a candidate's outputs
+    chunks = [chunk for chunk in CHUNKS if chunk * one <= LARGEST]
+    chunks = [chunk for chunk in chunks if chunk * one >= 2**22] or chunks  # not only launches
+    forms = [Form(layout, chunk) for layout in LAYOUTS for chunk in chunks]
     times = [(timed(partial(vectorised, p, form), 0.3), form) for form in forms]
     seconds, form = min(times, key=lambda each: each[0])
     return Row(case, f"torch, eager, {form.layout}, {form.chunk} units", seconds)
@@ -270,24 +270,37 @@ def bench_select(rows: list[Row]) -> None:
 def small() -> None:
     """Every kernel once, at sizes with remainders everywhere."""
     torch.manual_seed(0)
-    for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1),
-                      nn.BCEWithLogitsLoss(), nn.MSELoss()):  # fmt: skip
-        classes = isinstance(criterion, nn.CrossEntropyLoss)
-        model = nn.Sequential(nn.Linear(7, 45), nn.ReLU(), nn.Linear(45, 3)).to(DEVICE)
-        x = torch.rand(301, 7, device=DEVICE)
-        y = torch.randint(3, (301,), device=DEVICE) if classes else torch.rand(301, 3).to(DEVICE)
-        hows: list[dict[str, Any]] = [
-            {"steps": 6},
-            {"size": 5},
-            {"steps": 6, "candidates": 7},
-            {"steps": 5, "batch_size": 50, "shortlist": 4},
-        ]
+    hows: list[dict[str, Any]] = [
+        {"steps": 6},
+        {"size": 5},
+        {"steps": 6, "candidates": 7},
+        {"steps": 5, "batch_size": 50, "shortlist": 4},
+    ]
+    criteria = (
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.BCEWithLogitsLoss(),
+        nn.MSELoss(),
+    )
+    for criterion in criteria:
         for how in hows:
-            greedyprune.select(
-                model, (x, y), layers={"0": "2"}, loss=criterion, progress=False, backend="cuda",
-                **how,
-            )  # fmt: skip
+            _select_small(45, torch.float32, criterion, how)
+        # Columns of the Gram matrix; more candidates than are scored before any is ruled out.
+        _select_small(700, torch.float32, criterion, {"steps": 2})
+        _select_small(45, torch.bfloat16, criterion, {"steps": 3})
     print("every kernel ran")
+
+
+def _select_small(
+    units: int, dtype: torch.dtype, criterion: nn.Module, how: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(7, units), nn.ReLU(), nn.Linear(units, 3)).to(DEVICE, dtype)
+    x, y = torch.rand(301, 7, device=DEVICE), torch.rand(301, 3, device=DEVICE)
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        y = y.argmax(1)
+    greedyprune.select(
+        model, (x, y), layers={"0": "2"}, loss=criterion, progress=False, backend="cuda", **how
+    )
 
 
 def markdown(rows: list[Row], rates: dict[str, float], machine: str) -> str:
@@ -313,17 +326,26 @@ def main() -> None:
     )
     rates = limits()
     rows: list[Row] = []
-    for bench in (
-        lambda: bench_candidates(rows, rates), lambda: bench_gram(rows), lambda: bench_select(rows),
-        lambda: bench_accumulation(rows, rates),
-    ):  # fmt: skip
-        bench()
+    benches: list[Callable[[], None]] = [
+        partial(bench_gram, rows),
+        partial(bench_select, rows),
+        partial(bench_candidates, rows, rates),
+        partial(bench_accumulation, rows, rates),
+    ]
+    failed = []
+    for bench in benches:
+        try:
+            bench()
+        except Exception:  # the others' figures count, too
+            failed.append(traceback.format_exc())
         text = markdown(rows, rates, machine)
         if args.out:  # after each: the run may be cut off
             (args.out / "gpu.md").write_text(text)
             found = {"machine": machine, "limits": rates, "rows": [asdict(row) for row in rows]}
             (args.out / "gpu.json").write_text(json.dumps(found, indent=1))
     print(text)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

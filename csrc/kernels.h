@@ -331,7 +331,7 @@ struct Pointwise {
   double* slopes;     // (N)
   double* bounds;     // (N)
   double* sums;       // (kSums, 4)
-  int64_t* counts;    // (3)
+  int64_t* counts;    // (4)
 };
 constexpr int64_t kSums = 128;
 

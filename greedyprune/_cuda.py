@@ -21,6 +21,7 @@ from .reference import Moments, Path, Rule, Step
 # for nothing and a long one few waits; but Ctrl-C and a progress bar have to be served.
 FEWEST, MOST, WATCHED = 32, 512, 64
 DOUBLE = torch.float64
+BLOCK = 2**26  # entries of features that are taken to float64 at a time
 
 
 @contextmanager
@@ -33,10 +34,20 @@ def stream_of(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
+def check_device(device: torch.device, **tensors: Tensor | Target | Moments | None) -> None:
+    """ValueError unless all tensors are on the device; a kernel can't say so."""
+    for name, value in tensors.items():
+        parts = [value] if isinstance(value, Tensor) else vars(value).values() if value else []
+        for part in parts:
+            if isinstance(part, Tensor) and part.device != device:
+                raise ValueError(f"{name}: found a tensor on {part.device}, expected {device}")
+
+
 def measure_features(features: Tensor) -> Extent:
     lowest, highest = torch.aminmax(features, dim=1)
-    squares = torch.linalg.vector_norm(features, dim=1, dtype=DOUBLE).square()
-    return Extent(squares, torch.maximum(lowest.abs(), highest.abs()).double())
+    some = features.split(max(1, BLOCK // features.shape[1]))  # each makes a copy in float64
+    squares = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=DOUBLE) for rows in some])
+    return Extent(squares.square(), torch.maximum(lowest.abs(), highest.abs()).double())
 
 
 def candidate_loss(
@@ -45,6 +56,7 @@ def candidate_loss(
 ) -> Tensor:  # fmt: skip
     """base (C, m): the outputs relative to the target, in `dtype`, as outgoing (N, C) is."""
     keep, device = Struct(), features.device
+    check_device(device, outgoing=outgoing, outputs=base, target=target)
     extent = extent or measure_features(features)
     losses, partial = _scratch(units, features)
     reach = extent.largest * outgoing.abs().amax(1)
@@ -62,6 +74,7 @@ def candidate_loss(
 
 
 def candidate_slope(features: Tensor, outgoing: Tensor, gradient: Tensor, units: Tensor) -> Tensor:
+    check_device(features.device, outgoing=outgoing, gradient=gradient)
     slopes, partial = _scratch(units, features)
     with stream_of(features.device) as stream:
         extension().cuda_candidate_slope_f64(
@@ -125,6 +138,7 @@ class CudaRun(Run):
 def greedy_gram(
     gram: Tensor, moments: Moments, rule: Rule, with_gap: bool, step: Step | None, rounding: float
 ) -> Path:
+    check_device(gram.device, moments=moments)
     run = CudaRun(rule, len(moments.norm), with_gap, gram.device)
     quadratic = quadratic_struct(run, moments, rounding)
 
@@ -186,6 +200,7 @@ def greedy_pointwise(
 ) -> Path:  # fmt: skip
     (units, samples), outputs = features.shape, outgoing.shape[1]
     device = features.device
+    check_device(device, outgoing=outgoing, bias=bias, target=target)
     run = CudaRun(rule, units, with_gap, device)
     extent = extent or measure_features(features)
     magnitudes = outgoing.abs()
@@ -229,7 +244,7 @@ def greedy_pointwise(
         slopes=empty(units),
         bounds=empty(units),
         sums=empty(extension().cuda_sums, 4),
-        counts=torch.zeros(3, dtype=torch.int64, device=device),
+        counts=torch.zeros(4, dtype=torch.int64, device=device),
         **along,
     )
     pointwise.weight32, pointwise.value32 = single.weight, single.value

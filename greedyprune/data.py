@@ -127,7 +127,9 @@ class Batches:
                 return value
         self.on_gpu = self.on_gpu or value.is_cuda
         dtype = self._dtype if value.is_floating_point() else None
-        return value.to(self._device, dtype, non_blocking=True)
+        # Not from a GPU: nothing would wait for the copy.
+        there = self._device.type == "cuda"
+        return value.to(self._device, dtype, non_blocking=there)
 
 
 def _as_batches(data: object) -> Iterable[Any]:

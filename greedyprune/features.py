@@ -95,7 +95,10 @@ class LayerData:
 
     def blocks(self) -> Iterator[Block]:
         """All samples in blocks whose features and outputs are small in float64."""
-        size = max(64, BLOCK // max(self.units, self.outputs))
+        entries = (
+            BLOCK if self.device.type == "cpu" else 8 * BLOCK
+        )  # each block is a launch or more
+        size = max(64, entries // max(self.units, self.outputs))
         seen = 0
         for block in self._sources():
             samples = block.features.shape[1]

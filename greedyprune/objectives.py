@@ -182,7 +182,7 @@ class Solver:
             picks = min(rule.steps, rule.size)
             return ops.greedy_columns(
                 self._columns_of(), self.moments, rule, exact=self._exact(), block=block,
-                capacity=min(self._room // (8 * data.units), block + 4 * picks),
+                capacity=min(self._room // (8 * data.units), block + 8 * picks),
                 with_gap=with_gap, step=step, backend=self.backend,
             )  # fmt: skip
         if self.backend != "reference" and kept and self._outputs_fit():
@@ -224,11 +224,18 @@ class Solver:
         if features is not None and features.dtype == dtype and self.backend == "cpu":
             return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
 
+        wide = None
+        if features is not None and 10 * features.numel() <= self._room:
+            wide = features.to(dtype)  # once; a fetch is then one product
+
         def columns(units: Tensor, out: Tensor) -> None:
-            out.zero_()
-            for block in data.blocks():
-                h = block.features.to(dtype)
-                out += h[units] @ h.T
+            if wide is not None:
+                torch.mm(wide[units], wide.T, out=out)
+            else:
+                out.zero_()
+                for block in data.blocks():
+                    h = block.features.to(dtype)
+                    out += h[units] @ h.T
             out *= data.outgoing[units] @ data.outgoing.T
 
         return columns

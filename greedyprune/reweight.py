@@ -91,7 +91,7 @@ def losses_along(
             if custom is None:
                 total[part] += block.target.loss_sum(outputs)
             else:
-                total[part] += torch.tensor([custom.outputs_loss(f) for f in outputs]).double()
+                total[part] += total.new_tensor([custom.outputs_loss(f) for f in outputs])
     losses = total / (1.0 if custom is not None else mass)
     return losses.cpu()[distinct_counts(order) - 1]
 

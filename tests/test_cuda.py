@@ -67,8 +67,8 @@ def test_a_model_in_bfloat16(on: Kernels) -> None:
     model = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 4)).bfloat16().to(on.device)
     data = torch.randn(200, 6).bfloat16(), torch.randint(4, (200,))
     found = greedyprune.select(model, data, steps=10, layers={"0": "2"}, backend="cuda")
-    expected = greedyprune.select(
-        model.to("cpu"), data, steps=10, layers={"0": "2"}, backend="reference"
+    expected = greedyprune.select(  # from the same activations
+        model, data, steps=10, layers={"0": "2"}, backend="reference"
     )
     assert found.order.equal(expected.order)
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
@@ -99,6 +99,14 @@ def test_exact_is_refused(emulated_cuda: None) -> None:
     exact = ops.Exact(1e-6, p.features, p.outgoing, target)
     with pytest.raises(ValueError, match=r"^exact: found .* expected None"):
         ops.greedy_gram(*moments_of(p), Rule(1, 1, True), exact=exact, backend="cuda")
+
+
+def test_tensors_elsewhere_are_refused(emulated_cuda: None) -> None:
+    p = Problem(4, 20, 2, "mse")
+    with pytest.raises(ValueError, match=r"^bias: found a tensor on meta, expected cpu"):
+        ops.greedy_pointwise(
+            p.features, p.outgoing, p.bias.to("meta"), p.target, Rule(1, 1, True), backend="cuda"
+        )
 
 
 @pytest.mark.parametrize("criterion", ["cross_entropy", "weighted logistic"])

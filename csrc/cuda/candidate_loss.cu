@@ -114,12 +114,20 @@ struct CrossEntropy {
     for (int i = 0; i < kSamples; ++i) {
       const int64_t at = t.lane.template at<kSamples>(i);
       if (at >= t.lane.live) continue;
-      const int64_t label = p.target.label[t.sample + at];
+      const int label = p.target.label[t.sample + at];
       const Real base = kUnit<Real> * p.base[label * p.base_stride + t.sample + at];
+      Real w[kCount];
+      if (p.target.outputs <= Tiling<Real>::classes) {  // the chunk is all there is
+#pragma unroll
+        for (int u = 0; u < kCount; ++u) w[u] = t.chunk->at[label][t.first + u];
+      } else {
+#pragma unroll
+        for (int u = 0; u < kCount; ++u)
+          w[u] = p.scale * p.outgoing[t.chunk->unit[t.first + u] * p.target.outputs + label];
+      }
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
-        const Real w = p.outgoing[t.unit[u] * p.target.outputs + label];
-        Real own = fma(t.features[u][i], p.scale * w, base);
+        Real own = fma(t.features[u][i], w[u], base);
         if constexpr (kFar) own -= highest_[u][i];
         sum[u] += share[i] * (log_normal(sum_[u][i]) - static_cast<Real>(kLn2) * own);
       }

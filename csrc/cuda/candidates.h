@@ -49,10 +49,11 @@ struct Tiling {
   static constexpr int64_t tile = tile_of(sizeof(Real));
 };
 
-// The outgoing weights of a block's units, of some classes at a time.
+// A block's units, and their outgoing weights (times scale) of some classes at a time.
 template <class Real>
 struct alignas(16) Chunk {
   Real at[Tiling<Real>::classes][Tiling<Real>::units];
+  int64_t unit[Tiling<Real>::units];
 };
 
 template <class T, int kCount>
@@ -113,8 +114,7 @@ template <int kCount, class Real>
 struct Tile {
   static constexpr int kSamples = Tiling<Real>::samples;
   Real features[kCount][kSamples];
-  int unit[kCount];
-  const Chunk<Real>* weights;  // of classes [from, to), times scale
+  const Chunk<Real>* chunk;  // of classes [from, to)
   int first;
   int64_t from, to;
   int64_t sample;  // the tile's first
@@ -122,7 +122,7 @@ struct Tile {
 
   __device__ __forceinline__ void weights_of(Real (&w)[kCount], int64_t c) const {
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) w[u] = weights->at[c - from][first + u];
+    for (int u = 0; u < kCount; ++u) w[u] = chunk->at[c - from][first + u];
   }
 
   // body(u, i, times * base + h_u w_uc) for every class c of the chunk.
@@ -145,30 +145,27 @@ struct Tile {
   }
 };
 
-// The block's part of item (units from `first`, samples [begin, end)), for its units
-// [from_unit, from_unit + kCount): their sums into sums[warp].
+// The sums of some of the block's units, [from_unit, from_unit + kCount), over samples [begin,
+// end): each warp's into sums[warp].
 template <template <int, class> class Criterion, int kCount, class Feature, class Real>
-__device__ __forceinline__ void score_piece(const Scoring<Real>& p, int64_t n, int64_t first,
-                                            int from_unit, int64_t begin, int64_t end,
-                                            Chunk<Real>* weights,
+__device__ __forceinline__ void score_piece(const Scoring<Real>& p, int from_unit, int64_t begin,
+                                            int64_t end, Chunk<Real>* chunk,
                                             double (*sums)[Tiling<Real>::units]) {
   using T = Tiling<Real>;
   const int64_t outputs = p.target.outputs;
   const unsigned warp = threadIdx.x / kLanes;
   Tile<kCount, Real> tile;
-  tile.weights = weights;
+  tile.chunk = chunk;
   tile.first = from_unit;
   double total[kCount] = {};
-#pragma unroll
-  for (int u = 0; u < kCount; ++u)
-    tile.unit[u] = static_cast<int>(unit_at(p, n, first + from_unit + u));
   for (int64_t s = begin; s < end; s += kScoreWarps * T::tile) {  // alike in every warp
     tile.sample = s + warp * T::tile;
     tile.lane = {end - tile.sample, p.vectors};
 #pragma unroll
     for (int u = 0; u < kCount; ++u)
       tile.lane.load(tile.features[u], static_cast<const Feature*>(p.features.data) +
-                                           tile.unit[u] * p.features.stride + tile.sample);
+                                           chunk->unit[from_unit + u] * p.features.stride +
+                                           tile.sample);
     Criterion<kCount, Real> criterion;
     for (tile.from = 0; tile.from < outputs; tile.from += T::classes) {
       tile.to = tile.from + T::classes < outputs ? tile.from + T::classes : outputs;
@@ -176,8 +173,7 @@ __device__ __forceinline__ void score_piece(const Scoring<Real>& p, int64_t n, i
         __syncthreads();
         for (int64_t i = threadIdx.x; i < (tile.to - tile.from) * T::units; i += blockDim.x) {
           const int64_t u = i % T::units, c = i / T::units;
-          const int64_t unit = unit_at(p, n, first + u);
-          weights->at[c][u] = p.scale * p.outgoing[unit * outputs + tile.from + c];
+          chunk->at[c][u] = p.scale * p.outgoing[chunk->unit[u] * outputs + tile.from + c];
         }
         __syncthreads();
       }
@@ -202,7 +198,7 @@ template <template <int, class> class Near, template <int, class> class Far, cla
 __global__ void __launch_bounds__(kScoreWarps* kLanes, resident_blocks(sizeof(Real)))
     score(Scoring<Real> p) {
   using T = Tiling<Real>;
-  __shared__ Chunk<Real> weights;
+  __shared__ Chunk<Real> chunk;
   __shared__ double sums[kScoreWarps][T::units];
   const int64_t n = p.count ? *p.count : p.n;
   const Pieces pieces = pieces_of(p.features.samples);
@@ -212,15 +208,18 @@ __global__ void __launch_bounds__(kScoreWarps* kLanes, resident_blocks(sizeof(Re
     const int64_t begin = piece * pieces.size;
     const int64_t end =
         begin + pieces.size < p.features.samples ? begin + pieces.size : p.features.samples;
-    bool far = p.most < HUGE_VALF && !p.reach;
-    for (int u = 0; u < T::units && p.most < HUGE_VALF && !far; ++u) {
-      far = !(p.reach[unit_at(p, n, first + u)] * fabs(static_cast<double>(p.scale)) <= p.most);
-    }
+    if (threadIdx.x < T::units) chunk.unit[threadIdx.x] = unit_at(p, n, first + threadIdx.x);
+    __syncthreads();
+    const unsigned lane = threadIdx.x % kLanes;  // each looks at one unit
+    bool leaves = p.most < HUGE_VALF && !p.reach;
+    if (p.most < HUGE_VALF && p.reach && lane < T::units)
+      leaves = !(p.reach[chunk.unit[lane]] * fabs(static_cast<double>(p.scale)) <= p.most);
+    const bool far = __ballot_sync(kAllLanes, leaves) != 0;
     if (!far) {
-      score_piece<Near, T::units, Feature>(p, n, first, 0, begin, end, &weights, sums);
+      score_piece<Near, T::units, Feature>(p, 0, begin, end, &chunk, sums);
     } else {
       for (int half = 0; half < T::units; half += T::units / 2)
-        score_piece<Far, T::units / 2, Feature>(p, n, first, half, begin, end, &weights, sums);
+        score_piece<Far, T::units / 2, Feature>(p, half, begin, end, &chunk, sums);
     }
     __syncthreads();
     if (threadIdx.x < T::units && first + threadIdx.x < n) {
@@ -251,8 +250,7 @@ void launch_score(Launcher& launch, Scoring<Real> p) {
   constexpr int64_t samples = Tiling<Real>::samples;
   p.vectors = aligned(p.base, p.base_stride, samples) &&
               (!p.target.value || aligned(p.target.value, p.target_stride, samples)) &&
-              (!p.target.weight || aligned(p.target.weight, p.target_stride, samples)) &&
-              (!p.target.label || aligned(p.target.label, samples, samples));
+              (!p.target.weight || aligned(p.target.weight, p.target_stride, samples));
   const int64_t items = ceil_div(p.n, Tiling<Real>::units) * pieces_of(p.features.samples).count;
   const int64_t blocks = blocks_of(items, multiprocessors(), resident_blocks(sizeof(Real)));
   constexpr int threads = kScoreWarps * kLanes;

@@ -14,20 +14,30 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-constexpr int kGreedyThreads = 1024;
+constexpr int kGreedyThreads = 512;
+constexpr int kAhead = 4;  // units that a thread has in registers at a time
+
+// What a score of unit j is made of.
+struct Unit {
+  double norm, size, beta;
+};
+
+__device__ __forceinline__ Unit unit_of(const Quadratic& q, int64_t j) {
+  return {q.norm[j], q.size[j], q.beta[j]};
+}
 
 struct QuadraticScores {
-  Quadratic q;
+  double rounding;
   double steps;  // k
   double reach;  // sum of |phi_i| over the picks
 
-  __device__ __forceinline__ double score(int64_t j, double c) const {
-    return 0.5 * q.norm[j] + c - steps * q.beta[j];
+  __device__ __forceinline__ double score(const Unit& unit, double c) const {
+    return 0.5 * unit.norm + c - steps * unit.beta;
   }
-  __device__ __forceinline__ double error(int64_t j) const {
-    const double size = q.size[j];
-    return q.rounding * size * reach +
-           64 * Number<double>::epsilon * (size * (size + reach) + steps * fabs(q.beta[j]));
+  __device__ __forceinline__ double error(const Unit& unit) const {
+    return rounding * unit.size * reach +
+           64 * Number<double>::epsilon *
+               (unit.size * (unit.size + reach) + steps * fabs(unit.beta));
   }
 };
 
@@ -36,8 +46,8 @@ struct QuadraticScores {
 struct Seen {
   double above = HUGE_VALF, below = HUGE_VALF;
 
-  __device__ __forceinline__ void look(const QuadraticScores& scores, int64_t j, double c) {
-    const double score = scores.score(j, c), error = scores.error(j);
+  __device__ __forceinline__ void look(const QuadraticScores& scores, const Unit& unit, double c) {
+    const double score = scores.score(unit, c), error = scores.error(unit);
     above = fmin(above, score + error);
     below = isfinite(score) && isfinite(error) ? fmin(below, score - error) : -HUGE_VALF;
   }
@@ -52,7 +62,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
   const bool drawn = rule.candidates > 0;
   int64_t k = progress->length, distinct = progress->distinct, missing = 0, scored = 0;
   double beta_sum = progress->beta_sum, state_sum = progress->state_sum;
-  QuadraticScores scores = {q, 0, progress->reach};
+  QuadraticScores scores = {q.rounding, 0, progress->reach};
   bool drew = progress->missing > 0;  // the step's candidates are in front already
   if (k == 0 && !drew) {
     for (int64_t j = thread; j < q.units; j += blockDim.x) {
@@ -83,7 +93,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
       seen = Seen();
       for (int64_t i = thread; i < n; i += blockDim.x) {
         const int64_t j = candidate(i);
-        if (drawn || may_pick(j)) seen.look(scores, j, q.state[j]);
+        if (drawn || may_pick(j)) seen.look(scores, unit_of(q, j), q.state[j]);
       }
     }
     const double lowest = block_min(seen.above);
@@ -92,7 +102,8 @@ __global__ void __launch_bounds__(kGreedyThreads)
       for (int64_t i = thread; i < n; i += blockDim.x) {
         const int64_t j = candidate(i);
         if (!(drawn || may_pick(j))) continue;
-        if (is_contender(scores.score(j, q.state[j]), scores.error(j), lowest))
+        const Unit u = unit_of(q, j);
+        if (is_contender(scores.score(u, q.state[j]), scores.error(u), lowest))
           mine = lesser(mine, j);
       }
     }
@@ -120,11 +131,24 @@ __global__ void __launch_bounds__(kGreedyThreads)
     double slope = HUGE_VALF;
     seen = Seen();
     looked = !drawn;
-    for (int64_t j = thread; j < q.units; j += blockDim.x) {
-      const double c = q.state[j] + __ldcs(column + j);
-      q.state[j] = c;
-      if (path.gap) slope = fmin(slope, part * c - q.beta[j]);
-      if (looked && may_pick(j)) seen.look(scores, j, c);
+    for (int64_t from = thread; from < q.units; from += kAhead * blockDim.x) {
+      double c[kAhead];  // all loads come before the first store, which they might not overtake
+      Unit units[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t j = from + i * static_cast<int64_t>(blockDim.x);
+        if (j >= q.units) break;
+        c[i] = q.state[j] + __ldcs(column + j);
+        units[i] = unit_of(q, j);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t j = from + i * static_cast<int64_t>(blockDim.x);
+        if (j >= q.units) break;
+        q.state[j] = c[i];
+        if (path.gap) slope = fmin(slope, part * c[i] - units[i].beta);
+        if (looked && may_pick(j)) seen.look(scores, units[i], c[i]);
+      }
     }
     if (path.gap) slope = block_min(slope);
     if (thread == 0) {

@@ -19,7 +19,7 @@ constexpr int64_t kFirst = 512;      // candidates that are scored before any is
 
 // In `counts`: how many candidates there are (workspace.available[0:n]), how many of them are
 // scored (workspace.contenders), and how many of those another launch is about.
-enum Count { kCandidates = 0, kScored = 1, kSome = 2 };
+enum Count { kCandidates = 0, kScored = 1, kSome = 2, kAll = 3 };
 
 // The samples that a step looks at, and what is needed of them.
 struct Seen {
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (thread == 0) {
     progress->done = done;
     counts[kCandidates] = counts[kScored] = counts[kSome] = n;
+    counts[kAll] = done ? 0 : units;
   }
 }
 
@@ -399,7 +400,7 @@ __global__ void settle(Progress* progress, Path path, Pointwise p, int64_t k, do
 // The units that may have the lowest slope. One block.
 __global__ void __launch_bounds__(kBlockThreads)
     keep_steepest(const Progress* progress, Pointwise p, Workspace workspace) {
-  const int64_t n = progress->done ? 0 : p.features.units;
+  const int64_t n = p.counts[kAll];
   double above = HUGE_VALF;
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
     workspace.contenders[j] = j;
@@ -540,7 +541,7 @@ class Steps {
   // Follows add_picked, whose gradient is in outputs64 and outputs32.
   void gap(int64_t k) {
     const int64_t units = p_.features.units, m = p_.features.samples;
-    slopes<float>(p_.slopes, nullptr, nullptr, units, p_.outgoing32, p_.outputs32, m);
+    slopes<float>(p_.slopes, nullptr, p_.counts + kAll, units, p_.outgoing32, p_.outputs32, m);
     block(keep_steepest, progress_, p_, workspace_);
     slopes<double>(workspace_.scores, workspace_.contenders, p_.counts + kSome, units, p_.outgoing,
                    p_.outputs64, m);
