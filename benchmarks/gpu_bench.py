@@ -166,6 +166,7 @@ def bench_candidates(rows: list[Row], rates: dict[str, float]) -> None:
                 check_candidates(p, losses)
             name = f"greedyprune, {str(dtype).removeprefix('torch.')} features"
             rows.append(Row(case, name, timed(call), goal or limit / 0.6, limit, "exponentials"))
+        rows.append(reference_candidates(p, case))
         rows.append(torch_candidates(p, case))
         rows.append(compiled_candidates(p, case))
     for kind in ("mse", "bce_with_logits"):
@@ -175,6 +176,19 @@ def bench_candidates(rows: list[Row], rates: dict[str, float]) -> None:
         call()
         check_candidates(p, losses)
         rows.append(Row(f"{kind} candidates, m={m} N={n} C={c}", "greedyprune", timed(call)))
+
+
+def reference_candidates(p: Candidates, case: str) -> Row:
+    m, c = p.base.shape
+    target = Criterion(p.kind).target(p.targets, (m, c))
+    some = min(256, len(p.features))
+    seconds = timed(
+        partial(
+            reference.candidate_loss, p.features[:some], p.outgoing[:some].double(),
+            p.base.T.double(), target,
+        )
+    )  # fmt: skip
+    return Row(case, f"float64 reference, from {some} units", seconds * len(p.features) / some)
 
 
 def torch_candidates(p: Candidates, case: str) -> Row:

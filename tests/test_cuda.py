@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ON_GPU, TOLERANCE, Kernels
+from networks import NETWORKS, network, outputs_of
 from test_kernels import CRITERIA, Problem, moments_of
 from torch import nn
 
@@ -20,6 +21,7 @@ import greedyprune
 from greedyprune import _backend, ops, reference
 from greedyprune.reference import Path as GreedyPath
 from greedyprune.reference import Rule
+from greedyprune.surgery import masked
 
 ROOT = Path(__file__).parents[1]
 on_cuda = pytest.mark.parametrize("on", ["emulated", ON_GPU], indirect=True)
@@ -210,3 +212,25 @@ def test_the_cpu_picks_the_same() -> None:
         assert found.order.device.type == "cpu"
         assert found.order.equal(expected.order)
         torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not _backend.has_cuda(), reason="no GPU, or built without CUDA")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_deep_networks_on_a_gpu(name: str) -> None:
+    """Selected, cut and refitted where they are: invariant 4, and nothing goes to the CPU."""
+    model, inputs = network(name)
+    gpu = torch.device("cuda")
+    model = model.to(gpu)
+    there = (
+        {n: x.to(gpu) for n, x in inputs.items()} if isinstance(inputs, dict) else inputs.to(gpu)
+    )
+    data = inputs if isinstance(inputs, dict) else [inputs]  # goes to the model by itself
+    selection = greedyprune.select(model, data, metric="fisher")
+    small = greedyprune.prune(model, selection)
+    expected, found = outputs_of(masked(model, selection), there), outputs_of(small, there)
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    refitted = greedyprune.refit(model, selection, data)
+    assert outputs_of(refitted, there).isfinite().all()
+    for each in (small, refitted):
+        assert {p.device.type for p in each.parameters()} == {"cuda"}
