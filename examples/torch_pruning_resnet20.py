@@ -107,7 +107,7 @@ def main() -> None:
     some = torch.randperm(len(images[0]))[: args.images]
     data = images[0][some], images[1][some]
     table = Table(title="ResNet-20 on CIFAR-10, test accuracy")
-    for column in ("layers", "removed", "how", "parameters", "pruned", "recalibrated", "tuned"):
+    for column in ("layers", "removed", "how", "parameters", "pruned", "BN again", "tuned"):
         table.add_column(column, justify="left" if column in ("layers", "how") else "right")
     for layers, ratio in itertools.product(args.layers, args.ratio):
         for name in [*IMPORTANCES, *(OURS if layers == "inner" else ())]:
