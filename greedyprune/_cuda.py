@@ -43,11 +43,15 @@ def check_device(device: torch.device, **tensors: Tensor | Target | Moments | No
                 raise ValueError(f"{name}: found a tensor on {part.device}, expected {device}")
 
 
-def measure_features(features: Tensor) -> Extent:
+def _largest(features: Tensor) -> Tensor:
     lowest, highest = torch.aminmax(features, dim=1)
+    return torch.maximum(lowest.abs(), highest.abs()).double()
+
+
+def measure_features(features: Tensor) -> Extent:
     some = features.split(max(1, BLOCK // features.shape[1]))  # each makes a copy in float64
     squares = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=DOUBLE) for rows in some])
-    return Extent(squares.square(), torch.maximum(lowest.abs(), highest.abs()).double())
+    return Extent(squares.square(), _largest(features))
 
 
 def candidate_loss(
@@ -57,9 +61,11 @@ def candidate_loss(
     """base (C, m): the outputs relative to the target, in `dtype`, as outgoing (N, C) is."""
     keep, device = Struct(), features.device
     check_device(device, outgoing=outgoing, outputs=base, target=target)
-    extent = extent or measure_features(features)
     losses, partial = _scratch(units, features)
-    reach = extent.largest * outgoing.abs().amax(1)
+    reach = None
+    if target.kind == "cross_entropy":
+        largest = _largest(features) if extent is None else extent.largest
+        reach = largest * outgoing.abs().amax(1)
     launch = (
         extension().cuda_candidate_loss_f64 if dtype == DOUBLE
         else extension().cuda_candidate_loss_f32
@@ -67,7 +73,8 @@ def candidate_loss(
     with stream_of(device) as stream:
         launch(
             losses.data_ptr(), partial.data_ptr(), units.data_ptr(), len(units),
-            features_struct(keep, features), reach.data_ptr(), outgoing.data_ptr(), shrink,
+            features_struct(keep, features), 0 if reach is None else reach.data_ptr(),
+            outgoing.data_ptr(), shrink,
             base.data_ptr(), target_struct(keep, target, dtype, scale=1.0), stream,
         )  # fmt: skip
     return losses
@@ -204,6 +211,7 @@ def greedy_pointwise(
     run = CudaRun(rule, units, with_gap, device)
     extent = extent or measure_features(features)
     magnitudes = outgoing.abs()
+    w_largest = magnitudes.amax(1)
 
     def empty(*shape: int, dtype: torch.dtype = DOUBLE) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -228,10 +236,10 @@ def greedy_pointwise(
         features=features_struct(run, features, extent),
         outgoing=outgoing,
         outgoing32=outgoing.float(),
-        w_largest=magnitudes.amax(1),
+        w_largest=w_largest,
         w_sum=magnitudes.sum(1),
         w_squares=outgoing.square().sum(1),
-        reach=extent.largest * magnitudes.amax(1),
+        reach=extent.largest * w_largest,
         bias=bias,
         target=target_struct(run, target, DOUBLE, scale=1 / target.mass),
         weights_norm=norm,

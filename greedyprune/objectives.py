@@ -180,9 +180,10 @@ class Solver:
             # A fetch is a pass of its own, or a wait for the GPU.
             block = 16 if kept and self.backend == "cpu" else 64
             picks = min(rule.steps, rule.size)
+            capacity = min(self._room // (8 * data.units), block + 8 * picks)
+            columns = self._columns_of(self._room - 8 * data.units * capacity)
             return ops.greedy_columns(
-                self._columns_of(), self.moments, rule, exact=self._exact(), block=block,
-                capacity=min(self._room // (8 * data.units), block + 8 * picks),
+                columns, self.moments, rule, exact=self._exact(), block=block, capacity=capacity,
                 with_gap=with_gap, step=step, backend=self.backend,
             )  # fmt: skip
         if self.backend != "reference" and kept and self._outputs_fit():
@@ -218,14 +219,17 @@ class Solver:
             target=data.target.value - data.bias[:, None],
         )
 
-    def _columns_of(self) -> Callable[[Tensor, Tensor], None]:
-        """Columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j."""
+    def _columns_of(self, room: int) -> Callable[[Tensor, Tensor], None]:
+        """Columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j.
+
+        room: bytes that the features in the products' type may take
+        """
         data, features, dtype = self.data, self.data.features, self.data.product_dtype
         if features is not None and features.dtype == dtype and self.backend == "cpu":
             return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
 
         wide = None
-        if features is not None and 10 * features.numel() <= self._room:
+        if features is not None and 8 * features.numel() <= room:
             wide = features.to(dtype)  # once; a fetch is then one product
 
         def columns(units: Tensor, out: Tensor) -> None:

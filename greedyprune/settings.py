@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
+from ._backend import room
 from .reference import Rule
 
 OBJECTIVES = ("auto", "loss", "imitation")
@@ -216,7 +216,7 @@ def resolve(
         batch_size=batch_size,
         shortlist=shortlist,
         seed=int(seed),  # type: ignore[call-overload]
-        memory_limit=limit or psutil.virtual_memory().available // 2,
+        memory_limit=limit or room(torch.device("cpu")),
         sequential=sequential,
         swaps=MOST_SWAPS if swaps is None else int(swaps),  # type: ignore[call-overload]
         budget=share,

@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(kGreedyThreads)
       drew = false;
       __syncthreads();
     }
-    scored += drawn ? n : left();
     const auto candidate = [&](int64_t i) { return drawn ? available[i] : i; };
     if (!looked) {
       seen = Seen();
@@ -111,11 +110,11 @@ __global__ void __launch_bounds__(kGreedyThreads)
     const double* column = columns.column(unit);
     if (!column) {
       --k;
-      scored -= drawn ? n : left();
       missing = unit + 1;
       break;
     }
 
+    scored += drawn ? n : left();
     const double part = 1 / scores.steps;
     const bool again = picked[unit] != 0;
     beta_sum += q.beta[unit];

@@ -18,7 +18,8 @@ constexpr int kBlockThreads = 1024;  // of those with one block
 constexpr int64_t kFirst = 512;      // candidates that are scored before any is ruled out
 
 // In `counts`: how many candidates there are (workspace.available[0:n]), how many of them are
-// scored (workspace.contenders), and how many of those another launch is about.
+// scored (workspace.contenders), how many of those another launch is about, and how many units
+// there are: none once the path is at its end.
 enum Count { kCandidates = 0, kScored = 1, kSome = 2, kAll = 3 };
 
 // The samples that a step looks at, and what is needed of them.
