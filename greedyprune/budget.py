@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -80,7 +81,9 @@ def within_budget(
     assert chosen.budget is not None
     what, share = chosen.budget
     batch = batches.first()
-    cost = _latency(model, groups, batch) if what == "latency" else costs[what]
+    ranks, cost = batches.ranks, costs[what] if what != "latency" else None
+    if cost is None:
+        cost = ranks.on_first("latency", lambda: _latency(model, groups, batch))
     least = {g.producer: nearest(1, g.units, step_of(g, chosen.round_to)) for g in groups}
     if cost.at(least) > share * cost.dense:
         raise ValueError(
@@ -91,7 +94,7 @@ def within_budget(
     if gates is None:
         losses = _losses(model, groups, batches, chosen.memory_limit, path_of, bar)
     else:
-        losses = {name: path_of(sums).losses for name, sums in gates.items()}
+        losses = ranks.each(list(gates), lambda name: path_of(gates[name]).losses)
     knapsack = knapsack_of(kinds, losses, cost, chosen.round_to, share * cost.dense)
     smallest = knapsack.cost(np.zeros(len(kinds), np.int64))
     for _ in range(ROUNDS):
@@ -101,7 +104,9 @@ def within_budget(
             for kind, each, k in zip(kinds, knapsack.widths, best.choice, strict=True)
             for group in kind
         }
-        reached = _measured(what, model, groups, widths, batch, cost.dense)
+        reached = ranks.on_first(
+            "cost", partial(_measured, what, model, groups, widths, batch, cost.dense)
+        )
         if reached <= share:
             break
         over = (reached - share) * cost.dense
@@ -127,11 +132,14 @@ def _losses(
                 f"memory_limit: found {memory_limit} bytes, but a budget needs {needed} for the "
                 f"products of the features of layer {group.producer!r}"
             )
-    losses = {}
-    for name, sums in collect(model, groups, batches, memory_limit, {}, bar).items():
+    found = collect(model, groups, batches, memory_limit, {}, bar, owned=True)
+
+    def losses(name: str) -> Tensor:
+        sums = found[name]
         empty = sum(each.target_norm() for each in sums.consumers) / sums.mass
-        losses[name] = path_of(sums).losses / (empty or 1.0)
-    return losses
+        return path_of(sums).losses / (empty or 1.0)
+
+    return batches.ranks.each([group.producer for group in groups], losses)
 
 
 def knapsack_of(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from .distributed import ALONE, Ranks
 
 # Samples a forward pass, where the data come without batches of their own. On a CPU activations of
 # more than some 32 MB cost extra: every batch gets fresh pages for them from the system.
@@ -33,10 +37,12 @@ class Batch:
                 return value[samples.to(value.device)]
             return value
 
-        return Batch(
-            tuple(of(value) for value in self.args),
-            {name: of(value) for name, value in self.kwargs.items()}, of(self.targets),
-        )  # fmt: skip
+        return self.map(of)
+
+    def map(self, of: Callable[[Any], Any]) -> Batch:
+        """With of(value) in the place of every value."""
+        kwargs = {name: of(value) for name, value in self.kwargs.items()}
+        return Batch(tuple(of(value) for value in self.args), kwargs, of(self.targets))
 
     def to(self, dtype: torch.dtype) -> Batch:
         """With inputs that are floating point in this type."""
@@ -63,9 +69,14 @@ class Batches:
 
     Raises ValueError for data without samples and TypeError for what is no data at all. An iterator
     (a generator, say) can be gone through once; a second pass raises ValueError.
+
+    ranks: over which the samples are spread: each brings its own, and sums are over all of them
+    peers: ranks that all have these samples, and share the work on them
     """
 
-    def __init__(self, data: object, model: nn.Module) -> None:
+    def __init__(
+        self, data: object, model: nn.Module, ranks: Ranks = ALONE, peers: Ranks = ALONE
+    ) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self._device = tensors[0].device if tensors else torch.device("cpu")
         self.on_gpu = self._device.type == "cuda"  # the model, or data that was read
@@ -75,10 +86,37 @@ class Batches:
         self._once = isinstance(self._source, Iterator)
         self._started = False
         self._first: Batch | None = None
+        self.ranks, self.peers = ranks, peers
+        self.empty = False  # this rank has no samples; `first` is another's
+        self._dealt = False  # all ranks have the same, and each reads its share
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
-        return Batches(self._source, model)
+        other = Batches(self._source, model, self.ranks, self.peers)
+        other.empty, other._dealt = self.empty, self._dealt
+        if self.empty:
+            other._first = self.first().map(other._move)
+        return other
+
+    def dealt(self) -> Batches:
+        """The same data spread over the peers: batch i is that of rank i mod size."""
+        if self.peers.size == 1:
+            return self
+        other = copy.copy(self)
+        other.ranks, other.peers, other._dealt = self.peers, ALONE, True
+        return other
+
+    def share_first(self) -> Batch:
+        """`first`, and on a rank without samples another rank's; ValueError where all lack them."""
+        found = self._first_or_none()
+        has = self.ranks.gather("whether there are samples", found is not None)
+        if any(has) and not all(has):
+            there = found and found.map(_on_cpu)
+            there = self.ranks.from_rank(has.index(True), "a batch", there)
+            self.empty = found is None
+            if there is not None and self.empty:
+                self._first = there.map(self._move)
+        return self.first()
 
     @property
     def device(self) -> torch.device:
@@ -89,23 +127,35 @@ class Batches:
         return self._once
 
     def __len__(self) -> int:
-        """The number of batches; 0 where nothing tells."""
+        """The number of batches, or a little more; 0 where nothing tells."""
         try:
-            return len(self._source)  # type: ignore[arg-type]
+            count = len(self._source)  # type: ignore[arg-type]
+            return -(-count // self.ranks.size) if self._dealt else count
         except TypeError:
             return 0
 
     def first(self) -> Batch:
         """The first batch, without using it up."""
+        first = self._first_or_none()
+        if first is None:
+            raise ValueError("data: found no samples, expected at least one")
+        return first
+
+    def _first_or_none(self) -> Batch | None:
         if self._first is None:
             batches = self._read()
             self._first = next(batches, None)
-            if self._first is None:
-                raise ValueError("data: found no samples, expected at least one")
             self._rest = batches if self._once else None
         return self._first
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.empty:
+            return iter(())
+        if self._dealt:
+            return islice(self._all(), self.ranks.rank, None, self.ranks.size)
+        return self._all()
+
+    def _all(self) -> Iterator[Batch]:
         if not self._once:
             return self._read()
         if self._started:
@@ -169,6 +219,10 @@ class Batches:
         return value.to(self._device, dtype, non_blocking=there)
 
 
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
 def batches_in(data: object) -> Iterable[Any]:
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         data = tuple(data.tensors)
@@ -193,6 +247,8 @@ def batches_in(data: object) -> Iterable[Any]:
 def joined(batches: Iterable[Batch]) -> Batch:
     """All samples in one batch; ValueError where they are of different shapes."""
     parts = list(batches)
+    if not parts:
+        return Batch((), {}, None)
     counts = [samples_of(part) for part in parts]
 
     def cat(values: list[Any]) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import _backend, ops
 from ._structs import Extent
 from .data import Batch, Batches
+from .distributed import Ranks
 from .graph import Group
 from .losses import Criterion, Target, Targets
 
@@ -34,6 +35,7 @@ class LayerData:
     outgoing: (N, C) float64, the consumer's weights times N; bias: (C,) float64
     features: (N, m) float32 or float64 (on a GPU also of 16 bits), or None: computed again for
         every pass
+    in_memory: are the features, on every rank?
     target:   of all samples, with `features`
     targets, output_shape: the data's own targets and the model's output shape after the first
         dimension, for a loss of the user's own
@@ -71,6 +73,7 @@ class LayerData:
         self.target: Target | None = None
         self.targets: Tensor | None = None
         self.output_shape: tuple[int, ...] = ()
+        self.ranks, self.peers = batches.ranks, batches.peers
         self._model, self._consumer, self._batches = model, consumer, batches
         self._progress, self._limit = progress, memory_limit
         self._collected: list[Block] = []
@@ -83,6 +86,8 @@ class LayerData:
         except BaseException:
             blocks.close()  # takes the hook off
             raise
+        here = self.features is not None
+        self.in_memory = self.together.agree("features in memory", here)
 
     @property
     def outputs(self) -> int:
@@ -103,6 +108,8 @@ class LayerData:
         for block in self._sources():
             samples = block.features.shape[1]
             seen += samples
+            if not samples:
+                continue
             if self.features is None:  # a view of the model's own (b, N)
                 self._check_largest(_largest_of(block.features))
                 block = Block(block.features.contiguous(), block.target)
@@ -122,6 +129,15 @@ class LayerData:
             )
 
     @property
+    def alone(self) -> bool:
+        """Is this the only process?"""
+        return self.together.size == 1
+
+    @property
+    def together(self) -> Ranks:
+        return self.ranks if self.ranks.size > 1 else self.peers
+
+    @property
     def bytes_held(self) -> int:
         """What the features take, or as many of them as are held for the first pass."""
         parts = [self.features] if self.features is not None else []
@@ -132,9 +148,11 @@ class LayerData:
     def product_dtype(self) -> torch.dtype:
         """What Gram products are computed in: float64 where nothing can be scored again.
 
-        As without the features, and on a GPU. Also where float32 could over- or underflow.
+        As without the features, on a GPU, and where other ranks compute the rest. Also where
+        float32 could over- or underflow.
         """
-        if self.features is None or self._backend != "cpu" or not 1e-12 < self._largest < 1e12:
+        rough = self._backend == "cpu" and self.alone
+        if self.features is None or not rough or not 1e-12 < self._largest < 1e12:
             return torch.float64
         return self.features.dtype
 
@@ -142,7 +160,7 @@ class LayerData:
         """Puts the samples in another order, (m,) int64; in place, some units at a time."""
         assert self.features is not None and self.target is not None
         order = order.to(self.device)
-        some = max(1, BLOCK // len(order))
+        some = max(1, BLOCK // max(1, len(order)))
         for i in range(0, self.units, some):
             rows = self.features[i : i + some]
             rows.copy_(rows[:, order])
@@ -273,13 +291,15 @@ class LayerData:
     def _first_pass(self) -> Generator[Block, None, None]:
         raw: list[Tensor] = []
         with self._capture() as captured:
-            for batch in self._progress(self._batches, "activations"):
+            none = self._batches.empty  # then another rank's batch shows the shapes
+            some = [self._batches.first()] if none else self._batches
+            for batch in self._progress(some, "activations"):
                 block, outputs = self._block(batch, captured)
                 if self.criterion.kind == "custom":
                     self.output_shape = tuple(main_output(outputs).shape[1:])
                     assert batch.targets is not None
-                    raw.append(batch.targets.to(self.device))
-                yield block
+                    raw.append(batch.targets.to(self.device)[: 0 if none else None])
+                yield Block(block.features[:, :0], block.target.none()) if none else block
         if raw:
             self.targets = torch.cat(raw)
 
@@ -348,7 +368,7 @@ def main_output(outputs: object) -> Tensor:
 
 
 def _largest_of(features: Tensor) -> float:
-    return float(torch.stack(torch.aminmax(features)).abs().max())
+    return float(torch.stack(torch.aminmax(features)).abs().max()) if features.numel() else 0.0
 
 
 def check_finite(name: str, module: nn.Module) -> None:

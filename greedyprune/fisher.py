@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,10 @@ def gates(
     model: nn.Module, groups: Sequence[Group], batches: Batches, criterion: Criterion,
     bar: Callable[..., Any],
 ) -> dict[str, Sums]:  # fmt: skip
-    """What every group is selected from by the loss in its gates: all from one backward pass."""
+    """What every group is selected from by the loss in its gates: all from one backward pass.
+
+    Of several ranks each group's sums are right on its owner only.
+    """
 
     mass = 0.0
 
@@ -81,9 +84,11 @@ def gates(
                     "activations, expected finite numbers"
                 )
             found[group.producer].add(total)
+    [mass] = batches.ranks.sum_numbers("mass", mass)
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
-    for own in found.values():
+    for i, own in enumerate(found.values()):
+        own.finish(batches.ranks, batches.ranks.owner(i))
         own.gram *= (own.positions / mass) ** 2  # the loss is a mean over all batches
     return {
         group.producer: Sums(
@@ -95,7 +100,7 @@ def gates(
 
 
 def roots(
-    model: nn.Module, names: Sequence[str], batches: Batches, kind: str, seed: int,
+    model: nn.Module, outputs: Mapping[str, int], batches: Batches, kind: str, seed: int,
     bar: Callable[..., Any],
 ) -> dict[str, Tensor]:  # fmt: skip
     """The symmetric square root of each layer's metric, (C, C) float64 on the CPU.
@@ -103,20 +108,22 @@ def roots(
     The metric is half the identity, half F in the scale at which its mean diagonal is 1: what the
     layers hand on is no more than a model of the loss.
 
+    outputs: the layers, and how many outputs C each has
     kind: of loss, for what is drawn: "cross_entropy" (a class), "bce_with_logits" (each label),
         "mse" (Gaussian noise around the outputs)
     """
-    torch.manual_seed(seed)  # the caller has forked the generators
+    ranks = batches.ranks
+    torch.manual_seed(seed + ranks.rank)  # the caller has forked the generators
 
-    def slope_of(outputs: Tensor, batch: Batch) -> Tensor:
-        return _slope(outputs, kind, batch.targets)
+    def slope_of(found: Tensor, batch: Batch) -> Tensor:
+        return _slope(found, kind, batch.targets)
 
-    sums: dict[str, Tensor] = {}
-    for _, slopes in _backward(model, names, batches, slope_of, bar, inputs=False):
+    sums = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in outputs.items()}
+    for _, slopes in _backward(model, list(outputs), batches, slope_of, bar, inputs=False):
         for name, (_, slope) in slopes.items():
             columns = as_columns(model.get_submodule(name), slope).float()
-            product = (columns @ columns.T).double().cpu()
-            sums[name] = sums[name] + product if name in sums else product
+            sums[name] += (columns @ columns.T).double().cpu()
+    ranks.sum("metrics", *sums.values())
     return {name: _root(total) for name, total in sums.items()}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .data import Batches
+from .distributed import Ranks
 from .features import check_finite, run_model
 from .graph import Group
 from .layouts import outputs_of, parts, unit_major, weight_of
@@ -37,16 +38,20 @@ class Products:
     weight: (C, F) float64, what the features are multiplied with in the dense network
     gram:   (F, F) float64, K; only blocks on and above the diagonal until `finish`
     root:   (C, C) float64, the square root of the metric that errors are measured in; None: I
+    given:  are the targets added with the inputs? Else they are what the inputs give
     """
 
-    def __init__(self, name: str, units: int, weight: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, name: str, units: int, weight: Tensor, device: torch.device, given: bool = False
+    ) -> None:
         self.name, self.units, self.weight = name, units, weight
         self.outputs, self.features = weight.shape
         shape = self.features, self.features
         self.gram = torch.zeros(shape, dtype=torch.float64, device=device)
         self.root: Tensor | None = None
         self.positions = 0
-        self._cross: Tensor | None = None
+        right = self.features, self.outputs
+        self._cross = torch.zeros(right, dtype=torch.float64, device=device) if given else None
         self._target_norm = 0.0
 
     def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
@@ -63,11 +68,16 @@ class Products:
         """Features a unit."""
         return self.features // self.units
 
-    def finish(self) -> None:
-        """Fills the other half of the products; takes them to the CPU, where the solvers are."""
+    def finish(self, ranks: Ranks, owner: int | None = None) -> None:
+        """Adds up all ranks' sums, for all or for one; takes them to the CPU, to the solvers."""
+        ranks.sum_upper(f"products {self.name!r}", self.gram, owner)
+        counts = ranks.sum_numbers(f"sums {self.name!r}", self.positions, self._target_norm)
+        self.positions, self._target_norm = int(counts[0]), counts[1]
+        if self._cross is not None:
+            ranks.sum(f"right side {self.name!r}", self._cross)
+            self._cross = self._cross.cpu()
         mirror(self.gram)
         self.gram = self.gram.cpu()
-        self._cross = None if self._cross is None else self._cross.cpu()
 
     def right(self) -> Tensor:
         """<x_i, target>, (F, C) float64."""
@@ -94,11 +104,13 @@ class Consumer(Products):
     """One consumer of a group, that imitates its dense output."""
 
     def __init__(
-        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None
-    ) -> None:
+        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None,
+        given: bool = False,
+    ) -> None:  # fmt: skip
         dense, at = weight_of(module), group.slices[f"{name}.weight"]
         weight = unit_major(dense.detach().double().cpu(), at, group.units)
-        super().__init__(name, group.units, weight if root is None else root @ weight, dense.device)
+        weight = weight if root is None else root @ weight
+        super().__init__(name, group.units, weight, dense.device, given)
         self.root, self.layer = root, group.producer
         self._module, self._at = module, at
 
@@ -121,9 +133,7 @@ class Consumer(Products):
                 target = target - bias.detach()[:, None]
             if self.root is not None:
                 target = self.root.to(target) @ target
-            if self._cross is None:
-                shape = self.features, self.outputs
-                self._cross = torch.zeros(shape, dtype=double, device=rows.device)
+            assert self._cross is not None
             add_right(self._cross, rows, target, double)
             self._target_norm += float(target.double().square().sum())
 
@@ -142,12 +152,12 @@ class Sums:
         self.group, self.consumers, self.outputs, self.gates = group, consumers, outputs, gates
 
     @staticmethod
-    def of_consumers(model: nn.Module, group: Group, roots: Roots) -> Sums:
+    def of_consumers(model: nn.Module, group: Group, roots: Roots, given: bool = False) -> Sums:
         """Nothing added yet; ValueError where weights are not finite."""
         for name in (*group.producers, *group.consumers):
             check_finite(name, model.get_submodule(name))
         consumers = [
-            Consumer(name, model.get_submodule(name), group, roots.get(name))
+            Consumer(name, model.get_submodule(name), group, roots.get(name), given)
             for name in group.consumers
         ]
         return Sums(group, consumers, {each.name: each.outputs for each in consumers})
@@ -275,11 +285,15 @@ def bytes_of(model: nn.Module, group: Group) -> int:
 
 def collect(
     model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, roots: Roots,
-    bar: Callable[..., Any],
+    bar: Callable[..., Any], owned: bool = False,
 ) -> dict[str, Sums]:  # fmt: skip
-    """The sums of every group, in as few passes over the data as `limit` bytes allow."""
+    """The sums of every group, in as few passes over the data as `limit` bytes allow.
+
+    owned: each group's on one rank only, its owner
+    """
     found: dict[str, Sums] = {}
-    waiting = list(groups)
+    waiting, ranks = list(groups), batches.ranks
+    owners = {g.producer: ranks.owner(i) if owned else None for i, g in enumerate(groups)}
     while waiting:
         together: list[Sums] = []
         held = 0
@@ -291,7 +305,12 @@ def collect(
             together.append(sums)
             waiting.pop(0)
         _pass(model, together, batches, bar)
-        found |= {sums.group.producer: sums for sums in together}
+        for sums in together:
+            owner = owners[sums.group.producer]
+            for each in sums.consumers:
+                each.finish(ranks, owner)
+            if owner in (None, ranks.rank):
+                found[sums.group.producer] = sums
     return found
 
 
@@ -299,13 +318,13 @@ def replayed(
     model: nn.Module, group: Group, replay: Replay, roots: Roots, bar: Callable[..., Any]
 ) -> Sums:
     """The sums of one group: inputs from the network pruned so far, targets from the dense one."""
-    sums = Sums.of_consumers(model, group, roots)
+    sums = Sums.of_consumers(model, group, roots, given=True)
     by_name = {each.name: each for each in sums.consumers}
     replay.visit(
         group.consumers, lambda name, inputs, outputs: by_name[name].add(inputs, outputs), bar
     )
     for each in sums.consumers:
-        each.finish()
+        each.finish(replay.ranks)
     return sums
 
 
@@ -329,9 +348,6 @@ def _pass(
     finally:
         for handle in handles:
             handle.remove()
-    for sums in together:
-        for each in sums.consumers:
-            each.finish()
 
 
 def add_right(right: Tensor, rows: Tensor, target: Tensor, dtype: torch.dtype) -> None:

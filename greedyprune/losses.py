@@ -61,6 +61,10 @@ class Target:
         index = samples if isinstance(samples, Tensor) else range(self.samples)[samples]
         return replace(self, samples=len(index), **parts)
 
+    def none(self) -> Target:
+        """The same of no samples."""
+        return replace(self[:0], mass=0.0)
+
     def to(self, device: torch.device) -> Target:
         parts: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor.to(device)

@@ -17,9 +17,11 @@ SOME = 64  # rows at a time of what is needed beside the matrix
 def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moments:
     """The sums over all samples that selection and certificate need, in one pass, float64.
 
-    gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>; None: not wanted
+    gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>, or (n, N), for this rank's part of
+        the units as rows, where others have the rest; None: not wanted
     """
     out, bias, n = data.outgoing, data.bias, data.units
+    own = data.peers.part(n) if data.peers.size > 1 else None
     norm = torch.zeros(n, dtype=torch.float64, device=data.device)  # |h_j|^2
     beta = torch.zeros_like(norm)
     variance = torch.zeros_like(out)  # sum_s weight_s h_j^2, for each output
@@ -54,12 +56,18 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             t = target.value - bias[:, None]
             target_norm += float(t.square().sum())
             beta += ops.candidate_slope(h, out, t, backend=backend)
-        if gram is not None and data.features is None:
+        if gram is not None and own is not None:
+            gram.addmm_(h[own].double(), h.double().T)
+        elif gram is not None and data.features is None:
             add_upper_product(gram, h, torch.float64)
     if known is not None:
         norm += known.squares
         if data.target is not None and data.target.weight is None:
             variance += norm[:, None]
+    count, mass, dense, empty, target_norm, mean_norm = data.ranks.sum_numbers(
+        "moments", samples, mass, dense, empty, target_norm, mean_norm
+    )
+    data.ranks.sum("norms", norm, beta, variance)
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0
@@ -67,13 +75,16 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         spread = float((variance * out.square()).sum()) / n - mean_norm
         spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
         dense, empty = dense / mass, empty / mass
-    if gram is not None:
+    if gram is not None and own is not None:
+        gram *= out[own] @ out.T
+    elif gram is not None:
         if data.features is not None:
             # They decide what float32 leaves open; features that were not kept can't.
             add_upper_product(gram, data.features, data.product_dtype)
+        data.ranks.sum_upper("Gram matrix", gram)
         _finish_gram(gram, out)
     norm *= out.square().sum(1)
-    return Moments(samples, mass, norm, beta, target_norm, dense, spread, empty)
+    return Moments(int(count), mass, norm, beta, target_norm, dense, spread, empty)
 
 
 def add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:

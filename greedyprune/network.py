@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Batch, Batches, samples_of
+from .distributed import Ranks
 from .evaluation import alike
 from .features import main_output, run_model, target_of
 from .graph import Group
@@ -60,21 +61,21 @@ class _State:
 
 
 class _Loss:
-    """The loss of outputs that come batch by batch.
+    """The loss of outputs that come batch by batch, each rank's own.
 
-    dtype: of the model's outputs, which a function of the user's own gets
+    nothing: outputs (in the model's type) and targets of no samples, for a loss of the user's own
     """
 
-    def __init__(self, criterion: Criterion, dtype: torch.dtype) -> None:
-        self._criterion, self._dtype = criterion, dtype
+    def __init__(self, criterion: Criterion, nothing: tuple[Tensor, Tensor | None]) -> None:
+        self._criterion, self._outputs, self._targets = criterion, [nothing[0]], list[Tensor]()
+        if nothing[1] is not None:
+            self._targets.append(nothing[1])
         self.sum = torch.zeros((), dtype=torch.float64)
         self.mass = 0.0
-        self._outputs: list[Tensor] = []
-        self._targets: list[Tensor] = []
 
     def add(self, state: _State, outputs: Tensor) -> None:
         if self._criterion.kind == "custom" and state.batch.targets is not None:
-            self._outputs.append(outputs.to(self._dtype))
+            self._outputs.append(outputs.to(self._outputs[0].dtype))
             self._targets.append(state.batch.targets)
             return
         target = state.target(self._criterion, outputs)
@@ -82,14 +83,24 @@ class _Loss:
         self.sum = self.sum.to(columns.device) + target.loss_sum(columns)
         self.mass += target.mass
 
-    def value(self) -> Tensor:
-        """(), on the outputs' device."""
-        if self._outputs:
-            outputs, targets = torch.cat(self._outputs), torch.cat(self._targets)
-            return loss_of_function(self._criterion.function, outputs, targets)
-        if self.mass == 0:
-            raise ValueError("data: every label is ignored, expected at least one that counts")
-        return self.sum / self.mass
+    def of_function(self, ranks: Ranks) -> Tensor:
+        """() of a function of the user's own; its derivatives are those in this rank's outputs."""
+        own = torch.cat(self._outputs)
+        outputs = ranks.parts("outputs", own.detach())
+        outputs[ranks.rank] = own
+        targets = ranks.parts("targets", torch.cat(self._targets))
+        return loss_of_function(self._criterion.function, torch.cat(outputs), torch.cat(targets))
+
+
+def _values(totals: Sequence[_Loss], criterion: Criterion, ranks: Ranks) -> Tensor:
+    """The losses of all ranks' samples: (len(totals),) float64."""
+    if criterion.kind == "custom":
+        return torch.stack([total.of_function(ranks).detach().double().cpu() for total in totals])
+    sums = torch.tensor([[float(total.sum), total.mass] for total in totals], dtype=torch.float64)
+    ranks.sum("losses", sums)
+    if not sums[:, 1].all():
+        raise ValueError("data: every label is ignored, expected at least one that counts")
+    return sums[:, 0] / sums[:, 1]
 
 
 class Network:
@@ -113,9 +124,10 @@ class Network:
         self._traced, self._vmaps = traced, True
         self._exact: Network | None = None
         self._runs_exactly = True
-        first = batches.first()
+        self.ranks, self.peers, first = batches.ranks, batches.peers, batches.first()
         outputs = main_output(run_model(model, first))
-        self._dtype = outputs.dtype
+        targets = first.targets
+        self._nothing = outputs[:0], None if targets is None else targets[:0]
         on_cpu = traced and batches.device.type == "cpu"
         self._splits = on_cpu and _is_separate(model, first, outputs)
         if self._programs is not None:
@@ -137,7 +149,7 @@ class Network:
             self._exact = Network(
                 model, batches, self.criterion, self._limit, self._bar, self._traced
             )
-            self._exact._dtype = self._dtype
+            self._exact._nothing = self._nothing
             self._exact.change(self._changed)
             if self._layer is not None:
                 self._exact.stop_before(self._layer)
@@ -184,10 +196,11 @@ class Network:
     def loss(self, weights: Mapping[str, Tensor], criterion: Criterion | None = None) -> float:
         """The loss on all data with these weights of some layers; criterion: another one."""
         tensors = self._tensors | {f"{name}.weight": each for name, each in weights.items()}
-        total = _Loss(criterion or self.criterion, self._dtype)
+        criterion = criterion or self.criterion
+        total = _Loss(criterion, self._nothing)
         for state in self._all():
             total.add(state, state.outputs(self.model, tensors))
-        return float(total.value())
+        return float(_values([total], criterion, self.ranks))
 
     def losses(
         self, group: Group, factors: Tensor, candidates: Sequence[int | None], one: float,
@@ -196,29 +209,36 @@ class Network:
         """The loss with the units' outgoing weights times `factors`, and for each candidate with
         `one` more for it (None: as it is): (candidates,) float64; on all data, or some.
         """
-        found = [_Loss(self.criterion, self._dtype) for _ in candidates]
+        found = [_Loss(self.criterion, self._nothing) for _ in candidates]
         for state in self._all() if states is None else states:
             outputs = self._outputs(state, group, factors, candidates, one)
             for total, each in zip(found, outputs, strict=True):
                 total.add(state, each)
-        return torch.tensor([float(total.value()) for total in found], dtype=torch.float64)
+        return _values(found, self.criterion, self.ranks)
 
     def slopes(
         self, group: Group, factors: Tensor, states: Iterable[_State] | None = None
     ) -> Tensor:
         """The loss's derivatives in the factors: (N,) float64."""
-        leaf, total = factors.clone().requires_grad_(), _Loss(self.criterion, self._dtype)
-        slopes = torch.zeros_like(factors)
+        leaf, total = factors.clone().requires_grad_(), _Loss(self.criterion, self._nothing)
+        slopes, any_here = torch.zeros_like(factors), False
         for state in self._all() if states is None else states:
+            any_here = True
             with torch.enable_grad():
                 weights = self._scaled(group, leaf)
                 total.add(state, state.outputs(self.model, self._tensors | weights))
             if total.sum.requires_grad:  # else the function of all outputs comes last
                 slopes += torch.autograd.grad(total.sum, leaf)[0]
                 total.sum = total.sum.detach()
-        with torch.enable_grad():
-            loss = total.value()
-        return slope_in(leaf, loss) if self.criterion.kind == "custom" else slopes / total.mass
+        if self.criterion.kind == "custom":
+            with torch.enable_grad():
+                loss = total.of_function(self.ranks)
+            if any_here:
+                slopes = slope_in(leaf, loss)
+            total.mass = 1 / self.ranks.size
+        [mass] = self.ranks.sum_numbers("mass", total.mass)
+        self.ranks.sum("slopes", slopes)
+        return slopes / mass
 
     def _scaled(self, group: Group, factors: Tensor) -> dict[str, Tensor]:
         slices = ((name, group.slices[f"{name}.weight"]) for name in group.consumers)
@@ -363,7 +383,11 @@ class NetworkObjective:
         self, network: Network, k: int, candidates: Sequence[int | None], everywhere: bool
     ) -> Tensor:
         one, states = self._one(k), self._states(network, k, everywhere)
-        found = network.losses(self._group, self._counts * one, candidates, one, states)
+        own = candidates[network.peers.part(len(candidates))]
+        found = torch.zeros(0, dtype=torch.float64)
+        if own:
+            found = network.losses(self._group, self._counts * one, own, one, states)
+        found = network.peers.joined("candidates", found)
         return found.nan_to_num(nan=math.inf, posinf=math.inf)  # inf - inf of what overflowed
 
     def _one(self, k: int) -> float:
@@ -375,10 +399,10 @@ class NetworkObjective:
         if everywhere or self._batched is None or self._samples is None:
             return None
         if network not in self._seen or self._seen[network][0] != k:
-            first = int(self._batched.starts[k - 1])
-            at = self._batched.order[first : first + self._batched.size]
-            batch = self._samples.take(at)
+            here = slice(int(self._batched.starts[k - 1]), int(self._batched.stops[k - 1]))
+            batch = self._samples.take(self._batched.order[here])
             if network is not self._network:
                 batch = batch.to(torch.float64)
-            self._seen[network] = k, network.states_of(batch)
+            states = network.states_of(batch) if here.start < here.stop else []
+            self._seen[network] = k, states
         return self._seen[network][1]

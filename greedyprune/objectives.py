@@ -42,18 +42,22 @@ class PointwiseObjective:
         self._loss, self._gap = 0.0, 0.0
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        candidates = candidates[self._data.peers.part(len(candidates))]
         scores = torch.zeros(len(candidates), dtype=torch.float64, device=self._data.device)
         for block in self._data.blocks() if everywhere else self._seen(k):
             scores += ops.candidate_loss(
                 block.features, self._data.outgoing, self._outputs(block.features, k), block.target,
                 shrink=1 / k, units=candidates, backend=self._backend,
             )  # fmt: skip
-        return scores / self._mass
+        self._data.ranks.sum("scores", scores)
+        return self._data.peers.joined("scores", scores) / self._mass
 
     def add(self, k: int, unit: int) -> None:
         self._counts[unit] += 1
         loss, along = 0.0, 0.0
-        slopes = torch.zeros(self.units, dtype=torch.float64, device=self._data.device)
+        ranks, peers = self._data.ranks, self._data.peers
+        own = torch.arange(self.units)[peers.part(self.units)]
+        slopes = torch.zeros(len(own), dtype=torch.float64, device=self._data.device)
         for block in self._data.blocks():
             outputs = self._outputs(block.features, k)
             loss += float(block.target.loss_sum(outputs))
@@ -61,8 +65,12 @@ class PointwiseObjective:
                 gradient = block.target.gradient(outputs)
                 along += float((gradient * (outputs - self._data.bias[:, None])).sum())
                 slopes += ops.candidate_slope(
-                    block.features, self._data.outgoing, gradient, backend=self._backend
-                )
+                    block.features, self._data.outgoing, gradient, units=own,
+                    backend=self._backend,
+                )  # fmt: skip
+        loss, along = ranks.sum_numbers("loss", loss, along)
+        ranks.sum("slopes", slopes)
+        slopes = peers.joined("slopes", slopes)
         self._loss = loss / self._mass
         self._gap = (along - float(slopes.min())) / self._mass
 
@@ -76,8 +84,9 @@ class PointwiseObjective:
         if self._batches is None:
             return self._data.blocks()
         assert self._data.features is not None and self._data.target is not None
-        first = int(self._batches.starts[k - 1])
-        batch = slice(first, first + self._batches.size)
+        batch = slice(int(self._batches.starts[k - 1]), int(self._batches.stops[k - 1]))
+        if batch.start == batch.stop:  # all of it is on other ranks
+            return []
         return [Block(self._data.features[:, batch], self._data.target[batch])]
 
     def _outputs(self, features: Tensor, k: int) -> Tensor:
@@ -93,12 +102,13 @@ class CustomObjective:
     def __init__(self, data: LayerData) -> None:
         assert data.features is not None and data.targets is not None
         self.units = data.units
-        self._data, self._targets = data, data.targets
+        self._data, self._targets = data, data.ranks.joined("targets", data.targets)
         self._sum = torch.zeros(data.outputs, data.samples, dtype=torch.float64, device=data.device)
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
-        losses = [self._loss_at(self._sum + self._phi(int(j)), k) for j in candidates]
-        return torch.tensor(losses, dtype=torch.float64)
+        own = candidates[self._data.peers.part(len(candidates))]
+        losses = [self._loss_at(self._sum + self._phi(int(j)), k) for j in own]
+        return self._data.peers.joined("losses", torch.tensor(losses, dtype=torch.float64))
 
     def add(self, k: int, unit: int) -> None:
         self._sum += self._phi(unit)
@@ -123,6 +133,7 @@ class CustomObjective:
     def outputs_loss(self, outputs: Tensor) -> float:
         """The loss of outputs (C, m) float64."""
         assert self._data.features is not None
+        outputs = self._data.ranks.joined("outputs", outputs, 1)
         full = outputs.T.reshape(-1, *self._data.output_shape)
         full = full.to(self._data.features.dtype)
         return float(loss_of_function(self._data.criterion.function, full, self._targets))
@@ -141,17 +152,18 @@ class Solver:
     ) -> None:
         self.data, self.backend, self._batches = data, backend, batches
         self._gram: Tensor | None = None
-        self._room = memory_limit - data.bytes_held
+        self._room = min(data.together.gather("room", memory_limit - data.bytes_held))
+        rows = data.peers.part(data.units)
         quadratic = data.criterion.kind == "mse" and backend != "reference" and batches is None
-        if rule.draws is not None and data.features is not None:
+        if rule.draws is not None and data.in_memory:
             quadratic = False  # a few random candidates are scored at once from their features
-        fits = data.units**2 * 8 <= self._room
+        fits = -(-data.units // data.peers.size) * data.units * 8 <= self._room
         picks = min(rule.steps, rule.size)
         few = quadratic and columns_are_cheaper(data.units, picks, backend)
         # One pass has to do where the features were not kept, so the Gram matrix if it fits.
-        self._columns = quadratic and (not fits or (few and data.features is not None))
+        self._columns = quadratic and (not fits or (few and data.in_memory))
         if quadratic and not self._columns:
-            shape = (data.units, data.units)
+            shape = (rows.stop - rows.start, data.units)
             self._gram = torch.zeros(shape, dtype=torch.float64, device=data.device)
         self.moments = moments(data, backend, self._gram)
 
@@ -159,23 +171,24 @@ class Solver:
         data = self.data
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)
-        kept = data.features is not None
-        if self._gram is not None:
+        kept, alone = data.in_memory, data.alone
+        if self._gram is not None and data.peers.size == 1:
             return ops.greedy_gram(
                 self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step,
                 backend=self.backend,
             )  # fmt: skip
-        if self._columns:
-            # A fetch is a pass of its own, or a wait for the GPU.
-            block = 16 if kept and self.backend == "cpu" else 64
+        if self._columns or self._gram is not None:
+            # A fetch is a pass of its own, or a wait for the GPU or for other ranks.
+            block = 16 if kept and alone and self.backend == "cpu" else 64
             picks = min(rule.steps, rule.size)
-            capacity = min(self._room // (8 * data.units), block + 8 * picks)
-            columns = self._columns_of(self._room - 8 * data.units * capacity)
+            room = self._room - (0 if self._gram is None else 8 * self._gram.numel())
+            capacity = min(room // (8 * data.units), block + 8 * picks)
+            columns = self._columns_of(room - 8 * data.units * capacity)
             return ops.greedy_columns(
                 columns, self.moments, rule, exact=self._exact(), block=block, capacity=capacity,
                 with_gap=with_gap, step=step, backend=self.backend,
             )  # fmt: skip
-        if self.backend != "reference" and kept and self._outputs_fit():
+        if self.backend != "reference" and kept and alone and self._outputs_fit():
             assert data.features is not None and data.target is not None
             return ops.greedy_pointwise(
                 data.features, data.outgoing, data.bias, data.target, rule,
@@ -195,7 +208,7 @@ class Solver:
     def _exact(self) -> ops.Exact | None:
         """Float32 products are twice as fast, and the features in memory make up for them."""
         data = self.data
-        if data.features is None or self.backend != "cpu":
+        if data.features is None or self.backend != "cpu" or not data.alone:
             return None
         assert data.target is not None and data.target.value is not None
         rounding = ops.columns_rounding(data.product_dtype)
@@ -214,21 +227,35 @@ class Solver:
         room: bytes that the features in the products' type may take
         """
         data, features, dtype = self.data, self.data.features, self.data.product_dtype
-        if features is not None and features.dtype == dtype and self.backend == "cpu":
+        narrow = data.alone and self.backend == "cpu"
+        if features is not None and narrow and features.dtype == dtype:
             return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
+
+        own, peers = data.peers.part(data.units), data.peers
+        if self._gram is not None:  # its rows of this rank's units
+            rows = self._gram
+
+            def joined(units: Tensor, out: Tensor) -> None:
+                out.copy_(peers.joined("columns", rows[:, units]).T)
+
+            return joined
 
         wide = None
         if features is not None and 8 * features.numel() <= room:
             wide = features.to(dtype)  # once; a fetch is then one product
 
         def columns(units: Tensor, out: Tensor) -> None:
+            part = out if peers.size == 1 else torch.empty_like(out[:, own])
             if wide is not None:
-                torch.mm(wide[units], wide.T, out=out)
+                torch.mm(wide[units], wide[own].T, out=part)
             else:
-                out.zero_()
+                part.zero_()
                 for block in data.blocks():
                     h = block.features.to(dtype)
-                    out += h[units] @ h.T
-            out *= data.outgoing[units] @ data.outgoing.T
+                    part += h[units] @ h[own].T
+            part *= data.outgoing[units] @ data.outgoing[own].T
+            data.ranks.sum(f"columns {units.tolist()}", part)
+            if peers.size > 1:
+                out.copy_(peers.joined("columns", part, 1))
 
         return columns

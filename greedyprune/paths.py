@@ -43,7 +43,7 @@ def from_features(
             UserWarning,
             stacklevel=3,
         )
-    if chosen.batch_size is not None and data.features is None:
+    if chosen.batch_size is not None and not data.in_memory:
         raise ValueError(
             f"batch_size: the activations do not fit in memory_limit={chosen.memory_limit} bytes, "
             "expected them to: raise the limit or give fewer samples"
@@ -52,7 +52,7 @@ def from_features(
     if weights == "auto":
         weights = "refit" if data.imitation else "counts"
     native = _native(weights, rule)
-    batches = chosen.batches(rule.steps, data.samples) if chosen.batch_size else None
+    batches = chosen.batches(rule.steps, data.samples, data.ranks) if chosen.batch_size else None
     if batches is not None:
         data.shuffle(batches.order)
     solver = Solver(data, backend, rule, chosen.memory_limit, batches)
@@ -166,7 +166,9 @@ def from_network(
         enough = whole + chosen.tolerance * abs(whole)
     batched = None
     if samples is not None:
-        batched = chosen.batches(rule.steps, samples_of(samples) or 1)
+        some = bool(samples.args or samples.kwargs)  # on this rank
+        count = (samples_of(samples) or 1) if some else 0
+        batched = chosen.batches(rule.steps, count, network.ranks)
     objective = NetworkObjective(network, group, not as_they_are, batched, samples, chosen.screen)
     order, losses, reached = list[int](), list[float](), list[float]()
 

@@ -36,7 +36,7 @@ class Replay:
     """All batches, advanced from layer to layer."""
 
     def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
-        self._batches, self._limit = batches, limit
+        self._batches, self._limit, self.ranks = batches, limit, batches.ranks
         self._dense = tensors_of(model)
         self._changed: dict[str, Tensor] = {}
         self._first_change: str | None = None

@@ -56,6 +56,7 @@ def refit(data: LayerData, order: Tensor) -> Refit:
             wanted = data.dense_outputs(block.features)
         gram.addmm_(rows, rows.T)
         right.addmm_(rows, (wanted - data.bias[:, None]).T)
+    data.ranks.sum("least squares", gram, right)
     factor, dropped = _factor(gram)
     solved = torch.linalg.solve_triangular(factor, right, upper=False)
     solved[dropped] = 0
@@ -92,6 +93,8 @@ def losses_along(
                 total[part] += block.target.loss_sum(outputs)
             else:
                 total[part] += total.new_tensor([custom.outputs_loss(f) for f in outputs])
+    if custom is None:
+        data.ranks.sum("losses", total)
     losses = total / (1.0 if custom is not None else mass)
     return losses.cpu()[distinct_counts(order) - 1]
 

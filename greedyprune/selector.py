@@ -5,19 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import _backend, fisher, paths, settings
 from .budget import check_uniform, kinds_of, step_of, within_budget
 from .costs import Budget, Cost, costs_of, counted
 from .data import Batch, Batches, joined
+from .distributed import ALONE, Ranks, ranks_of, unwrapped
 from .evaluation import bars, evaluating
 from .features import LayerData, main_output, run_model, target_of
+from .fingerprint import same_on_all
 from .graph import Group
 from .imitation import Roots, Sums, bytes_of, collect, replayed
+from .layouts import outputs_of
 from .losses import Criterion, criterion_of
 from .network import Network
 from .reference import Rule
@@ -26,6 +31,8 @@ from .selection import LayerSelection, Selection
 from .settings import Settings
 from .surgery import masked, masked_weight
 from .trial import groups_of
+
+CPU = torch.device("cpu")
 
 
 def select(
@@ -55,6 +62,8 @@ def select(
     uniform: bool = False,
     metric: str | Callable[[Tensor, Tensor], float] = "none",
     damping: float = 1e-4,
+    process_group: ProcessGroup | None = None,
+    parallel: str = "data",
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -134,12 +143,19 @@ def select(
             function of all outputs and targets of which more is better, that `tolerance` is of: a
             layer is done once it is at least (1 - tolerance) times what it is with all units
 
+        process_group: of torch.distributed; None: the default one, where it is initialised. All its
+            ranks call with the same model (or the DistributedDataParallel around it) and arguments,
+            and all get the Selection that one process finds on all their data, rank after rank
+        parallel: over those ranks: "data", each brings its own part; "units", all have the same
+            data and share the work; "none", this process is by itself
+
     Returns:
         Selection, for `prune`
 
     Raises:
         ValueError, TypeError: one sentence that names the argument, what was found and expected;
-            for a layer that can't be pruned, the operation in the way
+            for a layer that can't be pruned, the operation in the way; on all ranks, whichever
+            found it
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -148,50 +164,62 @@ def select(
         >>> len(selection.order), selection.counts.sum().item()
         (20, 20)
     """
-    chosen = settings.resolve(
-        model=model, layers=layers, size=size, steps=steps, tolerance=tolerance,
-        objective=objective, weights=weights, replacement=replacement, candidates=candidates,
-        batch_size=batch_size, shortlist=shortlist, screen=screen, seed=seed,
-        memory_limit=memory_limit, sequential=sequential, swaps=swaps, budget=budget,
-        round_to=round_to, uniform=uniform, metric=metric, damping=damping,
-    )  # fmt: skip
-    batches = Batches(data, model)
-    wanted, backend = backend, _backend.resolve(backend, batches.on_gpu)
-    criterion = criterion_of(loss, None)
-    bar = bars(progress)
-    with evaluating(model):
-        first = batches.first()
-        backend = _backend.resolve(wanted, batches.on_gpu)
-        if memory_limit is None and backend == "cuda":
-            room = _backend.room(_backend.cuda_device(batches.device))
-            chosen = replace(chosen, memory_limit=room)
-        (outputs, heads), total, flops = counted(lambda: _first_outputs(model, first))
-        if loss == "auto":
-            criterion = criterion_of(loss, first.targets)
-        groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
-        ways = {group.producer: _way(model, group, chosen) for group in groups}
-        if set(ways.values()) & {"output", "network", "fisher"}:
-            target_of(criterion, outputs, first.targets)  # what is wrong with it shows here
-        elif loss != "auto" and chosen.objective == "auto" and chosen.metric == "none":
-            warnings.warn(
-                f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
-                "the layers imitate their dense output instead",
-                UserWarning,
-                stacklevel=2,
-            )
-        _check_passes(batches, ways, chosen)
-        costs, spent = costs_of(model, groups, total, flops), None
-        task = Task(batches, criterion, {}, chosen, backend, bar)
-        if chosen.budget is not None:
-            sizes, spent = _sizes(model, groups, costs, task)
-            chosen = replace(chosen, size=sizes)
-        rules = {
-            group.producer: chosen.rule(
-                group.producer, group.units, step_of(group, chosen.round_to)
-            ) for group in groups
-        }  # fmt: skip
-        check_uniform(kinds_of(model, groups, chosen.uniform), rules)
-        selected = _selected(model, groups, ways, task._replace(rules=rules, chosen=chosen))
+    ranks = ranks_of(process_group, parallel)
+    spread, peers = (ranks, ALONE) if parallel == "data" else (ALONE, ranks)
+    with ranks.together():
+        inner = unwrapped(model)
+        chosen = settings.resolve(
+            model=inner, layers=layers, size=size, steps=steps, tolerance=tolerance,
+            objective=objective, weights=weights, replacement=replacement, candidates=candidates,
+            batch_size=batch_size, shortlist=shortlist, screen=screen, seed=seed,
+            memory_limit=memory_limit, sequential=sequential, swaps=swaps, budget=budget,
+            round_to=round_to, uniform=uniform, metric=metric, damping=damping,
+        )  # fmt: skip
+        criterion = criterion_of(loss, None)
+        batches = Batches(data, inner, spread, peers)
+        _backend.resolve(backend, batches.on_gpu)
+        with evaluating(inner):
+            first = batches.share_first()
+            backend = _backend.resolve(backend, batches.on_gpu)
+            if loss == "auto":
+                criterion = criterion_of(loss, first.targets)
+            if memory_limit is None:
+                device = _backend.cuda_device(batches.device) if backend == "cuda" else CPU
+                chosen = replace(chosen, memory_limit=_backend.room(device))
+            limit = same_on_all(ranks, inner, chosen, criterion, backend, memory_limit is None)
+            task = Task(batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
+                        bars(progress if ranks.rank == 0 else False))  # fmt: skip
+            selection = _select(inner, task, named=loss != "auto")
+    return selection
+
+
+def _select(model: nn.Module, task: Task, named: bool) -> Selection:
+    """named: did the caller name a loss?"""
+    batches, chosen, first = task.batches, task.chosen, task.batches.first()
+    (outputs, heads), total, flops = counted(lambda: _first_outputs(model, first))
+    groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
+    ways = {group.producer: _way(model, group, chosen) for group in groups}
+    if set(ways.values()) & {"output", "network", "fisher"}:
+        target_of(task.criterion, outputs, first.targets)  # what is wrong with it shows here
+    elif named and chosen.objective == "auto" and chosen.metric == "none":
+        warnings.warn(
+            f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
+            "the layers imitate their dense output instead",
+            UserWarning,
+            stacklevel=3,
+        )
+    _check_passes(batches, ways, chosen)
+    costs, spent = costs_of(model, groups, total, flops), None
+    costs = task.ranks.from_rank(0, "costs", costs)  # of its first batch
+    if chosen.budget is not None:
+        sizes, spent = _sizes(model, groups, costs, task)
+        chosen = replace(chosen, size=sizes)
+    rules = {
+        group.producer: chosen.rule(group.producer, group.units, step_of(group, chosen.round_to))
+        for group in groups
+    }
+    check_uniform(kinds_of(model, groups, chosen.uniform), rules)
+    selected = _selected(model, groups, ways, task._replace(rules=rules, chosen=chosen))
     return Selection({group.producer: selected[group.producer] for group in groups}, costs, spent)
 
 
@@ -204,6 +232,10 @@ class Task(NamedTuple):
     chosen: Settings
     backend: str
     bar: Callable[..., Any]
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.batches.ranks if self.batches.ranks.size > 1 else self.batches.peers
 
     def from_sums(self, sums: Sums) -> LayerSelection:
         rule, loss = self.rules[sums.group.producer], self.criterion.kind
@@ -271,11 +303,11 @@ def _sizes(
     chosen = replace(task.chosen, size=1.0, tolerance=None, replacement=False, swaps=0, round_to=1)
     rules = {g.producer: chosen.rule(g.producer, g.units) for g in groups}
     whole = task._replace(chosen=chosen, rules=rules)
-    gates = None
+    gates, batches = None, task.batches.dealt()
     if chosen.objective == "fisher":
-        gates = fisher.gates(model, groups, task.batches, task.criterion, task.bar)
+        gates = fisher.gates(model, groups, batches, task.criterion, task.bar)
     return within_budget(
-        model, groups, task.batches, task.chosen, costs, whole.from_sums, gates, task.bar
+        model, groups, batches, task.chosen, costs, whole.from_sums, gates, task.bar
     )
 
 
@@ -310,23 +342,26 @@ def _from_features(model: nn.Module, group: Group, own: bool, task: Task) -> Lay
 
 
 def _from_gates(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[str, LayerSelection]:
-    found = fisher.gates(model, groups, task.batches, task.criterion, task.bar)
-    return {name: task.from_sums(sums) for name, sums in found.items()}
+    batches = task.batches.dealt()
+    found = fisher.gates(model, groups, batches, task.criterion, task.bar)
+    return batches.ranks.each(list(found), lambda name: task.from_sums(found[name]))
 
 
 def _from_sums(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[str, LayerSelection]:
     """The layers that imitate, in the order of the graph or all from one pass."""
-    batches, chosen, bar = task.batches, task.chosen, task.bar
-    roots = _roots(model, groups, task)
+    batches, chosen, bar = task.batches.dealt(), task.chosen, task.bar
+    ranks, roots = batches.ranks, _roots(model, groups, task._replace(batches=batches))
     task = task._replace(criterion=Criterion("mse"))
     if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
-        found = collect(model, groups, batches, chosen.memory_limit, roots, bar)
-        return {name: task.from_sums(sums) for name, sums in found.items()}
+        found = collect(model, groups, batches, chosen.memory_limit, roots, bar, owned=True)
+        names = [group.producer for group in groups]
+        return ranks.each(names, lambda name: task.from_sums(found[name]))
     replay = Replay(model, batches, chosen.memory_limit)
     order = replay.order([name for group in groups for name in group.consumers])
     selected = {}
     for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
-        layer = task.from_sums(replayed(model, group, replay, roots, bar))
+        sums = replayed(model, group, replay, roots, bar)
+        layer = ranks.on_first(group.producer, partial(task.from_sums, sums))
         selected[group.producer] = layer
         for name in sorted(group.consumers, key=order.__getitem__):
             weight = model.get_parameter(f"{name}.weight")
@@ -342,9 +377,9 @@ def _roots(model: nn.Module, groups: Sequence[Group], task: Task) -> Roots:
             "metric: found 'fisher' with a loss of your own, expected 'mse', "
             "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
         )
-    names = [name for group in groups for name in group.consumers]
+    outputs = {name: outputs_of(model, g, name) for g in groups for name in g.consumers}
     kind, seed = task.criterion.kind, task.chosen.seed
-    return fisher.roots(model, names, task.batches, kind, seed, task.bar)
+    return fisher.roots(model, outputs, task.batches, kind, seed, task.bar)
 
 
 def _from_network(

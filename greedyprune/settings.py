@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._backend import room
+from .distributed import Ranks
 from .reference import Rule
 
 OBJECTIVES = ("auto", "loss", "imitation", "fisher")
@@ -23,14 +24,24 @@ REPEATS_LIMIT = 10  # with size and replacement: at most so many steps a unit
 
 @dataclass(frozen=True)
 class Batched:
-    """Mini-batches of shuffled samples: step k scores on [starts[k - 1], starts[k - 1] + size).
+    """Mini-batches of shuffled samples: step k scores on [starts[k - 1], stops[k - 1]).
 
-    order: (m,) int64, the samples in the order that they are shuffled to; starts: (steps,) int64
+    order: (m,) int64, the samples in the order that they are shuffled to
+    starts, stops: (steps,) int64, `size` apart where all samples are in one place
     """
 
     order: Tensor
     starts: Tensor
+    stops: Tensor
     size: int
+
+    def on_rank(self, ranks: Ranks, samples: int) -> Batched:
+        """The same batches, of the samples that this rank has; all are numbered rank after rank."""
+        first = sum(ranks.gather("samples", samples)[: ranks.rank])
+        own = (self.order >= first) & (self.order < first + samples)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), own.cumsum(0)])
+        order = self.order[own] - first
+        return Batched(order, before[self.starts], before[self.stops], self.size)
 
 
 @dataclass(frozen=True)
@@ -85,21 +96,26 @@ class Settings:
             draws.uniform_(generator=self._rng(1))
         return Rule(steps, size, self.replacement, draws, self.shortlist or 0)
 
-    def batches(self, steps: int, samples: int) -> Batched | None:
+    def batches(self, steps: int, samples: int, ranks: Ranks) -> Batched | None:
         """The mini-batches that steps score on; None: all samples.
+
+        samples: on this rank
 
         Passes over the shuffled data, like a training loop's: no sample twice in one pass, and what
         is left over is dropped. Passes differ in the order of the batches and where they begin.
         """
         if self.batch_size is None:
             return None
+        own, samples = samples, sum(ranks.gather("samples", samples))
         size, rng = min(self.batch_size, samples), self._rng(2)
         order, starts = torch.randperm(samples, device="cpu", generator=rng), []
         count = samples // size
         for _ in range(-(-steps // count)):
             first = torch.randint(samples % size + 1, (), device="cpu", generator=rng)
             starts.append(first + size * torch.randperm(count, device="cpu", generator=rng))
-        return Batched(order, torch.cat(starts)[:steps].contiguous(), size)
+        firsts = torch.cat(starts)[:steps].contiguous()
+        found = Batched(order, firsts, firsts + size, size)
+        return found if ranks.size == 1 else found.on_rank(ranks, own)
 
     def _size(self, layer: str, units: int) -> int:
         size = self.size

@@ -23,7 +23,12 @@ def data_of(inputs: Inputs) -> object:
 
 def roots_of(model: nn.Module, names: list[str], data: object, kind: str) -> dict[str, Tensor]:
     with evaluating(model):
-        return fisher.roots(model, names, Batches(data, model), kind, 0, bars(False))
+        modules = {name: model.get_submodule(name) for name in names}
+        outputs = {  # GPT-2's Conv1D says nf
+            name: int(getattr(each, "nf", len(each.get_parameter("weight"))))
+            for name, each in modules.items()
+        }
+        return fisher.roots(model, outputs, Batches(data, model), kind, 0, bars(False))
 
 
 def test_the_metric_is_that_of_the_slopes(monkeypatch: pytest.MonkeyPatch) -> None:

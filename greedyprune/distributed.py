@@ -1,0 +1,257 @@
+"""Several processes that select as one, over torch.distributed.
+
+Every exchange begins with a word from each rank on what it is about to exchange. A rank on which
+something was raised says that instead: so all of them raise, and none waits for another.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+T = TypeVar("T")
+PARALLEL = ("data", "units", "none")
+FAILED = 0  # the word of a rank on which something was raised
+ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
+
+
+class Ranks:
+    """The processes of a group, each with `rank` of `size`; without a group, this one alone.
+
+    A sum has the same bits on every rank: torch's backends add up each entry on one of them.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.rank, self.size, self._group = 0, 1, group
+        self._broken = False  # nothing more can be exchanged
+        if group is None:
+            return
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+        config = distributed.get_backend_config(group)
+        self._device = torch.device("cpu")
+        if "cpu" not in config:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is raised inside on one rank is raised on all; none leaves before the others."""
+        try:
+            yield
+            if self.size > 1:
+                self._meet("the end")
+        except BaseException as error:
+            if self.size > 1 and not self._broken:
+                self._fail(error)
+            raise
+
+    def sum(self, what: str, *tensors: Tensor) -> None:
+        """Adds up each tensor over the ranks, in place."""
+        if self.size > 1:
+            self._meet(f"{what} {[tuple(tensor.shape) for tensor in tensors]}")
+            for tensor in tensors:
+                self._reduce(tensor)
+
+    def sum_numbers(self, what: str, *numbers: float) -> list[float]:
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        self.sum(what, total)
+        return [float(each) for each in total]
+
+    def sum_upper(self, what: str, matrix: Tensor, owner: int | None = None) -> None:
+        """Adds up a square matrix over the ranks, what is on and above the blocks of its diagonal.
+
+        owner: the only rank that needs the sum; None: all do
+        """
+        if self.size == 1:
+            return
+        self._meet(f"{what} {tuple(matrix.shape)}")
+        for i in range(0, len(matrix), ROWS):
+            rows = matrix[i : i + ROWS, i:]
+            total = rows.contiguous()
+            self._reduce(total, owner)
+            rows.copy_(total)
+
+    def gather(self, what: str, value: T) -> list[T]:
+        """Every rank's value (small: it is pickled), in their order."""
+        if self.size == 1:
+            return [value]
+        self._meet(what)
+        found: list[Any] = [None] * self.size
+        with self._exchanging():
+            distributed.all_gather_object(found, value, self._group)
+        return found
+
+    def agree(self, what: str, value: bool) -> bool:
+        """Is it true on every rank?"""
+        return all(self.gather(what, value))
+
+    def parts(self, what: str, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor; those may differ in length."""
+        if self.size == 1:
+            return [tensor]
+        lengths = self.gather(f"{what}, length", len(tensor))
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:], device=self._device)
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in lengths]
+        self._meet(f"{what} {tuple(padded.shape)}")
+        with self._exchanging():
+            distributed.all_gather(found, padded, self._group)
+        return [
+            each[:length].to(tensor.device) for each, length in zip(found, lengths, strict=True)
+        ]
+
+    def joined(self, what: str, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Every rank's tensor, one after the other along a dimension."""
+        if self.size == 1:
+            return tensor
+        return torch.cat(self.parts(what, tensor.movedim(dim, 0))).movedim(0, dim)
+
+    def from_rank(self, source: int, what: str, value: Any) -> Any:
+        """One rank's value (pickled), on all of them."""
+        if self.size == 1:
+            return value
+        self._meet(what)
+        found: list[Any] = [value if self.rank == source else None]
+        with self._exchanging():
+            at = distributed.get_global_rank(self._group, source)
+            distributed.broadcast_object_list(found, at, self._group, device=self._device)
+        return found[0]
+
+    def on_first(self, what: str, compute: Callable[[], T]) -> T:
+        """What the first rank computes, on all of them; the others wait."""
+        found: T = self.from_rank(0, what, compute() if self.rank == 0 else None)
+        return found
+
+    def owner(self, i: int) -> int:
+        """Of the i-th of several pieces of work."""
+        return i % self.size
+
+    def each(self, names: Sequence[str], compute: Callable[[str], T]) -> dict[str, T]:
+        """compute(name), each on its owner, and then what was found on all ranks."""
+        own = {name: compute(name) for i, name in enumerate(names) if self.owner(i) == self.rank}
+        return {
+            name: self.from_rank(self.owner(i), f"layer {name!r}", own.get(name))
+            for i, name in enumerate(names)
+        }
+
+    def part(self, count: int) -> slice:
+        """This rank's share of so many things in a row."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def _reduce(self, tensor: Tensor, owner: int | None = None) -> None:
+        there = tensor if tensor.is_cuda else tensor.to(self._device)
+        there = there.contiguous()
+        with self._exchanging():
+            if owner is None:
+                distributed.all_reduce(there, group=self._group)
+            else:
+                at = distributed.get_global_rank(self._group, owner)
+                distributed.reduce(there, at, group=self._group)
+        if there is not tensor:
+            tensor.copy_(there)
+
+    def _meet(self, what: str) -> None:
+        """Goes on when all ranks are about to do the same; raises on all of them otherwise."""
+        words = self._words(zlib.crc32(what.encode()) | 1 << 32)
+        if FAILED in words:
+            self._broken = True
+            reports = self._reports(None)
+            rank, (kind, text) = next((i, each) for i, each in enumerate(reports) if each)
+            raise kind(f"rank {rank}: {text}")
+        if len(set(words)) > 1:
+            self._broken = True
+            doing = self._reports(what)
+            other = next(i for i, each in enumerate(doing) if each != doing[0])
+            raise RuntimeError(
+                f"process_group: found rank 0 at {doing[0]!r} and rank {other} at {doing[other]!r},"
+                " expected the same model, arguments and kind of processor on all ranks"
+            )
+
+    def _fail(self, error: BaseException) -> None:
+        """Says on all ranks what was raised on this one, in place of the next exchange."""
+        kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
+        text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
+        try:
+            self._words(FAILED)
+            self._broken = True
+            self._reports((kind, text))
+        except RuntimeError:
+            pass  # nobody is left to be told; this rank raises what it found
+
+    def _words(self, word: int) -> list[int]:
+        own = torch.tensor([word], device=self._device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with self._exchanging():
+            distributed.all_gather(found, own, self._group)
+        return [int(each) for each in found]
+
+    def _reports(self, report: object) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self._exchanging():
+            distributed.all_gather_object(found, report, self._group)
+        return found
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._broken = True
+            if not isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError(
+                f"process_group: rank {self.rank} of {self.size} lost the others; what stopped "
+                f"one of them is in its own output ({error})"
+            ) from error
+
+
+ALONE = Ranks()
+
+
+def ranks_of(process_group: object, parallel: object) -> Ranks:
+    """The ranks that the arguments `process_group` and `parallel` of `select` mean."""
+    if parallel not in PARALLEL:
+        raise ValueError(
+            f"parallel: found {parallel!r}, expected one of {', '.join(map(repr, PARALLEL))}"
+        )
+    ready = distributed.is_available() and distributed.is_initialized()
+    if process_group is None:
+        group = distributed.group.WORLD if ready else None
+    elif ready and isinstance(process_group, distributed.ProcessGroup):
+        group = process_group
+        if distributed.get_rank(group) < 0:
+            raise ValueError("process_group: this process is not in it, expected one that it is in")
+    else:
+        found = type(process_group).__name__
+        raise TypeError(
+            f"process_group: found {found}, expected a group of torch.distributed, or None"
+        )
+    if parallel == "none" or group is None or distributed.get_world_size(group) == 1:
+        return ALONE
+    return Ranks(group)
+
+
+def unwrapped(model: Any) -> Any:
+    """The module that DistributedDataParallel or DataParallel wraps; its parameters are the same.
+
+    TypeError for one whose parameters are shards.
+    """
+    while isinstance(model, (DistributedDataParallel, DataParallel)):
+        model = model.module
+    if isinstance(model, nn.Module):
+        for name, tensor in model.named_parameters():
+            if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
+                raise TypeError(
+                    f"model: {name!r} is a DTensor, of which each rank holds a part; expected the "
+                    "whole model: load get_model_state_dict(model, options=StateDictOptions("
+                    "full_state_dict=True)) of torch.distributed.checkpoint.state_dict into one "
+                    "that is not sharded"
+                )
+    return model
