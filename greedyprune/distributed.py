@@ -6,6 +6,7 @@ something was raised says that instead: so all of them raise, and none waits for
 
 from __future__ import annotations
 
+import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 T = TypeVar("T")
 PARALLEL = ("data", "units", "none")
+SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSDP
 FAILED = 0  # the word of a rank on which something was raised
 ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
 
@@ -141,6 +143,14 @@ class Ranks:
             for i, name in enumerate(names)
         }
 
+    def memory(self, limit: int, shared: bool = False) -> int:
+        """The least that any rank may use; shared: the ranks of a machine have `limit` together."""
+        if self.size == 1:
+            return limit
+        machines = self.gather("machine", platform.node())
+        there = machines.count(machines[self.rank]) if shared else 1
+        return min(self.gather("memory", limit // there))
+
     def part(self, count: int) -> slice:
         """This rank's share of so many things in a row."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
@@ -226,8 +236,8 @@ def ranks_of(process_group: object, parallel: object) -> Ranks:
         group = distributed.group.WORLD if ready else None
     elif ready and isinstance(process_group, distributed.ProcessGroup):
         group = process_group
-        if distributed.get_rank(group) < 0:
-            raise ValueError("process_group: this process is not in it, expected one that it is in")
+    elif ready and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this process is not in it, expected one that it is in")
     else:
         found = type(process_group).__name__
         raise TypeError(
@@ -247,11 +257,10 @@ def unwrapped(model: Any) -> Any:
         model = model.module
     if isinstance(model, nn.Module):
         for name, tensor in model.named_parameters():
-            if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
+            if type(tensor).__name__ in SHARDS or type(tensor.data).__name__ in SHARDS:
                 raise TypeError(
-                    f"model: {name!r} is a DTensor, of which each rank holds a part; expected the "
-                    "whole model: load get_model_state_dict(model, options=StateDictOptions("
-                    "full_state_dict=True)) of torch.distributed.checkpoint.state_dict into one "
-                    "that is not sharded"
+                    f"model: {name!r} is sharded over the ranks, expected a whole model: load "
+                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), "
+                    "from torch.distributed.checkpoint.state_dict, into one that is not"
                 )
     return model

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +55,18 @@ def difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, s
     return None
 
 
-def same_on_all(
-    ranks: Ranks, model: nn.Module, chosen: Settings, criterion: Criterion, backend: str,
-    shared: bool,
-) -> int:  # fmt: skip
-    """The memory limit that all ranks keep to; ValueError where model or arguments differ.
-
-    shared: is the limit what a machine has, for all ranks on it together?
-    """
+def same_on_all(ranks: Ranks, model: nn.Module, call: Mapping[str, str]) -> None:
+    """ValueError, on all ranks, where they have other models or arguments."""
     if ranks.size == 1:
-        return chosen.memory_limit
-    own = of_call(chosen, criterion, backend)
+        return
     tensors = of_model(model)
-    own["the model"] = hashlib.blake2b(repr(tensors).encode(), digest_size=8).hexdigest()
-    found = ranks.gather("arguments", own)
-    if any(each["the model"] != own["the model"] for each in found):
-        found = ranks.gather("tensors", tensors)
+    whole = hashlib.blake2b(repr(tensors).encode(), digest_size=8).hexdigest()
+    _check_same(ranks.gather("arguments", {**call}))
+    if len(set(ranks.gather("model", whole))) > 1:
+        _check_same(ranks.gather("tensors", tensors))
+
+
+def _check_same(found: Sequence[Mapping[str, str]]) -> None:
     for rank, other in enumerate(found):
         if differs := difference(found[0], other):
             name, *values = differs
@@ -79,9 +74,6 @@ def same_on_all(
                 f"{name}: found {values[0]} on rank 0 and {values[1]} on rank {rank}, expected the "
                 "same on all ranks"
             )
-    machines = ranks.gather("machine", platform.node())
-    there = machines.count(machines[ranks.rank]) if shared and backend != "cuda" else 1
-    return min(ranks.gather("memory", chosen.memory_limit // there))
 
 
 def _name(value: object) -> str:

@@ -13,14 +13,18 @@ where the output is added to a shortcut, corrected for what that lacks (replay.p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import _backend
 from .data import Batches
+from .distributed import ALONE, Ranks, ranks_of, unwrapped
 from .evaluation import bars, evaluating
+from .fingerprint import same_on_all
 from .hugging_face import describe
 from .imitation import add_right
 from .layouts import module_weight, parts
@@ -32,6 +36,7 @@ from .tuning import tune
 from .walk import Layer, Slice
 
 DAMPING = 1e-3  # of the features' mean square: what a change of the weights costs
+Bar = Callable[..., Any]
 ROUNDS = 4  # where a ReLU follows: each makes a target of what the last one gave
 
 
@@ -43,6 +48,8 @@ def refit(
     epochs: int = 0,
     memory_limit: int | None = None,
     progress: bool | None = None,
+    process_group: ProcessGroup | None = None,
+    parallel: str = "data",
 ) -> nn.Module:
     """What `prune` gives, with the weights of its layers solved for again, one after the other.
 
@@ -62,14 +69,16 @@ def refit(
         memory_limit: bytes for the activations between two layers; where they do not fit, they are
             computed again for every layer; None: half the memory that is free
         progress: False: no progress bars
+        process_group, parallel: as for `select`; several ranks give the same model to all of them,
+            "units" shares the batches out; not with epochs
 
     Returns:
         a new, physically smaller nn.Module, of the same shapes as `prune`'s
 
     Raises:
         TypeError, ValueError: no model, a selection for another model, data without samples, NaN
-            or inf in a layer's inputs, epochs that are no count, or a model that torch.export can't
-            trace
+            or inf in a layer's inputs, epochs that are no count or with several ranks, or a model
+            that torch.export can't trace
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -78,19 +87,39 @@ def refit(
         >>> small[0].weight.shape
         torch.Size([3, 4])
     """
-    check_fits(model, selection)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
-    batches, full, bar = Batches(data, model), masked(model, selection), bars(progress)
-    batches.first()
-    if batches.once:
-        raise ValueError(
-            "data: found an iterator, but every layer takes a pass; expected a list, Dataset or "
-            "DataLoader"
-        )
+    ranks = ranks_of(process_group, parallel)
+    spread, peers = (ranks, ALONE) if parallel == "data" else (ALONE, ranks)
+    with ranks.together():
+        model = unwrapped(model)
+        check_fits(model, selection)
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
+        if epochs and ranks.size > 1:
+            raise ValueError(
+                f"epochs: found {epochs} on {ranks.size} ranks, expected 0, or parallel='none': "
+                "one process tunes"
+            )
+        batches = Batches(data, model, spread, peers)
+        batches.share_first()
+        if batches.once:
+            raise ValueError(
+                "data: found an iterator, but every layer takes a pass; expected a list, Dataset "
+                "or DataLoader"
+            )
+        bar = bars(progress if ranks.rank == 0 else False)
+        same_on_all(ranks, model, {"kept": repr({n: e.kept for n, e in selection.layers.items()})})
+        shared = memory_limit is None and not batches.on_gpu
+        limit = ranks.memory(memory_limit or _backend.room(batches.device), shared)
+        return _refitted(model, selection, batches.dealt(), epochs, limit, bar)
+
+
+def _refitted(
+    model: nn.Module, selection: Selection, batches: Batches, epochs: int, limit: int, bar: Bar
+) -> nn.Module:
+    full = masked(model, selection)
     cuts = {name: layer for layer in selection.layers.values() for name in layer.outputs}
     with evaluating(model):
-        replay = Replay(model, batches, memory_limit or _backend.room(batches.device))
+        replay = Replay(model, batches, limit)
         place = replay.order(list(cuts))
         for name in sorted(cuts, key=place.__getitem__):
             replay.change(name, weight=full.get_parameter(f"{name}.weight"))
@@ -109,7 +138,7 @@ def refit(
 
 
 def _solve(
-    full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Callable[..., Any]
+    full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Bar
 ) -> None:
     """Changes one layer of `full` and of the replay's pruned network.
 
@@ -125,7 +154,7 @@ def _solve(
     for _ in range(ROUNDS if ahead.rectified else 1):
         for inputs, error in replay.errors(layer.name, bar):
             sums.add(inputs, error)
-        sums.solve()
+        sums.solve(replay.ranks)
         replay.change(layer.name, weight=full.get_parameter(layer.weight))
         if shifted is not None and bias is not None:
             replay.change(shifted, bias=bias)
@@ -147,40 +176,37 @@ class _Sums:
         if channels is None:
             channels = torch.arange(self._weight.shape[self._dim])
         self._channels = channels.to(self._weight.device)
-        self._gram: Tensor | None = None
+        taps = self._weight[0, 0].numel()
+        rows, outputs = len(channels) * taps, self._weight.shape[1 - self._dim]
+        rows += self._bias is not None
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
+        self._gram, self._right = zeros(rows, rows), zeros(rows, outputs)
         self._factor: Tensor | None = None
-        self._right: Tensor | None = None
+        self._again = False  # the inputs are the same in every round
 
     def add(self, inputs: Tensor, error: Tensor) -> None:
         if not inputs.isfinite().all():
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
             )
-        double = torch.float64
         for columns, target in parts(self._module, inputs, error):
             assert target is not None
             rows = columns[self._channels].flatten(0, 1)
             if self._bias is not None:  # the weight of a feature that is always 1
                 rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
-            if self._right is None:
-                self._right = torch.zeros(len(rows), len(target), dtype=double, device=rows.device)
             add_right(self._right, rows, target, rows.dtype)
-            if self._factor is None:  # the inputs are the same in every round
-                if self._gram is None:
-                    self._gram = torch.zeros(len(rows), len(rows), dtype=double, device=rows.device)
+            if not self._again:
                 add_upper_product(self._gram, rows, rows.dtype)
 
-    def solve(self) -> None:
+    def solve(self, ranks: Ranks) -> None:
         """Changes the layer's weight and the bias, in place."""
-        assert self._right is not None
-        if self._factor is None:
-            assert self._gram is not None
-            mirror(self._gram)
-            squares = self._gram.diagonal()[: len(self._gram) - (self._bias is not None)]
-            squares += DAMPING * float(squares.mean()) or 1.0  # 1: all are dead
-            self._factor = torch.linalg.cholesky(self._gram)
-        change = torch.cholesky_solve(self._right, self._factor).T
-        self._right = None
+        ranks.sum(f"right side {self._name!r}", self._right)
+        if not self._again:
+            ranks.sum_upper(f"products {self._name!r}", self._gram)
+        self._again = True
+        change = ranks.on_first(f"weights {self._name!r}", lambda: self._change().cpu())
+        change = change.to(self._right)
+        self._right.zero_()
         if self._bias is not None:
             constant = change[:, -1] if self._scale is None else change[:, -1] * self._scale
             self._bias.add_(constant.to(self._bias.dtype))
@@ -188,3 +214,12 @@ class _Sums:
         shaped = change.reshape(len(change), len(self._channels), -1)
         shaped = module_weight(shaped, Slice(self._dim), self._weight)
         self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
+
+    def _change(self) -> Tensor:
+        """The least squares, (outputs, rows)."""
+        if self._factor is None:
+            mirror(self._gram)
+            squares = self._gram.diagonal()[: len(self._gram) - (self._bias is not None)]
+            squares += DAMPING * float(squares.mean()) or 1.0  # 1: all are dead
+            self._factor = torch.linalg.cholesky(self._gram)
+        return torch.cholesky_solve(self._right, self._factor).T

@@ -19,7 +19,7 @@ from .data import Batch, Batches, joined
 from .distributed import ALONE, Ranks, ranks_of, unwrapped
 from .evaluation import bars, evaluating
 from .features import LayerData, main_output, run_model, target_of
-from .fingerprint import same_on_all
+from .fingerprint import of_call, same_on_all
 from .graph import Group
 from .imitation import Roots, Sums, bytes_of, collect, replayed
 from .layouts import outputs_of
@@ -31,8 +31,6 @@ from .selection import LayerSelection, Selection
 from .settings import Settings
 from .surgery import masked, masked_weight
 from .trial import groups_of
-
-CPU = torch.device("cpu")
 
 
 def select(
@@ -183,10 +181,11 @@ def select(
             backend = _backend.resolve(backend, batches.on_gpu)
             if loss == "auto":
                 criterion = criterion_of(loss, first.targets)
-            if memory_limit is None:
-                device = _backend.cuda_device(batches.device) if backend == "cuda" else CPU
-                chosen = replace(chosen, memory_limit=_backend.room(device))
-            limit = same_on_all(ranks, inner, chosen, criterion, backend, memory_limit is None)
+            same_on_all(ranks, inner, of_call(chosen, criterion, backend))
+            limit = chosen.memory_limit
+            if memory_limit is None and backend == "cuda":
+                limit = _backend.room(_backend.cuda_device(batches.device))
+            limit = ranks.memory(limit, memory_limit is None and backend != "cuda")
             task = Task(batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
                         bars(progress if ranks.rank == 0 else False))  # fmt: skip
             selection = _select(inner, task, named=loss != "auto")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .data import Batch, Batches
+from .distributed import unwrapped
 from .graph import Group
 from .hugging_face import describe
 from .layouts import module_weight, outputs_of
@@ -20,6 +21,8 @@ from .walk import Slice
 
 def prune(model: nn.Module, selection: Selection) -> nn.Module:
     """A new, physically smaller model with only the selected units; `model` is untouched.
+
+    Of a model in DistributedDataParallel or DataParallel, that is the module inside.
 
     Equivalent to: masking the units that were not kept and multiplying the kept units' outgoing
     weights by `selection.layers[name].weights` (after weights="refit": replacing them by it). Only
@@ -41,6 +44,7 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         >>> greedyprune.prune(model, selection)[0].weight.shape
         torch.Size([3, 4])
     """
+    model = unwrapped(model)
     check_fits(model, selection)
     small = cut(masked(model, selection), selection)
     describe(small, selection)

@@ -31,20 +31,20 @@ class Team:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        self._pipes, self.processes = [], []
+        self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
             process.start()
-            self._pipes.append(here)
+            self.pipes.append(here)
             self.processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """function(rank, *args) on the first `size` ranks: what each returned, or a Raised."""
-        for pipe in self._pipes[:size]:
+        for pipe in self.pipes[:size]:
             pipe.send((size, function, args))
         found = []
-        for rank, pipe in enumerate(self._pipes[:size]):
+        for rank, pipe in enumerate(self.pipes[:size]):
             if not pipe.poll(2 * TIMEOUT):
                 self.close()
                 raise AssertionError(f"rank {rank} of {size} hangs")
@@ -83,7 +83,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         _GROUPS[smaller] = distributed.new_group(list(range(smaller)))
     while True:
         try:
-            count, function, args = pipe.recv()
+            _, function, args = pipe.recv()
         except EOFError:
             return
         try:

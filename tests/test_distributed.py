@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from processes import Raised, Team, group_of
+from processes import TIMEOUT, Raised, Team, group_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -140,14 +141,17 @@ def batches_of(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Ten
     return list(zip(inputs.split(size), targets.split(size), strict=True)) if len(inputs) else []
 
 
+def part(rank: int, size: int, kind: str) -> list[tuple[Tensor, Tensor]]:
+    inputs, targets = tensors(kind)
+    start = sum(PARTS[size][:rank])
+    own = slice(start, start + PARTS[size][rank])
+    return batches_of((inputs[own], targets[own]), BATCHES[rank])
+
+
 def select(rank: int, size: int, name: str, parallel: str = "data") -> Selection:
     case = CASES[name]
-    inputs, targets = tensors(case.targets)
-    data: object = batches_of((inputs, targets), 60)
-    if parallel == "data":
-        start = sum(PARTS[size][:rank])
-        own = slice(start, start + PARTS[size][rank])
-        data = batches_of((inputs[own], targets[own]), BATCHES[rank])
+    whole = parallel == "units" or rank >= size
+    data = batches_of(tensors(case.targets), 60) if whole else part(rank, size, case.targets)
     return greedyprune.select(
         case.model(), data, process_group=group_of(size), parallel=parallel, **case.options
     )
@@ -211,4 +215,172 @@ def by_itself(rank: int) -> Selection | None:
     return greedyprune.select(case.model(), data, parallel="none", **case.options)
 
 
-assert Raised
+@pytest.mark.parametrize("parallel", ["data", "units"])
+def test_refit_by_several(team: Team, parallel: str) -> None:
+    """The same weights on all ranks, and those of one process."""
+    selection = alone("in sequence")
+    found = team.results(4, refit, 4, selection, parallel)
+    model = cnn()
+    expected = greedyprune.refit(model, selection, batches_of(tensors("classes"), 60))
+    for each in found:
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(each[name], tensor, rtol=1e-3, atol=1e-4)
+            assert torch.equal(each[name], found[0][name])
+
+
+def refit(rank: int, size: int, selection: Selection, parallel: str) -> dict[str, Tensor]:
+    whole = batches_of(tensors("classes"), 60)
+    data = part(rank, size, "classes") if parallel == "data" else whole
+    group = group_of(size)
+    small = greedyprune.refit(cnn(), selection, data, process_group=group, parallel=parallel)
+    return small.state_dict()
+
+
+def wrong(rank: int, what: str) -> Any:
+    """Something is wrong on rank 1 only."""
+    group: Any = group_of(3)
+    bad, model, options = rank == 1, mlp(), dict[str, Any](steps=9)
+    data: Any = part(rank, 4, "classes")
+    if what in ("layers", "gates", "network"):
+        model = cnn()
+        more = {"gates": {"objective": "fisher"}, "network": {"objective": "loss"}}
+        options = {"size": 0.5} | more.get(what, {})
+    if what in ("none", "samples on no rank"):
+        data = []
+    elif bad and what in ("NaN", "layers", "gates", "network", "later"):
+        inputs, classes = tensors("classes")
+        inputs = inputs.clone()
+        inputs[150 if what == "later" else 3, 2] = torch.nan
+        data = batches_of((inputs, classes), 40)
+    elif bad and what == "label":
+        data = [(torch.randn(8, 12), torch.tensor([0, 1, 2, 9, 1, 2, 3, 4]))]
+    elif bad and what == "shape":
+        data = [(torch.randn(8, 11), torch.zeros(8, dtype=torch.int64))]
+    elif bad and what == "data":
+        data = 7
+    elif bad and what == "argument":
+        options = {"steps": 0}
+    elif bad and what == "another argument":
+        options = {"steps": 8}
+    elif bad and what == "another loss":
+        options |= {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}
+    elif bad and what == "another model":
+        with torch.no_grad():
+            model[2].bias += 1e-3
+    elif bad and what == "loader":
+        data = broken()
+    elif bad and what == "interrupted":
+        options["progress"], data = None, interrupted()
+    elif what == "parallel":
+        options["parallel"] = "model"
+    elif what == "group":
+        group = "all"
+    return greedyprune.select(model, data, process_group=group, **options)
+
+
+def broken() -> Iterator[tuple[Tensor, Tensor]]:
+    yield torch.randn(8, 12), torch.zeros(8, dtype=torch.int64)
+    raise OSError("the disk is gone")
+
+
+def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+    yield torch.randn(8, 12), torch.zeros(8, dtype=torch.int64)
+    raise KeyboardInterrupt
+
+
+WRONG = {
+    "samples on no rank": ("ValueError", "data: found no samples"),
+    "NaN": ("ValueError", "layer '0': NaN or inf in its activations"),
+    "later": ("ValueError", "layer '0': NaN or inf in its activations"),
+    "layers": ("ValueError", "NaN or inf"),
+    "gates": ("ValueError", "NaN or inf"),
+    "network": ("ValueError", "NaN or inf"),
+    "label": ("ValueError", "data: labels from 0 to 9"),
+    "shape": ("ValueError", "data: the model can't run on a batch of it"),
+    "data": ("TypeError", "data: found int"),
+    "argument": ("ValueError", "steps: found 0"),
+    "another argument": ("ValueError", "steps: found 9 on rank 0 and 8 on rank 1"),
+    "another loss": ("ValueError", "the loss's label_smoothing: found 0.0 on rank 0 and 0.1"),
+    "another model": ("ValueError", "model: '2.bias': found "),
+    "loader": ("OSError", "the disk is gone"),
+    "interrupted": ("KeyboardInterrupt", ""),
+    "parallel": ("ValueError", "parallel: found 'model', expected one of 'data', 'units', 'none'"),
+    "group": ("TypeError", "process_group: found str, expected a group"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_on_one_is_raised_on_all(team: Team, what: str) -> None:
+    """None hangs; each names the rank, and the next call works."""
+    kind, text = WRONG[what]
+    for rank, found in enumerate(team.run(3, wrong, what)):
+        assert isinstance(found, Raised), rank
+        assert text in found.text
+        told = found.text.startswith("rank 1: ")
+        if kind in ("ValueError", "TypeError"):
+            assert found.kind == kind
+        else:
+            assert (found.kind, told) == ((kind, False) if rank == 1 else ("RuntimeError", True))
+            assert not told or found.text.startswith(f"rank 1: {kind}")
+    check_same(team.results(2, select, 2, "cross-entropy")[1], alone("cross-entropy"))
+
+
+def test_wrapped_models(team: Team) -> None:
+    """DistributedDataParallel's inside is selected from; a sharded model is refused."""
+    expected = alone("cross-entropy")
+    for found in team.results(2, wrapped):
+        check_same(found, expected)
+    for refused in team.run(4, sharded):
+        assert isinstance(refused, Raised) and refused.kind == "TypeError", refused
+        assert "sharded over the ranks, expected a whole model: load get_model_sta" in refused.text
+
+
+def sharded(rank: int) -> Selection:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    init_device_mesh("cpu", (4,))
+    model = mlp()
+    fully_shard(model)
+    return greedyprune.select(model, part(rank, 4, "classes"), steps=30)
+
+
+def test_a_group_of_others(team: Team) -> None:
+    """A rank that is not in the group is told so."""
+    one, _, other = team.run(3, select, 2, "squared error")
+    check_same(one, alone("squared error"))
+    assert isinstance(other, Raised) and "process_group: this process is not in it" in other.text
+
+
+def test_a_rank_that_dies_ends_the_others() -> None:
+    team = Team(3)
+    try:
+        for pipe in team.pipes:
+            pipe.send((3, dies, ()))
+        for rank in (0, 2):
+            assert team.pipes[rank].poll(TIMEOUT / 2)
+            found = team.pipes[rank].recv()
+            assert isinstance(found, Raised) and found.kind == "RuntimeError"
+            assert f"process_group: rank {rank} of 3 lost the others" in found.text
+    finally:
+        team.close()
+
+
+def dies(rank: int) -> Selection:
+    def data() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from part(rank, 4, "classes")
+        yield from part(0, 4, "classes")
+        if rank == 1:
+            os._exit(1)
+
+    return greedyprune.select(mlp(), data(), steps=9)
+
+
+def wrapped(rank: int) -> Selection:
+    group = group_of(2)
+    model = nn.parallel.DistributedDataParallel(mlp(), process_group=group)
+    data = part(rank, 2, "classes")
+    selection = greedyprune.select(model, data, process_group=group, steps=30)
+    small = greedyprune.prune(model, selection)
+    assert isinstance(small, nn.Sequential) and len(small[0].weight) == len(selection.kept)
+    return selection
