@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -29,28 +30,57 @@ class PointwiseObjective:
     """Equation (1) as it stands: the loss of every candidate, block by block of the data.
 
     The reference backend's objective for every loss, and the others' where the features do not fit
-    in memory or are on a GPU.
+    in memory or other ranks have a part of them or of the work.
+
+    ranked: are candidates put in the order of their scores? Else those that float32 shows not to be
+        the best may have infinite ones
     """
 
     def __init__(
-        self, data: LayerData, backend: str, batches: Batched | None, with_gap: bool, mass: float
-    ) -> None:
-        self.units = data.units
+        self, data: LayerData, backend: str, batches: Batched | None, with_gap: bool, mass: float,
+        ranked: bool,
+    ) -> None:  # fmt: skip
+        self.units, self._ranked = data.units, ranked
         self._data, self._backend, self._batches = data, backend, batches
         self._with_gap, self._mass = with_gap and batches is None, mass
         self._counts = torch.zeros(data.units, dtype=torch.float64, device=data.device)
         self._loss, self._gap = 0.0, 0.0
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
-        candidates = candidates[self._data.peers.part(len(candidates))]
-        scores = torch.zeros(len(candidates), dtype=torch.float64, device=self._data.device)
-        for block in self._data.blocks() if everywhere else self._seen(k):
-            scores += ops.candidate_loss(
-                block.features, self._data.outgoing, self._outputs(block.features, k), block.target,
-                shrink=1 / k, units=candidates, backend=self._backend,
+        if self._backend != "cpu" or self._ranked:
+            return self._score(k, candidates, everywhere)
+        errors = torch.zeros(len(candidates), dtype=torch.float64)
+        rough = self._score(k, candidates, everywhere, errors)
+        if not errors.isfinite().all():
+            return self._score(k, candidates, everywhere)
+        near = (rough - errors <= (rough + errors).min()).nonzero().flatten()
+        if len(near) == 1:
+            return rough
+        found = torch.full_like(rough, math.inf)
+        found[near] = self._score(k, candidates[near], everywhere)
+        return found
+
+    def _score(
+        self, k: int, candidates: Tensor, everywhere: bool, errors: Tensor | None = None
+    ) -> Tensor:
+        """errors: (n,) gets what rounding to float32 can have moved the scores by; None: float64"""
+        data = self._data
+        own = data.peers.part(len(candidates))
+        scores = torch.zeros(2, own.stop - own.start, dtype=torch.float64, device=data.device)
+        some = torch.empty_like(scores[1])
+        for block in data.blocks() if everywhere else self._seen(k):
+            scores[0] += ops.candidate_loss(
+                block.features, data.outgoing, self._outputs(block.features, k), block.target,
+                shrink=1 / k, units=candidates[own], extent=data.extent, backend=self._backend,
+                dtype=torch.float64 if errors is None else torch.float32,
+                errors=None if errors is None else some,
             )  # fmt: skip
-        self._data.ranks.sum("scores", scores)
-        return self._data.peers.joined("scores", scores) / self._mass
+            scores[1] += some if errors is not None else 0
+        data.ranks.sum("scores", scores)
+        scores = data.peers.joined("scores", scores, 1) / self._mass
+        if errors is not None:
+            errors.copy_(scores[1])
+        return scores[0]
 
     def add(self, k: int, unit: int) -> None:
         self._counts[unit] += 1
@@ -197,7 +227,7 @@ class Solver:
                 batch=0 if self._batches is None else self._batches.size,
             )  # fmt: skip
         objective = PointwiseObjective(
-            data, self.backend, self._batches, with_gap, self.moments.mass
+            data, self.backend, self._batches, with_gap, self.moments.mass, rule.shortlist > 0
         )
         return reference.greedy(objective, rule, step)
 

@@ -97,6 +97,7 @@ def candidate_loss(
     units: Tensor | None = None,
     extent: Extent | None = None,
     dtype: torch.dtype = torch.float64,
+    errors: Tensor | None = None,
     backend: str = "cpu",
 ) -> Tensor:
     """mass * L(outputs + shrink * phi_j) for each unit j, without an (N, m, C) temporary.
@@ -109,6 +110,7 @@ def candidate_loss(
         units: (n,) int64, which units; None: all
         extent: of the features, as `measure_features` gives it; None: measured here
         dtype: what the kernel computes in, float32 or float64; sums are float64
+        errors: (n,) float64, gets by how much rounding can have moved each at most; "cpu" only
         backend: "cpu", "cuda" (also for features in bfloat16 and float16) or "reference"
 
     Returns:
@@ -134,10 +136,13 @@ def candidate_loss(
     else:
         keep = Struct()
         losses = torch.empty(len(units), dtype=torch.float64)
+        if errors is not None:
+            check("errors", errors, (len(units),), torch.float64)
         _C = extension()
         launch = _C.candidate_loss_f64 if dtype == torch.float64 else _C.candidate_loss_f32
         launch(
-            losses.data_ptr(), 0, units.data_ptr(), len(units),
+            losses.data_ptr(), 0 if errors is None else errors.data_ptr(),
+            units.data_ptr(), len(units),
             features_struct(keep, features, extent or measure_features(features)),
             weights.data_ptr(), shrink, base.data_ptr(),
             target_struct(keep, target, dtype, scale=1.0), torch.get_num_threads(),
