@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .costs import Budget, Cost, counted
 from .data import Batch, Batches
 from .features import run_model
@@ -71,7 +72,7 @@ def check_uniform(kinds: Sequence[Sequence[Group]], rules: Mapping[str, Rule]) -
 def within_budget(
     model: nn.Module, groups: Sequence[Group], batches: Batches, chosen: Settings,
     costs: Mapping[str, Cost], path_of: Callable[[Sums], LayerSelection],
-    gates: Mapping[str, Sums] | None, bar: Callable[..., Any],
+    gates: Mapping[str, Sums] | None, bar: Callable[..., Any], checkpoint: Checkpoint,
 ) -> tuple[dict[str, int], Budget]:  # fmt: skip
     """The width of each layer, and what of the budget that takes.
 
@@ -92,7 +93,7 @@ def within_budget(
         )
     kinds = kinds_of(model, groups, chosen.uniform)
     if gates is None:
-        losses = _losses(model, groups, batches, chosen.memory_limit, path_of, bar)
+        losses = _losses(model, groups, batches, chosen.memory_limit, path_of, bar, checkpoint)
     else:
         losses = ranks.each(list(gates), lambda name: path_of(gates[name]).losses)
     knapsack = knapsack_of(kinds, losses, cost, chosen.round_to, share * cost.dense)
@@ -123,7 +124,7 @@ def within_budget(
 
 def _losses(
     model: nn.Module, groups: Sequence[Group], batches: Batches, memory_limit: int,
-    path_of: Callable[[Sums], LayerSelection], bar: Callable[..., Any],
+    path_of: Callable[[Sums], LayerSelection], bar: Callable[..., Any], checkpoint: Checkpoint,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What each layer loses with its first 1 to N units, as a share of what it does with none."""
     for group in groups:
@@ -132,7 +133,9 @@ def _losses(
                 f"memory_limit: found {memory_limit} bytes, but a budget needs {needed} for the "
                 f"products of the features of layer {group.producer!r}"
             )
-    found = collect(model, groups, batches, memory_limit, {}, bar, owned=True)
+    found = collect(
+        model, groups, batches, memory_limit, {}, bar, checkpoint, "for a budget ", owned=True
+    )
 
     def losses(name: str) -> Tensor:
         sums = found[name]

@@ -135,13 +135,18 @@ class Ranks:
         """Of the i-th of several pieces of work."""
         return i % self.size
 
-    def each(self, names: Sequence[str], compute: Callable[[str], T]) -> dict[str, T]:
-        """compute(name), each on its owner, and then what was found on all ranks."""
-        own = {name: compute(name) for i, name in enumerate(names) if self.owner(i) == self.rank}
-        return {
-            name: self.from_rank(self.owner(i), f"layer {name!r}", own.get(name))
-            for i, name in enumerate(names)
-        }
+    def each(
+        self, names: Sequence[str], compute: Callable[[str], T],
+        keep: Callable[[str, T], T] = lambda _, found: found,
+    ) -> dict[str, T]:  # fmt: skip
+        """compute(name), each on its owner, and then keep(name, what was found) on all ranks."""
+        found: dict[str, T] = {}
+        for start in range(0, len(names), self.size):
+            some = names[start : start + self.size]  # one for each rank
+            own = compute(some[self.rank]) if self.rank < len(some) else None
+            for i, name in enumerate(some):
+                found[name] = keep(name, self.from_rank(i, f"layer {name!r}", own))
+        return found
 
     def memory(self, limit: int, shared: bool = False) -> int:
         """The least that any rank may use; shared: the ranks of a machine have `limit` together."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import _backend, ops
 from ._structs import Extent
+from .checkpoint import NOTHING, Checkpoint, Pass
 from .data import Batch, Batches
 from .distributed import Ranks
 from .graph import Group
@@ -52,7 +53,9 @@ class LayerData:
         backend: str,
         memory_limit: int,
         progress: Any,
+        checkpoint: Checkpoint = NOTHING,
     ) -> None:
+        self.resumed = Pass(checkpoint, group.producer)
         consumer = model.get_submodule(group.consumer)
         assert isinstance(consumer, nn.Linear)
         weight, bias = consumer.weight.detach(), consumer.bias
@@ -104,7 +107,7 @@ class LayerData:
             BLOCK if self.device.type == "cpu" else 8 * BLOCK
         )  # each block is a launch or more
         size = max(64, entries // max(self.units, self.outputs))
-        seen = 0
+        seen, some = 0, self._unread is not None and bool(self.resumed.done)
         for block in self._sources():
             samples = block.features.shape[1]
             seen += samples
@@ -121,6 +124,8 @@ class LayerData:
                 target = block.target[part]
                 mass = block.target.mass * target.samples / samples
                 yield Block(block.features[:, part], replace(target, mass=mass))
+        if some:  # the rest of a pass that had begun
+            return
         self._total = self._total or seen
         if seen != self._total:
             raise ValueError(
@@ -236,7 +241,10 @@ class LayerData:
 
     def _collect(self, blocks: Generator[Block, None, None]) -> None:
         """Keeps all features if `memory_limit` allows, else leaves the rest to later passes."""
-        first = next(blocks)
+        first = next(blocks, None) or self._none()
+        if self.resumed.done:  # its sums had begun because the features do not fit
+            self._collected, self._unread = [first], blocks
+            return
         width, dtype = first.features.shape[1], first.features.dtype
         itemsize = first.features.element_size()
         room = max(1, self._limit // (itemsize * self.units))
@@ -291,17 +299,26 @@ class LayerData:
     def _first_pass(self) -> Generator[Block, None, None]:
         raw: list[Tensor] = []
         with self._capture() as captured:
-            none = self._batches.empty  # then another rank's batch shows the shapes
-            some = [self._batches.first()] if none else self._batches
-            for batch in self._progress(some, "activations"):
+            for batch in self.resumed.new(self._progress(self._batches, "activations")):
                 block, outputs = self._block(batch, captured)
                 if self.criterion.kind == "custom":
                     self.output_shape = tuple(main_output(outputs).shape[1:])
                     assert batch.targets is not None
-                    raw.append(batch.targets.to(self.device)[: 0 if none else None])
-                yield Block(block.features[:, :0], block.target.none()) if none else block
+                    raw.append(batch.targets.to(self.device))
+                yield block
         if raw:
             self.targets = torch.cat(raw)
+
+    def _none(self) -> Block:
+        """No samples; a batch that is not among those to come shows the shapes."""
+        batch = self._batches.first()
+        with self._capture() as captured:
+            block, outputs = self._block(batch, captured)
+        if self.criterion.kind == "custom":
+            self.output_shape = tuple(main_output(outputs).shape[1:])
+            assert batch.targets is not None
+            self.targets = batch.targets[:0].to(self.device)
+        return Block(block.features[:, :0], block.target.none())
 
     @contextmanager
     def _capture(self) -> Iterator[list[Tensor]]:

@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint, Pass, Tensors
 from .data import Batch, Batches, samples_of
 from .features import main_output, run_model, target_of
 from .graph import Group
@@ -51,40 +52,42 @@ class Gates(Products):
 
 def gates(
     model: nn.Module, groups: Sequence[Group], batches: Batches, criterion: Criterion,
-    bar: Callable[..., Any],
+    bar: Callable[..., Any], checkpoint: Checkpoint,
 ) -> dict[str, Sums]:  # fmt: skip
     """What every group is selected from by the loss in its gates: all from one backward pass.
 
     Of several ranks each group's sums are right on its owner only.
     """
 
-    mass = 0.0
+    total = Tensors(mass=torch.zeros((), dtype=torch.float64))
 
     def slope_of(outputs: Tensor, batch: Batch) -> Tensor:
-        nonlocal mass
-        slope, own = _loss_slope(criterion, outputs, batch)
-        mass += own
+        slope, mass = _loss_slope(criterion, outputs, batch)
+        total.mass += mass
         return slope
 
     found = {group.producer: Gates(group) for group in groups}
     names = [name for group in groups for name in group.consumers]
-    for samples, slopes in _backward(model, names, batches, slope_of, bar, inputs=True):
+    resumed = Pass(checkpoint, f"gates {' '.join(names)}")
+    resumed.hold(total, *found.values())
+    some = resumed.new(bar(batches, "Fisher information"))
+    for samples, slopes in _backward(model, names, some, slope_of, inputs=True):
         for group in groups:
-            total = torch.zeros(())
+            gates = torch.zeros(())
             for name in group.consumers:
                 here = group.slices[f"{name}.weight"]
                 value, slope = slopes[name]
                 each = by_position(model.get_submodule(name), value * slope)
                 count = samples if len(each) % samples == 0 else len(each)
                 each = each.view(count, -1, here.outer, group.units, here.inner)
-                total = total + each.sum((1, 2, 4))
-            if not total.isfinite().all():
+                gates = gates + each.sum((1, 2, 4))
+            if not gates.isfinite().all():
                 raise ValueError(
                     f"layer {group.producer!r}: NaN or inf in the loss's derivative in its "
                     "activations, expected finite numbers"
                 )
-            found[group.producer].add(total)
-    [mass] = batches.ranks.sum_numbers("mass", mass)
+            found[group.producer].add(gates)
+    [mass] = batches.ranks.sum_numbers("mass", float(total.mass))
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     for i, own in enumerate(found.values()):
@@ -119,7 +122,8 @@ def roots(
         return _slope(found, kind, batch.targets)
 
     sums = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in outputs.items()}
-    for _, slopes in _backward(model, list(outputs), batches, slope_of, bar, inputs=False):
+    all_batches = bar(batches, "Fisher information")
+    for _, slopes in _backward(model, list(outputs), all_batches, slope_of, inputs=False):
         for name, (_, slope) in slopes.items():
             columns = as_columns(model.get_submodule(name), slope).float()
             sums[name] += (columns @ columns.T).double().cpu()
@@ -128,8 +132,8 @@ def roots(
 
 
 def _backward(
-    model: nn.Module, names: Sequence[str], batches: Batches,
-    slope_of: Callable[[Tensor, Batch], Tensor], bar: Callable[..., Any], *, inputs: bool,
+    model: nn.Module, names: Sequence[str], batches: Iterable[Batch],
+    slope_of: Callable[[Tensor, Batch], Tensor], *, inputs: bool,
 ) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:  # fmt: skip
     """Samples of each batch, and each layer's input (or output) with the derivative in it.
 
@@ -162,7 +166,7 @@ def _backward(
         for module in [model.get_submodule(name)]
     ]
     try:
-        for batch in bar(batches, "Fisher information"):
+        for batch in batches:
             with torch.enable_grad():
                 outputs = main_output(run_model(model, batch))
             slopes = torch.autograd.grad(

@@ -8,7 +8,7 @@ right side of every least squares problem is K W^T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .data import Batches
+from .checkpoint import NOTHING, Checkpoint, Pass
+from .data import Batch, Batches
 from .distributed import Ranks
 from .features import check_finite, run_model
 from .graph import Group
@@ -57,6 +58,18 @@ class Products:
     def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
         """Adds one batch of inputs and of what they should give; None: what they give."""
         raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been added so far."""
+        numbers = torch.tensor([self.positions, self._target_norm], dtype=torch.float64)
+        cross = {} if self._cross is None else {"cross": self._cross}
+        return {"gram": self.gram, "numbers": numbers, **cross}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.gram.copy_(state["gram"])
+        self.positions, self._target_norm = int(state["numbers"][0]), float(state["numbers"][1])
+        if self._cross is not None:
+            self._cross.copy_(state["cross"])
 
     @property
     def mass(self) -> float:
@@ -285,10 +298,11 @@ def bytes_of(model: nn.Module, group: Group) -> int:
 
 def collect(
     model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, roots: Roots,
-    bar: Callable[..., Any], owned: bool = False,
+    bar: Callable[..., Any], checkpoint: Checkpoint = NOTHING, what: str = "", owned: bool = False,
 ) -> dict[str, Sums]:  # fmt: skip
     """The sums of every group, in as few passes over the data as `limit` bytes allow.
 
+    checkpoint: keeps the sums as they grow; what: tells these from others of the same layers
     owned: each group's on one rank only, its owner
     """
     found: dict[str, Sums] = {}
@@ -304,7 +318,12 @@ def collect(
                 break
             together.append(sums)
             waiting.pop(0)
-        _pass(model, together, batches, bar)
+        names = [sums.group.producer for sums in together]
+        if all(checkpoint.finished(name) for name in names):
+            continue
+        resumed = Pass(checkpoint, what + " ".join(names))
+        resumed.hold(*(each for sums in together for each in sums.consumers))
+        _pass(model, together, resumed.new(bar(batches, "activations")))
         for sums in together:
             owner = owners[sums.group.producer]
             for each in sums.consumers:
@@ -315,22 +334,24 @@ def collect(
 
 
 def replayed(
-    model: nn.Module, group: Group, replay: Replay, roots: Roots, bar: Callable[..., Any]
-) -> Sums:
+    model: nn.Module, group: Group, replay: Replay, roots: Roots, bar: Callable[..., Any],
+    checkpoint: Checkpoint,
+) -> Sums:  # fmt: skip
     """The sums of one group: inputs from the network pruned so far, targets from the dense one."""
     sums = Sums.of_consumers(model, group, roots, given=True)
     by_name = {each.name: each for each in sums.consumers}
+    resumed = Pass(checkpoint, group.producer)
+    resumed.hold(*sums.consumers)
     replay.visit(
-        group.consumers, lambda name, inputs, outputs: by_name[name].add(inputs, outputs), bar
-    )
+        group.consumers, lambda name, inputs, outputs: by_name[name].add(inputs, outputs), bar,
+        resumed,
+    )  # fmt: skip
     for each in sums.consumers:
         each.finish(replay.ranks)
     return sums
 
 
-def _pass(
-    model: nn.Module, together: Sequence[Sums], batches: Batches, bar: Callable[..., Any]
-) -> None:
+def _pass(model: nn.Module, together: Sequence[Sums], batches: Iterable[Batch]) -> None:
     def hook(consumer: Products) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             consumer.add((args[0] if args else kwargs["input"]).detach())
@@ -343,7 +364,7 @@ def _pass(
         for each in sums.consumers
     ]
     try:
-        for batch in bar(batches, "activations"):
+        for batch in batches:
             run_model(model, batch)
     finally:
         for handle in handles:

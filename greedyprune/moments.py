@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint import Tensors
 from .features import LayerData
 from .reference import Moments
 
@@ -22,14 +23,20 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
     """
     out, bias, n = data.outgoing, data.bias, data.units
     own = data.peers.part(n) if data.peers.size > 1 else None
-    norm = torch.zeros(n, dtype=torch.float64, device=data.device)  # |h_j|^2
-    beta = torch.zeros_like(norm)
-    variance = torch.zeros_like(out)  # sum_s weight_s h_j^2, for each output
-    samples, mass, dense, empty, target_norm, mean_norm = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    sums = Tensors(
+        norm=torch.zeros(n, dtype=torch.float64, device=data.device),  # |h_j|^2
+        beta=torch.zeros(n, dtype=torch.float64, device=data.device),
+        variance=torch.zeros_like(out),  # sum_s weight_s h_j^2, for each output
+        numbers=torch.zeros(6, dtype=torch.float64),
+        **({} if gram is None or data.features is not None else {"gram": gram}),
+    )
+    norm, beta, variance = sums.norm, sums.beta, sums.variance
+    if data.features is None:
+        data.resumed.hold(sums)
     known = data.extent  # where the squares were added up while the features were collected
     for block in data.blocks():
         h, target = block.features, block.target
-        samples, mass = samples + target.samples, mass + target.mass
+        dense, empty, target_norm, mean_norm = 0.0, 0.0, 0.0, 0.0
         if known is None:
             squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
             norm += squares
@@ -41,33 +48,35 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             )  # a GPU may round float32 products to 11 bits
             mean_phi = (out.T / n).to(wide.dtype) @ wide
             outputs = bias[:, None] + mean_phi
-            dense += float(target.loss_sum(outputs))
-            empty += float(target.loss_sum(bias[:, None].expand_as(outputs)))
+            dense = float(target.loss_sum(outputs))
+            empty = float(target.loss_sum(bias[:, None].expand_as(outputs)))
             if target.weight is None:
                 if known is None:
                     variance += squares[:, None]
-                mean_norm += float(mean_phi.double().square().sum())
+                mean_norm = float(mean_phi.double().square().sum())
             else:
                 weight = target.weight.expand_as(mean_phi)
                 variance += h.double().square() @ weight.T
-                mean_norm += float((weight * mean_phi.square()).sum())
+                mean_norm = float((weight * mean_phi.square()).sum())
         if target.kind == "mse":
             assert target.value is not None
             t = target.value - bias[:, None]
-            target_norm += float(t.square().sum())
+            target_norm = float(t.square().sum())
             beta += ops.candidate_slope(h, out, t, backend=backend)
         if gram is not None and own is not None:
             gram.addmm_(h[own].double(), h.double().T)
         elif gram is not None and data.features is None:
             add_upper_product(gram, h, torch.float64)
+        sums.numbers += torch.tensor(
+            [target.samples, target.mass, dense, empty, target_norm, mean_norm],
+            dtype=torch.float64,
+        )
     if known is not None:
         norm += known.squares
         if data.target is not None and data.target.weight is None:
             variance += norm[:, None]
-    count, mass, dense, empty, target_norm, mean_norm = data.ranks.sum_numbers(
-        "moments", samples, mass, dense, empty, target_norm, mean_norm
-    )
-    data.ranks.sum("norms", norm, beta, variance)
+    data.ranks.sum("moments", norm, beta, variance, sums.numbers)
+    count, mass, dense, empty, target_norm, mean_norm = sums.numbers.tolist()
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Steps
 from .data import Batch, Batches, samples_of
 from .distributed import Ranks
 from .evaluation import alike
@@ -344,9 +345,9 @@ class NetworkObjective:
 
     def __init__(
         self, network: Network, group: Group, scaled: bool, batched: Batched | None,
-        samples: Batch | None, screen: int | None,
+        samples: Batch | None, screen: int | None, steps: Steps,
     ) -> None:  # fmt: skip
-        self.units = group.units
+        self.units, self._steps = group.units, steps
         self._network, self._group, self._scaled = network, group, scaled
         self._batched, self._samples, self._screen = batched, samples, screen
         self._counts = torch.zeros(group.units, dtype=torch.float64)
@@ -354,6 +355,10 @@ class NetworkObjective:
         self._seen: dict[Network, tuple[int, list[_State]]] = {}
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        label = f"scores {k} {everywhere}"
+        return self._steps.once(label, lambda: self._scores(k, candidates, everywhere))
+
+    def _scores(self, k: int, candidates: Tensor, everywhere: bool) -> Tensor:
         found = torch.full((len(candidates),), math.inf, dtype=torch.float64)
         run = torch.arange(len(candidates))
         if self._screen is not None and self._screen < len(candidates):
@@ -371,7 +376,10 @@ class NetworkObjective:
 
     def add(self, k: int, unit: int) -> None:
         self._counts[unit] += 1
-        self._loss = float(self._losses(self._network, k, [None], everywhere=True))
+        loss = self._steps.once(
+            f"loss {k} {unit}", lambda: self._losses(self._network, k, [None], everywhere=True)
+        )
+        self._loss = float(loss)
 
     def loss(self, k: int) -> float:
         return self._loss

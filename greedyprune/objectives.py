@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .checkpoint import NOTHING, Steps
 from .features import Block, LayerData
 from .losses import loss_of_function
 from .moments import PRODUCT, moments
@@ -38,15 +39,19 @@ class PointwiseObjective:
 
     def __init__(
         self, data: LayerData, backend: str, batches: Batched | None, with_gap: bool, mass: float,
-        ranked: bool,
+        ranked: bool, steps: Steps,
     ) -> None:  # fmt: skip
-        self.units, self._ranked = data.units, ranked
+        self.units, self._ranked, self._steps = data.units, ranked, steps
         self._data, self._backend, self._batches = data, backend, batches
         self._with_gap, self._mass = with_gap and batches is None, mass
         self._counts = torch.zeros(data.units, dtype=torch.float64, device=data.device)
         self._loss, self._gap = 0.0, 0.0
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        label = f"scores {k} {everywhere}"
+        return self._steps.once(label, lambda: self._scores(k, candidates, everywhere))
+
+    def _scores(self, k: int, candidates: Tensor, everywhere: bool) -> Tensor:
         if self._backend != "cpu" or self._ranked:
             return self._score(k, candidates, everywhere)
         errors = torch.zeros(len(candidates), dtype=torch.float64)
@@ -84,6 +89,10 @@ class PointwiseObjective:
 
     def add(self, k: int, unit: int) -> None:
         self._counts[unit] += 1
+        found = self._steps.once(f"step {k} {unit}", lambda: self._loss_and_gap(k))
+        self._loss, self._gap = found.tolist()
+
+    def _loss_and_gap(self, k: int) -> Tensor:
         loss, along = 0.0, 0.0
         ranks, peers = self._data.ranks, self._data.peers
         own = torch.arange(self.units)[peers.part(self.units)]
@@ -101,8 +110,8 @@ class PointwiseObjective:
         loss, along = ranks.sum_numbers("loss", loss, along)
         ranks.sum("slopes", slopes)
         slopes = peers.joined("slopes", slopes)
-        self._loss = loss / self._mass
-        self._gap = (along - float(slopes.min())) / self._mass
+        gap = along - float(slopes.min())
+        return torch.tensor([loss, gap], dtype=torch.float64) / self._mass
 
     def loss(self, k: int) -> float:
         return self._loss
@@ -179,8 +188,10 @@ class Solver:
         rule: Rule,
         memory_limit: int,
         batches: Batched | None,
+        steps: Steps,
     ) -> None:
         self.data, self.backend, self._batches = data, backend, batches
+        self._steps = steps  # where each takes a pass
         self._gram: Tensor | None = None
         self._room = min(data.together.gather("room", memory_limit - data.bytes_held))
         rows = data.peers.part(data.units)
@@ -214,6 +225,8 @@ class Solver:
             room = self._room - (0 if self._gram is None else 8 * self._gram.numel())
             capacity = min(room // (8 * data.units), block + 8 * picks)
             columns = self._columns_of(room - 8 * data.units * capacity)
+            if not kept:
+                columns = self._kept(columns)
             return ops.greedy_columns(
                 columns, self.moments, rule, exact=self._exact(), block=block, capacity=capacity,
                 with_gap=with_gap, step=step, backend=self.backend,
@@ -227,8 +240,9 @@ class Solver:
                 batch=0 if self._batches is None else self._batches.size,
             )  # fmt: skip
         objective = PointwiseObjective(
-            data, self.backend, self._batches, with_gap, self.moments.mass, rule.shortlist > 0
-        )
+            data, self.backend, self._batches, with_gap, self.moments.mass, rule.shortlist > 0,
+            self._steps if not kept else Steps(NOTHING, ""),
+        )  # fmt: skip
         return reference.greedy(objective, rule, step)
 
     def _outputs_fit(self) -> bool:
@@ -250,6 +264,16 @@ class Solver:
             outgoing=data.outgoing,
             target=data.target.value - data.bias[:, None],
         )
+
+    def _kept(self, columns: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+        def known(units: Tensor, out: Tensor) -> None:
+            def found() -> Tensor:
+                columns(units, out)
+                return out
+
+            out.copy_(self._steps.once(f"columns {units.tolist()}", found))
+
+        return known
 
     def _columns_of(self, room: int) -> Callable[[Tensor, Tensor], None]:
         """Columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j.

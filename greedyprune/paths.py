@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import Steps
 from .data import Batch, samples_of
 from .features import LayerData
 from .graph import Group
@@ -34,7 +35,7 @@ Bar = Callable[..., Any]
 
 
 def from_features(
-    data: LayerData, rule: Rule, chosen: Settings, backend: str, bar: Bar
+    data: LayerData, rule: Rule, chosen: Settings, backend: str, bar: Bar, steps: Steps
 ) -> LayerSelection:
     if data.criterion.kind == "custom":
         warnings.warn(
@@ -55,7 +56,7 @@ def from_features(
     batches = chosen.batches(rule.steps, data.samples, data.ranks) if chosen.batch_size else None
     if batches is not None:
         data.shuffle(batches.order)
-    solver = Solver(data, backend, rule, chosen.memory_limit, batches)
+    solver = Solver(data, backend, rule, chosen.memory_limit, batches, steps)
     dense_loss, empty_loss = solver.moments.dense_loss, solver.moments.empty_loss
     if data.criterion.kind == "custom":
         dense_loss = CustomObjective(data).dense_loss()
@@ -141,7 +142,7 @@ def from_sums(
 
 def from_network(
     network: Network, group: Group, rule: Rule, chosen: Settings, samples: Batch | None,
-    sums: Sums | None, bar: Bar,
+    sums: Sums | None, bar: Bar, steps: Steps,
 ) -> LayerSelection:  # fmt: skip
     """Candidates by the whole network's loss.
 
@@ -169,7 +170,9 @@ def from_network(
         some = bool(samples.args or samples.kwargs)  # on this rank
         count = (samples_of(samples) or 1) if some else 0
         batched = chosen.batches(rule.steps, count, network.ranks)
-    objective = NetworkObjective(network, group, not as_they_are, batched, samples, chosen.screen)
+    objective = NetworkObjective(
+        network, group, not as_they_are, batched, samples, chosen.screen, steps
+    )
     order, losses, reached = list[int](), list[float](), list[float]()
 
     def layer() -> LayerSelection:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checkpoint import Pass, mark_of
 from .data import Batch, Batches
 from .program import Ahead, Program, Programs, Values, bytes_held, tensors_of
 from .walk import Layer
@@ -21,7 +22,7 @@ class _State:
     """One batch in both networks, run up to the same node; `pruned` is None while they agree."""
 
     def __init__(self, batch: Batch, program: Program) -> None:
-        self.program, self.at = program, 0
+        self.program, self.at, self.mark = program, 0, mark_of(batch)
         self.dense = program.inputs(batch)
         self.pruned: Values | None = None
 
@@ -68,20 +69,25 @@ class Replay:
                 state.pruned = dict(state.dense)
 
     def visit(
-        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None], bar: Any
-    ) -> None:
+        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None], bar: Any,
+        resumed: Pass,
+    ) -> None:  # fmt: skip
         """add(layer, its input in the pruned network, what it should give) for each batch.
 
         That is its output in the dense network, and where it is added to a shortcut, what the
         pruned network's shortcut lacks.
 
         Leaves both networks just before the first of the layers.
+
+        resumed: knows the batches that are added already
         """
         layers = sorted(layers, key=self.order(layers).__getitem__)
         for state in self._all(bar):
             place = state.program.place
             pruned = self._dense | self._changed
             state.advance(place[layers[0]], self._dense, pruned)
+            if resumed.has(state.mark):
+                continue
             dense_values, at = dict(state.dense), state.at
             other = dict(state.dense if state.pruned is None else state.pruned)
             for layer in layers:
@@ -97,6 +103,8 @@ class Replay:
                     wanted = wanted if lack is None else wanted + lack
                 add(layer, found, wanted)
                 at = place[layer]
+            resumed.added()
+        resumed.end()
 
     def errors(self, layer: str, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """A layer's input in the pruned network and its output's error there, for each batch."""

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from os import PathLike
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import read_tensors, write_tensors
 from .hugging_face import apply_sizes, config_sizes
-from .selection import read_tensors
 from .sizes import can_be_cut, sizes_of
 
 FORMAT = "greedyprune-pruned-1"
@@ -51,10 +50,10 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     # A copy where one tensor is a view of another: the format has no shared memory.
     kept = {name: tensors[name].detach() for name in first.values()}
     shared = len({t.untyped_storage().data_ptr() for t in kept.values()}) < len(kept)
-    save_file(
-        {name: t.clone(memory_format=torch.contiguous_format) if shared else t.contiguous()
-         for name, t in kept.items()},
+    write_tensors(
         path,
+        {name: t.clone(memory_format=torch.contiguous_format) if shared else t
+         for name, t in kept.items()},
         {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()},
     )  # fmt: skip
 

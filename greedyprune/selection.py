@@ -7,16 +7,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .costs import Budget, Cost
+from .files import read_tensors, write_tensors
 from .reference import Refit
 from .reweight import distinct_counts, factors
 from .settings import is_int
@@ -195,11 +193,11 @@ class Selection:
         for i, (name, layer) in enumerate(self.layers.items()):
             for key in _TENSORS:
                 if (tensor := getattr(layer, key)) is not None:
-                    tensors[f"{i}.{key}"] = tensor.contiguous()
+                    tensors[f"{i}.{key}"] = tensor
             solved = {f"fitted.{name}": each for name, each in (layer.fitted or {}).items()}
             for key, each in (solved | ({"gates": layer.gates} if layer.gates else {})).items():
                 for item in _REFIT:
-                    tensors[f"{i}.{key}.{item.name}"] = getattr(each, item.name).contiguous()
+                    tensors[f"{i}.{key}.{item.name}"] = getattr(each, item.name)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
                 "slices": {key: dataclasses.astuple(at) for key, at in layer.slices.items()},
@@ -210,7 +208,7 @@ class Selection:
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
             "costs": json.dumps({n: each.as_json() for n, each in (self.costs or {}).items()}),
         }  # fmt: skip
-        Path(path).write_bytes(save(tensors, header))
+        write_tensors(path, tensors, header)
 
     @staticmethod
     def load(path: str | PathLike[str]) -> Selection:
@@ -311,23 +309,6 @@ class Selection:
             for name, layer in self.layers.items()
         )
         return f"Selection({{{layers}}})"
-
-
-def read_tensors(
-    path: str | PathLike[str], form: str, what: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header's texts of a file of ours; an error naming `path` for others."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: no file at {str(path)!r}")
-    try:
-        with safe_open(Path(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"path: {str(path)!r} is not a safetensors file ({error})") from None
-    if metadata.get("format") != form:
-        raise ValueError(f"path: {str(path)!r} holds no {what} of this format ({form})")
-    return tensors, metadata
 
 
 def _number(value: float | None) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from torch.distributed import ProcessGroup
 
 from . import _backend, fisher, paths, settings
 from .budget import check_uniform, kinds_of, step_of, within_budget
+from .checkpoint import Checkpoint, Steps, mark_of
 from .costs import Budget, Cost, costs_of, counted
 from .data import Batch, Batches, joined
 from .distributed import ALONE, Ranks, ranks_of, unwrapped
 from .evaluation import bars, evaluating
 from .features import LayerData, main_output, run_model, target_of
-from .fingerprint import of_call, same_on_all
+from .fingerprint import of_call, of_model, same_on_all
 from .graph import Group
 from .imitation import Roots, Sums, bytes_of, collect, replayed
 from .layouts import outputs_of
@@ -62,6 +64,7 @@ def select(
     damping: float = 1e-4,
     process_group: ProcessGroup | None = None,
     parallel: str = "data",
+    checkpoint: str | PathLike[str] | None = None,
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
@@ -147,6 +150,10 @@ def select(
         parallel: over those ranks: "data", each brings its own part; "units", all have the same
             data and share the work; "none", this process is by itself
 
+        checkpoint: a folder that what is found is kept in as it comes: finished layers, sums over
+            the data, steps that take a pass; the same call goes on from there after it was killed,
+            to the same Selection. The data must come in the same order again
+
     Returns:
         Selection, for `prune`
 
@@ -181,14 +188,21 @@ def select(
             backend = _backend.resolve(backend, batches.on_gpu)
             if loss == "auto":
                 criterion = criterion_of(loss, first.targets)
-            same_on_all(ranks, inner, of_call(chosen, criterion, backend))
+            call = of_call(chosen, criterion, backend)
+            same_on_all(ranks, inner, call)
             limit = chosen.memory_limit
             if memory_limit is None and backend == "cuda":
                 limit = _backend.room(_backend.cuda_device(batches.device))
             limit = ranks.memory(limit, memory_limit is None and backend != "cuda")
+            kept = Checkpoint()
+            if checkpoint is not None:
+                about = call | {"parallel": parallel, "data": mark_of(first)} | of_model(inner)
+                kept = Checkpoint(checkpoint, about, ranks)
+                limit = kept.number("memory", lambda: limit) if memory_limit is None else limit
             task = Task(batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
-                        bars(progress if ranks.rank == 0 else False))  # fmt: skip
+                        bars(progress if ranks.rank == 0 else False), kept)  # fmt: skip
             selection = _select(inner, task, named=loss != "auto")
+            kept.tidy()
     return selection
 
 
@@ -231,6 +245,7 @@ class Task(NamedTuple):
     chosen: Settings
     backend: str
     bar: Callable[..., Any]
+    checkpoint: Checkpoint
 
     @property
     def ranks(self) -> Ranks:
@@ -239,6 +254,22 @@ class Task(NamedTuple):
     def from_sums(self, sums: Sums) -> LayerSelection:
         rule, loss = self.rules[sums.group.producer], self.criterion.kind
         return paths.from_sums(sums, rule, self.chosen, self.backend, self.bar, loss)
+
+    def each(
+        self, ranks: Ranks, names: Sequence[str], sums: Mapping[str, Sums]
+    ) -> dict[str, LayerSelection]:
+        """Layers that do not wait for one another, shared out to the ranks."""
+        known = self.checkpoint.finished
+
+        def layer(name: str) -> LayerSelection:
+            return known(name) or self.from_sums(sums[name])
+
+        return ranks.each(names, layer, self.checkpoint.finish)
+
+    def finished(self, names: Sequence[str]) -> dict[str, LayerSelection]:
+        """All of these layers, where an earlier run finished them."""
+        found = {name: layer for name in names if (layer := self.checkpoint.finished(name))}
+        return found if len(found) == len(names) else {}
 
 
 def _way(model: nn.Module, group: Group, chosen: Settings) -> str:
@@ -302,12 +333,20 @@ def _sizes(
     chosen = replace(task.chosen, size=1.0, tolerance=None, replacement=False, swaps=0, round_to=1)
     rules = {g.producer: chosen.rule(g.producer, g.units) for g in groups}
     whole = task._replace(chosen=chosen, rules=rules)
-    gates, batches = None, task.batches.dealt()
-    if chosen.objective == "fisher":
-        gates = fisher.gates(model, groups, batches, task.criterion, task.bar)
-    return within_budget(
-        model, groups, batches, task.chosen, costs, whole.from_sums, gates, task.bar
-    )
+    batches = task.batches.dealt()
+
+    def found() -> tuple[dict[str, int], dict[str, Any]]:
+        gates = None
+        if chosen.objective == "fisher":
+            gates = fisher.gates(model, groups, batches, task.criterion, task.bar, task.checkpoint)
+        sizes, spent = within_budget(
+            model, groups, batches, task.chosen, costs, whole.from_sums, gates, task.bar,
+            task.checkpoint,
+        )  # fmt: skip
+        return sizes, asdict(spent)
+
+    sizes, spent = task.checkpoint.number("sizes", found)
+    return sizes, Budget(**spent)
 
 
 def _selected(
@@ -323,7 +362,9 @@ def _selected(
     for group in groups:
         if group.producer not in selected:
             own = ways[group.producer] == "output"
-            selected[group.producer] = _from_features(model, group, own, task)
+            layer = task.checkpoint.finished(group.producer)
+            layer = layer or _from_features(model, group, own, task)
+            selected[group.producer] = task.checkpoint.finish(group.producer, layer)
     return selected
 
 
@@ -331,37 +372,46 @@ def _from_features(model: nn.Module, group: Group, own: bool, task: Task) -> Lay
     data = LayerData(
         model, group, task.batches, task.criterion if own else Criterion("mse"),
         imitation=not own, backend=task.backend, memory_limit=task.chosen.memory_limit,
-        progress=task.bar,
+        progress=task.bar, checkpoint=task.checkpoint,
     )  # fmt: skip
     try:
-        rule = task.rules[group.producer]
-        return paths.from_features(data, rule, task.chosen, task.backend, task.bar)
+        rule, steps = task.rules[group.producer], Steps(task.checkpoint, group.producer)
+        return paths.from_features(data, rule, task.chosen, task.backend, task.bar, steps)
     finally:
         data.close()
 
 
 def _from_gates(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[str, LayerSelection]:
-    batches = task.batches.dealt()
-    found = fisher.gates(model, groups, batches, task.criterion, task.bar)
-    return batches.ranks.each(list(found), lambda name: task.from_sums(found[name]))
+    batches, names = task.batches.dealt(), [group.producer for group in groups]
+    if found := task.finished(names):
+        return found
+    sums = fisher.gates(model, groups, batches, task.criterion, task.bar, task.checkpoint)
+    return task.each(batches.ranks, names, sums)
 
 
 def _from_sums(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[str, LayerSelection]:
     """The layers that imitate, in the order of the graph or all from one pass."""
-    batches, chosen, bar = task.batches.dealt(), task.chosen, task.bar
+    batches, chosen, bar, checkpoint = (
+        task.batches.dealt(), task.chosen, task.bar, task.checkpoint
+    )  # fmt: skip
     ranks, roots = batches.ranks, _roots(model, groups, task._replace(batches=batches))
     task = task._replace(criterion=Criterion("mse"))
     if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
-        found = collect(model, groups, batches, chosen.memory_limit, roots, bar, owned=True)
         names = [group.producer for group in groups]
-        return ranks.each(names, lambda name: task.from_sums(found[name]))
+        if known := task.finished(names):
+            return known
+        sums = collect(model, groups, batches, chosen.memory_limit, roots, bar, checkpoint,
+                       owned=True)  # fmt: skip
+        return task.each(ranks, names, sums)
     replay = Replay(model, batches, chosen.memory_limit)
     order = replay.order([name for group in groups for name in group.consumers])
     selected = {}
     for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
-        sums = replayed(model, group, replay, roots, bar)
-        layer = ranks.on_first(group.producer, partial(task.from_sums, sums))
-        selected[group.producer] = layer
+        layer = checkpoint.finished(group.producer)
+        if layer is None:
+            found = replayed(model, group, replay, roots, bar, checkpoint)
+            layer = ranks.on_first(group.producer, partial(task.from_sums, found))
+        selected[group.producer] = checkpoint.finish(group.producer, layer)
         for name in sorted(group.consumers, key=order.__getitem__):
             weight = model.get_parameter(f"{name}.weight")
             replay.change(name, weight=masked_weight(weight, layer, name))
@@ -402,15 +452,17 @@ def _from_network(
     samples = None if chosen.batch_size is None else joined(batches)
     selected: dict[str, LayerSelection] = {}
     for group in sorted(groups, key=lambda group: network.first_of(group.consumers)[0]):
-        sums = None
-        if chosen.weights == "refit":
+        sums, name, kept = None, group.producer, task.checkpoint
+        layer = kept.finished(name)
+        if layer is None and chosen.weights == "refit":
             now = masked(model, Selection(selected if chosen.sequential else {}))
             found = collect(now, [group], batches, chosen.memory_limit, {}, task.bar)
-            sums = found[group.producer]
-        layer = paths.from_network(
-            network, group, task.rules[group.producer], chosen, samples, sums, task.bar
-        )
-        selected[group.producer] = layer
+            sums = found[name]
+        if layer is None:
+            layer = paths.from_network(
+                network, group, task.rules[name], chosen, samples, sums, task.bar, Steps(kept, name)
+            )
+        selected[name] = kept.finish(name, layer)
         if chosen.sequential:
             network.change(network.weights_of(layer))
     return selected

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import greedyprune
 from greedyprune.data import Batch, Batches
+from greedyprune.distributed import ALONE
 from greedyprune.features import LayerData
 from greedyprune.graph import analyse, find_groups
 from greedyprune.losses import criterion_of
@@ -153,7 +154,7 @@ def test_mini_batches_see_every_sample_once_a_pass() -> None:
         weights="auto", sequential=True, swaps=None, uniform=False, metric="none",
         damping=1e-4, **dict.fromkeys(names),
     )  # fmt: skip
-    batches = chosen.batches(9, 100)
+    batches = chosen.batches(9, 100, ALONE)
     assert batches.order.sort().values.equal(torch.arange(100))
     assert len(batches.starts) == 9 and batches.size == 30
     seen = [batches.order[start : start + 30] for start in batches.starts]

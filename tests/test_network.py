@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune import network as network_loss
+from greedyprune.distributed import ALONE
 from greedyprune.settings import resolve
 from greedyprune.surgery import masked, scaled_weight
 
@@ -153,7 +154,7 @@ def test_mini_batches_and_random_candidates(limit: int | None) -> None:
     )  # fmt: skip
     layer = found.layers["4"]
     chosen = _settings(model, objective="loss", **options)
-    batched = chosen.batches(4, len(inputs))
+    batched = chosen.batches(4, len(inputs), ALONE)
     assert batched is not None
     wide_model, wide = doubled(model, (inputs, targets))
     pairs = []

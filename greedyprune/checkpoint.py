@@ -1,0 +1,325 @@
+"""What a call of `select` has found so far, in a folder, for the same call to go on from.
+
+call-0.json            what the call is of: model, data, arguments; one for each rank
+layer-NAME.safetensors a finished layer
+pass-NAME-0.safetensors  the sums of a pass over the data, and how many batches are in them
+steps-NAME-1.safetensors what steps found that take a pass each, in the order of the steps
+
+Every file is complete or not there (files.py). What is left of a killed run is at most so old that
+writing costs a twentieth of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .data import Batch
+from .distributed import ALONE, Ranks
+from .files import read_tensors, write_tensors, write_text
+from .fingerprint import difference
+
+if TYPE_CHECKING:
+    from .selection import LayerSelection
+
+OURS = ("call-", "layer-", "pass-", "steps-", "memory.", "sizes.", ".call-")
+FORMAT = "greedyprune-checkpoint-1"
+SECONDS = 20.0  # between two writes of what is not finished, or
+SHARE = 20  # so many times as long as the last one took
+SAMPLED = 4096  # entries of a tensor that a batch is known by
+
+
+class Holder(Protocol):
+    """Sums that grow batch by batch."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Tensors(SimpleNamespace):
+    """Named ones that are added to in place."""
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in vars(self).items():
+            tensor.copy_(state[name])
+
+
+class Checkpoint:
+    """path: the folder; None: nothing is kept."""
+
+    def __init__(
+        self, path: str | PathLike[str] | None = None, about: Mapping[str, str] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.folder, self.ranks = None if path is None else Path(path), ranks
+        self._layers: dict[str, LayerSelection] = {}
+        if self.folder is None:
+            return
+        from .selection import Selection  # needs features, which need this module
+
+        found: dict[str, LayerSelection] = {}
+        if ranks.rank == 0:
+            self._enter(dict(about or {}))
+            for part in self.folder.glob(".*.part"):  # a killed run's
+                part.unlink(missing_ok=True)
+            for file in sorted(self.folder.glob("layer-*.safetensors")):
+                found |= Selection.load(file).layers
+        self._layers = ranks.from_rank(0, "finished layers", found)
+        if ranks.rank > 0:
+            self._enter(dict(about or {}))
+
+    def finished(self, name: str) -> LayerSelection | None:
+        return self._layers.get(name)
+
+    def finish(self, name: str, layer: LayerSelection) -> LayerSelection:
+        """Keeps a layer, and no longer what it was found with; returns it."""
+        if self.folder is None or name in self._layers:
+            return layer
+        from .selection import Selection
+
+        self._layers[name] = layer
+        if self.ranks.rank == 0:
+            Selection({name: layer}).save(self.folder / f"layer-{_plain(name)}.safetensors")
+            for file in self.folder.glob(f"steps-{_plain(name)}-*.safetensors"):
+                file.unlink(missing_ok=True)
+        own = f"pass-{_plain(name)}-{self.ranks.rank}.safetensors"
+        (self.folder / own).unlink(missing_ok=True)
+        return layer
+
+    def tidy(self) -> None:
+        """Every layer is finished."""
+        if self.folder is not None:
+            for file in self.folder.glob(f"pass-*-{self.ranks.rank}.safetensors"):
+                file.unlink(missing_ok=True)
+
+    def number(self, name: str, compute: Callable[[], Any]) -> Any:
+        """compute(), which JSON can hold, or what it gave in an earlier run."""
+        if self.folder is None:
+            return compute()
+        file = self.folder / f"{name}.json"
+        known = self.ranks.on_first(name, lambda: file.read_text() if file.is_file() else None)
+        if known is None:
+            known = json.dumps(compute())
+            if self.ranks.rank == 0:
+                write_text(file, known)
+        return json.loads(known)
+
+    def _enter(self, about: dict[str, str]) -> None:
+        """ValueError where the folder is of another call, or of none."""
+        assert self.folder is not None
+        file = self.folder / f"call-{self.ranks.rank}.json"
+        about["ranks"] = str(self.ranks.size)
+        if file.is_file():
+            try:
+                known = json.loads(file.read_text())
+            except ValueError:
+                raise ValueError(f"checkpoint: {str(file)!r} is damaged") from None
+            if differs := difference(known, about):
+                name, before, now = differs
+                raise ValueError(
+                    f"checkpoint: {str(self.folder)!r} is of another call, with {name} {before}, "
+                    f"found {now}; expected the same or another folder"
+                )
+            return
+        strange = [each.name for each in self.folder.glob("*") if not each.name.startswith(OURS)]
+        if strange or (self.folder.exists() and not self.folder.is_dir()):
+            what = f"holds {strange[0]!r}" if strange else "is no folder"
+            raise ValueError(
+                f"checkpoint: {str(self.folder)!r} {what}, expected a folder of its own"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(about, indent=1))
+
+
+NOTHING = Checkpoint()  # is kept
+
+
+class Pass:
+    """One pass over the data, whose sums are kept as they grow.
+
+    It goes on after the batches that are in them already, which must come again as they did.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.done, self._file = 0, None
+        self._seen, self._marks = 0, hashlib.blake2b(digest_size=8)
+        self._holders: Sequence[Holder] = ()
+        self._clock = _Clock()
+        if checkpoint.folder is None:
+            return
+        self._file = checkpoint.folder / f"pass-{_plain(name)}-{checkpoint.ranks.rank}.safetensors"
+        if self._file.is_file():
+            self._state, header = read_tensors(self._file, FORMAT, "sums")
+            self.done, self._mark = int(header["done"]), header["mark"]
+
+    def hold(self, *holders: Holder) -> None:
+        """These are the sums; from here on they are kept, and they get what was."""
+        self._holders = holders
+        if self.done:
+            states: list[dict[str, Tensor]] = [{} for _ in holders]
+            for key, tensor in self._state.items():
+                i, _, name = key.partition(".")
+                states[int(i)][name] = tensor
+            for holder, state in zip(holders, states, strict=True):
+                holder.restore(state)
+            self._state = {}
+
+    def has(self, mark: str) -> bool:
+        """Is the next batch in the sums already? ValueError if it is not the one that was."""
+        if self._file is None:
+            return False
+        if self._seen == self.done:
+            self._check()
+        self._marks.update(mark.encode())
+        self._seen += 1
+        return self._seen <= self.done
+
+    def added(self) -> None:
+        """It is now."""
+        if self._file is not None and self._holders and self._clock.due():
+            self._save()
+
+    def end(self) -> None:
+        """No batch is left."""
+        if self._seen <= self.done:
+            self._check()
+        self.added()
+
+    def new(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches that are not in the sums yet."""
+        for batch in batches:
+            if not self.has("" if self._file is None else mark_of(batch)):
+                yield batch
+                self.added()
+        self.end()
+
+    def _check(self) -> None:
+        if self.done and (self._seen < self.done or self._marks.hexdigest() != self._mark):
+            raise ValueError(
+                f"checkpoint: the first {self.done} batches are not those of {str(self._file)!r}, "
+                "expected the same data in the same order: give a shuffled loader a generator with "
+                "a seed, or take another folder"
+            )
+
+    def _save(self) -> None:
+        assert self._file is not None
+        state = {
+            f"{i}.{name}": tensor
+            for i, holder in enumerate(self._holders)
+            for name, tensor in holder.state().items()
+        }
+        header = {"format": FORMAT, "done": str(self._seen), "mark": self._marks.hexdigest()}
+        with self._clock:
+            write_tensors(self._file, state, header)
+
+
+class Steps:
+    """What the steps of one layer found that take long; each once, also over several runs."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, _plain(name)
+        self._known: list[tuple[str, Tensor]] = []  # yet to come
+        self._again: list[tuple[str, Tensor]] = []  # that came
+        self._fresh: list[tuple[str, Tensor]] = []  # not written yet
+        self._segment, self._clock = 0, _Clock()
+        if checkpoint.folder is None:
+            return
+        found: list[tuple[str, Tensor]] = []
+        if checkpoint.ranks.rank == 0:
+            while (file := self._file(self._segment + 1)).is_file():
+                tensors, header = read_tensors(file, FORMAT, "steps")
+                labels = json.loads(header["labels"])
+                found += [(label, tensors[str(i)]) for i, label in enumerate(labels)]
+                self._segment += 1
+        self._known = checkpoint.ranks.from_rank(0, "steps", found)
+
+    def once(self, label: str, compute: Callable[[], Tensor]) -> Tensor:
+        """compute(), or what it gave in an earlier run, where the steps were the same."""
+        if self._checkpoint.folder is None:
+            return compute()
+        if self._known:
+            known, value = self._known.pop(0)
+            if known == label:
+                self._again.append((known, value))
+                return value
+            self._forget()  # on another kind of processor steps can differ
+        value = compute()
+        self._fresh.append((label, value.cpu().clone()))
+        if self._checkpoint.ranks.rank == 0 and self._clock.due():
+            self._segment += 1
+            labels = json.dumps([label for label, _ in self._fresh])
+            tensors = {str(i): value for i, (_, value) in enumerate(self._fresh)}
+            with self._clock:
+                write_tensors(
+                    self._file(self._segment), tensors, {"format": FORMAT, "labels": labels}
+                )
+            self._fresh = []
+        return value
+
+    def _forget(self) -> None:
+        """What did not come again."""
+        self._known, self._fresh = [], self._again
+        for segment in range(self._segment, 0, -1):
+            if self._checkpoint.ranks.rank == 0:
+                self._file(segment).unlink(missing_ok=True)
+        self._segment = 0
+
+    def _file(self, segment: int) -> Path:
+        assert self._checkpoint.folder is not None
+        return self._checkpoint.folder / f"steps-{self._name}-{segment}.safetensors"
+
+
+class _Clock:
+    """When to write again; what is inside `with` is a write."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= max(SECONDS, SHARE * self._cost)
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._last = time.monotonic()
+        self._cost = self._last - self._begun
+
+
+def mark_of(batch: Batch) -> str:
+    """What a batch is known by: shapes, types and some of its numbers."""
+    digest = hashlib.blake2b(digest_size=8)
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            flat = value.detach().reshape(-1)
+            stride = max(1, flat.numel() // SAMPLED)
+            some = flat[::stride].cpu().contiguous()
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            if some.numel():
+                digest.update(some.view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(type(value)).encode())
+        return value
+
+    batch.map(of)
+    return digest.hexdigest()
+
+
+def _plain(name: str) -> str:
+    """A layer's name as a part of a file's."""
+    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in name)[:60] + f"~{digest}"
