@@ -64,6 +64,10 @@ class Checkpoint:
         self, path: str | PathLike[str] | None = None, about: Mapping[str, str] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
+        if path is not None and not isinstance(path, (str, PathLike)):
+            raise TypeError(
+                f"checkpoint: found {type(path).__name__}, expected the path of a folder"
+            )
         self.folder, self.ranks = None if path is None else Path(path), ranks
         self._layers: dict[str, LayerSelection] = {}
         if self.folder is None:

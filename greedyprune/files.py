@@ -25,7 +25,7 @@ def write_tensors(
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(whole, part, {**header, CHECKSUM: _checksum(whole, header)})
-        replace(part, path)
+        _replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -35,21 +35,23 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text)
-        replace(part, path)
+        _replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def replace(part: Path, path: Path) -> None:
-    """Renames a file, when it and then its new name are on the disk."""
-    for each, flags in ((part, os.O_RDONLY), (path.parent, os.O_RDONLY)):
-        if each is path.parent:
-            os.replace(part, path)
-        handle = os.open(each, flags)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _replace(part: Path, path: Path) -> None:
+    _sync(part)
+    os.replace(part, path)
+    _sync(path.parent)  # its new name
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_tensors(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import Selection
+from greedyprune import Selection, checkpoint, files
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
 
@@ -333,6 +335,45 @@ def test_wrapped_models(team: Team) -> None:
     for refused in team.run(4, sharded):
         assert isinstance(refused, Raised) and refused.kind == "TypeError", refused
         assert "sharded over the ranks, expected a whole model: load get_model_sta" in refused.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cross-entropy, streamed", "squared error, streamed columns", "in sequence", "by themselves",
+     "gates", "budget", "the network's loss"],
+)  # fmt: skip
+def test_stopped_and_gone_on(team: Team, name: str, tmp_path: Path) -> None:
+    """Each rank keeps its own sums, the first one what is found; whichever is stopped."""
+    [expected, *_] = team.results(4, select, 4, name)
+    for stop, rank in ((2, 0), (3, 2), (4, 3), (5, 0), (9, 2), (12, 0)):
+        for found in team.run(4, checkpointed, name, str(tmp_path / f"{stop}"), rank, stop):
+            assert isinstance(found, Selection) or "Stop" in found.where
+        for found in team.results(4, checkpointed, name, str(tmp_path / f"{stop}"), 0, 0):
+            check_same(found, expected, exactly=True)
+
+
+def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int) -> Selection:
+    """Stops the rank at that one of its writes."""
+    left = stop if rank == stopped_rank else 0
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(*args: Any) -> None:
+            nonlocal left
+            left -= 1
+            write(*args)
+            if left == 0:
+                raise InterruptedError("Stop")
+
+        write = files.write_tensors
+        patch.setattr(checkpoint, "SECONDS", 0.0)
+        patch.setattr(checkpoint, "SHARE", 0)
+        patch.setattr(checkpoint, "write_tensors", counted)
+        patch.setattr(sys.modules["greedyprune.selection"], "write_tensors", counted)
+        case = CASES[name]
+        return greedyprune.select(
+            case.model(), part(rank, 4, case.targets), checkpoint=folder,
+            process_group=group_of(4), **case.options,
+        )  # fmt: skip
 
 
 def sharded(rank: int) -> Selection:

@@ -1,0 +1,264 @@
+"""Runs that are killed and go on: the same Selection, or a sentence on what is not the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_distributed import CASES, batches_of, check_same, tensors
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune import Selection, checkpoint
+
+KILLS = int(os.environ.get("GREEDYPRUNE_KILLS", "28"))  # of the test that kills at random moments
+NAMES = [
+    "cross-entropy", "cross-entropy, streamed", "squared error", "squared error, streamed",
+    "squared error, streamed columns", "imitation", "in sequence", "by themselves", "gates",
+    "budget", "budget, gates", "the network's loss", "the network's loss, refit",
+    "the network's loss, mini-batches",
+]  # fmt: skip
+
+
+class StopError(Exception):
+    """In the place of a kill."""
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is written when it is known."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 0)
+
+
+def select(name: str, folder: Path | None = None, data: object = None, **more: Any) -> Selection:
+    case = CASES[name]
+    data = batches_of(tensors(case.targets), 60) if data is None else data
+    return greedyprune.select(case.model(), data, checkpoint=folder, **case.options | more)
+
+
+def stopped(at: int, call: Callable[[], object], *, after: bool = True) -> bool:
+    """Does the call come to its n-th write, and stop there, right after it or in its place?"""
+    left = at
+
+    def counting(write: Callable[..., None]) -> Callable[..., None]:
+        def counted(*args: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and not after:
+                raise StopError
+            write(*args)
+            if left == 0:
+                raise StopError
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (checkpoint, sys.modules["greedyprune.selection"]):
+            for name in ("write_tensors", "write_text"):
+                if hasattr(module, name):
+                    patch.setattr(module, name, counting(getattr(module, name)))
+        try:
+            call()
+        except StopError:
+            return True
+    return False
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("name", NAMES)
+def test_goes_on_after_every_write(name: str, tmp_path: Path) -> None:
+    """Stopped at each write in turn, in one folder after the other and in one folder again and
+    again: bit by bit the Selection of a run that was not."""
+    expected = select(name)
+    at, again = 1, 0
+    while stopped(at, lambda: select(name, tmp_path / f"{at}"), after=at % 2 == 0):  # noqa: B023
+        check_same(select(name, tmp_path / f"{at}"), expected, exactly=True)
+        at += 1 if at < 12 else 7
+    while stopped(1 + again % 3, lambda: select(name, tmp_path / "again")):
+        again += 1
+    check_same(select(name, tmp_path / "again"), expected, exactly=True)
+    assert at > 3 and again >= 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_is_known_is_not_done_again(tmp_path: Path) -> None:
+    """Of a pass, the batches that are in the sums; of layers, those that are finished."""
+    model = CASES["by themselves"].model()
+    ran = []
+    model.register_forward_hook(lambda _, args, __: ran.append(len(args[0])))
+    data = batches_of(tensors("classes"), 30)  # 8 batches
+
+    def run(folder: Path | None) -> Selection:
+        ran.clear()
+        return greedyprune.select(model, data, sequential=False, checkpoint=folder)
+
+    run(None)  # traces more
+    expected = run(None)
+    whole = len(ran)
+    assert stopped(8, lambda: run(tmp_path / "a"))  # the call, the memory, six batches
+    check_same(run(tmp_path / "a"), expected, exactly=True)
+    assert len(ran) == whole - 6
+    check_same(run(tmp_path / "a"), expected, exactly=True)
+    assert len(ran) == whole - 8
+    assert sorted(each.name.split("-")[0] for each in (tmp_path / "a").iterdir()) == [
+        "call", "layer", "layer", "memory.json"
+    ]  # fmt: skip
+
+
+def other_model() -> nn.Module:
+    model = CASES["cross-entropy"].model()
+    with torch.no_grad():
+        model[2].bias[1] += 1
+    return model
+
+
+@pytest.mark.usefixtures("at_once")
+def test_another_call_is_refused(tmp_path: Path) -> None:
+    """With what differs."""
+    name, folder = "cross-entropy", tmp_path / "a"
+    select(name, folder)
+    inputs, classes = tensors("classes")
+    shares = nn.functional.one_hot(classes, 5).float()
+    refused: list[tuple[str, Callable[[], object]]] = [
+        ("with steps 30, found 29;", lambda: select(name, folder, steps=29)),
+        ("with seed 0, found 1;", lambda: select(name, folder, seed=1)),
+        ("with data ", lambda: select(name, folder, batches_of((inputs + 1, classes), 60))),
+        ("with data ", lambda: select(name, folder, batches_of((inputs, classes), 59))),
+        ("with loss 'cross_entropy', found 'mse';",
+         lambda: select(name, folder, batches_of((inputs, shares), 60))),
+        ("with model: '2.bias' ", lambda: greedyprune.select(
+            other_model(), batches_of((inputs, classes), 60), steps=30, checkpoint=folder)),
+    ]  # fmt: skip
+    for text, call in refused:
+        with pytest.raises(ValueError, match=r"checkpoint: .* is of another call") as error:
+            call()
+        assert text in str(error.value)
+        assert str(error.value).endswith("; expected the same or another folder")
+
+
+def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"checkpoint: .* holds 'notes.txt', expected a folder of"):
+        select("cross-entropy", tmp_path)
+    with pytest.raises(ValueError, match="is no folder, expected a folder of its own"):
+        select("cross-entropy", tmp_path / "notes.txt")
+    with pytest.raises(TypeError, match="checkpoint: found int, expected the path of a folder"):
+        select("cross-entropy", 7)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("name", ["squared error, streamed", "by themselves", "in sequence"])
+def test_other_batches_are_noticed(name: str, tmp_path: Path) -> None:
+    """In another order after the first one, or too few."""
+    data = batches_of(tensors(CASES[name].targets), 40)
+    assert stopped(5, lambda: select(name, tmp_path / "a", data))
+    for other in ([data[0], *data[:0:-1]], data[:2]):
+        with pytest.raises(ValueError, match=r"checkpoint: the first \d batches are not those"):
+            select(name, tmp_path / "a", other)
+    check_same(select(name, tmp_path / "a", data), select(name, None, data), exactly=True)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    """One bit of a file that another program changed."""
+    folder = tmp_path / "a"
+    assert stopped(5, lambda: select("by themselves", folder))
+    [file] = folder.glob("pass-*")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its checksum does not fit"):
+        select("by themselves", folder)
+    [call] = folder.glob("call-*")
+    call.write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint: .*call-0.json' is damaged"):
+        select("by themselves", folder)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_generator_goes_on(tmp_path: Path) -> None:
+    """One pass, from a source that begins anew in each run."""
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches_of(tensors("numbers"), 16)
+
+    name = "squared error, streamed"
+    expected = select(name, None, stream())
+    for at in (3, 6, 12, 15):
+        assert stopped(at, lambda: select(name, tmp_path / f"{at}", stream()))  # noqa: B023
+        check_same(select(name, tmp_path / str(at), stream()), expected, exactly=True)
+
+
+FORKS = """
+import json, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from greedyprune import checkpoint
+from test_checkpoint import select
+checkpoint.SHARE = 0
+for line in sys.stdin:
+    name, folder, out, checkpoint.SECONDS, seconds = json.loads(line)
+    begun, child = time.monotonic(), os.fork()
+    if child == 0:
+        select(name, Path(folder), progress=False).save(out)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([status, time.monotonic() - begun]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """kill -9, twice in each run, and then to the end. A process that has threads can't fork, so
+    one that has none does."""
+    rng, took = random.Random(KILLS), dict[str, float]()
+    command = [sys.executable, "-c", FORKS, str(Path(__file__).parent)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as forks:
+        assert forks.stdin is not None and forks.stdout is not None
+        for kill in range(KILLS // 2):
+            name, out = NAMES[kill % len(NAMES)], str(tmp_path / f"{kill}.safetensors")
+            seconds = rng.choice([0.0, 0.02])
+            for attempt in range(3):
+                wait = rng.uniform(0, took.get(name, 1.0)) if attempt < 2 else None
+                forks.stdin.write(json.dumps([name, str(tmp_path / f"{kill}"), out, seconds, wait]))
+                forks.stdin.write("\n")
+                forks.stdin.flush()
+                status, elapsed = json.loads(forks.stdout.readline())
+                assert status == (-signal.SIGKILL if attempt < 2 else 0) or status == 0
+                took[name] = max(took.get(name, 0.0), elapsed)
+            check_same(Selection.load(out), select(name), exactly=True)
+        forks.stdin.close()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    """What a killed write leaves is not taken for the file, and is cleared away."""
+    selection = select("cross-entropy")
+    selection.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert "checksum" in file.metadata()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+    folder = tmp_path / "kept"
+    select("cross-entropy", folder)
+    (folder / ".layer-0~x.safetensors.77.part").write_bytes(b"half")
+    select("cross-entropy", folder)
+    assert not list(folder.glob(".*"))
+    assert json.loads((folder / "call-0.json").read_text())["steps"] == "30"
