@@ -1,7 +1,7 @@
 """What the convolutional examples share: pre-train, prune, fine-tune, in parts that can be resumed.
 
-One process, or several started by torchrun: then training is torch's DistributedDataParallel, and
-rank 0 selects for all and writes.
+One process, or several started by torchrun: then training is torch's DistributedDataParallel, all
+share the work of a selection, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +107,7 @@ def start(device: str) -> torch.device:
         torch.cuda.set_device(found)
         torch.backends.cudnn.benchmark = True
     if "LOCAL_RANK" in os.environ:
-        # The others wait for what rank 0 selects.
+        # The others wait for what rank 0 measures.
         dist.init_process_group(
             "nccl" if found.type == "cuda" else "gloo", timeout=timedelta(hours=12)
         )
@@ -205,16 +204,16 @@ def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
     if cell.prune == "none":
         return model
     if cell.prune == "imitation":
-        selection = by_rank_0(
-            lambda: greedyprune.select(model, task.data, objective="imitation", size=cell.keep)
+        selection = greedyprune.select(
+            model, task.data, objective="imitation", size=cell.keep, parallel="units"
         )
         return greedyprune.prune(model, selection)
     for name, layer in greedyprune.layers(model, image_for(model, task)).items():
-        select = partial(
-            greedyprune.select, model, task.data, layers=name, objective="loss",
-            tolerance=cell.keep, batch_size=128, candidates=min(50, layer.units), seed=cell.seed,
+        selection = greedyprune.select(
+            model, task.data, layers=name, objective="loss", tolerance=cell.keep, batch_size=128,
+            candidates=min(50, layer.units), seed=cell.seed, parallel="units",
         )  # fmt: skip
-        model = greedyprune.prune(model, by_rank_0(select))
+        model = greedyprune.prune(model, selection)
         train(model, task.training, task.layer_tune, 0.01, f"tuning after {name}")
     return model
 

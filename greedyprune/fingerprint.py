@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +56,41 @@ def difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, s
     return None
 
 
-def same_on_all(ranks: Ranks, model: nn.Module, call: Mapping[str, str]) -> None:
-    """ValueError, on all ranks, where they have other models or arguments."""
+@contextmanager
+def same_on_all(ranks: Ranks, model: nn.Module, call: Mapping[str, str]) -> Iterator[None]:
+    """ValueError, on all ranks, where they have other parameters or arguments.
+
+    Inside, all have the first rank's buffers: DistributedDataParallel lets statistics of batches
+    differ until the next forward pass.
+    """
     if ranks.size == 1:
+        yield
         return
     tensors = of_model(model)
-    whole = hashlib.blake2b(repr(tensors).encode(), digest_size=8).hexdigest()
+    buffers = {name: tensors.pop(f"model: {name!r}") for name, _ in model.named_buffers()}
     _check_same(ranks.gather("arguments", {**call}))
-    if len(set(ranks.gather("model", whole))) > 1:
+    if len(set(ranks.gather("model", _of(tensors)))) > 1:
         _check_same(ranks.gather("tensors", tensors))
+    before = {}
+    if len(set(ranks.gather("buffers", _of(buffers)))) > 1:
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        first = {name: buffer.cpu() for name, buffer in before.items()}
+        _copy(ranks.from_rank(0, "the first rank's buffers", first), model)
+    try:
+        yield
+    finally:
+        _copy(before, model)
+
+
+def _of(found: Mapping[str, str]) -> str:
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+
+
+def _copy(buffers: Mapping[str, Tensor], model: nn.Module) -> None:
+    own = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            own[name].copy_(buffer)
 
 
 def _check_same(found: Sequence[Mapping[str, str]]) -> None:

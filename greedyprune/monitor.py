@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STEPS = 200  # greedy steps where no option says when to stop: the papers'
+ALONE = ("process_group", "parallel", "checkpoint")  # arguments of `select` that are not taken
 SIZES = ("size", "tolerance", "budget")  # the options of select that do
 T = TypeVar("T")
 
@@ -86,7 +87,8 @@ class PretrainingMonitor:
         max_overhead: the share of the training time that checks may take. One that would go beyond
             (if it takes as long as the last) is left out; the first never is. None: no limit
         writer: a SummaryWriter for the curves
-        options: further arguments of `select`, but its `metric`: `layers`, `size`, `loss`, ...
+        options: further arguments of `select`, but its `metric` and what is for several processes
+            and runs: `layers`, `size`, `loss`, ...
 
     Attributes:
         selection: the newest Selection; None before the first check and after load_state_dict
@@ -134,6 +136,12 @@ class PretrainingMonitor:
             )
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer: found {type(writer).__name__}, expected a SummaryWriter")
+        for name in ALONE:
+            if name in options:
+                raise ValueError(
+                    f"{name}: found {options[name]!r}, expected none: the first process checks, by "
+                    "itself, and anew each time"
+                )
         if steps is None and not any(options.get(name) is not None for name in SIZES):
             steps = STEPS
         self._model, self._options = _unwrapped(model), {"steps": steps, **options}
@@ -270,7 +278,7 @@ class PretrainingMonitor:
         with undisturbed(self._generators()):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "loss: not used")  # it is, for what is measured
-                selection = select(self._model, self._data, **self._options)
+                selection = select(self._model, self._data, parallel="none", **self._options)
             dense, pruned = (
                 measure(model, Batches(source, model), self._criterion, self._metric)
                 for model in (self._model, prune(self._model, selection))

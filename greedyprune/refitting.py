@@ -107,10 +107,11 @@ def refit(
                 "or DataLoader"
             )
         bar = bars(progress if ranks.rank == 0 else False)
-        same_on_all(ranks, model, {"kept": repr({n: e.kept for n, e in selection.layers.items()})})
         shared = memory_limit is None and not batches.on_gpu
         limit = ranks.memory(memory_limit or _backend.room(batches.device), shared)
-        return _refitted(model, selection, batches.dealt(), epochs, limit, bar)
+        kept = {f"kept of {n!r}": repr(e.kept.tolist()) for n, e in selection.layers.items()}
+        with same_on_all(ranks, model, kept):
+            return _refitted(model, selection, batches.dealt(), epochs, limit, bar)
 
 
 def _refitted(

@@ -189,21 +189,29 @@ def select(
             if loss == "auto":
                 criterion = criterion_of(loss, first.targets)
             call = of_call(chosen, criterion, backend)
-            same_on_all(ranks, inner, call)
-            limit = chosen.memory_limit
-            if memory_limit is None and backend == "cuda":
-                limit = _backend.room(_backend.cuda_device(batches.device))
-            limit = ranks.memory(limit, memory_limit is None and backend != "cuda")
-            kept = Checkpoint()
-            if checkpoint is not None:
-                about = call | {"parallel": parallel, "data": mark_of(first)} | of_model(inner)
-                kept = Checkpoint(checkpoint, about, ranks)
-                limit = kept.number("memory", lambda: limit) if memory_limit is None else limit
-            task = Task(batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
-                        bars(progress if ranks.rank == 0 else False), kept)  # fmt: skip
-            selection = _select(inner, task, named=loss != "auto")
-            kept.tidy()
+            with same_on_all(ranks, inner, call):
+                limit = ranks.memory(*_memory(memory_limit, chosen, batches, backend))
+                kept = Checkpoint()
+                if checkpoint is not None:
+                    about = call | {"parallel": parallel, "data": mark_of(first)} | of_model(inner)
+                    kept = Checkpoint(checkpoint, about, ranks)
+                    limit = limit if memory_limit else kept.number("memory", lambda: limit)
+                task = Task(
+                    batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
+                    bars(progress if ranks.rank == 0 else False), kept,
+                )  # fmt: skip
+                selection = _select(inner, task, named=loss != "auto")
+                kept.tidy()
     return selection
+
+
+def _memory(
+    given: int | None, chosen: Settings, batches: Batches, backend: str
+) -> tuple[int, bool]:
+    """The memory limit, and whether all ranks on a machine have it together."""
+    if given is None and backend == "cuda":
+        return _backend.room(_backend.cuda_device(batches.device)), False
+    return chosen.memory_limit, given is None
 
 
 def _select(model: nn.Module, task: Task, named: bool) -> Selection:

@@ -376,6 +376,26 @@ def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int
         )  # fmt: skip
 
 
+def test_buffers_are_the_first_ranks(team: Team) -> None:
+    """Statistics of batches differ from rank to rank after DistributedDataParallel's last step."""
+    expected = alone("in sequence")
+    for found in team.results(2, other_buffers):
+        check_same(found, expected)
+
+
+def other_buffers(rank: int) -> Selection:
+    model = cnn()
+    buffer = model.get_buffer("2.running_mean")
+    buffer += rank
+    before = buffer.clone()
+    data, group = part(rank, 2, "classes"), group_of(2)
+    selection = greedyprune.select(model, data, process_group=group, size=0.5)
+    assert torch.equal(before, buffer)
+    greedyprune.refit(model, selection, data, process_group=group)
+    assert torch.equal(before, buffer)
+    return selection
+
+
 def sharded(rank: int) -> Selection:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

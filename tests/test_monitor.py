@@ -425,3 +425,10 @@ def test_docstring_example() -> None:
     failed, tried = doctest.testmod(sys.modules["greedyprune.monitor"], extraglobs=names)
     assert tried > 3
     assert not failed
+
+
+def test_arguments_for_several_processes_are_refused() -> None:
+    model, data = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(9, 4)
+    for options in ({"parallel": "data"}, {"process_group": None}, {"checkpoint": "a"}):
+        with pytest.raises(ValueError, match=r"expected none: the first process checks, by itself"):
+            PretrainingMonitor(model, (data, data[:, :1]), **options)  # type: ignore[arg-type]
