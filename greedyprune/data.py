@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -172,10 +175,27 @@ class Batches:
         yield from self._rest
 
     def _read(self) -> Iterator[Batch]:
+        there = self._device.type == "cuda"
+        parsed = self._ahead() if there else map(self._parse, self._source)
+        return (batch for batch in parsed if samples_of(batch) != 0)
+
+    def _ahead(self) -> Iterator[Batch]:
+        """Batches that are copied to the GPU while it computes on those before them."""
+        copies, ready = torch.cuda.Stream(self._device), deque[tuple[Batch, torch.cuda.Event]]()
+
+        def next_one() -> Batch:
+            batch, copied = ready.popleft()
+            now = torch.cuda.current_stream(self._device)
+            now.wait_event(copied)
+            return batch.map(partial(_used_on, now))
+
         for batch in self._source:
-            parsed = self._parse(batch)
-            if samples_of(parsed) != 0:
-                yield parsed
+            with torch.cuda.stream(copies):
+                ready.append((self._parse(batch), copies.record_event()))
+            if len(ready) > 1:
+                yield next_one()
+        if ready:
+            yield next_one()
 
     def _parse(self, batch: object) -> Batch:
         kwargs: dict[str, Any] = {}
@@ -203,20 +223,35 @@ class Batches:
                 raise TypeError(
                     f"data: found targets of type {type(targets).__name__}, expected a tensor"
                 )
-            targets = torch.as_tensor(targets).to(self._device)
+            targets = self._move(_tensor(targets), cast=False)
         return Batch(args, kwargs, targets)
 
-    def _move(self, value: object) -> object:
+    def _move(self, value: Any, cast: bool = True) -> Any:
         if not isinstance(value, Tensor):
             if hasattr(value, "__array__"):
-                value = torch.as_tensor(value)
+                value = _tensor(value)
             else:
                 return value
         self.on_gpu = self.on_gpu or value.is_cuda
-        dtype = self._dtype if value.is_floating_point() else None
+        dtype = self._dtype if cast and value.is_floating_point() else None
         # Not from a GPU: nothing would wait for the copy.
         there = self._device.type == "cuda"
+        if there and not value.is_cuda and not value.is_pinned():
+            value = value.pin_memory()  # else the copy would be waited for
         return value.to(self._device, dtype, non_blocking=there)
+
+
+def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:
+    """A tensor's memory is not given away before what this stream does with it is done."""
+    if isinstance(value, Tensor) and value.is_cuda:
+        value.record_stream(stream)
+    return value
+
+
+def _tensor(value: Any) -> Tensor:
+    with warnings.catch_warnings():  # nothing here writes to it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(value)
 
 
 def _on_cpu(value: Any) -> Any:
@@ -227,13 +262,15 @@ def batches_in(data: object) -> Iterable[Any]:
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         data = tuple(data.tensors)
     if isinstance(data, Tensor) or hasattr(data, "__array__"):
-        data = (torch.as_tensor(data),)
+        data = (_tensor(data),)
     if isinstance(data, tuple) and data and all(_is_array(part) for part in _flat(data)):
         if len(data) > 2:
             raise TypeError(f"data: found {len(data)} tensors, expected (inputs, targets)")
         return _Slices(data)
     if isinstance(data, Mapping):
         return [data]
+    if hasattr(data, "with_format") and hasattr(data, "iter"):
+        return _Rows(data)
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=BATCH)
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
@@ -279,8 +316,8 @@ class _Slices:
     """(inputs, targets) of the same length, cut into batches of about the same size."""
 
     def __init__(self, data: tuple[Any, ...]) -> None:
-        self._inputs = [torch.as_tensor(part) for part in _flat(data[:1])]
-        self._targets = [torch.as_tensor(part) for part in _flat(data[1:])]
+        self._inputs = [_tensor(part) for part in _flat(data[:1])]
+        self._targets = [_tensor(part) for part in _flat(data[1:])]
         for tensor in (*self._inputs, *self._targets):
             if not tensor.dim():
                 raise ValueError("data: found a tensor of shape (), expected one entry a sample")
@@ -301,6 +338,19 @@ class _Slices:
             inputs = tuple(t[i : i + size] for t in self._inputs)
             targets = (t[i : i + size] for t in self._targets)
             yield (inputs if len(inputs) > 1 else inputs[0], *targets)
+
+
+class _Rows:
+    """A dataset of Hugging Face's `datasets`, from its files: batches are dicts of tensors."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data.with_format("torch")
+
+    def __len__(self) -> int:
+        return -(-len(self._data) // BATCH)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self._data.iter(batch_size=BATCH))
 
 
 def _flat(parts: tuple[Any, ...]) -> list[Any]:

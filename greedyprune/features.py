@@ -365,7 +365,10 @@ def _split(store: Tensor, targets: Targets) -> list[Block]:
 
 
 def _chain(first: list[Block], rest: Iterator[Block]) -> Iterator[Block]:
-    yield from first
+    """Lets go of each of the first, whose memory is needed no longer then."""
+    first.reverse()
+    while first:
+        yield first.pop()
     yield from rest
 
 

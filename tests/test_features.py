@@ -1,7 +1,12 @@
 """Data and features: every way in, in memory and streamed, and the sums over them."""
 
+import contextlib
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +103,22 @@ class Stream(IterableDataset):
         return iter([(X[i], Y[i]) for i in range(2500)])
 
 
+def mapped(tensor: Tensor) -> np.ndarray:
+    """A file that is read where it is looked at."""
+    path = Path(tempfile.mkdtemp()) / "numbers.npy"
+    np.save(path, tensor.numpy())
+    return np.load(path, mmap_mode="r")
+
+
+def rows() -> datasets.Dataset:
+    """From a Parquet file."""
+    folder = Path(tempfile.mkdtemp())
+    table = datasets.Dataset.from_dict({"input": X.tolist(), "label": Y.tolist()})
+    table.to_parquet(folder / "rows.parquet")
+    cache = str(folder / "cache")
+    return datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=cache)
+
+
 SOURCES = {
     "tensors": lambda: (X, Y),
     "numpy": lambda: (X.numpy(), Y.numpy()),
@@ -109,6 +130,10 @@ SOURCES = {
     "list": lambda: [(X[:999], Y[:999]), (X[999:], Y[999:])],
     "generator": lambda: ((X[i : i + 100], Y[i : i + 100]) for i in range(0, 2500, 100)),
     "dicts": lambda: [{"input": X, "labels": Y}],
+    "memory-mapped": lambda: tuple(map(mapped, (X, Y))),
+    "Hugging Face, on disk": lambda: rows(),
+    "Hugging Face, a stream": lambda: rows().to_iterable_dataset(),
+    "Hugging Face, a DataLoader": lambda: DataLoader(rows().with_format("torch"), batch_size=100),
     "empty batches between": lambda: [(X[:0], Y[:0]), (X, Y), (X[:0], Y[:0])],
 }
 
@@ -204,3 +229,51 @@ def test_numpy_integers_count() -> None:
 
     selection = greedyprune.select(MODEL, (X, Y), size=np.int64(4), memory_limit=1e9)
     assert len(selection.at(np.int64(2)).order) == 2
+
+
+class FakeStream:
+    """Of a GPU: what it was given to do, in order."""
+
+    def __init__(self, *_: object) -> None:
+        self.log: list[str] = []
+
+    def record_event(self) -> str:
+        self.log.append("copied")
+        return f"copy {len(self.log)}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"wait for {event}")
+
+
+def test_batches_are_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is on its way when a batch is handed out, and that one's own copy is waited for."""
+    copies, now, taken = FakeStream(), FakeStream(), list[int]()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now)
+
+    def source() -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(4):
+            taken.append(i)
+            yield X[i : i + 2], Y[i : i + 2]
+
+    found = []
+    for i, batch in enumerate(Batches(source(), MODEL)._ahead()):
+        found.append(batch.args[0])
+        assert len(taken) == min(4, i + 2) == len(copies.log)
+        assert now.log[-1] == f"wait for copy {i + 1}"
+    assert all(torch.equal(each, X[i : i + 2]) for i, each in enumerate(found))
+    assert len(found) == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_copies_to_a_gpu(pinned: bool) -> None:
+    """Many batches, computed on while others are copied: all arrive whole."""
+    model = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 3)).cuda()
+    torch.manual_seed(0)
+    data = [(torch.randn(4096, 512), torch.randint(3, (4096,))) for _ in range(20)]
+    loader = DataLoader(data, batch_size=None, pin_memory=pinned)
+    seen = [float(batch.args[0].double().sum()) for batch in Batches(loader, model)]
+    assert seen == pytest.approx([float(x.double().sum()) for x, _ in data])

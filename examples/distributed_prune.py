@@ -1,0 +1,155 @@
+"""Several processes train a network together, and select from it together.
+
+    torchrun --nproc-per-node=4 examples/distributed_prune.py
+    torchrun --nproc-per-node=8 examples/distributed_prune.py --data DIR --units 10000 --steps 200
+
+Each process has its own part of scikit-learn's digits, or of MNIST (DIR as for mnist_mlp.py), and
+training is torch's DistributedDataParallel. Every one ends with the same Selection, which is what
+one process finds on all the data: --check selects once more on the first, by itself, and compares.
+With --checkpoint FOLDER a job that is killed goes on where it was. GPUs are used where there are
+some (NCCL), else processors (gloo); without torchrun it is one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import rich
+import torch
+import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import greedyprune
+from greedyprune import Selection
+
+Data = tuple[Tensor, Tensor]
+Row = tuple[str, nn.Module, float, float, float]  # both accuracies, seconds
+
+
+def start() -> tuple[int, int, torch.device]:
+    """This process's rank, how many there are, and its device."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def read(folder: Path | None) -> tuple[Data, Data]:
+    """Images (m, pixels) in [0, 1] and digits (m,): to train and select on, and held out."""
+    if folder is not None:
+        from mnist_mlp import read_mnist
+
+        return read_mnist(folder, "train"), read_mnist(folder, "t10k")
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy(found.data).float() / 16
+    digits = torch.from_numpy(found.target).long()
+    return (images[:1400], digits[:1400]), (images[1400:], digits[1400:])
+
+
+def train(model: nn.Module, data: Data, iterations: int, rank: int) -> float:
+    """SGD on 128 samples of each process's part; the seconds it took."""
+    begun = time.perf_counter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(rank)
+    for _ in range(iterations):
+        at = torch.randint(len(data[0]), (128,))
+        optimizer.zero_grad()
+        functional.cross_entropy(model(data[0][at]), data[1][at]).backward()
+        optimizer.step()
+    return time.perf_counter() - begun
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data) -> float:
+    """On the parts of all processes together."""
+    model.eval()
+    right = (model(data[0]).argmax(1) == data[1]).sum().double()
+    counts = torch.stack([right, torch.tensor(len(data[1])).to(right)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return float(counts[0] / counts[1])
+
+
+def show(rows: list[Row], processes: int) -> None:
+    title = f"{processes} process{'es' if processes > 1 else ''}"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("network", "units", "params", "accuracy", "held out", "s"):
+        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
+    for name, model, seen, unseen, seconds in rows:
+        units = next(m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+        params = sum(p.numel() for p in model.parameters())
+        table.add_row(
+            name, f"{units}", f"{params:,}", f"{seen:.2%}", f"{unseen:.2%}", f"{seconds:.2f}"
+        )
+    rich.print(table)
+
+
+def compare(model: nn.Module, data: Data, steps: int, found: Selection) -> None:
+    """What one process finds on all the data, beside what all found."""
+    begun = time.perf_counter()
+    alone = greedyprune.select(model, data, steps=steps, parallel="none")
+    same = "the same picks" if torch.equal(alone.order, found.order) else "OTHER PICKS"
+    apart = float((alone.losses / found.losses - 1).abs().max())
+    print(f"one process by itself: {same}, losses within {apart:.1g}, "
+          f"{time.perf_counter() - begun:.2f} s")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder of MNIST's IDX files; else the digits")
+    parser.add_argument("--units", type=int, default=1024, help="hidden units before pruning")
+    parser.add_argument("--steps", type=int, default=60, help="greedy steps")
+    parser.add_argument("--iterations", type=int, default=400, help="of training")
+    parser.add_argument("--checkpoint", type=Path, help="folder to go on from after a kill")
+    parser.add_argument("--check", action="store_true", help="select by one process, too")
+    args = parser.parse_args()
+
+    rank, processes, device = start()
+    whole, held_out = ((x.to(device), y.to(device)) for x, y in read(args.data))
+    own, unseen = ((x[rank::processes], y[rank::processes]) for x, y in (whole, held_out))
+    torch.manual_seed(0)  # the same network everywhere
+    model = nn.Sequential(
+        nn.Linear(whole[0].shape[1], args.units), nn.ReLU(), nn.Linear(args.units, 10)
+    ).to(device)
+    trained = model if processes == 1 else DistributedDataParallel(model)
+    seconds = train(trained, own, args.iterations, rank)
+    rows: list[Row] = [("dense", model, accuracy(model, own), accuracy(model, unseen), seconds)]
+
+    begun = time.perf_counter()
+    selection = greedyprune.select(
+        trained, own, steps=args.steps, loss="cross_entropy", checkpoint=args.checkpoint
+    )
+    seconds = time.perf_counter() - begun
+    small = greedyprune.prune(trained, selection)
+    rows.append(("greedy", small, accuracy(small, own), accuracy(small, unseen), seconds))
+    tuned = small if processes == 1 else DistributedDataParallel(small)
+    seconds = train(tuned, own, args.iterations // 4, rank)
+    rows.append(("greedy + tuning", small, accuracy(small, own), accuracy(small, unseen), seconds))
+    if rank == 0:
+        show(rows, processes)
+        if args.check:
+            order = [torch.cat([t[r::processes] for r in range(processes)]) for t in whole]
+            compare(model, (order[0], order[1]), args.steps, selection)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
