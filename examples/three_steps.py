@@ -287,4 +287,5 @@ def run(tasks: Iterable[tuple[Cell, Task]], file: Path) -> None:
         picture(results, file.with_suffix(".png"))
         print(f"results: {file}, picture: {file.with_suffix('.png')}")
     if dist.is_initialized():
+        dist.barrier()  # else torch may abort the last to leave
         dist.destroy_process_group()

@@ -313,6 +313,7 @@ def _one_process(rank: int, folder: str) -> None:
     assert calls == [0, 0] * (1 - rank)
     state = {**monitor.state_dict(), "training_seconds": 0.0}
     torch.save((state, monitor.selection.order), f"{folder}/{rank}.pt")
+    distributed.barrier()  # else torch may abort the one that is left
     distributed.destroy_process_group()
 
 

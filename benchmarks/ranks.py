@@ -1,0 +1,250 @@
+"""What `select` costs on several processes: a model of it, beside what can be measured here.
+
+    python benchmarks/ranks.py            # measures 1, 2 and 4 processes of a thread each
+    python benchmarks/ranks.py --predict  # the model for 1 to 1024 GPUs, nothing is run
+
+docs/scaling.md says what the letters are and has both tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import distributed, multiprocessing, nn
+
+import greedyprune
+from greedyprune import ops
+from greedyprune.distributed import ROWS, Ranks
+from greedyprune.losses import Criterion
+
+WORDS = 2  # collectives for one sum: whether all are well, and the sum
+BATCH = 512  # samples a forward pass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank does a second.
+
+    single, double: operations of matrix products in float32 and float64
+    pairs: losses of one candidate, sample and output, cross-entropy
+    bytes: that a ring of ranks sums up, each, and can't do faster however many there are
+    latency: seconds of a small collective between two ranks; it grows with log2 of the ranks
+    """
+
+    single: float
+    double: float
+    pairs: float
+    bytes: float
+    latency: float
+
+    def sum(self, size: float, ranks: int) -> float:
+        """Seconds to add up so many bytes."""
+        if ranks == 1:
+            return 0.0
+        steps = max(1.0, math.log2(ranks))
+        return WORDS * self.latency * steps + 2 * (ranks - 1) / ranks * size / self.bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """One hidden layer: N units on D inputs, C outputs, m samples, k steps."""
+
+    loss: str
+    samples: int
+    units: int
+    outputs: int
+    inputs: int
+    steps: int
+
+    def seconds(self, machine: Machine, ranks: int) -> dict[str, float]:
+        m, n = self.samples / ranks, self.units
+        found = {"forward": 2 * m * n * (self.inputs + self.outputs) / machine.single}
+        if self.loss == "mse":
+            found["products"] = m * n * n / machine.double
+            panels = (n / ROWS) * machine.latency if ranks > 1 else 0.0
+            found["sums"] = machine.sum(4.0 * n * n, ranks) + panels
+            return found
+        found["candidates"] = self.steps * m * n * self.outputs / machine.pairs
+        found["slopes"] = self.steps * 2 * m * n * self.outputs / machine.double
+        found["sums"] = self.steps * (
+            machine.sum(16.0 * n, ranks) + machine.sum(8.0 * n, ranks) + machine.sum(16.0, ranks)
+        )
+        return found
+
+    def memory(self, ranks: int) -> float:
+        """Bytes a rank: the Gram matrix and one batch, or the features of its samples."""
+        if self.loss == "mse":
+            return 8.0 * self.units**2 + 4.0 * self.units * BATCH
+        return 4.0 * self.units * self.samples / ranks
+
+
+# From the hardware's numbers, not measured: float32 on plain cores, float64 on tensor cores, both
+# at some 80 %; candidates in float64 at a tenth of what NOTES.md expects in float32; a 400 Gb/s link.
+H100 = Machine(single=50e12, double=50e12, pairs=2.5e11, bytes=40e9, latency=20e-6)
+WORKS = [
+    Work("mse", 60_000, 10_000, 1, 784, 200),
+    Work("mse", 1_000_000_000, 10_000, 10, 1024, 200),
+    Work("cross_entropy", 60_000, 10_000, 10, 784, 200),
+    Work("cross_entropy", 10_000_000, 10_000, 100, 1024, 200),
+]
+HERE = [
+    Work("mse", 40_000, 2048, 10, 784, 100),
+    Work("cross_entropy", 20_000, 2048, 10, 784, 50),
+]
+
+
+def best(work: Callable[[], object], tries: int = 5) -> float:
+    times = []
+    for _ in range(tries):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def machine_here(ranks: Ranks) -> Machine:
+    """The rates, while the other ranks compute, too."""
+    single, double = (torch.rand(2048, 2048, dtype=t) for t in (torch.float32, torch.float64))
+    features, outgoing = torch.rand(1024, 1024), torch.rand(1024, 10, dtype=torch.float64)
+    outputs = torch.rand(10, 1024, dtype=torch.float64)
+    target = Criterion("cross_entropy").target(torch.arange(1024) % 10, (1024, 10))
+    large, small = torch.rand(2**22, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+    def candidates() -> None:
+        errors = torch.zeros(1024, dtype=torch.float64)
+        ops.candidate_loss(features, outgoing, outputs, target, dtype=torch.float32, errors=errors)
+
+    latency = best(lambda: ranks.sum("small", small), 50) / WORDS
+    moved = best(lambda: ranks.sum("large", large))
+    return Machine(
+        2 * 2048**3 / best(lambda: single @ single), 2 * 2048**3 / best(lambda: double @ double),
+        1024 * 1024 * 10 / best(candidates),
+        2 * (ranks.size - 1) / ranks.size * large.nbytes / moved if ranks.size > 1 else math.inf,
+        latency,
+    )  # fmt: skip
+
+
+def seconds_of(work: Work, ranks: Ranks) -> float:
+    """`select`, without what it takes on next to no samples: tracing the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(work.inputs, work.units), nn.ReLU(), nn.Linear(work.units, work.outputs)
+    )
+
+    def run(samples: int) -> float:
+        rng = torch.Generator().manual_seed(ranks.rank)
+        own = samples // ranks.size
+        inputs = torch.rand(own, work.inputs, generator=rng)
+        targets: Any = inputs[:, : work.outputs].argmax(1)
+        if work.loss == "mse":
+            targets = inputs[:, : work.outputs].contiguous()
+        begun = time.perf_counter()
+        greedyprune.select(
+            model, (inputs, targets), steps=work.steps, loss=work.loss, progress=False
+        )
+        return time.perf_counter() - begun
+
+    few = 8 * ranks.size
+    run(few)
+    return run(work.samples) - run(few)
+
+
+def rank_of_many(rank: int, size: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
+            timeout=datetime.timedelta(minutes=30),
+        )  # fmt: skip
+    ranks = Ranks(distributed.group.WORLD if size > 1 else None)
+    machine = machine_here(ranks)
+    found = [seconds_of(work, ranks) for work in HERE]
+    if rank == 0:
+        results.put((machine, found))
+
+
+def measured(size: int) -> tuple[Machine, list[float]]:
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [
+            context.Process(target=rank_of_many, args=(rank, size, store, results))
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"a process ended with {process.exitcode}")
+    found: tuple[Machine, list[float]] = results.get()
+    return found
+
+
+def measure() -> None:
+    rates = Table(title="a rank's rates", box=SIMPLE_HEAD)
+    for column in ("ranks", "float32", "float64", "pairs", "sum", "latency"):
+        rates.add_column(column, justify="right")
+    times = Table(title="select, s", box=SIMPLE_HEAD)
+    for column in ("work", "ranks", "measured", "predicted", "ratio", "of which sums", "speed-up"):
+        times.add_column(column, justify="left" if column == "work" else "right")
+    ones: list[float] = []
+    for size in (1, 2, 4):
+        machine, found = measured(size)
+        ones = ones or found
+        rates.add_row(
+            f"{size}", f"{machine.single / 1e9:.0f} GFLOP/s", f"{machine.double / 1e9:.0f} GFLOP/s",
+            f"{machine.pairs / 1e9:.2f} G/s", f"{machine.bytes / 1e9:.2f} GB/s",
+            f"{machine.latency * 1e6:.0f} us",
+        )  # fmt: skip
+        for work, seconds, one in zip(HERE, found, ones, strict=True):
+            parts = work.seconds(machine, size)
+            predicted = sum(parts.values())
+            times.add_row(
+                work.loss, f"{size}", f"{seconds:.2f}", f"{predicted:.2f}",
+                f"{seconds / predicted:.2f}", f"{parts['sums']:.2f}", f"{one / seconds:.2f}",
+            )  # fmt: skip
+    rich.print(rates, times, f"{os.cpu_count()} processors")
+
+
+def predict() -> None:
+    for work in WORKS:
+        table = Table(
+            title=f"{work.loss}: N = {work.units:,}, m = {work.samples:,}, C = {work.outputs}, "
+            f"k = {work.steps}, H100, a model", box=SIMPLE_HEAD,
+        )  # fmt: skip
+        parts = list(work.seconds(H100, 1))
+        for column in ("GPUs", *parts, "together", "GB a GPU"):
+            table.add_column(column, justify="right")
+        for ranks in (1, 8, 64, 1024):
+            found = work.seconds(H100, ranks)
+            table.add_row(
+                f"{ranks}", *(f"{found[part]:.3g} s" for part in parts),
+                f"{sum(found.values()):.3g} s", f"{work.memory(ranks) / 1e9:.3g}",
+            )  # fmt: skip
+        rich.print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--predict", action="store_true", help="the model for GPUs")
+    if parser.parse_args().predict:
+        predict()
+    else:
+        measure()
