@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +169,7 @@ def draw(panels: list[Panel], title: str, path: Path) -> None:
         figure.colorbar(mesh, ax=top, label="training accuracy, pruned", extend="min")
         _curves(middle, panel)
         _growth(bottom, panel)
-    figure.suptitle(title)
+    figure.suptitle("\n".join(wrap(title, 48 * len(panels))))
     figure.savefig(path, dpi=100)
 
 
