@@ -92,7 +92,8 @@ class Work:
 
 
 # From the hardware's numbers, not measured: float32 on plain cores, float64 on tensor cores, both
-# at some 80 %; candidates in float64 at a tenth of what NOTES.md expects in float32; a 400 Gb/s link.
+# at some 80 %; candidates in float64 at a tenth of what NOTES.md expects in float32; a link of
+# 400 Gb/s.
 H100 = Machine(single=50e12, double=50e12, pairs=2.5e11, bytes=40e9, latency=20e-6)
 WORKS = [
     Work("mse", 60_000, 10_000, 1, 784, 200),
