@@ -193,7 +193,8 @@ def select(
                 limit = ranks.memory(*_memory(memory_limit, chosen, batches, backend))
                 kept = Checkpoint()
                 if checkpoint is not None:
-                    about = call | {"parallel": parallel, "data": mark_of(first)} | of_model(inner)
+                    about = call | {"parallel": parallel, "data": mark_of(first)}
+                    about |= {"memory_limit": repr(memory_limit)} | of_model(inner)
                     kept = Checkpoint(checkpoint, about, ranks)
                     limit = limit if memory_limit else kept.number("memory", lambda: limit)
                 task = Task(

@@ -133,6 +133,7 @@ def test_another_call_is_refused(tmp_path: Path) -> None:
     refused: list[tuple[str, Callable[[], object]]] = [
         ("with steps 30, found 29;", lambda: select(name, folder, steps=29)),
         ("with seed 0, found 1;", lambda: select(name, folder, seed=1)),
+        ("with memory_limit None, found 90000;", lambda: select(name, folder, memory_limit=90000)),
         ("with data ", lambda: select(name, folder, batches_of((inputs + 1, classes), 60))),
         ("with data ", lambda: select(name, folder, batches_of((inputs, classes), 59))),
         ("with loss 'cross_entropy', found 'mse';",
