@@ -17,9 +17,14 @@ const Kernels* active = kernels_for(active_name);
 // Python callbacks behind the plain Caller. An exception ends the kernel and is raised after it.
 class PythonCaller {
  public:
-  PythonCaller(int threads, py::object step, py::object fetch)
-      : step_(std::move(step)), fetch_(std::move(fetch)) {
-    caller = {this, poll, this->step, fetch_.is_none() ? nullptr : this->fetch, threads};
+  PythonCaller(int threads, py::object step, py::object fetch, py::object sum)
+      : step_(std::move(step)), fetch_(std::move(fetch)), sum_(std::move(sum)) {
+    caller = {this,
+              poll,
+              this->step,
+              fetch_.is_none() ? nullptr : this->fetch,
+              sum_.is_none() ? nullptr : this->sum,
+              threads};
   }
 
   void rethrow() const {
@@ -64,7 +69,15 @@ class PythonCaller {
     });
   }
 
-  py::object step_, fetch_;
+  static int sum(void* self, int64_t count) {
+    auto* caller = static_cast<PythonCaller*>(self);
+    return caller->guarded([&] {
+      caller->sum_(count);
+      return false;
+    });
+  }
+
+  py::object step_, fetch_, sum_;
   std::exception_ptr error_;
   std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
 };
@@ -77,14 +90,19 @@ void check(Status status, const PythonCaller& caller) {
 
 // Runs a kernel without the interpreter lock and raises what went wrong.
 template <class Kernel>
-void run(int threads, py::object step, py::object fetch, const Kernel& kernel) {
-  PythonCaller caller(threads, std::move(step), std::move(fetch));
+void run(int threads, py::object step, py::object fetch, py::object sum, const Kernel& kernel) {
+  PythonCaller caller(threads, std::move(step), std::move(fetch), std::move(sum));
   Status status;
   {
     py::gil_scoped_release release;
     status = kernel(caller.caller);
   }
   check(status, caller);
+}
+
+template <class Kernel>
+void run(int threads, const Kernel& kernel) {
+  run(threads, py::none(), py::none(), py::none(), kernel);
 }
 
 template <class Real>
@@ -143,6 +161,8 @@ void bind_structs(py::module_& m) {
   pointer(workspace, "errors", &Workspace::errors);
   pointer(workspace, "contenders", &Workspace::contenders);
   pointer(workspace, "picked", &Workspace::picked);
+  pointer(workspace, "exchange", &Workspace::exchange);
+  workspace.def_readwrite("ranks", &Workspace::ranks);
 
   py::class_<Quadratic> quadratic(m, "Quadratic", py::module_local());
   quadratic.def(py::init<>())
@@ -247,7 +267,7 @@ void bind_candidate_kernels(py::module_& m, const std::string& suffix, Entry los
         [loss_entry](Address losses, Address errors, Address units, int64_t n,
                      const Features& features, Address outgoing, double shrink, Address base,
                      const Target<Real>& target, int threads) {
-          run(threads, py::none(), py::none(), [&](const Caller& caller) {
+          run(threads, [&](const Caller& caller) {
             return (active->*loss_entry)(
                 at<double>(losses), at<double>(errors), at<const int64_t>(units), n, features,
                 at<const Real>(outgoing), shrink, at<const Real>(base), target, caller);
@@ -257,7 +277,7 @@ void bind_candidate_kernels(py::module_& m, const std::string& suffix, Entry los
         [slope_entry](Address slopes, Address errors, Address units, int64_t n,
                       const Features& features, Address outgoing, Address gradient, int64_t outputs,
                       int threads) {
-          run(threads, py::none(), py::none(), [&](const Caller& caller) {
+          run(threads, [&](const Caller& caller) {
             return (active->*slope_entry)(
                 at<double>(slopes), at<double>(errors), at<const int64_t>(units), n, features,
                 at<const Real>(outgoing), at<const Real>(gradient), outputs, caller);
@@ -268,14 +288,14 @@ void bind_candidate_kernels(py::module_& m, const std::string& suffix, Entry los
 void bind_features(py::module_& m) {
   m.def("collect_features", [](const Features& features, Address squares, Address largest,
                                Address hidden, int64_t n, int64_t at_sample, int threads) {
-    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+    run(threads, [&](const Caller& caller) {
       return active->collect_features(features, at<double>(squares), at<double>(largest),
                                       at<const void>(hidden), n, at_sample, caller);
     });
   });
   m.def("measure_features", [](Address squares, Address largest, const Features& features,
                                int threads) {
-    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+    run(threads, [&](const Caller& caller) {
       return active->measure_features(at<double>(squares), at<double>(largest), features, caller);
     });
   });
@@ -285,40 +305,42 @@ void bind_greedy(py::module_& m) {
   m.attr("product_tile") = kProductTile;
   m.def("gram_columns", [](Address columns, Address units, int64_t n, const Features& features,
                            Address outgoing, int64_t outputs, int threads) {
-    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+    run(threads, [&](const Caller& caller) {
       return active->gram_columns(at<double>(columns), at<const int64_t>(units), n, features,
                                   at<const double>(outgoing), outputs, caller);
     });
   });
   m.def("greedy_gram", [](Path& path, Address gram, const Quadratic& objective, const Rule& rule,
-                          const Workspace& workspace, int threads, py::object step) {
-    run(threads, std::move(step), py::none(), [&](const Caller& caller) {
+                          const Workspace& workspace, int threads, py::object step,
+                          py::object sum) {
+    run(threads, std::move(step), py::none(), std::move(sum), [&](const Caller& caller) {
       return active->greedy_gram(path, at<const double>(gram), objective, rule, workspace, caller);
     });
   });
-  m.def("greedy_columns",
-        [](Path& path, const ColumnCache& cache, const Quadratic& objective, const Rule& rule,
-           const Workspace& workspace, int threads, py::object step, py::object fetch) {
-          run(threads, std::move(step), std::move(fetch), [&](const Caller& caller) {
-            return active->greedy_columns(path, cache, objective, rule, workspace, caller);
-          });
-        });
-  m.def("greedy_pointwise", [](Path& path, const Pointwise& objective, const Rule& rule,
-                               const Workspace& workspace, int threads, py::object step) {
-    run(threads, std::move(step), py::none(), [&](const Caller& caller) {
-      return active->greedy_pointwise(path, objective, rule, workspace, caller);
+  m.def("greedy_columns", [](Path& path, const ColumnCache& cache, const Quadratic& objective,
+                             const Rule& rule, const Workspace& workspace, int threads,
+                             py::object step, py::object sum, py::object fetch) {
+    run(threads, std::move(step), std::move(fetch), std::move(sum), [&](const Caller& caller) {
+      return active->greedy_columns(path, cache, objective, rule, workspace, caller);
     });
   });
+  m.def("greedy_pointwise",
+        [](Path& path, const Pointwise& objective, const Rule& rule, const Workspace& workspace,
+           int threads, py::object step, py::object sum) {
+          run(threads, std::move(step), py::none(), std::move(sum), [&](const Caller& caller) {
+            return active->greedy_pointwise(path, objective, rule, workspace, caller);
+          });
+        });
   m.attr("most_width") = kMostWidth;
   m.attr("most_swap_width") = kMostSwapWidth;
   m.def("swap_gains", [](Address gains, const Swaps& problem, int threads) {
-    run(threads, py::none(), py::none(), [&](const Caller& caller) {
+    run(threads, [&](const Caller& caller) {
       return active->swap_gains(at<double>(gains), problem, caller);
     });
   });
   m.def("greedy_refit", [](Path& path, const LeastSquares& problem, const Rule& rule,
                            const Workspace& workspace, int threads, py::object step) {
-    run(threads, std::move(step), py::none(), [&](const Caller& caller) {
+    run(threads, std::move(step), py::none(), py::none(), [&](const Caller& caller) {
       return active->greedy_refit(path, problem, rule, workspace, caller);
     });
   });

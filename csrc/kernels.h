@@ -44,7 +44,7 @@ struct Target {
   double scale;
 };
 
-// How a kernel reaches its caller. Both functions run on the calling thread only; a nonzero
+// How a kernel reaches its caller. The functions run on the calling thread only; a nonzero
 // answer ends the kernel with Status::stopped.
 struct Caller {
   void* self;
@@ -52,6 +52,8 @@ struct Caller {
   int (*step)(void* self, int64_t k, int64_t unit, double loss);  // after each greedy step
   // Compute the Gram columns of wanted[0:count] into rows [slot, slot + count) of the cache.
   int (*fetch)(void* self, int64_t slot, int64_t count);
+  // Add up workspace.exchange[0:count] over the processes that have a part of the samples.
+  int (*sum)(void* self, int64_t count);
   int32_t threads;
 };
 
@@ -80,6 +82,8 @@ struct Workspace {      // the loop's scratch
   double* errors;       // (N)
   int64_t* contenders;  // (N)
   int64_t* picked;      // (N)
+  double* exchange;     // (2 N + 2)  with other processes; null where there are none
+  int64_t ranks;        // how many processes, with this one
 };
 
 // Squared error through sums over the samples (README eq. 2). `scale` is 1 / (m C).

@@ -28,7 +28,10 @@ def check(
         raise TypeError(f"{name}: found {tensor.dtype}, expected {dtype}")
 
 
-def check_features(features: Tensor, outgoing: Tensor | None = None, backend: str = "cpu") -> None:
+def check_features(
+    features: Tensor, outgoing: Tensor | None = None, backend: str = "cpu", spread: bool = False
+) -> None:
+    """spread: may this process have no samples, because others have them?"""
     if features.dtype not in FEATURE_TYPES or (features.itemsize < 4 and backend == "cpu"):
         expected = "float32 or float64" + (", bfloat16 or float16" if backend != "cpu" else "")
         raise TypeError(f"features: found {features.dtype}, expected {expected}")
@@ -37,7 +40,7 @@ def check_features(features: Tensor, outgoing: Tensor | None = None, backend: st
             f"features: found shape {tuple(features.shape)} with strides {features.stride()}, "
             "expected (N, m) with contiguous rows"
         )
-    if not features.numel():
+    if not (len(features) if spread else features.numel()):
         raise ValueError(f"features: found shape {tuple(features.shape)}, expected N, m >= 1")
     if outgoing is not None and (outgoing.dim() != 2 or len(outgoing) != len(features)):
         raise ValueError(

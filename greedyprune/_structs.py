@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._backend import extension
+from .distributed import ALONE, Ranks
 from .losses import KINDS, Target
 from .reference import Moments, Path, Rule
 
@@ -25,6 +26,8 @@ class Struct:
         for name, value in fields.items():
             if isinstance(value, Tensor):
                 assert value.is_contiguous()
+                if not value.numel():  # null would say that there is none
+                    value = value.new_zeros(1)
                 self._kept.append(value)
                 value = value.data_ptr()
             elif value is None:
@@ -36,11 +39,15 @@ class Struct:
 
 
 class Run(Struct):
-    """What every greedy kernel takes: the rule, the path that it writes, scratch."""
+    """What every greedy kernel takes: the rule, the path that it writes, scratch.
+
+    ranks: that the samples are spread over
+    """
 
     def __init__(
-        self, rule: Rule, units: int, with_gap: bool, device: torch.device | None = None
-    ) -> None:
+        self, rule: Rule, units: int, with_gap: bool, device: torch.device | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         super().__init__()
         _C = extension()
         double, steps = torch.float64, rule.steps
@@ -63,14 +70,23 @@ class Run(Struct):
             candidates=0 if draws is None else draws.shape[1],
             draws=draws,
         )
+        self._ranks = ranks
+        self._exchange = torch.empty(2 * units + 2, dtype=double) if ranks.size > 1 else None
         self.workspace = self.fill(
             _C.Workspace(),
+            exchange=self._exchange,
+            ranks=ranks.size,
             available=torch.empty_like(self.picked),
             contenders=torch.empty_like(self.picked),
             picked=self.picked,
             scores=torch.empty(units, dtype=double, device=device),
             errors=torch.empty(units, dtype=double, device=device),
         )
+
+    def sum(self, count: int) -> None:
+        """Adds up the first numbers of the exchange over the ranks."""
+        assert self._exchange is not None
+        self._ranks.sum("greedy step", self._exchange[:count])
 
     def result(self) -> Path:
         k = self.path.length

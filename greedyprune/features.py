@@ -89,8 +89,7 @@ class LayerData:
         except BaseException:
             blocks.close()  # takes the hook off
             raise
-        here = self.features is not None
-        self.in_memory = self.together.agree("features in memory", here)
+        self.in_memory, self._moderate = self._on_all_ranks()
 
     @property
     def outputs(self) -> int:
@@ -134,11 +133,6 @@ class LayerData:
             )
 
     @property
-    def alone(self) -> bool:
-        """Is this the only process?"""
-        return self.together.size == 1
-
-    @property
     def together(self) -> Ranks:
         return self.ranks if self.ranks.size > 1 else self.peers
 
@@ -153,11 +147,11 @@ class LayerData:
     def product_dtype(self) -> torch.dtype:
         """What Gram products are computed in: float64 where nothing can be scored again.
 
-        As without the features, on a GPU, and where other ranks compute the rest. Also where
-        float32 could over- or underflow.
+        As without the features on some rank, on a GPU, and where the ranks share the units. Also
+        where float32 could over- or underflow.
         """
-        rough = self._backend == "cpu" and self.alone
-        if self.features is None or not rough or not 1e-12 < self._largest < 1e12:
+        rough = self.in_memory and self._backend == "cpu" and self.peers.size == 1
+        if self.features is None or not rough or not self._moderate:
             return torch.float64
         return self.features.dtype
 
@@ -187,6 +181,14 @@ class LayerData:
     def dense_outputs(self, features: Tensor) -> Tensor:
         """b + mean_j phi_j, (C, b) float64, for features (N, b)."""
         return self.bias[:, None] + self.outgoing.T @ features.double() / self.units
+
+    def _on_all_ranks(self) -> tuple[bool, bool]:
+        """Are the features in memory, and of moderate size?"""
+        kept = self.features is not None
+        some = self.features is not None and self.features.numel() > 0
+        moderate = not some or 1e-12 < self._largest < 1e12
+        known = self.together.gather("features", (kept, moderate))
+        return all(kept for kept, _ in known), all(moderate for _, moderate in known)
 
     def _sources(self) -> Iterable[Block]:
         if self.features is not None:

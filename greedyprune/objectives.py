@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .checkpoint import NOTHING, Steps
+from .distributed import ALONE
 from .features import Block, LayerData
 from .losses import loss_of_function
 from .moments import PRODUCT, moments
@@ -31,7 +32,7 @@ class PointwiseObjective:
     """Equation (1) as it stands: the loss of every candidate, block by block of the data.
 
     The reference backend's objective for every loss, and the others' where the features do not fit
-    in memory or other ranks have a part of them or of the work.
+    in memory, or several ranks share work that kernels do not.
 
     ranked: are candidates put in the order of their scores? Else those that float32 shows not to be
         the best may have infinite ones
@@ -212,15 +213,16 @@ class Solver:
         data = self.data
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)
-        kept, alone = data.in_memory, data.alone
+        kept, exact = data.in_memory, self._exact()
+        ranks = data.ranks if exact is not None else ALONE  # without it all are the same
         if self._gram is not None and data.peers.size == 1:
             return ops.greedy_gram(
-                self._gram, self.moments, rule, exact=self._exact(), with_gap=with_gap, step=step,
-                backend=self.backend,
+                self._gram, self.moments, rule, exact=exact, with_gap=with_gap, step=step,
+                ranks=ranks, backend=self.backend,
             )  # fmt: skip
         if self._columns or self._gram is not None:
             # A fetch is a pass of its own, or a wait for the GPU or for other ranks.
-            block = 16 if kept and alone and self.backend == "cpu" else 64
+            block = 16 if exact is not None else 64
             picks = min(rule.steps, rule.size)
             room = self._room - (0 if self._gram is None else 8 * self._gram.numel())
             capacity = min(room // (8 * data.units), block + 8 * picks)
@@ -228,14 +230,15 @@ class Solver:
             if not kept:
                 columns = self._kept(columns)
             return ops.greedy_columns(
-                columns, self.moments, rule, exact=self._exact(), block=block, capacity=capacity,
-                with_gap=with_gap, step=step, backend=self.backend,
+                columns, self.moments, rule, exact=exact, block=block, capacity=capacity,
+                with_gap=with_gap, step=step, ranks=ranks, backend=self.backend,
             )  # fmt: skip
-        if self.backend != "reference" and kept and alone and self._outputs_fit():
+        if kept and self._one_kernel():
             assert data.features is not None and data.target is not None
             return ops.greedy_pointwise(
                 data.features, data.outgoing, data.bias, data.target, rule,
-                extent=data.extent, with_gap=with_gap, step=step, backend=self.backend,
+                extent=data.extent, mass=self.moments.mass, with_gap=with_gap, step=step,
+                ranks=data.ranks, backend=self.backend,
                 starts=None if self._batches is None else self._batches.starts,
                 batch=0 if self._batches is None else self._batches.size,
             )  # fmt: skip
@@ -245,19 +248,29 @@ class Solver:
         )  # fmt: skip
         return reference.greedy(objective, rule, step)
 
-    def _outputs_fit(self) -> bool:
-        """Is there room for three arrays of (C, m)? C may be a vocabulary."""
-        return 20 * self.data.outputs * self.data.samples <= self._room
+    def _one_kernel(self) -> bool:
+        """Is there one for all greedy steps by the candidates' losses?"""
+        data = self.data
+        if self.backend == "reference" or data.peers.size > 1:
+            return False
+        if data.ranks.size > 1 and (self.backend == "cuda" or self._batches is not None):
+            return False
+        # Is there room for three arrays of (C, m)? C may be a vocabulary.
+        fits = 20 * data.outputs * data.samples <= self._room
+        return data.ranks.agree("room for outputs", fits)
 
     def _exact(self) -> ops.Exact | None:
         """Float32 products are twice as fast, and the features in memory make up for them."""
         data = self.data
-        if data.features is None or self.backend != "cpu" or not data.alone:
+        quadratic = self._columns or self._gram is not None
+        if not (quadratic and data.in_memory) or self.backend != "cpu" or data.peers.size > 1:
             return None
-        assert data.target is not None and data.target.value is not None
+        assert data.features is not None and data.target is not None
+        assert data.target.value is not None
         rounding = ops.columns_rounding(data.product_dtype)
         if self._gram is not None:  # n u / (1 - n u) for sums of n products, and a little
             rounding = (PRODUCT + 4) * torch.finfo(data.product_dtype).eps / 2
+        rounding += data.ranks.size * 2.0**-53
         return ops.Exact(
             rounding=rounding,
             features=data.features,
@@ -281,9 +294,14 @@ class Solver:
         room: bytes that the features in the products' type may take
         """
         data, features, dtype = self.data, self.data.features, self.data.product_dtype
-        narrow = data.alone and self.backend == "cpu"
+        narrow = data.in_memory and data.peers.size == 1 and self.backend == "cpu"
         if features is not None and narrow and features.dtype == dtype:
-            return lambda units, out: ops.gram_columns(features, data.outgoing, units, out)
+
+            def summed(units: Tensor, out: Tensor) -> None:
+                ops.gram_columns(features, data.outgoing, units, out, spread=True)
+                data.ranks.sum("columns", out)
+
+            return summed
 
         own, peers = data.peers.part(data.units), data.peers
         if self._gram is not None:  # its rows of this rank's units

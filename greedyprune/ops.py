@@ -25,6 +25,7 @@ from ._structs import (
     quadratic_struct,
     target_struct,
 )
+from .distributed import ALONE, Ranks
 from .losses import Target
 from .reference import Moments, Path, Refit, Rule, Step
 
@@ -189,7 +190,9 @@ def candidate_slope(
     return slopes
 
 
-def gram_columns(features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor) -> None:
+def gram_columns(
+    features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor, spread: bool = False
+) -> None:
     """Columns of the Gram matrix: out[i, j] = <phi_units[i], phi_j>, README eq. 2.
 
     Each is off by at most `columns_rounding(features.dtype)` |phi_i| |phi_j|.
@@ -197,11 +200,12 @@ def gram_columns(features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor)
     Args:
         features: (N, m) float32 or float64; outgoing: (N, C) float64
         units: (n,) int64; out: (n, N) float64
+        spread: are samples on other ranks, too, and perhaps none on this one?
 
     Raises:
         ValueError, TypeError: shapes or types that do not fit
     """
-    check_features(features, outgoing)
+    check_features(features, outgoing, spread=spread)
     units = checked_units(units, features)
     check("out", out, (len(units), len(features)), torch.float64)
     weights = outgoing.double().contiguous()
@@ -225,6 +229,7 @@ def greedy_gram(
     exact: Exact | None = None,
     with_gap: bool = True,
     step: Step | None = None,
+    ranks: Ranks = ALONE,
     backend: str = "cpu",
 ) -> Path:
     """All greedy steps for squared error on a Gram matrix, O(N) a step.
@@ -233,6 +238,7 @@ def greedy_gram(
         gram: (N, N) float64, G_ij = <phi_i, phi_j>
         moments: norm and beta (N,), and the sums of the targets
         exact: what makes every pick exact where the Gram matrix is not; not with "cuda"
+        ranks: that the samples of `exact` are spread over; Gram matrix and moments are of all
 
     Raises:
         ValueError, TypeError: shapes or types that do not fit
@@ -245,11 +251,11 @@ def greedy_gram(
     if backend == "cuda":
         _check_exact(exact)
         return _cuda.greedy_gram(gram, moments, rule, with_gap, step, _rounding(moments, exact))
-    run = Run(rule, units, with_gap)
+    run = Run(rule, units, with_gap, ranks=ranks)
     quadratic = _quadratic(run, moments, exact)
     extension().greedy_gram(
         run.path, gram.data_ptr(), quadratic, run.rule, run.workspace,
-        torch.get_num_threads(), step,
+        torch.get_num_threads(), step, run.sum,
     )  # fmt: skip
     return run.result()
 
@@ -264,13 +270,14 @@ def greedy_columns(
     capacity: int = 2**62,
     with_gap: bool = True,
     step: Step | None = None,
+    ranks: Ranks = ALONE,
     backend: str = "cpu",
 ) -> Path:
     """The same on columns of the Gram matrix, fetched `block` at a time when a pick's is missing.
 
     Args:
         columns: called with units (n,) int64 and out (n, N) float64, to fill with those columns
-        exact: as for greedy_gram
+        exact, ranks: as for greedy_gram
         capacity: how many columns are kept at a time
 
     Raises:
@@ -286,7 +293,7 @@ def greedy_columns(
         return _cuda.greedy_columns(
             columns, moments, rule, block, capacity, with_gap, step, _rounding(moments, exact)
         )
-    run = Run(rule, units, with_gap)
+    run = Run(rule, units, with_gap, ranks=ranks)
     cache = torch.empty(capacity, units, dtype=torch.float64)
     wanted = torch.zeros(block, dtype=torch.int64)
 
@@ -308,7 +315,7 @@ def greedy_columns(
     )
     extension().greedy_columns(
         run.path, described, _quadratic(run, moments, exact), run.rule, run.workspace,
-        torch.get_num_threads(), step, fetch,
+        torch.get_num_threads(), step, run.sum, fetch,
     )  # fmt: skip
     return run.result()
 
@@ -323,8 +330,10 @@ def greedy_pointwise(
     extent: Extent | None = None,
     starts: Tensor | None = None,
     batch: int = 0,
+    mass: float | None = None,
     with_gap: bool = True,
     step: Step | None = None,
+    ranks: Ranks = ALONE,
     backend: str = "cpu",
 ) -> Path:
     """All greedy steps by the candidates' losses themselves.
@@ -334,16 +343,24 @@ def greedy_pointwise(
         extent: of the features, as `measure_features` gives it; None: measured here
         starts: (steps,) int64; step k scores on samples [starts[k - 1], starts[k - 1] + batch)
             (Wolfe et al. 2021's stochastic form); the losses reported are always those of all
+        mass: what sums over the samples are divided by; None: target.mass
+        ranks: that the samples are spread over, none perhaps on this one; not with `starts` or
+            "cuda"; mass is that of all
 
     Raises:
         ValueError, TypeError: shapes or types that do not fit
 
     Source: README eq. 1.
     """
-    check_features(features, outgoing, backend)
+    check_features(features, outgoing, backend, spread=ranks.size > 1)
     check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
     check("bias", bias, (outputs,))
+    if ranks.size > 1 and (starts is not None or backend == "cuda" or mass is None):
+        raise ValueError(
+            "ranks: found several, expected one for mini-batches, backend='cuda' and no mass"
+        )
+    mass = target.mass if mass is None else mass
     if starts is not None and (
         starts.dtype != torch.int64
         or starts.dim() != 1
@@ -360,7 +377,7 @@ def greedy_pointwise(
             features, outgoing.double().contiguous(), bias.double().contiguous(), target, rule,
             extent, starts, batch, with_gap, step,
         )  # fmt: skip
-    run = Run(rule, units, with_gap)
+    run = Run(rule, units, with_gap, ranks=ranks)
     single, double = torch.float32, torch.float64
     scratch = {
         "sum": torch.zeros(outputs, samples, dtype=double),
@@ -380,19 +397,19 @@ def greedy_pointwise(
             "value_batch": torch.empty(outputs, batch, dtype=double),
             "linear_batch": torch.empty(outputs, batch, dtype=double),
         }
-    linear = None if target.linear is None else target.linear / target.mass
+    linear = None if target.linear is None else target.linear / mass
     pointwise = run.fill(
         extension().Pointwise(),
         features=features_struct(run, features, extent or measure_features(features)),
         outgoing=outgoing.double().contiguous(),
         bias=bias.double().contiguous(),
-        target=target_struct(run, target, torch.float64, scale=1 / target.mass),
+        target=target_struct(run, target, torch.float64, scale=1 / mass),
         linear=linear,
         batch=0 if starts is None else batch,
         **scratch,
     )
     extension().greedy_pointwise(
-        run.path, pointwise, run.rule, run.workspace, torch.get_num_threads(), step
+        run.path, pointwise, run.rule, run.workspace, torch.get_num_threads(), step, run.sum
     )
     return run.result()
 
@@ -508,7 +525,7 @@ def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
     quadratic = quadratic_struct(run, moments, _rounding(moments, exact))
     if exact is None:
         return quadratic
-    check_features(exact.features, exact.outgoing)
+    check_features(exact.features, exact.outgoing, spread=True)
     shape = (exact.outgoing.shape[1], exact.features.shape[1])
     check("target", exact.target, shape, torch.float64)
     return run.fill(

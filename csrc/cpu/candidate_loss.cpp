@@ -345,7 +345,7 @@ Status outputs_loss(double* loss, const Real* outputs, const Target<Real>& targe
                     const Caller& caller) {
   constexpr int64_t kPieces = 64;  // fixed, so that the sum's order is
   const int64_t tiles = (samples + kTile - 1) / kTile;
-  const int64_t piece = kTile * ((tiles + kPieces - 1) / kPieces);
+  const int64_t piece = kTile * (tiles > kPieces ? (tiles + kPieces - 1) / kPieces : 1);
   const Problem<Real> problem = problem_of(outputs, target, samples, 0);
   double part[kPieces] = {0};
   const bool finished =

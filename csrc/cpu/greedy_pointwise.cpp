@@ -11,6 +11,7 @@
 #include "candidate_slope.h"
 #include "greedy.h"
 #include "greedy_kernels.h"
+#include "over_ranks.h"
 #include "parallel.h"
 
 namespace greedyprune {
@@ -39,8 +40,12 @@ class PointwiseObjective {
         linear_bias_ += p_.bias[c] * p_.linear[c * samples() + s];
     }
     for (int64_t j = 0; j < units(); ++j) workspace_.contenders[j] = j;
-    return candidate_slope<double>(p_.linear_unit, nullptr, workspace_.contenders, units(),
-                                   p_.features, p_.outgoing, p_.linear, outputs(), caller_);
+    const Status status =
+        candidate_slope<double>(p_.linear_unit, nullptr, workspace_.contenders, units(),
+                                p_.features, p_.outgoing, p_.linear, outputs(), caller_);
+    return status == Status::ok
+               ? add_up({{p_.linear_unit, units()}, {&linear_bias_, 1}}, workspace_, caller_)
+               : status;
   }
 
   // On the step's mini-batch, if there is one, or (everywhere) on all samples.
@@ -58,9 +63,11 @@ class PointwiseObjective {
   bool can_rescore() const { return true; }
 
   Status rescore(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
-    const Status status =
+    Status status =
         candidate_loss<double>(scores, errors, candidates, n, seen_.features, p_.outgoing, part(k),
                                p_.outputs64, without_value(seen_.target), caller_);
+    widen(errors, scores, n, workspace_);
+    if (status == Status::ok) status = add_up({{scores, n}, {errors, n}}, workspace_, caller_);
     return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
   }
 
@@ -73,8 +80,9 @@ class PointwiseObjective {
   Status loss(int64_t k, double* value) {
     see(0);
     outputs_at(k);
-    const Status status =
+    Status status =
         outputs_loss<double>(value, p_.outputs64, without_value(seen_.target), samples(), caller_);
+    if (status == Status::ok) status = add_up({{value, 1}}, workspace_, caller_);
     if (p_.linear) *value += linear_bias_ + part(k) * linear_sum_;
     loss_ = *value;
     return status;
@@ -98,20 +106,29 @@ class PointwiseObjective {
         candidate_slope<float>(p_.slopes, p_.slope_errors, candidates, units(), p_.features,
                                p_.outgoing32, p_.outputs32, outputs(), caller_);
     if (status != Status::ok) return status;
+    for (int64_t j = 0; j < units(); ++j) p_.slope_errors[j] += gradient_error_ * phi_norm(j);
+    const double terms = static_cast<double>(outputs() * samples());
+    double along_error = Number<double>::epsilon * (terms + 32) * magnitude;
+    widen(p_.slope_errors, p_.slopes, units(), workspace_);
+    widen(&along_error, &along, 1, workspace_);
+    status =
+        add_up({{p_.slopes, units()}, {p_.slope_errors, units()}, {&along, 1}, {&along_error, 1}},
+               workspace_, caller_);
+    if (status != Status::ok) return status;
     for (int64_t j = 0; j < units(); ++j) {
-      p_.slope_errors[j] += gradient_error_ * phi_norm(j);
       workspace_.scores[j] = p_.slopes[j];
       workspace_.errors[j] = p_.slope_errors[j];
     }
     const int64_t n = keep_contenders(candidates, workspace_.scores, workspace_.errors, units());
     status = candidate_slope<double>(workspace_.scores, nullptr, candidates, n, p_.features,
                                      p_.outgoing, p_.outputs64, outputs(), caller_);
+    if (status == Status::ok) status = add_up({{workspace_.scores, n}}, workspace_, caller_);
     if (status != Status::ok) return status;
     *value = part(k) * along - lowest_of(workspace_.scores, n);
-    const double terms = static_cast<double>(outputs() * samples());
     tangent_ = {
         k, loss_, part(k) * along,
-        Number<double>::epsilon * (32 * std::fabs(loss_) + part(k) * (terms + 32) * magnitude)};
+        Number<double>::epsilon * (32 + static_cast<double>(workspace_.ranks)) * std::fabs(loss_) +
+            part(k) * along_error};
     return Status::ok;
   }
 
@@ -184,9 +201,11 @@ class PointwiseObjective {
 
   // The losses of b + (z + phi_j) / k.
   Status screen(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
-    const Status status =
+    Status status =
         candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32, part(k),
                               p_.outputs32, target32(), caller_);
+    widen(errors, scores, n, workspace_);
+    if (status == Status::ok) status = add_up({{scores, n}, {errors, n}}, workspace_, caller_);
     return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
   }
 

@@ -12,6 +12,7 @@
 
 #include "candidate_slope.h"
 #include "greedy.h"
+#include "over_ranks.h"
 
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
@@ -43,6 +44,8 @@ class QuadraticObjective {
       q_.residual[i] = q_.sum[i] - steps * q_.target[i];
     status = candidate_slope<double>(scores, errors, units, n, *q_.features, q_.outgoing,
                                      q_.residual, q_.outputs, caller_);
+    widen(errors, scores, n, workspace_);
+    if (status == Status::ok) status = add_up({{scores, n}, {errors, n}}, workspace_, caller_);
     for (int64_t i = 0; i < n; ++i) scores[i] += 0.5 * q_.norm[units[i]];
     return status;
   }
@@ -62,15 +65,17 @@ class QuadraticObjective {
   Status loss(int64_t k, double* value) {
     const double part = 1 / static_cast<double>(k);
     double total = q_.target_norm - 2 * part * beta_sum_ + part * part * state_sum_;
+    Status status = Status::ok;
     if (q_.features) {
       total = 0;
       for (int64_t i = 0; i < q_.outputs * samples(); ++i) {
         const double error = part * q_.sum[i] - q_.target[i];
         total += error * error;
       }
+      status = add_up({{&total, 1}}, workspace_, caller_);
     }
     *value = q_.scale * total;
-    return Status::ok;
+    return status;
   }
 
   Status gap(int64_t k, double* value) {
@@ -90,6 +95,8 @@ class QuadraticObjective {
       }
       status = candidate_slope<double>(workspace_.scores, workspace_.errors, units, n, *q_.features,
                                        q_.outgoing, q_.residual, q_.outputs, caller_);
+      if (status == Status::ok)
+        status = add_up({{workspace_.scores, n}, {&along, 1}}, workspace_, caller_);
       if (status != Status::ok) return status;
     }
     *value = 2 * q_.scale * (along - lowest_of(workspace_.scores, n));
@@ -127,8 +134,10 @@ class QuadraticObjective {
     doubtful_ = 0;
     reach_ = 0;
     *refreshed = true;
-    return candidate_slope<double>(q_.state, nullptr, q_.all_units, q_.units, *q_.features,
-                                   q_.outgoing, q_.sum, q_.outputs, caller_);
+    const Status status =
+        candidate_slope<double>(q_.state, nullptr, q_.all_units, q_.units, *q_.features,
+                                q_.outgoing, q_.sum, q_.outputs, caller_);
+    return status == Status::ok ? add_up({{q_.state, q_.units}}, workspace_, caller_) : status;
   }
 
   double error_of(int64_t j, double steps) const {
