@@ -82,7 +82,7 @@ struct Workspace {      // the loop's scratch
   double* errors;       // (N)
   int64_t* contenders;  // (N)
   int64_t* picked;      // (N)
-  double* exchange;     // (2 N + 2)  with other processes; null where there are none
+  double* exchange;     // (2 N + 3)  with other processes; null where there are none
   int64_t ranks;        // how many processes, with this one
 };
 

@@ -71,7 +71,7 @@ class Run(Struct):
             draws=draws,
         )
         self._ranks = ranks
-        self._exchange = torch.empty(2 * units + 2, dtype=double) if ranks.size > 1 else None
+        self._exchange = torch.empty(2 * units + 3, dtype=double) if ranks.size > 1 else None
         self.workspace = self.fill(
             _C.Workspace(),
             exchange=self._exchange,

@@ -10,6 +10,7 @@ import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ T = TypeVar("T")
 PARALLEL = ("data", "units", "none")
 SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSDP
 FAILED = 0  # the word of a rank on which something was raised
+GATHERED = 2**20  # bytes of all ranks together below which one round trip costs less than a ring
+HEAD = 3  # numbers of a frame that say whether all are well, and at the same
 ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
 
 
@@ -32,6 +35,7 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self.rank, self.size, self._group = 0, 1, group
         self._broken = False  # nothing more can be exchanged
+        self._frame: Tensor | None = None  # what is exchanged inside a loop
         if group is None:
             return
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
@@ -52,12 +56,33 @@ class Ranks:
                 self._fail(error)
             raise
 
+    @contextmanager
+    def loop(self, count: int) -> Iterator[None]:
+        """Inside, a sum of at most so many numbers and its word are one exchange, of fixed length.
+
+        For loops whose sums are small and wait for one another.
+        """
+        if self.size == 1:
+            yield
+            return
+        self._meet(f"a loop with {count}")
+        self._frame = torch.zeros(HEAD + count, dtype=torch.float64, device=self._device)
+        yield  # after an error the frame stays: the others are in the loop, too
+        self._meet("the end of the loop")
+        self._frame = None
+
     def sum(self, what: str, *tensors: Tensor) -> None:
         """Adds up each tensor over the ranks, in place."""
-        if self.size > 1:
-            self._meet(f"{what} {[tuple(tensor.shape) for tensor in tensors]}")
-            for tensor in tensors:
-                self._reduce(tensor)
+        if self.size == 1:
+            return
+        what = f"{what} {[tuple(tensor.shape) for tensor in tensors]}"
+        numbers = sum(tensor.numel() for tensor in tensors)
+        if self._frame is not None and numbers <= len(self._frame) - HEAD:
+            self._meet(what, tensors)
+            return
+        self._meet(what)
+        for tensor in tensors:
+            self._reduce(tensor)
 
     def sum_numbers(self, what: str, *numbers: float) -> list[float]:
         if self.size == 1:
@@ -172,15 +197,18 @@ class Ranks:
         if there is not tensor:
             tensor.copy_(there)
 
-    def _meet(self, what: str) -> None:
-        """Goes on when all ranks are about to do the same; raises on all of them otherwise."""
-        words = self._words(zlib.crc32(what.encode()) | 1 << 32)
-        if FAILED in words:
+    def _meet(self, what: str, carried: Sequence[Tensor] = ()) -> None:
+        """Goes on when all ranks are about to do the same; raises on all of them otherwise.
+
+        carried: tensors that are added up on the way, in a loop
+        """
+        failed, same = self._words(zlib.crc32(what.encode()) >> 12 | 1, carried)
+        if failed:
             self._broken = True
             reports = self._reports(None)
             rank, (kind, text) = next((i, each) for i, each in enumerate(reports) if each)
             raise kind(f"rank {rank}: {text}")
-        if len(set(words)) > 1:
+        if not same:
             self._broken = True
             doing = self._reports(what)
             other = next(i for i, each in enumerate(doing) if each != doing[0])
@@ -200,12 +228,33 @@ class Ranks:
         except RuntimeError:
             pass  # nobody is left to be told; this rank raises what it found
 
-    def _words(self, word: int) -> list[int]:
-        own = torch.tensor([word], device=self._device)
-        found = [torch.empty_like(own) for _ in range(self.size)]
+    def _words(self, word: int, carried: Sequence[Tensor] = ()) -> tuple[bool, bool]:
+        """Has a rank failed, and is the word (of 20 bits) the same on all of them?"""
+        frame = self._frame
+        if frame is None:
+            frame = torch.empty(HEAD, dtype=torch.float64, device=self._device)
+        frame[HEAD:] = 0
+        frame[:HEAD] = torch.tensor([word == FAILED, word, word * word], dtype=torch.float64)
+        ends = list(accumulate((tensor.numel() for tensor in carried), initial=HEAD))
+        parts = [frame[i:j] for i, j in pairwise(ends)]
+        for part, tensor in zip(parts, carried, strict=True):
+            part.copy_(tensor.flatten())
         with self._exchanging():
-            distributed.all_gather(found, own, self._group)
-        return [int(each) for each in found]
+            self._sum_frame(frame)
+        for part, tensor in zip(parts, carried, strict=True):
+            tensor.copy_(part.view_as(tensor))
+        failed, total, squares = (int(number) for number in frame[:HEAD].tolist())
+        return failed > 0, total**2 == self.size * squares  # Cauchy and Schwarz
+
+    def _sum_frame(self, frame: Tensor) -> None:
+        if self.size * frame.nbytes > GATHERED:
+            distributed.all_reduce(frame, group=self._group)
+            return
+        rows = [torch.empty_like(frame) for _ in range(self.size)]
+        distributed.all_gather(rows, frame, self._group)
+        frame.copy_(rows[0])
+        for row in rows[1:]:
+            frame += row
 
     def _reports(self, report: object) -> list[Any]:
         found: list[Any] = [None] * self.size

@@ -210,6 +210,10 @@ class Solver:
         self.moments = moments(data, backend, self._gram)
 
     def run(self, rule: Rule, *, with_gap: bool, step: Step | None) -> Path:
+        with self.data.together.loop(2 * self.data.units + 3):
+            return self._run(rule, with_gap, step)
+
+    def _run(self, rule: Rule, with_gap: bool, step: Step | None) -> Path:
         data = self.data
         if data.criterion.kind == "custom":
             return reference.greedy(CustomObjective(data), rule, step)

@@ -7,9 +7,9 @@
 //                                         drop units that can't be the lowest, and lowers n then
 //   rescore(k, units, n, scores, errors)  the same in float64 (or false: it has nothing better)
 //   add(k, unit)                          z += phi_unit
-//   loss(k)                               L(b + z / k)
-//   gap(k)                                <L'(z / k), z / k> - min_j <L'(z / k), phi_j>
-// each answering Status, and a loss or a gap through a pointer.
+//   measure(k, loss, gap)                 L(b + z / k), and where gap is not null
+//                                         <L'(z / k), z / k> - min_j <L'(z / k), phi_j>
+// each answering Status.
 #pragma once
 
 #include <cmath>
@@ -145,8 +145,7 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
 
     double* gap = path.gap ? path.gap + (k - 1) : nullptr;
     status = objective.add(k, unit);
-    if (status == Status::ok) status = objective.loss(k, path.losses + (k - 1));
-    if (status == Status::ok && gap) status = objective.gap(k, gap);
+    if (status == Status::ok) status = objective.measure(k, path.losses + (k - 1), gap);
     if (status != Status::ok) return status;
     path.order[k - 1] = unit;
     path.length = k;

@@ -77,20 +77,19 @@ class PointwiseObjective {
     return Status::ok;
   }
 
-  Status loss(int64_t k, double* value) {
+  // With the gap it leaves the tangent at u = b + z / k, which the next step is screened with.
+  Status measure(int64_t k, double* loss, double* gap) {
     see(0);
     outputs_at(k);
     Status status =
-        outputs_loss<double>(value, p_.outputs64, without_value(seen_.target), samples(), caller_);
-    if (status == Status::ok) status = add_up({{value, 1}}, workspace_, caller_);
-    if (p_.linear) *value += linear_bias_ + part(k) * linear_sum_;
-    loss_ = *value;
-    return status;
-  }
-
-  // Follows loss(k), whose outputs it turns into the loss's gradient. What it leaves is the tangent
-  // at u = b + z / k, which the next step is screened with.
-  Status gap(int64_t k, double* value) {
+        outputs_loss<double>(loss, p_.outputs64, without_value(seen_.target), samples(), caller_);
+    if (status != Status::ok) return status;
+    const double linear = p_.linear ? linear_bias_ + part(k) * linear_sum_ : 0;
+    if (!gap) {
+      status = add_up({{loss, 1}}, workspace_, caller_);
+      *loss += linear;
+      return status;
+    }
     outputs_gradient<double>(p_.outputs64, without_value(seen_.target), samples(), caller_);
     double along = 0, magnitude = 0;
     for (int64_t i = 0; i < outputs() * samples(); ++i) {
@@ -102,19 +101,22 @@ class PointwiseObjective {
     }
     int64_t* candidates = workspace_.contenders;  // free between two steps
     for (int64_t j = 0; j < units(); ++j) candidates[j] = j;
-    Status status =
-        candidate_slope<float>(p_.slopes, p_.slope_errors, candidates, units(), p_.features,
-                               p_.outgoing32, p_.outputs32, outputs(), caller_);
+    status = candidate_slope<float>(p_.slopes, p_.slope_errors, candidates, units(), p_.features,
+                                    p_.outgoing32, p_.outputs32, outputs(), caller_);
     if (status != Status::ok) return status;
     for (int64_t j = 0; j < units(); ++j) p_.slope_errors[j] += gradient_error_ * phi_norm(j);
     const double terms = static_cast<double>(outputs() * samples());
     double along_error = Number<double>::epsilon * (terms + 32) * magnitude;
     widen(p_.slope_errors, p_.slopes, units(), workspace_);
     widen(&along_error, &along, 1, workspace_);
-    status =
-        add_up({{p_.slopes, units()}, {p_.slope_errors, units()}, {&along, 1}, {&along_error, 1}},
-               workspace_, caller_);
+    status = add_up({{loss, 1},
+                     {&along, 1},
+                     {&along_error, 1},
+                     {p_.slopes, units()},
+                     {p_.slope_errors, units()}},
+                    workspace_, caller_);
     if (status != Status::ok) return status;
+    *loss += linear;
     for (int64_t j = 0; j < units(); ++j) {
       workspace_.scores[j] = p_.slopes[j];
       workspace_.errors[j] = p_.slope_errors[j];
@@ -124,10 +126,10 @@ class PointwiseObjective {
                                      p_.outgoing, p_.outputs64, outputs(), caller_);
     if (status == Status::ok) status = add_up({{workspace_.scores, n}}, workspace_, caller_);
     if (status != Status::ok) return status;
-    *value = part(k) * along - lowest_of(workspace_.scores, n);
+    *gap = part(k) * along - lowest_of(workspace_.scores, n);
     tangent_ = {
-        k, loss_, part(k) * along,
-        Number<double>::epsilon * (32 + static_cast<double>(workspace_.ranks)) * std::fabs(loss_) +
+        k, *loss, part(k) * along,
+        Number<double>::epsilon * (32 + static_cast<double>(workspace_.ranks)) * std::fabs(*loss) +
             part(k) * along_error};
     return Status::ok;
   }
@@ -329,7 +331,6 @@ class PointwiseObjective {
   Seen seen_{};
   Tangent tangent_{};
   double gradient_error_ = 0;  // the norm of what outputs_gradient can be off by
-  double loss_ = 0;            // the last that loss(k) found
   double linear_bias_ = 0, linear_sum_ = 0;
 };
 

@@ -100,13 +100,9 @@ class RefitObjective {
     });
   }
 
-  Status loss(int64_t, double* value) {
-    *value = p_.scale * (p_.target_norm - explained_);
-    return Status::ok;
-  }
-
-  Status gap(int64_t, double* value) {  // no mixture of the units' own weights
-    *value = NAN;
+  Status measure(int64_t, double* loss, double* gap) {
+    *loss = p_.scale * (p_.target_norm - explained_);
+    if (gap) *gap = NAN;  // no mixture of the units' own weights
     return Status::ok;
   }
 

@@ -62,44 +62,33 @@ class QuadraticObjective {
     return Status::ok;
   }
 
-  Status loss(int64_t k, double* value) {
+  Status measure(int64_t k, double* loss, double* gap) {
     const double part = 1 / static_cast<double>(k);
     double total = q_.target_norm - 2 * part * beta_sum_ + part * part * state_sum_;
-    Status status = Status::ok;
-    if (q_.features) {
-      total = 0;
-      for (int64_t i = 0; i < q_.outputs * samples(); ++i) {
-        const double error = part * q_.sum[i] - q_.target[i];
-        total += error * error;
-      }
-      status = add_up({{&total, 1}}, workspace_, caller_);
-    }
-    *value = q_.scale * total;
-    return status;
-  }
-
-  Status gap(int64_t k, double* value) {
-    const double part = 1 / static_cast<double>(k);
-    int64_t* units = workspace_.contenders;  // free between two steps, like scores and errors
-    int64_t n = slopes_from_columns(part, units);
     double along = part * part * state_sum_ - part * beta_sum_;  // <z/k - t, z/k>
+    int64_t* units = workspace_.contenders;  // free between two steps, like scores and errors
+    int64_t n = gap ? slopes_from_columns(part, units) : 0;
     if (q_.features) {
       bool refreshed = false;
-      Status status = refresh_if_worth(n, &refreshed);
+      Status status = gap ? refresh_if_worth(n, &refreshed) : Status::ok;
       if (status != Status::ok) return status;
       if (refreshed) n = slopes_from_columns(part, units);
+      total = 0;
       along = 0;
       for (int64_t i = 0; i < q_.outputs * samples(); ++i) {
         q_.residual[i] = part * q_.sum[i] - q_.target[i];
+        total += q_.residual[i] * q_.residual[i];
         along += q_.residual[i] * part * q_.sum[i];
       }
-      status = candidate_slope<double>(workspace_.scores, workspace_.errors, units, n, *q_.features,
-                                       q_.outgoing, q_.residual, q_.outputs, caller_);
+      if (gap)
+        status = candidate_slope<double>(workspace_.scores, nullptr, units, n, *q_.features,
+                                         q_.outgoing, q_.residual, q_.outputs, caller_);
       if (status == Status::ok)
-        status = add_up({{workspace_.scores, n}, {&along, 1}}, workspace_, caller_);
+        status = add_up({{&total, 1}, {&along, 1}, {workspace_.scores, n}}, workspace_, caller_);
       if (status != Status::ok) return status;
     }
-    *value = 2 * q_.scale * (along - lowest_of(workspace_.scores, n));
+    *loss = q_.scale * total;
+    if (gap) *gap = 2 * q_.scale * (along - lowest_of(workspace_.scores, n));
     return Status::ok;
   }
 
