@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune import Selection, checkpoint, files
+from greedyprune.distributed import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
 
@@ -40,6 +41,15 @@ class Case(NamedTuple):
 def mlp(outputs: int = 5, hidden: int = 48) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def twins(hidden: int = 48) -> nn.Module:
+    """Units in pairs that float32 sums can't tell apart, and float64 can."""
+    model, half = mlp(hidden=hidden), hidden // 2
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias, model[2].weight.T):
+            tensor[half:] = tensor[:half] * (1 + 1e-6 * torch.randn(tensor[:half].shape))
+    return model
 
 
 def two_layers() -> nn.Module:
@@ -83,6 +93,10 @@ CASES = {
         mlp, "classes",
         {"steps": 9, "loss": nn.CrossEntropyLoss(torch.arange(5) / 4 + 0.5, ignore_index=3)},
     ),
+    "cross-entropy, many units": Case(lambda: mlp(hidden=1300), "classes", {"steps": 12}),
+    "cross-entropy, twins": Case(lambda: twins(), "classes", {"steps": 30}),
+    "squared error, twins": Case(lambda: twins(), "numbers", {"steps": 60}),
+    "squared error, twins in columns": Case(lambda: twins(400), "numbers", {"steps": 12}),
     "logistic": Case(mlp, "shares", {"steps": 12, "loss": "bce_with_logits"}),
     "squared error": Case(mlp, "numbers", {"steps": 60}),
     "squared error, columns": Case(lambda: mlp(hidden=400), "numbers", {"steps": 12}),
@@ -325,6 +339,34 @@ def test_what_is_wrong_on_one_is_raised_on_all(team: Team, what: str) -> None:
             assert (found.kind, told) == ((kind, False) if rank == 1 else ("RuntimeError", True))
             assert not told or found.text.startswith(f"rank 1: {kind}")
     check_same(team.results(2, select, 2, "cross-entropy")[1], alone("cross-entropy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("cross-entropy", "greedy step"), ("squared error, twins", "greedy step"),
+     ("squared error, columns", "columns"), ("cross-entropy, streamed", "scores")],
+)  # fmt: skip
+def test_an_error_in_the_middle_of_the_loop(team: Team, name: str, at: str) -> None:
+    first, second = team.run(2, fails_in_the_loop, name, at)
+    assert (second.kind, second.text) == ("OSError", "the disk is gone")
+    assert (first.kind, first.text) == ("RuntimeError", "rank 1: OSError: the disk is gone")
+    check_same(team.results(2, select, 2, name)[0], alone(name))
+
+
+def fails_in_the_loop(rank: int, name: str, at: str) -> Selection:
+    """Rank 1 fails before its second sum of that name."""
+    left, sum_up = 2, Ranks.sum
+
+    def failing(self: Ranks, what: str, *tensors: Tensor) -> None:
+        nonlocal left
+        left -= rank == 1 and what.startswith(at)
+        if left == 0:
+            raise OSError("the disk is gone")
+        sum_up(self, what, *tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "sum", failing)
+        return select(rank, 2, name)
 
 
 def test_wrapped_models(team: Team) -> None:
