@@ -102,6 +102,13 @@ class Products:
             return float((self.right() * self.weight.T).sum())
         return self._target_norm
 
+    def change(self) -> float:
+        """By what all units as they are change |target - output|^2 from no units."""
+        output = self.gram @ self.weight.T
+        own = float((output * self.weight.T).sum())
+        along = own if self._cross is None else float((self._cross * self.weight.T).sum())
+        return own - 2 * along
+
     def unit_beta(self) -> Tensor:
         """<phi_i, target> / N for each unit i: (N,) float64."""
         return (self.right() * self.weight.T).view(self.units, -1).sum(1)
@@ -109,6 +116,8 @@ class Products:
     def unit_gram(self) -> Tensor:
         """<phi_i, phi_j> / N^2 for units i and j: (N, N) float64."""
         products = (self.weight.T @ self.weight).mul_(self.gram)
+        if self.width == 1:
+            return products
         shape = self.units, self.width, self.units, self.width
         return products.view(shape).sum((1, 3))
 
@@ -179,21 +188,30 @@ class Sums:
     def mass(self) -> float:
         return sum(each.mass for each in self.consumers)
 
+    def ends(self) -> tuple[float, float]:
+        """The loss with all units as they are, and without any."""
+        dense, empty = 0.0, 0.0
+        for each in self.consumers:
+            empty += each.target_norm()
+            dense += each.target_norm() + each.change()
+        return max(0.0, dense) / self.mass, empty / self.mass
+
     def moments(self) -> tuple[Tensor, Moments]:
         """G (N, N) float64 and the sums of README eq. 2, the dense output being the target."""
-        n = self.group.units
-        gram = sum((each.unit_gram() for each in self.consumers), torch.zeros(n, n).double())
+        n, (first, *others) = self.group.units, self.consumers
+        gram = first.unit_gram()
+        for each in others:
+            gram += each.unit_gram()
         mean_norm = float(gram.sum())  # |mean phi|^2
         gram *= n**2
         beta = n * sum((each.unit_beta() for each in self.consumers), torch.zeros(n).double())
         target_norm = sum(each.target_norm() for each in self.consumers)
         norm = gram.diagonal().clone()
         spread = max(0.0, float(norm.mean()) - mean_norm) / self.mass  # B / 2 = 1 / C
-        dense = target_norm - 2 * float(beta.mean()) + mean_norm
+        dense, empty = self.ends()
         return gram, Moments(
-            self.consumers[0].positions, self.mass, norm, beta, target_norm,
-            max(0.0, dense) / self.mass, spread, target_norm / self.mass,
-        )  # fmt: skip
+            first.positions, self.mass, norm, beta, target_norm, dense, spread, empty
+        )
 
     def path(
         self, gram: Tensor, moments: Moments, rule: Rule, backend: str, *, with_gap: bool,
@@ -224,57 +242,63 @@ class Sums:
         Several consumers take a unit through features of their own: least squares problems side by
         side, as one whose matrices are zero between them.
         """
-        widths = [each.width for each in self.consumers]
-        width, n, outputs = sum(widths), self.group.units, sum(e.outputs for e in self.consumers)
-        double = torch.float64
-        gram = torch.zeros(n, width, n, width, dtype=double)
-        right = torch.zeros(n, width, outputs, dtype=double)
-        ridges, parts, target_norm = [], [], 0.0
-        first, first_output = 0, 0
-        for each in self.consumers:
-            own = slice(first, first + each.width)
-            out = slice(first_output, first_output + each.outputs)
-            first, first_output = own.stop, out.stop
-            products = each.right()
-            target_norm += each.target_norm()
-            gram[:, own, :, own] = each.gram.view(n, each.width, n, each.width)
-            right[:, own, out] = products.view(n, each.width, each.outputs)
-            ridges.append(_ridge(each, damping))
-            gram[:, own, :, own].diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).add_(ridges[-1])
-            parts.append((own, out))
+        gram, right, parts = self._side_by_side()
+        target_norm = sum(each.target_norm() for each in self.consumers)
+        widths = torch.tensor([each.width for each in self.consumers])
+        ridges = [_ridge(each, damping) for each in self.consumers]
+        width, undamped = int(widths.sum()), gram.diagonal().clone()
+        damping_of = torch.tensor(ridges).double().repeat_interleave(widths)
+        gram.diagonal().add_(damping_of.repeat(self.group.units))
         solve = reference.greedy_refit if backend == "reference" else ops.greedy_refit
         path, found = solve(
-            gram.view(n * width, n * width), right.view(n * width, outputs), target_norm, rule,
-            width=width, scale=1 / self.mass, step=step,
+            gram, right, target_norm, rule, width=width, scale=1 / self.mass, step=step,
         )  # fmt: skip
         if swaps and width <= WIDEST and len(found.units) == len(path.order):
-            best = best_exchanged(
-                gram.view(n * width, -1), right.view(n * width, -1), target_norm, found.units,
-                width, swaps, backend,
-            )  # fmt: skip
+            best = best_exchanged(gram, right, target_norm, found.units, width, swaps, backend)
             if not best.units.equal(found.units):
                 gains = best.solved.square().sum(1).view(-1, width).sum(1)
                 losses = (target_norm - gains.cumsum(0)) / self.mass
                 path, found = Path(best.units, losses, None, path.scored, path.rescored), best
+        gram.diagonal().copy_(undamped)
         fitted, losses = {}, path.losses
         at = distinct_counts(path.order) - 1
         for each, ridge, (own, out) in zip(self.consumers, ridges, parts, strict=True):
-            rows = torch.arange(len(found.factor)).view(-1, width)[:, own].flatten()
-            fitted[each.name] = Refit(
-                found.units.clone(), found.factor[rows][:, rows], found.solved[rows][:, out].clone()
-            )
+            fitted[each.name] = replace(found, units=found.units.clone())
+            if len(self.consumers) > 1:
+                rows = torch.arange(len(found.factor)).view(-1, width)[:, own].flatten()
+                factor, solved = found.factor[rows[:, None], rows], found.solved[rows][:, out]
+                fitted[each.name] = Refit(found.units.clone(), factor, solved.clone())
             losses = losses - ridge / self.mass * fitted[each.name].norms()[at]
             if each.root is not None:  # the weights themselves are the same in any metric
                 plain = torch.linalg.solve(each.root, fitted[each.name].solved, left=False)
                 fitted[each.name] = replace(fitted[each.name], solved=plain)
         return replace(path, losses=losses.clamp(min=0)), fitted
 
+    def _side_by_side(self) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
+        """The least squares problem of all consumers: (N w, N w), (N w, C); where each one's is."""
+        if len(self.consumers) == 1:
+            [each] = self.consumers
+            return each.gram, each.right(), [(slice(None), slice(None))]
+        n, width = self.group.units, sum(each.width for each in self.consumers)
+        outputs = sum(each.outputs for each in self.consumers)
+        gram = torch.zeros(n, width, n, width, dtype=torch.float64)
+        right = torch.zeros(n, width, outputs, dtype=torch.float64)
+        parts, first, first_output = [], 0, 0
+        for each in self.consumers:
+            own = slice(first, first + each.width)
+            out = slice(first_output, first_output + each.outputs)
+            first, first_output = own.stop, out.stop
+            gram[:, own, :, own] = each.gram.view(n, each.width, n, each.width)
+            right[:, own, out] = each.right().view(n, each.width, each.outputs)
+            parts.append((own, out))
+        return gram.view(n * width, n * width), right.view(n * width, outputs), parts
+
     def refit_of(self, units: Tensor, damping: float) -> dict[str, Refit]:
         """Least squares on given units (K,) int64, each consumer's."""
         fitted = {}
         for each in self.consumers:
             rows = (units[:, None] * each.width + torch.arange(each.width)).flatten()
-            gram = each.gram[rows][:, rows]
+            gram = each.gram[rows[:, None], rows]
             gram.diagonal().add_(_ridge(each, damping))
             factor = torch.linalg.cholesky(gram)
             solved = torch.linalg.solve_triangular(factor, each.right()[rows], upper=False)
@@ -383,7 +407,7 @@ def add_right(right: Tensor, rows: Tensor, target: Tensor, dtype: torch.dtype) -
 
 def losses_of(units: Tensor, weights: str, gram: Tensor, moments: Moments) -> Tensor:
     """The losses of the first 1 to K of `units` (K,) for "uniform" or "none": (K,) float64."""
-    part = gram[units][:, units]
+    part = gram[units[:, None], units]
     squares = part.cumsum(0).cumsum(1).diagonal()
     along = moments.beta[units].cumsum(0)
     shrink = torch.full((len(units),), 1 / len(gram), dtype=torch.float64)

@@ -103,13 +103,14 @@ def from_sums(
     group = sums.group
     weights = "refit" if chosen.weights == "auto" else chosen.weights
     native = _native(weights, rule)
-    gram, moments = sums.moments()
+    gram, moments = (None, None) if weights == "refit" else sums.moments()
+    dense_loss, empty_loss = sums.ends()
     enough = -float("inf")
     if chosen.tolerance is not None:
-        enough = chosen.tolerance * moments.empty_loss
+        enough = chosen.tolerance * empty_loss
     with bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
         fitted = None
-        if weights == "refit":
+        if gram is None or moments is None:
             path, fitted = sums.refit(
                 rule, backend, _step(shown, enough),
                 swaps=0 if chosen.tolerance is not None else chosen.swaps,
@@ -121,7 +122,7 @@ def from_sums(
             path = sums.path(gram, moments, rule, backend, with_gap=native and rule.draws is None,
                              step=_step(shown, enough if native else -float("inf")))  # fmt: skip
     losses = path.losses
-    if not (native or weights == "refit"):
+    if gram is not None and moments is not None and not native:
         along = losses_of(first_picks(path.order), weights, gram, moments)
         losses = along[distinct_counts(path.order) - 1]
     reached = (losses <= enough).nonzero()
@@ -133,8 +134,8 @@ def from_sums(
     gates = fitted.pop(sums.gates) if fitted and sums.gates else None
     return LayerSelection.of_path(
         group.units, order, weights, fitted or None, gates, losses=losses[:k], gap=gap,
-        dense_loss=torch.tensor(moments.dense_loss, dtype=torch.float64),
-        bound=bound(moments.dense_loss, moments.spread, k) if certified else None,
+        dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
+        bound=bound(dense_loss, moments.spread, k) if certified and moments else None,
         slices=dict(group.slices), outputs=sums.outputs, loss=loss,
         objective="fisher" if sums.gates else "imitation",
     )  # fmt: skip

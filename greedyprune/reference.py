@@ -16,6 +16,7 @@ from .losses import Target
 
 # Called after each step with (k, unit, loss); a true answer ends the path there.
 Step = Callable[[int, int, float], bool]
+SOME = 256  # rows at a time of what is needed beside a matrix
 TIE = 1e-13  # relative: scores closer than float64 sums can tell apart are equal
 
 
@@ -83,8 +84,14 @@ class Refit:
         inverse = torch.linalg.solve_triangular(
             self.factor, torch.eye(len(self.factor), dtype=torch.float64), upper=False
         )
-        products = (inverse @ inverse.T).mul_(self.solved @ self.solved.T)
-        return products.cumsum(0).cumsum(1).diagonal()[self.width - 1 :: self.width]
+        added = []  # by each feature
+        for i, rows in zip(range(0, len(inverse), SOME), inverse.split(SOME), strict=True):
+            end = i + len(rows)
+            products = rows[:, :end] @ inverse[:end, :end].T
+            products *= self.solved[i:end] @ self.solved[:end].T
+            products.tril_(i)
+            added.append(2 * products.sum(1) - products.diagonal(i))
+        return torch.cat(added).cumsum(0)[self.width - 1 :: self.width]
 
 
 class Objective(Protocol):

@@ -17,6 +17,7 @@ from .reference import Refit
 
 TRIED = 8  # kept units a round: those that cost least to drop
 LEAST = 1e-9  # of |t|^2: what an exchange has to bring
+TOGETHER = 256  # features that are swept together
 FEWEST = 2304  # features up to which it is tried from the other side, too
 
 
@@ -35,16 +36,12 @@ def best_exchanged(
     """The fit after exchanges: from the units `kept`, or, if better, from those that elimination
     leaves; units that both have come first, in the order of `kept`.
     """
-    features = torch.arange(len(gram)).view(-1, width)
-    swept, left = gram.clone(), right.clone()
-    sweep(swept, left, features[kept].flatten(), 1)
-    starts = [Fit(kept, swept, left)]
+    starts = [lambda: on_units(gram, right, kept, width)]
     if len(gram) <= FEWEST:
-        starts.append(eliminated(gram, right, len(kept), width))
-    best = None
+        starts.append(lambda: eliminated(gram, right, len(kept), width))
+    norms, best = gram.diagonal().contiguous(), None
     for start in starts:
-        norms = gram.diagonal().contiguous()
-        units = exchanged(start, norms, target_norm, width, limit, backend).tolist()
+        units = exchanged(start(), norms, target_norm, width, limit, backend).tolist()
         order = [unit for unit in kept.tolist() if unit in units]
         order += [unit for unit in units if unit not in order]
         found = refit_of(gram, right, torch.tensor(order), width)
@@ -86,6 +83,13 @@ def exchanged(
     return torch.tensor(units)
 
 
+def on_units(gram: Tensor, right: Tensor, units: Tensor, width: int) -> Fit:
+    features, swept, left = torch.arange(len(gram)).view(-1, width), gram.clone(), right.clone()
+    for some in features[units].split(max(1, TOGETHER // width)):
+        sweep(swept, left, some.flatten(), 1)
+    return Fit(units, swept, left)
+
+
 def eliminated(gram: Tensor, right: Tensor, count: int, width: int) -> Fit:
     """What is left of the fit on all units when those go one by one that cost least to drop.
 
@@ -93,7 +97,7 @@ def eliminated(gram: Tensor, right: Tensor, count: int, width: int) -> Fit:
     """
     features = torch.arange(len(gram)).view(-1, width)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))  # a sweep of all, at a sixth
-    swept, left, units = -inverse, inverse @ right, list(range(len(features)))
+    left, swept, units = inverse @ right, inverse.neg_(), list(range(len(features)))
     while len(units) > count:
         costs = _dropped(swept, left, features[torch.tensor(units)])[-1]
         sweep(swept, left, features[units.pop(int(costs.argmin()))], -1)
@@ -127,5 +131,5 @@ def sweep(swept: Tensor, right: Tensor, rows: Tensor, sign: int) -> None:
 def refit_of(gram: Tensor, right: Tensor, units: Tensor, width: int) -> Refit:
     """Least squares on units (K,) in that order, for every length."""
     rows = (units[:, None] * width + torch.arange(width)).flatten()
-    factor = torch.linalg.cholesky(gram[rows][:, rows])
+    factor = torch.linalg.cholesky(gram[rows[:, None], rows])
     return Refit(units, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False))
