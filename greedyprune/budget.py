@@ -14,18 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
 from .costs import Budget, Cost, counted
 from .data import Batch, Batches
+from .distributed import Ranks
 from .features import run_model
 from .graph import Group
-from .imitation import Sums, bytes_of, collect
+from .imitation import Sums
 from .knapsack import Knapsack, solve
 from .reference import Rule
 from .selection import LayerSelection
@@ -71,13 +70,14 @@ def check_uniform(kinds: Sequence[Sequence[Group]], rules: Mapping[str, Rule]) -
 
 def within_budget(
     model: nn.Module, groups: Sequence[Group], batches: Batches, chosen: Settings,
-    costs: Mapping[str, Cost], path_of: Callable[[Sums], LayerSelection],
-    gates: Mapping[str, Sums] | None, bar: Callable[..., Any], checkpoint: Checkpoint,
+    costs: Mapping[str, Cost], turns: Sequence[Sequence[Group]],
+    sums_of: Callable[[Sequence[Group]], dict[str, Sums]],
+    path_of: Callable[[Sums], LayerSelection],
 ) -> tuple[dict[str, int], Budget]:  # fmt: skip
     """The width of each layer, and what of the budget that takes.
 
+    turns: the groups whose sums fit in memory together; sums_of: those sums, each on its owner
     path_of: a layer's whole path from its sums, without replacement and without exchanges
-    gates:   the sums, where they say by how much the model's loss rises (fisher.py)
     """
     assert chosen.budget is not None
     what, share = chosen.budget
@@ -92,10 +92,9 @@ def within_budget(
             f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least that"
         )
     kinds = kinds_of(model, groups, chosen.uniform)
-    if gates is None:
-        losses = _losses(model, groups, batches, chosen.memory_limit, path_of, bar, checkpoint)
-    else:
-        losses = ranks.each(list(gates), lambda name: path_of(gates[name]).losses)
+    losses: dict[str, Tensor] = {}
+    for some in turns:
+        losses |= _losses(some, sums_of(some), path_of, ranks)
     knapsack = knapsack_of(kinds, losses, cost, chosen.round_to, share * cost.dense)
     smallest = knapsack.cost(np.zeros(len(kinds), np.int64))
     for _ in range(ROUNDS):
@@ -123,26 +122,23 @@ def within_budget(
 
 
 def _losses(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, memory_limit: int,
-    path_of: Callable[[Sums], LayerSelection], bar: Callable[..., Any], checkpoint: Checkpoint,
-) -> dict[str, Tensor]:  # fmt: skip
-    """What each layer loses with its first 1 to N units, as a share of what it does with none."""
-    for group in groups:
-        if (needed := bytes_of(model, group)) > memory_limit:
-            raise ValueError(
-                f"memory_limit: found {memory_limit} bytes, but a budget needs {needed} for the "
-                f"products of the features of layer {group.producer!r}"
-            )
-    found = collect(
-        model, groups, batches, memory_limit, {}, bar, checkpoint, "for a budget ", owned=True
-    )
+    groups: Sequence[Group],
+    found: Mapping[str, Sums],
+    path_of: Callable[[Sums], LayerSelection],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """What each layer loses with its first 1 to N units.
+
+    As a share of what it does with none, except for gates, of which all say by how much the model's
+    loss rises (fisher.py).
+    """
 
     def losses(name: str) -> Tensor:
         sums = found[name]
-        empty = sum(each.target_norm() for each in sums.consumers) / sums.mass
+        empty = 1.0 if sums.gates else sums.ends()[1]
         return path_of(sums).losses / (empty or 1.0)
 
-    return batches.ranks.each([group.producer for group in groups], losses)
+    return ranks.each([group.producer for group in groups], losses)
 
 
 def knapsack_of(

@@ -21,7 +21,7 @@ from .data import Batch, Batches
 from .distributed import Ranks
 from .features import check_finite, run_model
 from .graph import Group
-from .layouts import outputs_of, parts, unit_major, weight_of
+from .layouts import parts, unit_major, weight_of
 from .moments import PRODUCT, add_upper_product, mirror
 from .reference import Moments, Path, Refit, Rule, Step
 from .replay import Replay
@@ -310,50 +310,26 @@ def _ridge(products: Products, damping: float) -> float:
     return damping * float(products.gram.diagonal().mean()) or 1.0  # 1: all units are dead
 
 
-def bytes_of(model: nn.Module, group: Group) -> int:
-    """What the sums of a group take: the products, and as much again to work on them."""
-    total = 0
-    for name in group.consumers:
-        weight = weight_of(model.get_submodule(name))
-        features = weight.numel() // outputs_of(model, group, name)
-        total += 16 * features**2
-    return total
-
-
 def collect(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, limit: int, roots: Roots,
+    model: nn.Module, groups: Sequence[Group], batches: Batches, roots: Roots,
     bar: Callable[..., Any], checkpoint: Checkpoint = NOTHING, what: str = "", owned: bool = False,
 ) -> dict[str, Sums]:  # fmt: skip
-    """The sums of every group, in as few passes over the data as `limit` bytes allow.
+    """The sums of every group, in one pass over the data.
 
     checkpoint: keeps the sums as they grow; what: tells these from others of the same layers
     owned: each group's on one rank only, its owner
     """
+    ranks, together = batches.ranks, [Sums.of_consumers(model, group, roots) for group in groups]
+    resumed = Pass(checkpoint, what + " ".join(group.producer for group in groups))
+    resumed.hold(*(each for sums in together for each in sums.consumers))
+    _pass(model, together, resumed.new(bar(batches, "activations")))
     found: dict[str, Sums] = {}
-    waiting, ranks = list(groups), batches.ranks
-    owners = {g.producer: ranks.owner(i) if owned else None for i, g in enumerate(groups)}
-    while waiting:
-        together: list[Sums] = []
-        held = 0
-        while waiting:
-            sums = Sums.of_consumers(model, waiting[0], roots)
-            held += sum(8 * each.features**2 for each in sums.consumers)
-            if together and held > limit:
-                break
-            together.append(sums)
-            waiting.pop(0)
-        names = [sums.group.producer for sums in together]
-        if all(checkpoint.finished(name) for name in names):
-            continue
-        resumed = Pass(checkpoint, what + " ".join(names))
-        resumed.hold(*(each for sums in together for each in sums.consumers))
-        _pass(model, together, resumed.new(bar(batches, "activations")))
-        for sums in together:
-            owner = owners[sums.group.producer]
-            for each in sums.consumers:
-                each.finish(ranks, owner)
-            if owner in (None, ranks.rank):
-                found[sums.group.producer] = sums
+    for i, sums in enumerate(together):
+        owner = ranks.owner(i) if owned else None
+        for each in sums.consumers:
+            each.finish(ranks, owner)
+        if owner in (None, ranks.rank):
+            found[sums.group.producer] = sums
     return found
 
 

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from os import PathLike
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import _backend, fisher, paths, settings
-from .budget import check_uniform, kinds_of, step_of, within_budget
-from .checkpoint import Checkpoint, Steps, mark_of
-from .costs import Budget, Cost, costs_of, counted
-from .data import Batch, Batches, joined
-from .distributed import ALONE, Ranks, ranks_of, unwrapped
+from . import _backend, settings
+from .budget import check_uniform, kinds_of
+from .checkpoint import Checkpoint, mark_of
+from .costs import costs_of, counted
+from .data import Batch, Batches
+from .distributed import ALONE, ranks_of, unwrapped
 from .evaluation import bars, evaluating
-from .features import LayerData, main_output, run_model, target_of
+from .features import main_output, run_model, target_of
 from .fingerprint import of_call, of_model, same_on_all
 from .graph import Group
-from .imitation import Roots, Sums, bytes_of, collect, replayed
-from .layouts import outputs_of
-from .losses import Criterion, criterion_of
-from .network import Network
-from .reference import Rule
-from .replay import Replay
-from .selection import LayerSelection, Selection
+from .losses import criterion_of
+from .selection import Selection
 from .settings import Settings
-from .surgery import masked, masked_weight
 from .trial import groups_of
+from .ways import Task, check_passes, is_simple, rule_of, selected_by, sizes_within, way_of
 
 
 def select(
@@ -220,7 +213,7 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     batches, chosen, first = task.batches, task.chosen, task.batches.first()
     (outputs, heads), total, flops = counted(lambda: _first_outputs(model, first))
     groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
-    ways = {group.producer: _way(model, group, chosen) for group in groups}
+    ways = {group.producer: way_of(model, group, chosen) for group in groups}
     if set(ways.values()) & {"output", "network", "fisher"}:
         target_of(task.criterion, outputs, first.targets)  # what is wrong with it shows here
     elif named and chosen.objective == "auto" and chosen.metric == "none":
@@ -230,254 +223,16 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
             UserWarning,
             stacklevel=3,
         )
-    _check_passes(batches, ways, chosen)
+    check_passes(batches, ways, chosen)
     costs, spent = costs_of(model, groups, total, flops), None
     costs = task.ranks.from_rank(0, "costs", costs)  # of its first batch
     if chosen.budget is not None:
-        sizes, spent = _sizes(model, groups, costs, task)
-        chosen = replace(chosen, size=sizes)
-    rules = {
-        group.producer: chosen.rule(group.producer, group.units, step_of(group, chosen.round_to))
-        for group in groups
-    }
+        sizes, spent = sizes_within(model, groups, costs, task)
+        chosen = replace(chosen, size=sizes, budget=None)
+    rules = {group.producer: rule_of(group, chosen) for group in groups}
     check_uniform(kinds_of(model, groups, chosen.uniform), rules)
-    selected = _selected(model, groups, ways, task._replace(rules=rules, chosen=chosen))
+    selected = selected_by(model, groups, ways, task._replace(rules=rules, chosen=chosen))
     return Selection({group.producer: selected[group.producer] for group in groups}, costs, spent)
-
-
-class Task(NamedTuple):
-    """What selecting any layer takes beside the model."""
-
-    batches: Batches
-    criterion: Criterion
-    rules: Mapping[str, Rule]
-    chosen: Settings
-    backend: str
-    bar: Callable[..., Any]
-    checkpoint: Checkpoint
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.batches.ranks if self.batches.ranks.size > 1 else self.batches.peers
-
-    def from_sums(self, sums: Sums) -> LayerSelection:
-        rule, loss = self.rules[sums.group.producer], self.criterion.kind
-        return paths.from_sums(sums, rule, self.chosen, self.backend, self.bar, loss)
-
-    def each(
-        self, ranks: Ranks, names: Sequence[str], sums: Mapping[str, Sums]
-    ) -> dict[str, LayerSelection]:
-        """Layers that do not wait for one another, shared out to the ranks."""
-        known = self.checkpoint.finished
-
-        def layer(name: str) -> LayerSelection:
-            return known(name) or self.from_sums(sums[name])
-
-        return ranks.each(names, layer, self.checkpoint.finish)
-
-    def finished(self, names: Sequence[str]) -> dict[str, LayerSelection]:
-        """All of these layers, where an earlier run finished them."""
-        found = {name: layer for name in names if (layer := self.checkpoint.finished(name))}
-        return found if len(found) == len(names) else {}
-
-
-def _way(model: nn.Module, group: Group, chosen: Settings) -> str:
-    """What a layer is judged by: the model's "output", features or sums to imitate, ...
-
-    "output":   the model's loss, from the units' features
-    "network":  the model's loss, through the layers that follow
-    "features", "sums": its consumers' dense output, from the units' features or sums over products
-    "fisher":   gates
-    """
-    if chosen.objective == "fisher":
-        return "fisher"
-    if chosen.objective != "imitation" and group.output and chosen.own_metric is None:
-        return "output"
-    if chosen.objective == "loss":
-        return "network"
-    simple = _is_simple(model, group)
-    if chosen.batch_size is not None:
-        if not simple:
-            raise ValueError(
-                f"batch_size: layer {group.producer!r} imitates its dense output from sums over "
-                "all samples, expected no batch_size"
-            )
-        return "features"
-    needed = bytes_of(model, group)
-    if needed <= chosen.memory_limit:
-        return "sums"
-    if simple and chosen.metric == "none":
-        return "features"
-    raise ValueError(
-        f"memory_limit: found {chosen.memory_limit} bytes, but layer {group.producer!r} needs "
-        f"{needed} for the products of its features"
-    )
-
-
-def _is_simple(model: nn.Module, group: Group) -> bool:
-    """Does each unit have one feature, that one Linear takes?"""
-    consumer = model.get_submodule(group.consumer)
-    at = group.slices[f"{group.consumer}.weight"]
-    return len(group.consumers) == 1 and type(consumer) is nn.Linear and at.width == 1
-
-
-def _check_passes(batches: Batches, ways: Mapping[str, str], chosen: Settings) -> None:
-    why = ""
-    if chosen.budget is not None:
-        why = "a budget, which takes a pass for each layer"
-    elif "network" in ways.values():
-        why = "objective='loss' inside a network, which takes a pass for each candidate"
-    elif len(ways) > 1 and set(ways.values()) != {"fisher"}:
-        why = f"{len(ways)} layers, which takes a pass for each layer"
-    if batches.once and why:
-        raise ValueError(
-            f"data: found an iterator for {why}; expected a list, Dataset or DataLoader"
-        )
-
-
-def _sizes(
-    model: nn.Module, groups: Sequence[Group], costs: Mapping[str, Cost], task: Task
-) -> tuple[dict[str, int], Budget]:
-    """The sizes for a budget, from whole paths of layers by themselves."""
-    chosen = replace(task.chosen, size=1.0, tolerance=None, replacement=False, swaps=0, round_to=1)
-    rules = {g.producer: chosen.rule(g.producer, g.units) for g in groups}
-    whole = task._replace(chosen=chosen, rules=rules)
-    batches = task.batches.dealt()
-
-    def found() -> tuple[dict[str, int], dict[str, Any]]:
-        gates = None
-        if chosen.objective == "fisher":
-            gates = fisher.gates(model, groups, batches, task.criterion, task.bar, task.checkpoint)
-        sizes, spent = within_budget(
-            model, groups, batches, task.chosen, costs, whole.from_sums, gates, task.bar,
-            task.checkpoint,
-        )  # fmt: skip
-        return sizes, asdict(spent)
-
-    sizes, spent = task.checkpoint.number("sizes", found)
-    return sizes, Budget(**spent)
-
-
-def _selected(
-    model: nn.Module, groups: Sequence[Group], ways: Mapping[str, str], task: Task
-) -> dict[str, LayerSelection]:
-    selected: dict[str, LayerSelection] = {}
-    for way, select_from in _TOGETHER.items():
-        some = [group for group in groups if ways[group.producer] == way]
-        if some:
-            selected |= select_from(model, some, task)
-    if task.chosen.sequential and 0 < len(selected) < len(groups):
-        model = masked(model, Selection(selected))
-    for group in groups:
-        if group.producer not in selected:
-            own = ways[group.producer] == "output"
-            layer = task.checkpoint.finished(group.producer)
-            layer = layer or _from_features(model, group, own, task)
-            selected[group.producer] = task.checkpoint.finish(group.producer, layer)
-    return selected
-
-
-def _from_features(model: nn.Module, group: Group, own: bool, task: Task) -> LayerSelection:
-    data = LayerData(
-        model, group, task.batches, task.criterion if own else Criterion("mse"),
-        imitation=not own, backend=task.backend, memory_limit=task.chosen.memory_limit,
-        progress=task.bar, checkpoint=task.checkpoint,
-    )  # fmt: skip
-    try:
-        rule, steps = task.rules[group.producer], Steps(task.checkpoint, group.producer)
-        return paths.from_features(data, rule, task.chosen, task.backend, task.bar, steps)
-    finally:
-        data.close()
-
-
-def _from_gates(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[str, LayerSelection]:
-    batches, names = task.batches.dealt(), [group.producer for group in groups]
-    if found := task.finished(names):
-        return found
-    sums = fisher.gates(model, groups, batches, task.criterion, task.bar, task.checkpoint)
-    return task.each(batches.ranks, names, sums)
-
-
-def _from_sums(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[str, LayerSelection]:
-    """The layers that imitate, in the order of the graph or all from one pass."""
-    batches, chosen, bar, checkpoint = (
-        task.batches.dealt(), task.chosen, task.bar, task.checkpoint
-    )  # fmt: skip
-    ranks, roots = batches.ranks, _roots(model, groups, task._replace(batches=batches))
-    task = task._replace(criterion=Criterion("mse"))
-    if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
-        names = [group.producer for group in groups]
-        if known := task.finished(names):
-            return known
-        sums = collect(model, groups, batches, chosen.memory_limit, roots, bar, checkpoint,
-                       owned=True)  # fmt: skip
-        return task.each(ranks, names, sums)
-    replay = Replay(model, batches, chosen.memory_limit)
-    order = replay.order([name for group in groups for name in group.consumers])
-    selected = {}
-    for group in sorted(groups, key=lambda group: min(order[name] for name in group.consumers)):
-        layer = checkpoint.finished(group.producer)
-        if layer is None:
-            found = replayed(model, group, replay, roots, bar, checkpoint)
-            layer = ranks.on_first(group.producer, partial(task.from_sums, found))
-        selected[group.producer] = checkpoint.finish(group.producer, layer)
-        for name in sorted(group.consumers, key=order.__getitem__):
-            weight = model.get_parameter(f"{name}.weight")
-            replay.change(name, weight=masked_weight(weight, layer, name))
-    return selected
-
-
-def _roots(model: nn.Module, groups: Sequence[Group], task: Task) -> Roots:
-    if task.chosen.metric == "none":
-        return {}
-    if task.criterion.kind == "custom":
-        raise ValueError(
-            "metric: found 'fisher' with a loss of your own, expected 'mse', "
-            "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
-        )
-    outputs = {name: outputs_of(model, g, name) for g in groups for name in g.consumers}
-    kind, seed = task.criterion.kind, task.chosen.seed
-    return fisher.roots(model, outputs, task.batches, kind, seed, task.bar)
-
-
-def _from_network(
-    model: nn.Module, groups: Sequence[Group], task: Task
-) -> dict[str, LayerSelection]:
-    """By the whole network's loss, in the order of the graph; reference: in float64."""
-    batches, chosen = task.batches, task.chosen
-    network = Network(
-        model, batches, task.criterion, chosen.memory_limit, task.bar,
-        traced=chosen.consumers is None,
-    )  # fmt: skip
-    if task.backend == "reference":
-        exact = network.exact()
-        if exact is None:
-            raise ValueError(
-                "backend: found 'reference', which runs the network in float64, expected another: "
-                "the model can't run in float64"
-            )
-        network, model = exact, exact.model
-        batches = batches.of(model)
-    samples = None if chosen.batch_size is None else joined(batches)
-    selected: dict[str, LayerSelection] = {}
-    for group in sorted(groups, key=lambda group: network.first_of(group.consumers)[0]):
-        sums, name, kept = None, group.producer, task.checkpoint
-        layer = kept.finished(name)
-        if layer is None and chosen.weights == "refit":
-            now = masked(model, Selection(selected if chosen.sequential else {}))
-            found = collect(now, [group], batches, chosen.memory_limit, {}, task.bar)
-            sums = found[name]
-        if layer is None:
-            layer = paths.from_network(
-                network, group, task.rules[name], chosen, samples, sums, task.bar, Steps(kept, name)
-            )
-        selected[name] = kept.finish(name, layer)
-        if chosen.sequential:
-            network.change(network.weights_of(layer))
-    return selected
-
-
-_TOGETHER = {"fisher": _from_gates, "sums": _from_sums, "network": _from_network}
 
 
 def _first_outputs(model: nn.Module, batch: Batch) -> tuple[object, set[str]]:
@@ -504,7 +259,7 @@ def _with_output(model: nn.Module, group: Group, heads: set[str]) -> Group:
     """The group, whose loss can be the model's own only where its consumer is the output."""
     if not group.output:
         return group
-    if not _is_simple(model, group):
+    if not is_simple(model, group):
         return replace(group, output=False, not_output="a sum over several features a unit")
     if group.consumer in heads:
         return group

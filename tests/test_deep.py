@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import selector
+from greedyprune import ways
 from greedyprune.data import Batch
 from greedyprune.graph import Group, analyse, find_groups
 from greedyprune.replay import Replay
@@ -156,7 +156,7 @@ def test_layers_make_up_for_those_before_them(
     batches = [inputs] if isinstance(inputs, dict) else list(inputs.split(4))
     options = {"objective": "imitation", "weights": weights}
     if not room:  # for the values between two layers
-        monkeypatch.setattr(selector, "Replay", lambda model, data, _: Replay(model, data, 0))
+        monkeypatch.setattr(ways, "Replay", lambda model, data, _: Replay(model, data, 0))
     found = greedyprune.select(model, batches, **options)
     apart = greedyprune.select(model, batches, **options, sequential=False)
     first = next(iter(NETWORKS[name][1]))

@@ -13,6 +13,7 @@ from ..data import Batches
 from ..evaluation import evaluating
 from ..graph import LAYERS, Group
 from ..imitation import Sums, collect, losses_of
+from ..memory import bytes_of, turns
 from ..reference import Rule
 from ..walk import NotPrunableError, Slice
 
@@ -111,15 +112,22 @@ class GreedyImportance(Importance):
     def _scored(self, groups: list[Group]) -> dict[nn.Module, Tensor]:
         batches = Batches(self._data, self._model)
         limit = _backend.room(batches.device)
-        with evaluating(self._model):
-            found = collect(self._model, groups, batches, limit, {}, lambda source, _: source)
+        needed = {
+            group.producer: bytes_of(
+                self._model, group, Rule(group.units, group.units, False), "none"
+            )
+            for group in groups
+        }
         backend = _backend.resolve("auto", batches.on_gpu)
         scores = {}
-        for sums in found.values():
-            of_units = _scores(sums, backend)
-            for name in sums.group.consumers:
-                at, layer = sums.group.slices[f"{name}.weight"], self._model.get_submodule(name)
-                scores[layer] = of_units.repeat_interleave(at.inner).repeat(at.outer)
+        for some in turns(groups, needed, limit):
+            with evaluating(self._model):
+                found = collect(self._model, some, batches, {}, lambda source, _: source)
+            for sums in found.values():
+                of_units = _scores(sums, backend)
+                for name in sums.group.consumers:
+                    at, layer = sums.group.slices[f"{name}.weight"], self._model.get_submodule(name)
+                    scores[layer] = of_units.repeat_interleave(at.inner).repeat(at.outer)
         return scores
 
 

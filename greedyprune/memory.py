@@ -1,0 +1,94 @@
+"""What selecting from sums over the samples takes in memory: known before it starts.
+
+Layers that imitate, and gates, are chosen from matrices of their features' products, one layer by
+itself or as many together as `memory_limit` allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from .graph import Group
+from .imitation import WIDEST
+from .layouts import outputs_of, weight_of
+from .reference import Rule
+from .settings import Settings
+from .swaps import FEWEST
+
+WORD = 8  # bytes of a float64
+
+
+class Bytes(NamedTuple):
+    """sums: that a layer is chosen from; work: what choosing takes beside them, at most."""
+
+    sums: int
+    work: int
+
+    @property
+    def together(self) -> int:
+        return self.sums + self.work
+
+
+def bytes_of(
+    model: nn.Module, group: Group, rule: Rule, weights: str, *, swaps: bool = False,
+    gates: bool = False,
+) -> Bytes:  # fmt: skip
+    """Of a layer that imitates, or of its gates."""
+    units, shapes = group.units, [(group.units, 1)]  # features and outputs, by consumer
+    if not gates:
+        shapes = []
+        for name in group.consumers:
+            outputs = outputs_of(model, group, name)
+            shapes.append((weight_of(model.get_submodule(name)).numel() // outputs, outputs))
+    features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
+    sums = sum(f * f + 2 * f * c for f, c in shapes)  # with weights and right sides
+    picks, width = min(rule.steps, rule.size, units), features // units
+    if weights not in ("auto", "refit"):
+        gram = 0 if width == 1 else units**2
+        return Bytes(WORD * sums, WORD * (max(f for f, _ in shapes) ** 2 + gram + 3 * picks**2))
+    kept, whole = picks * width, features**2
+    steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
+    exchanges = 0
+    if swaps and width <= WIDEST:  # a swept matrix; from the other side, an inverse
+        exchanges = whole + kept**2 if features > FEWEST else 2 * (whole + kept**2)
+    side_by_side = whole + kept**2 if len(shapes) > 1 else 0
+    work = side_by_side + 3 * features * outputs + max(steps, exchanges)
+    return Bytes(WORD * sums, WORD * work)
+
+
+def needed_by(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> Bytes:
+    swaps = chosen.swaps > 0 and chosen.tolerance is None and chosen.budget is None
+    gates = chosen.objective == "fisher"
+    return bytes_of(model, group, rule, chosen.weights, swaps=swaps, gates=gates)
+
+
+def check_fits(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> None:
+    """ValueError that says how much it takes, and what would take less."""
+    needed, limit = needed_by(model, group, rule, chosen), chosen.memory_limit
+    if needed.together <= limit:
+        return
+    other = needed_by(model, group, rule, replace(chosen, swaps=0)).together
+    less = f", or {other} with swaps=0" if other < needed.together else ""
+    raise ValueError(
+        f"memory_limit: found {limit} bytes, but layer {group.producer!r} needs {needed.sums} for "
+        f"the products of its features and {needed.work} to choose by them; expected "
+        f"{needed.together}{less}"
+    )
+
+
+def turns(groups: Sequence[Group], needed: Mapping[str, Bytes], limit: int) -> list[list[Group]]:
+    """As many groups at a time as `limit` bytes allow, in their order, and at least one."""
+    found: list[list[Group]] = []
+    for group in groups:
+        together = [*(found[-1] if found else []), group]
+        each = [needed[one.producer] for one in together]
+        fits = sum(one.sums for one in each) + max(one.work for one in each) <= limit
+        if found and fits:
+            found[-1] = together
+        else:
+            found.append([group])
+    return found

@@ -1,0 +1,199 @@
+"""What is said to be needed is what is taken: the peak of a process that has nothing else to do."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Team
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune import memory, ways
+from greedyprune.graph import Group
+
+UNITS = 3200  # a matrix of them takes 82 MB
+BATCH = 128
+SLACK = 2**25 + 5 * BATCH * UNITS * 4  # beside what is counted: what libraries keep, and a batch
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+pytestmark = pytest.mark.skipif(not RESET.exists(), reason="the system has no peak to reset")
+
+
+def one_layer(units: int = UNITS) -> nn.Module:
+    return nn.Sequential(nn.Linear(32, units), nn.ReLU(), nn.Linear(units, 10))
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(32, UNITS), nn.ReLU(), nn.Linear(UNITS, UNITS), nn.ReLU(), nn.Linear(UNITS, 10)
+    )
+
+
+def two_consumers() -> nn.Module:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.Linear(32, UNITS // 2)
+            self.first = nn.Linear(UNITS // 2, 10)
+            self.second = nn.Linear(UNITS // 2, 20)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.inside(inputs).relu()
+            return torch.cat([self.first(hidden), self.second(hidden)], 1)
+
+    return Two()
+
+
+IMITATION = {"objective": "imitation", "sequential": False}
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "least squares": (one_layer, {"size": 0.5, "swaps": 0, **IMITATION}),
+    "least squares, all units": (one_layer, {"size": 1.0, "swaps": 0, **IMITATION}),
+    "exchanges": (one_layer, {"size": 0.5, "swaps": 3, **IMITATION}),
+    "exchanges from both sides": (
+        lambda: one_layer(2304), {"size": 0.5, "swaps": 3, **IMITATION}
+    ),
+    "counts": (one_layer, {"steps": 50, "weights": "counts", **IMITATION}),
+    "as they are": (one_layer, {"size": 0.5, "weights": "none", **IMITATION}),
+    "in sequence": (two_layers, {"size": 0.3, "swaps": 0, "objective": "imitation"}),
+    "two consumers": (two_consumers, {"size": 0.5, "swaps": 0, "objective": "imitation"}),
+    "one after the other": (two_layers, {"size": 0.3, "swaps": 0, **IMITATION}),
+    "gates": (two_layers, {"size": 0.3, "swaps": 0, "objective": "fisher"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Team]:
+    team = Team(1)
+    yield team
+    team.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_sums_need(process: Team, name: str) -> None:
+    [[needed, taken]] = process.results(1, measured, name)
+    print(needed, taken)
+    assert needed / 2 < taken < needed + SLACK
+
+
+def test_the_gram_matrix_needs_its_own(process: Team) -> None:
+    """In one pass over more data than would fit."""
+    limit = int(1.1 * 8 * UNITS**2)
+    [taken] = process.results(1, streamed, limit)
+    assert 8 * UNITS**2 < taken < limit + SLACK
+
+
+def test_too_little_is_a_sentence() -> None:
+    """It says what would do; that does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 4, 3))
+    data = [torch.randn(8, 3, 7, 7)]
+    expected = r"'0' needs (\d+) for .* and (\d+) to .*; expected (\d+), or (\d+) with swaps=0"
+    with pytest.raises(ValueError, match=expected) as raised:
+        greedyprune.select(model, data, size=0.5, memory_limit=10_000)
+    found = re.search(expected, str(raised.value))
+    assert found is not None
+    sums, work, enough, less = map(int, found.groups())
+    assert sums + work == enough > less
+    greedyprune.select(model, data, size=0.5, memory_limit=enough)
+    greedyprune.select(model, data, size=0.5, memory_limit=less, swaps=0)
+    for limit, swaps in ((enough - 1, None), (less - 1, 0)):
+        with pytest.raises(ValueError, match="memory_limit: found"):
+            greedyprune.select(model, data, size=0.5, memory_limit=limit, swaps=swaps)
+
+
+def test_what_does_not_fit_together_takes_turns() -> None:
+    """The picks are those of all layers at once; an iterator can't be gone through twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 3)
+    )
+    data = [(torch.randn(60, 6), torch.randint(3, (60,)))]
+    for limit, options in ((50_000, IMITATION), (15_000, {"objective": "fisher"})):
+        expected = greedyprune.select(model, data, size=9, swaps=0, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            rounds = counted_turns(patch)
+            found = greedyprune.select(
+                model, data, size=9, swaps=0, memory_limit=limit, **options
+            )  # fmt: skip
+            assert rounds == [2]
+        for name, layer in expected.layers.items():
+            assert found.layers[name].order.equal(layer.order)
+    with pytest.raises(ValueError, match="all 2 layers from one pass over an iterator need up to"):
+        greedyprune.select(
+            model, iter(data), size=9, swaps=0, memory_limit=15_000, objective="fisher"
+        )
+
+
+def counted_turns(patch: pytest.MonkeyPatch) -> list[int]:
+    found, plan = list[int](), memory.turns
+
+    def turns(*args: Any) -> list[list[Group]]:
+        groups = plan(*args)
+        found.append(len(groups))
+        return groups
+
+    patch.setattr(ways, "turns", turns)
+    return found
+
+
+def data(samples: int) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    inputs = torch.randn(samples, 32)
+    return list(zip(inputs.split(BATCH), inputs[:, :10].argmax(1).split(BATCH), strict=True))
+
+
+def peak(work: Callable[[], Any]) -> int:
+    """How much memory it takes at once beside what was there."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would be taken again
+    RESET.write_text("5")
+    before = held("VmRSS")
+    work()
+    return held("VmHWM") - before
+
+
+def held(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def measured(_: int, name: str) -> tuple[int, int]:
+    """What a case needs at least, and what it takes when it may take no more."""
+    make, options = CASES[name]
+    torch.manual_seed(0)
+    model, batches, needed = make(), data(1024), list[memory.Bytes]()
+    with pytest.MonkeyPatch.context() as patch:
+        of = memory.needed_by
+
+        def noted(*args: Any) -> memory.Bytes:
+            needed.append(of(*args))
+            return needed[-1]
+
+        patch.setattr(ways, "needed_by", noted)
+        greedyprune.select(model, batches, progress=False, **options)
+    limit = max(each.together for each in needed)
+    taken = peak(
+        lambda: greedyprune.select(model, batches, progress=False, memory_limit=limit, **options)
+    )
+    return limit, taken
+
+
+def streamed(_: int, limit: int) -> int:
+    torch.manual_seed(0)
+    model = one_layer()
+    inputs = torch.randn(8192, 32)
+    batches = list(zip(inputs.split(BATCH), inputs[:, :10].split(BATCH), strict=True))
+    greedyprune.select(model, batches[:2], steps=3, progress=False)
+    return peak(
+        lambda: greedyprune.select(
+            model, iter(batches), steps=UNITS, progress=False, memory_limit=limit
+        )
+    )
