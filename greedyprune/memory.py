@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .features import BLOCK
 from .graph import Group
 from .imitation import WIDEST
 from .layouts import outputs_of, weight_of
@@ -78,6 +79,18 @@ def check_fits(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> 
         f"the products of its features and {needed.work} to choose by them; expected "
         f"{needed.together}{less}"
     )
+
+
+def least_squares(group: Group, rule: Rule, chosen: Settings) -> int:
+    """Bytes that least squares on a layer's picks takes; ValueError where those are too many."""
+    needed = 3 * WORD * min(rule.size, rule.steps, group.units) ** 2
+    if needed > max(chosen.memory_limit, WORD * BLOCK):  # which a block of samples takes anyway
+        raise ValueError(
+            f"memory_limit: found {chosen.memory_limit} bytes, but least squares on the kept units "
+            f"of layer {group.producer!r} needs {needed}; expected that, fewer units or "
+            "weights='none'"
+        )
+    return needed
 
 
 def turns(groups: Sequence[Group], needed: Mapping[str, Bytes], limit: int) -> list[list[Group]]:

@@ -103,15 +103,16 @@ def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky's factor, and which units depend on those before them.
 
     A dependent (or dead) unit gets a row of the identity, so that it stays out of all the others.
+    The matrix is written over.
     """
     scale = gram.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
-    correlation = gram / scale / scale[:, None]
+    correlation = gram.div_(scale).div_(scale[:, None])
     factor, info = torch.linalg.cholesky_ex(correlation)
     dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     if int(info) or bool((factor.diagonal() ** 2 < DEPENDENT).any()):
         factor, dropped = _factor_dependent(correlation)
-    return torch.where(dropped[:, None], factor, factor * scale[:, None]), dropped
+    return factor.mul_(torch.where(dropped, 1.0, scale)[:, None]), dropped
 
 
 def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,8 +110,9 @@ def select(
         backend: "auto", "cpu", "cuda", "reference" (pure torch in float64)
         seed: of `candidates` and `batch_size`; nothing else is random
         progress: False: no progress bars; else they show for what takes over two seconds
-        memory_limit: bytes for the units' activations and the Gram matrix together; what does not
-            fit is computed again in every pass over the data; None: half the memory that is free
+        memory_limit: bytes for the units' activations, the sums over them and what choosing takes,
+            together (beside a batch, and blocks of some 64 MB); what does not fit is computed again
+            in every pass over the data; None: half the memory that is free
         sequential: layer by layer, each on what the layers pruned before it give, towards what the
             dense network gives; False: every layer by itself, from one pass through the dense
             network (as layers that imitate are where they are named by hand; best for batches of

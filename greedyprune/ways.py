@@ -20,7 +20,7 @@ from .graph import Group
 from .imitation import Roots, Sums, collect, replayed
 from .layouts import outputs_of
 from .losses import Criterion
-from .memory import Bytes, check_fits, needed_by, turns
+from .memory import Bytes, check_fits, least_squares, needed_by, turns
 from .network import Network
 from .reference import Rule
 from .replay import Replay
@@ -191,14 +191,18 @@ def selected_by(
 
 
 def _from_features(model: nn.Module, group: Group, own: bool, task: Task) -> LayerSelection:
+    rule, chosen = task.rules[group.producer], task.chosen
+    if chosen.weights == "refit" or (chosen.weights == "auto" and not own):
+        left = chosen.memory_limit - least_squares(group, rule, chosen)
+        chosen = replace(chosen, memory_limit=max(1, left))
     data = LayerData(
         model, group, task.batches, task.criterion if own else Criterion("mse"),
-        imitation=not own, backend=task.backend, memory_limit=task.chosen.memory_limit,
+        imitation=not own, backend=task.backend, memory_limit=chosen.memory_limit,
         progress=task.bar, checkpoint=task.checkpoint,
     )  # fmt: skip
     try:
-        rule, steps = task.rules[group.producer], Steps(task.checkpoint, group.producer)
-        return paths.from_features(data, rule, task.chosen, task.backend, task.bar, steps)
+        steps = Steps(task.checkpoint, group.producer)
+        return paths.from_features(data, rule, chosen, task.backend, task.bar, steps)
     finally:
         data.close()
 
