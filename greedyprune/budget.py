@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from .costs import Budget, Cost, counted
 from .data import Batch, Batches
 from .distributed import Ranks
+from .evaluation import warn
 from .features import run_model
 from .graph import Group
 from .imitation import Sums
@@ -112,11 +112,9 @@ def within_budget(
         over = (reached - share) * cost.dense
         knapsack = replace(knapsack, limit=max(smallest, knapsack.limit - over))
     else:
-        warnings.warn(
+        warn(
             f"budget: found {reached:.4g} of the dense model's {what}, above the {share:.4g} that "
             "was asked for",
-            UserWarning,
-            stacklevel=3,
         )
     return widths, Budget(what, share, reached, best.value, best.gap)
 

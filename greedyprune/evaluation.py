@@ -1,7 +1,9 @@
-"""How a model is left while it is looked at: in eval mode, and then as it was; progress bars."""
+"""How a model is left while it is looked at: in eval mode, and then as it was. Bars, warnings."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,3 +58,11 @@ def bars(progress: bool | None) -> Callable[..., Any]:
         )  # fmt: skip
 
     return bar
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

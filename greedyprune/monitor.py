@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import distributed, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import _backend, settings
 from .budget import step_of
 from .data import Batches
+from .distributed import unwrapped
 from .evaluation import evaluating
 from .history import Check, LayerCheck
 from .losses import Criterion, criterion_of
@@ -299,13 +299,10 @@ class PretrainingMonitor:
 
 def _unwrapped(model: object) -> nn.Module:
     """The module that a compiled or parallel one wraps; its parameters are the same."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model  # type: ignore[return-value]
+    inner = unwrapped(model)
+    while isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
+        inner = unwrapped(compiled)
+    return inner
 
 
 def _held_out(compute: Callable[[], T]) -> T:

@@ -8,7 +8,6 @@ from_network:  the whole network's loss, where other layers follow
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .checkpoint import Steps
 from .data import Batch, samples_of
+from .evaluation import warn
 from .features import LayerData
 from .graph import Group
 from .imitation import Sums, losses_of
@@ -38,11 +38,9 @@ def from_features(
     data: LayerData, rule: Rule, chosen: Settings, backend: str, bar: Bar, steps: Steps
 ) -> LayerSelection:
     if data.criterion.kind == "custom":
-        warnings.warn(
+        warn(
             "loss: a function of your own takes the slow path, a call for each candidate and step; "
             "'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
-            UserWarning,
-            stacklevel=3,
         )
     if chosen.batch_size is not None and not data.in_memory:
         raise ValueError(
@@ -224,12 +222,10 @@ def _native(weights: str, rule: Rule) -> bool:
 def _warn_of_missed(layer: str, losses: Tensor, enough: float, sign: int = 1) -> None:
     """sign: -1 for a metric, of which more is better."""
     if float(losses[-1]) > enough > -math.inf:
-        warnings.warn(
+        warn(
             f"tolerance: layer {layer!r} ends at {sign * float(losses[-1]):.4g} after "
             f"{len(losses)} steps, {'above' if sign > 0 else 'below'} the {sign * enough:.4g} that "
             "was asked for",
-            UserWarning,
-            stacklevel=4,
         )
 
 
@@ -265,9 +261,7 @@ def _warn_of_repeats(layer: str, rule: Rule, order: Tensor, chosen: Settings) ->
     distinct = int(distinct_counts(order)[-1])
     stuck = len(order) == rule.steps and distinct < rule.size
     if chosen.size is not None and rule.replacement and stuck:
-        warnings.warn(
+        warn(
             f"layer {layer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
             f"size) repeats left it at {distinct} of {rule.size} distinct units",
-            UserWarning,
-            stacklevel=4,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -17,7 +16,7 @@ from .checkpoint import Checkpoint, mark_of
 from .costs import costs_of, counted
 from .data import Batch, Batches
 from .distributed import ALONE, ranks_of, unwrapped
-from .evaluation import bars, evaluating
+from .evaluation import bars, evaluating, warn
 from .features import main_output, run_model, target_of
 from .fingerprint import of_call, of_model, same_on_all
 from .graph import Group
@@ -218,11 +217,9 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     if set(ways.values()) & {"output", "network", "fisher"}:
         target_of(task.criterion, outputs, first.targets)  # what is wrong with it shows here
     elif named and chosen.objective == "auto" and chosen.metric == "none":
-        warnings.warn(
+        warn(
             f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
             "the layers imitate their dense output instead",
-            UserWarning,
-            stacklevel=3,
         )
     check_passes(batches, ways, chosen)
     costs, spent = costs_of(model, groups, total, flops), None

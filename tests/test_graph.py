@@ -264,15 +264,19 @@ def test_reasons_name_what_a_user_sees() -> None:
 def test_a_loss_that_is_not_used_is_told() -> None:
     model = Net(after=lambda s, y: y.log_softmax(-1))
     data = torch.randn(40, 5), torch.randint(3, (40,))
-    with pytest.warns(UserWarning, match=r"loss: not used, because aten.log_softmax.int follows"):
+    message = r"loss: not used, because aten.log_softmax.int follows"
+    with pytest.warns(UserWarning, match=message) as told:
         greedyprune.select(model, data, loss="cross_entropy")
+    assert told[0].filename == __file__
 
 
 def test_tolerance_that_is_not_reached_is_told() -> None:
     torch.manual_seed(0)
     model, x = Net(lambda s, h, x: h.relu()), torch.randn(40, 5)
-    with pytest.warns(UserWarning, match=r"tolerance: layer 'first' ends at .* after 1 steps"):
+    message = r"tolerance: layer 'first' ends at .* after 1 steps"
+    with pytest.warns(UserWarning, match=message) as told:
         greedyprune.select(model, (x, model(x).detach()), size=1, tolerance=0.1)
+    assert told[0].filename == __file__
 
 
 def test_a_selection_for_other_outputs() -> None:

@@ -7,14 +7,15 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rich.console
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from processes import Team
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
@@ -283,11 +284,7 @@ def test_a_wrapped_model_is_the_one_inside() -> None:
     assert check.layers == expected.layers
 
 
-def _one_process(rank: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+def _one_process(rank: int) -> tuple[dict[str, Any], Tensor]:
     model, x, y = problem()
     wrapped = nn.parallel.DistributedDataParallel(model)
     part = x[rank::2], y[rank::2]
@@ -312,24 +309,16 @@ def _one_process(rank: int, folder: str) -> None:
             break
     assert calls == [0, 0] * (1 - rank)
     state = {**monitor.state_dict(), "training_seconds": 0.0}
-    torch.save((state, monitor.selection.order), f"{folder}/{rank}.pt")
-    distributed.barrier()  # else torch may abort the one that is left
-    distributed.destroy_process_group()
+    assert monitor.selection is not None
+    return state, monitor.selection.order
 
 
-def test_processes_agree(tmp_path: Path) -> None:
-    other = multiprocessing.get_context("spawn").Process(
-        target=_one_process, args=(1, str(tmp_path))
-    )
-    other.start()
+def test_processes_agree() -> None:
+    team = Team(2)
     try:
-        _one_process(0, str(tmp_path))
+        found = team.results(2, _one_process)
     finally:
-        if distributed.is_initialized():  # it failed
-            distributed.destroy_process_group()
-        other.join(60)
-    assert other.exitcode == 0
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+        team.close()
     assert found[0][0] == found[1][0]
     assert found[0][0]["iteration"] == 4
     assert found[0][1].equal(found[1][1])
