@@ -69,10 +69,10 @@ class PythonCaller {
     });
   }
 
-  static int sum(void* self, int64_t count) {
+  static int sum(void* self, int64_t count, uint32_t picks) {
     auto* caller = static_cast<PythonCaller*>(self);
     return caller->guarded([&] {
-      caller->sum_(count);
+      caller->sum_(count, picks);
       return false;
     });
   }

@@ -52,8 +52,9 @@ struct Caller {
   int (*step)(void* self, int64_t k, int64_t unit, double loss);  // after each greedy step
   // Compute the Gram columns of wanted[0:count] into rows [slot, slot + count) of the cache.
   int (*fetch)(void* self, int64_t slot, int64_t count);
-  // Add up workspace.exchange[0:count] over the processes that have a part of the samples.
-  int (*sum)(void* self, int64_t count);
+  // Add up workspace.exchange[0:count] over the processes that have a part of the samples; `picks`
+  // differs where theirs did.
+  int (*sum)(void* self, int64_t count, uint32_t picks);
   int32_t threads;
 };
 

@@ -88,6 +88,11 @@ def resolve(backend: str, on_gpu: bool) -> str:
     return "cpu" if has_extension() else "reference"
 
 
+def instruction_set(backend: str) -> str:
+    """That the kernels of backend "cpu" use."""
+    return str(extension().active_instruction_set()) if backend == "cpu" else ""
+
+
 def show_config() -> None:
     """Prints version, compiler, instruction sets, CUDA, threads and torch, for bug reports."""
     from . import __version__

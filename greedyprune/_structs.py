@@ -70,7 +70,7 @@ class Run(Struct):
             candidates=0 if draws is None else draws.shape[1],
             draws=draws,
         )
-        self._ranks = ranks
+        self.ranks = ranks
         self._exchange = torch.empty(2 * units + 3, dtype=double) if ranks.size > 1 else None
         self.workspace = self.fill(
             _C.Workspace(),
@@ -83,10 +83,10 @@ class Run(Struct):
             errors=torch.empty(units, dtype=double, device=device),
         )
 
-    def sum(self, count: int) -> None:
-        """Adds up the first numbers of the exchange over the ranks."""
+    def sum(self, count: int, picks: int) -> None:
+        """Adds up the first numbers of the exchange over the ranks; picks: has to be the same."""
         assert self._exchange is not None
-        self._ranks.sum("greedy step", self._exchange[:count])
+        self.ranks.sum(f"greedy step after picks {picks:x}", self._exchange[:count])
 
     def result(self) -> Path:
         k = self.path.length

@@ -1,7 +1,7 @@
 """Several processes that select as one, over torch.distributed.
 
-Every exchange begins with a word from each rank on what it is about to exchange. A rank on which
-something was raised says that instead: so all of them raise, and none waits for another.
+Every exchange begins, or in a loop comes, with a word from each rank on what it exchanges. A rank
+on which something was raised says that instead: so all of them raise, and none waits for another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 T = TypeVar("T")
 PARALLEL = ("data", "units", "none")
 SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSDP
-FAILED = 0  # the word of a rank on which something was raised
 GATHERED = 2**20  # bytes of all ranks together below which one round trip costs less than a ring
 HEAD = 3  # numbers of a frame that say whether all are well, and at the same
 ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
@@ -29,7 +28,8 @@ ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
 class Ranks:
     """The processes of a group, each with `rank` of `size`; without a group, this one alone.
 
-    A sum has the same bits on every rank: torch's backends add up each entry on one of them.
+    A sum has the same bits on every rank: torch's backends add up each entry on one of them, and
+    small ones each rank adds up itself, in the order of the ranks.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -65,8 +65,9 @@ class Ranks:
         if self.size == 1:
             yield
             return
+        frame = torch.zeros(HEAD + count, dtype=torch.float64, device=self._device)
         self._meet(f"a loop with {count}")
-        self._frame = torch.zeros(HEAD + count, dtype=torch.float64, device=self._device)
+        self._frame = frame
         yield  # after an error the frame stays: the others are in the loop, too
         self._meet("the end of the loop")
         self._frame = None
@@ -202,7 +203,7 @@ class Ranks:
 
         carried: tensors that are added up on the way, in a loop
         """
-        failed, same = self._words(zlib.crc32(what.encode()) >> 12 | 1, carried)
+        failed, same = self._words(zlib.crc32(what.encode()) >> 12, carried)
         if failed:
             self._broken = True
             reports = self._reports(None)
@@ -222,19 +223,23 @@ class Ranks:
         kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
         text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
         try:
-            self._words(FAILED)
+            self._words(None)
             self._broken = True
             self._reports((kind, text))
         except RuntimeError:
             pass  # nobody is left to be told; this rank raises what it found
 
-    def _words(self, word: int, carried: Sequence[Tensor] = ()) -> tuple[bool, bool]:
-        """Has a rank failed, and is the word (of 20 bits) the same on all of them?"""
+    def _words(self, word: int | None, carried: Sequence[Tensor] = ()) -> tuple[bool, bool]:
+        """Has any rank failed, and is the word (of 20 bits) the same on all of them?
+
+        word: None: this one failed
+        """
         frame = self._frame
         if frame is None:
             frame = torch.empty(HEAD, dtype=torch.float64, device=self._device)
         frame[HEAD:] = 0
-        frame[:HEAD] = torch.tensor([word == FAILED, word, word * word], dtype=torch.float64)
+        own = [1, 0, 0] if word is None else [0, word, word * word]
+        frame[:HEAD] = torch.tensor(own, dtype=torch.float64)
         ends = list(accumulate((tensor.numel() for tensor in carried), initial=HEAD))
         parts = [frame[i:j] for i, j in pairwise(ends)]
         for part, tensor in zip(parts, carried, strict=True):

@@ -36,9 +36,12 @@ class Bytes(NamedTuple):
 
 def bytes_of(
     model: nn.Module, group: Group, rule: Rule, weights: str, *, swaps: bool = False,
-    gates: bool = False,
+    picked: bool = False, gates: bool = False,
 ) -> Bytes:  # fmt: skip
-    """Of a layer that imitates, or of its gates."""
+    """Of a layer that imitates, or of its gates.
+
+    picked: are the units known, whose weights are refitted?
+    """
     units, shapes = group.units, [(group.units, 1)]  # features and outputs, by consumer
     if not gates:
         shapes = []
@@ -48,49 +51,60 @@ def bytes_of(
     features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
     sums = sum(f * f + 2 * f * c for f, c in shapes)  # with weights and right sides
     picks, width = min(rule.steps, rule.size, units), features // units
+    kept, whole, sides = picks * width, features**2, 3 * features * outputs
     if weights not in ("auto", "refit"):
         gram = 0 if width == 1 else units**2
-        return Bytes(WORD * sums, WORD * (max(f for f, _ in shapes) ** 2 + gram + 3 * picks**2))
-    kept, whole = picks * width, features**2
+        work = max(f for f, _ in shapes) ** 2 + gram + max(3 * picks**2, sides)
+        return Bytes(WORD * sums, WORD * work)
+    if picked:
+        return Bytes(WORD * sums, WORD * (3 * kept**2 + sides))
     steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
     exchanges = 0
     if swaps and width <= WIDEST:  # a swept matrix; from the other side, an inverse
         exchanges = whole + kept**2 if features > FEWEST else 2 * (whole + kept**2)
+        sides += 4 * kept * outputs
     side_by_side = whole + kept**2 if len(shapes) > 1 else 0
-    work = side_by_side + 3 * features * outputs + max(steps, exchanges)
-    return Bytes(WORD * sums, WORD * work)
+    return Bytes(WORD * sums, WORD * (side_by_side + sides + max(steps, exchanges)))
 
 
 def needed_by(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> Bytes:
-    swaps = chosen.swaps > 0 and chosen.tolerance is None and chosen.budget is None
-    gates = chosen.objective == "fisher"
-    return bytes_of(model, group, rule, chosen.weights, swaps=swaps, gates=gates)
+    return bytes_of(
+        model, group, rule, chosen.weights, gates=chosen.objective == "fisher",
+        swaps=chosen.swaps > 0 and chosen.tolerance is None, picked=chosen.objective == "loss",
+    )  # fmt: skip
 
 
-def check_fits(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> None:
-    """ValueError that says how much it takes, and what would take less."""
+def least_squares(picks: int) -> int:
+    """Bytes that least squares on so many features in memory takes."""
+    return 3 * WORD * picks**2
+
+
+def check_least_squares(layer: str, picks: int, limit: int) -> None:
+    """ValueError where it takes too much."""
+    needed = least_squares(picks)
+    if needed > max(limit, WORD * BLOCK):  # which a block of samples takes anyway
+        raise ValueError(
+            f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
+            f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"
+        )
+
+
+def check_fits(model: nn.Module, group: Group, rule: Rule, chosen: Settings, held: int = 0) -> None:
+    """ValueError that says how much it takes, and what would take less.
+
+    held: bytes that something else takes
+    """
     needed, limit = needed_by(model, group, rule, chosen), chosen.memory_limit
-    if needed.together <= limit:
+    if needed.together + held <= limit:
         return
     other = needed_by(model, group, rule, replace(chosen, swaps=0)).together
-    less = f", or {other} with swaps=0" if other < needed.together else ""
+    less = f", or {other + held} with swaps=0" if other < needed.together else ""
+    metric = f", {held} for the metric" if held else ""
     raise ValueError(
         f"memory_limit: found {limit} bytes, but layer {group.producer!r} needs {needed.sums} for "
-        f"the products of its features and {needed.work} to choose by them; expected "
-        f"{needed.together}{less}"
+        f"the products of its features{metric} and {needed.work} to choose by them; expected "
+        f"{needed.together + held}{less}"
     )
-
-
-def least_squares(group: Group, rule: Rule, chosen: Settings) -> int:
-    """Bytes that least squares on a layer's picks takes; ValueError where those are too many."""
-    needed = 3 * WORD * min(rule.size, rule.steps, group.units) ** 2
-    if needed > max(chosen.memory_limit, WORD * BLOCK):  # which a block of samples takes anyway
-        raise ValueError(
-            f"memory_limit: found {chosen.memory_limit} bytes, but least squares on the kept units "
-            f"of layer {group.producer!r} needs {needed}; expected that, fewer units or "
-            "weights='none'"
-        )
-    return needed
 
 
 def turns(groups: Sequence[Group], needed: Mapping[str, Bytes], limit: int) -> list[list[Group]]:

@@ -76,6 +76,7 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         norm += known.squares
         if data.target is not None and data.target.weight is None:
             variance += norm[:, None]
+    norm = norm * out.square().sum(1)
     data.ranks.sum("moments", norm, beta, variance, sums.numbers)
     count, mass, dense, empty, target_norm, mean_norm = sums.numbers.tolist()
     if mass == 0:
@@ -91,9 +92,9 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         if data.features is not None:
             # They decide what float32 leaves open; features that were not kept can't.
             add_upper_product(gram, data.features, data.product_dtype)
+        _weigh(gram, out)
         data.ranks.sum_upper("Gram matrix", gram)
-        _finish_gram(gram, out)
-    norm *= out.square().sum(1)
+        mirror(gram)
     return Moments(int(count), mass, norm, beta, target_norm, dense, spread, empty)
 
 
@@ -119,11 +120,10 @@ def add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
                 gram[i + r : min(i + r + SOME, i + len(rows)), i:] += product[r : r + SOME]
 
 
-def _finish_gram(gram: Tensor, outgoing: Tensor) -> None:
-    """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), both halves."""
+def _weigh(gram: Tensor, outgoing: Tensor) -> None:
+    """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), the upper half."""
     for i in range(0, len(gram), SOME):
         gram[i : i + SOME, i:] *= outgoing[i : i + SOME] @ outgoing[i:].T
-    mirror(gram)
 
 
 def mirror(gram: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from . import ops, reference
 from .checkpoint import NOTHING, Steps
 from .distributed import ALONE
 from .features import Block, LayerData
-from .losses import loss_of_function
+from .losses import Target, loss_of_function
 from .moments import PRODUCT, moments
 from .reference import Path, Rule, Step
 from .settings import Batched
@@ -210,7 +211,8 @@ class Solver:
         self.moments = moments(data, backend, self._gram)
 
     def run(self, rule: Rule, *, with_gap: bool, step: Step | None) -> Path:
-        with self.data.together.loop(2 * self.data.units + 3):
+        own = self.data.criterion.kind == "custom"
+        with (ALONE if own else self.data.ranks).loop(2 * self.data.units + 3):
             return self._run(rule, with_gap, step)
 
     def _run(self, rule: Rule, with_gap: bool, step: Step | None) -> Path:
@@ -240,7 +242,7 @@ class Solver:
         if kept and self._one_kernel():
             assert data.features is not None and data.target is not None
             return ops.greedy_pointwise(
-                data.features, data.outgoing, data.bias, data.target, rule,
+                data.features, data.outgoing, data.bias, self._target(), rule,
                 extent=data.extent, mass=self.moments.mass, with_gap=with_gap, step=step,
                 ranks=data.ranks, backend=self.backend,
                 starts=None if self._batches is None else self._batches.starts,
@@ -262,6 +264,15 @@ class Solver:
         # Is there room for three arrays of (C, m)? C may be a vocabulary.
         fits = 20 * data.outputs * data.samples <= self._room
         return data.ranks.agree("room for outputs", fits)
+
+    def _target(self) -> Target:
+        """With a linear term where that of any rank has one, as its sums are added up."""
+        target = self.data.target
+        assert target is not None
+        if any(self.data.ranks.gather("linear term", target.linear is not None)):
+            zeros = torch.zeros(target.outputs, target.samples, dtype=torch.float64)
+            return replace(target, linear=zeros if target.linear is None else target.linear)
+        return target
 
     def _exact(self) -> ops.Exact | None:
         """Float32 products are twice as fast, and the features in memory make up for them."""
@@ -303,7 +314,7 @@ class Solver:
 
             def summed(units: Tensor, out: Tensor) -> None:
                 ops.gram_columns(features, data.outgoing, units, out, spread=True)
-                data.ranks.sum("columns", out)
+                data.ranks.sum(f"columns {units.tolist()}", out)
 
             return summed
 

@@ -356,10 +356,11 @@ def greedy_pointwise(
     check_target(target, features, outgoing)
     (units, samples), outputs = features.shape, outgoing.shape[1]
     check("bias", bias, (outputs,))
-    if ranks.size > 1 and (starts is not None or backend == "cuda" or mass is None):
-        raise ValueError(
-            "ranks: found several, expected one for mini-batches, backend='cuda' and no mass"
-        )
+    if ranks.size > 1 and (starts is not None or backend == "cuda"):
+        what = "backend='cuda'" if starts is None else "starts"
+        raise ValueError(f"ranks: found {ranks.size} with {what}, expected one")
+    if ranks.size > 1 and mass is None:
+        raise ValueError(f"mass: found None with {ranks.size} ranks, expected that of all samples")
     mass = target.mass if mass is None else mass
     if starts is not None and (
         starts.dtype != torch.int64
@@ -525,7 +526,7 @@ def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
     quadratic = quadratic_struct(run, moments, _rounding(moments, exact))
     if exact is None:
         return quadratic
-    check_features(exact.features, exact.outgoing, spread=True)
+    check_features(exact.features, exact.outgoing, spread=run.ranks.size > 1)
     shape = (exact.outgoing.shape[1], exact.features.shape[1])
     check("target", exact.target, shape, torch.float64)
     return run.fill(

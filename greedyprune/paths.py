@@ -24,6 +24,7 @@ from .imitation import Sums, losses_of
 from .layouts import outputs_of
 from .losses import Criterion, bound
 from .measuring import Metric, number
+from .memory import check_least_squares
 from .network import Network, NetworkObjective
 from .objectives import CustomObjective, Solver
 from .reference import Path, Rule, Step, greedy
@@ -76,7 +77,8 @@ def from_features(
             fitted = refit(data, path.order) if weights == "refit" else None
             losses = losses_along(data, path.order, weights, fitted, solver.moments.mass)
     else:
-        path, losses, fitted = _until(path_of, rule, enough, data, weights, solver.moments.mass)
+        mass, limit = solver.moments.mass, chosen.memory_limit
+        path, losses, fitted = _until(path_of, rule, enough, data, weights, mass, limit)
     _warn_of_repeats(data.group.producer, rule, path.order, chosen)
     _warn_of_missed(data.group.producer, losses, enough)
     certified = (
@@ -231,13 +233,15 @@ def _warn_of_missed(layer: str, losses: Tensor, enough: float, sign: int = 1) ->
 
 def _until(
     path_of: Callable[[Rule], Path], rule: Rule, enough: float, data: LayerData, weights: str,
-    mass: float,
+    mass: float, limit: int,
 ) -> tuple[Path, Tensor, Any]:  # fmt: skip
     """Runs longer and longer paths (they are nested) until the reweighted loss is low enough."""
     steps = 32
     while True:
         part = replace(rule, steps=min(steps, rule.steps))
         path = path_of(part)
+        if weights == "refit":
+            check_least_squares(data.group.producer, len(first_picks(path.order)), limit)
         fitted = refit(data, path.order) if weights == "refit" else None
         losses = losses_along(data, path.order, weights, fitted, mass)
         reached = (losses <= enough).nonzero()

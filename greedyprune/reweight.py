@@ -111,13 +111,14 @@ def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(correlation)
     dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     if int(info) or bool((factor.diagonal() ** 2 < DEPENDENT).any()):
+        del factor
         factor, dropped = _factor_dependent(correlation)
     return factor.mul_(torch.where(dropped, 1.0, scale)[:, None]), dropped
 
 
 def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """The same column by column."""
-    rest, factor = correlation.clone(), torch.zeros_like(correlation)
+    """The same column by column; the matrix is written over."""
+    rest, factor = correlation, torch.zeros_like(correlation)
     dropped = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
     for j in range(len(rest)):
         if rest[j, j] < DEPENDENT:
@@ -127,5 +128,5 @@ def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
             continue
         column = rest[j:, j] / rest[j, j].sqrt()
         factor[j:, j] = column
-        rest[j:, j:] -= torch.outer(column, column)
+        rest[j:, j:].addr_(column, column, alpha=-1)
     return factor, dropped

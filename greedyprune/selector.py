@@ -24,7 +24,16 @@ from .losses import criterion_of
 from .selection import Selection
 from .settings import Settings
 from .trial import groups_of
-from .ways import Task, check_passes, is_simple, rule_of, selected_by, sizes_within, way_of
+from .ways import (
+    Task,
+    check_memory,
+    check_passes,
+    is_simple,
+    rule_of,
+    selected_by,
+    sizes_within,
+    way_of,
+)
 
 
 def select(
@@ -182,7 +191,8 @@ def select(
             if loss == "auto":
                 criterion = criterion_of(loss, first.targets)
             call = of_call(chosen, criterion, backend)
-            with same_on_all(ranks, inner, call):
+            here = {"the processor (GREEDYPRUNE_ISA)": _backend.instruction_set(backend)}
+            with same_on_all(ranks, inner, call | here):
                 limit = ranks.memory(*_memory(memory_limit, chosen, batches, backend))
                 kept = Checkpoint()
                 if checkpoint is not None:
@@ -222,6 +232,7 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
             "the layers imitate their dense output instead",
         )
     check_passes(batches, ways, chosen)
+    check_memory(model, groups, ways, chosen)
     costs, spent = costs_of(model, groups, total, flops), None
     costs = task.ranks.from_rank(0, "costs", costs)  # of its first batch
     if chosen.budget is not None:

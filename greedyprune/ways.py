@@ -20,7 +20,7 @@ from .graph import Group
 from .imitation import Roots, Sums, collect, replayed
 from .layouts import outputs_of
 from .losses import Criterion
-from .memory import Bytes, check_fits, least_squares, needed_by, turns
+from .memory import Bytes, check_fits, check_least_squares, least_squares, needed_by, turns
 from .network import Network
 from .reference import Rule
 from .replay import Replay
@@ -93,14 +93,10 @@ def way_of(model: nn.Module, group: Group, chosen: Settings) -> str:
     "fisher":   gates
     """
     if chosen.objective == "fisher":
-        check_fits(model, group, rule_of(group, chosen), chosen)
         return "fisher"
     if chosen.objective != "imitation" and group.output and chosen.own_metric is None:
         return "output"
-    rule = rule_of(group, chosen)
     if chosen.objective == "loss":
-        if chosen.weights == "refit":
-            check_fits(model, group, rule, chosen)
         return "network"
     simple = is_simple(model, group)
     if chosen.batch_size is not None:
@@ -110,10 +106,9 @@ def way_of(model: nn.Module, group: Group, chosen: Settings) -> str:
                 "all samples, expected no batch_size"
             )
         return "features"
-    needed = needed_by(model, group, rule, chosen).together
+    needed = needed_by(model, group, rule_of(group, chosen), chosen).together
     if simple and chosen.metric == "none" and needed > chosen.memory_limit:
         return "features"
-    check_fits(model, group, rule, chosen)
     return "sums"
 
 
@@ -126,6 +121,30 @@ def is_simple(model: nn.Module, group: Group) -> bool:
     consumer = model.get_submodule(group.consumer)
     at = group.slices[f"{group.consumer}.weight"]
     return len(group.consumers) == 1 and type(consumer) is nn.Linear and at.width == 1
+
+
+def check_memory(
+    model: nn.Module, groups: Sequence[Group], ways: Mapping[str, str], chosen: Settings
+) -> None:
+    """ValueError where a layer takes more than there is."""
+    held = _roots_bytes(model, [g for g in groups if ways[g.producer] == "sums"], chosen)
+    for group in groups:
+        way, rule = ways[group.producer], rule_of(group, chosen)
+        fitted = chosen.weights == "refit" or (chosen.weights == "auto" and way == "features")
+        if way in ("sums", "fisher") or (way == "network" and fitted):
+            check_fits(model, group, rule, chosen, held)
+        elif fitted and chosen.tolerance is None:
+            check_least_squares(group.producer, _picks(group, rule), chosen.memory_limit)
+
+
+def _roots_bytes(model: nn.Module, groups: Sequence[Group], chosen: Settings) -> int:
+    if chosen.metric == "none":
+        return 0
+    return sum(8 * outputs_of(model, g, name) ** 2 for g in groups for name in g.consumers)
+
+
+def _picks(group: Group, rule: Rule) -> int:
+    return min(rule.size, rule.steps, group.units)
 
 
 def check_passes(batches: Batches, ways: Mapping[str, str], chosen: Settings) -> None:
@@ -150,8 +169,6 @@ def sizes_within(
     rules = {g.producer: chosen.rule(g.producer, g.units) for g in groups}
     whole = task._replace(chosen=chosen, rules=rules)
     batches = task.batches.dealt()
-    for group in groups:
-        check_fits(model, group, rules[group.producer], chosen)
 
     def sums_of(some: Sequence[Group]) -> dict[str, Sums]:
         if chosen.objective == "fisher":
@@ -192,8 +209,9 @@ def selected_by(
 
 def _from_features(model: nn.Module, group: Group, own: bool, task: Task) -> LayerSelection:
     rule, chosen = task.rules[group.producer], task.chosen
-    if chosen.weights == "refit" or (chosen.weights == "auto" and not own):
-        left = chosen.memory_limit - least_squares(group, rule, chosen)
+    fitted = chosen.weights == "refit" or (chosen.weights == "auto" and not own)
+    if fitted and chosen.tolerance is None:
+        left = chosen.memory_limit - least_squares(_picks(group, rule))
         chosen = replace(chosen, memory_limit=max(1, left))
     data = LayerData(
         model, group, task.batches, task.criterion if own else Criterion("mse"),
@@ -223,7 +241,7 @@ def _from_sums(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[st
     )  # fmt: skip
     ranks, roots = batches.ranks, _roots(model, groups, task._replace(batches=batches))
     task = task._replace(criterion=Criterion("mse"))
-    metrics = sum(root.nbytes for root in roots.values())
+    metrics = _roots_bytes(model, groups, chosen)
     if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
 
         def sums_of(some: Sequence[Group]) -> dict[str, Sums]:
@@ -264,8 +282,11 @@ def _from_network(
 ) -> dict[str, LayerSelection]:
     """By the whole network's loss, in the order of the graph; reference: in float64."""
     batches, chosen = task.batches, task.chosen
+    refitted = 0
+    if chosen.weights == "refit":
+        refitted = max(each.together for each in task.needed(model, groups).values())
     network = Network(
-        model, batches, task.criterion, chosen.memory_limit, task.bar,
+        model, batches, task.criterion, chosen.memory_limit - refitted, task.bar,
         traced=chosen.consumers is None,
     )  # fmt: skip
     if task.backend == "reference":

@@ -89,6 +89,12 @@ CASES = {
     "smoothed labels": Case(
         mlp, "classes", {"steps": 9, "loss": nn.CrossEntropyLoss(label_smoothing=0.1)}
     ),
+    "smoothed labels, some parts ignored": Case(
+        mlp, "few classes", {"steps": 9, "loss": nn.CrossEntropyLoss(label_smoothing=0.1)}
+    ),
+    "shares of classes, some parts whole": Case(
+        mlp, "shares of classes", {"steps": 9, "loss": "cross_entropy"}
+    ),
     "class weights, ignored labels": Case(
         mlp, "classes",
         {"steps": 9, "loss": nn.CrossEntropyLoss(torch.arange(5) / 4 + 0.5, ignore_index=3)},
@@ -147,6 +153,13 @@ def tensors(kind: str) -> tuple[Tensor, Tensor]:
     classes = inputs[:, :5].argmax(1)
     if kind == "classes":
         return inputs, classes
+    known = PARTS[4][0] + PARTS[4][1]  # samples of the first ranks, or of some of the first of two
+    if kind == "few classes":
+        return inputs, classes.index_fill(0, torch.arange(known, SAMPLES), -100)
+    if kind == "shares of classes":
+        shares = functional.one_hot(classes, 5).float()
+        shares[:known] = inputs[:known, :5].softmax(1)
+        return inputs, shares
     if kind == "shares":
         return inputs, (inputs[:, :5] > 0.3).float()
     return inputs, inputs[:, :5] + inputs[:, 5:10] ** 2

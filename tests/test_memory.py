@@ -19,7 +19,7 @@ from greedyprune import memory, ways
 from greedyprune.graph import Group
 
 UNITS = 3200  # a matrix of them takes 82 MB
-BATCH = 128
+BATCH = 32
 # Beside what is counted: what libraries keep, and a batch.
 SLACK = 3 * 2**24 + 5 * BATCH * UNITS * 4
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -27,8 +27,8 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 pytestmark = pytest.mark.skipif(not RESET.exists(), reason="the system has no peak to reset")
 
 
-def one_layer(units: int = UNITS) -> nn.Module:
-    return nn.Sequential(nn.Linear(32, units), nn.ReLU(), nn.Linear(units, 10))
+def one_layer(units: int = UNITS, outputs: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Linear(32, units), nn.ReLU(), nn.Linear(units, outputs))
 
 
 def two_layers() -> nn.Module:
@@ -59,6 +59,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "exchanges": (one_layer, {"size": 0.5, "swaps": 3, **IMITATION}),
     "exchanges from both sides": (
         lambda: one_layer(2304), {"size": 0.5, "swaps": 3, **IMITATION}
+    ),
+    "counts, many outputs": (
+        lambda: one_layer(1000, 9000), {"steps": 50, "weights": "counts", **IMITATION}
     ),
     "counts": (one_layer, {"steps": 50, "weights": "counts", **IMITATION}),
     "as they are": (one_layer, {"size": 0.5, "weights": "none", **IMITATION}),
@@ -178,7 +181,7 @@ def measured(_: int, name: str) -> tuple[int, int]:
     """What a case needs at least, and what it takes when it may take no more."""
     make, options = CASES[name]
     torch.manual_seed(0)
-    model, batches, needed = make(), data(1024), list[memory.Bytes]()
+    model, batches, needed = make(), data(256), list[memory.Bytes]()
     with pytest.MonkeyPatch.context() as patch:
         of = memory.needed_by
 

@@ -43,9 +43,9 @@ class PointwiseObjective {
     const Status status =
         candidate_slope<double>(p_.linear_unit, nullptr, workspace_.contenders, units(),
                                 p_.features, p_.outgoing, p_.linear, outputs(), caller_);
-    return status == Status::ok
-               ? add_up({{p_.linear_unit, units()}, {&linear_bias_, 1}}, workspace_, caller_)
-               : status;
+    return status == Status::ok ? add_up({{p_.linear_unit, units()}, {&linear_bias_, 1}}, picks_,
+                                         workspace_, caller_)
+                                : status;
   }
 
   // On the step's mini-batch, if there is one, or (everywhere) on all samples.
@@ -67,11 +67,13 @@ class PointwiseObjective {
         candidate_loss<double>(scores, errors, candidates, n, seen_.features, p_.outgoing, part(k),
                                p_.outputs64, without_value(seen_.target), caller_);
     widen(errors, scores, n, workspace_);
-    if (status == Status::ok) status = add_up({{scores, n}, {errors, n}}, workspace_, caller_);
+    if (status == Status::ok)
+      status = add_up({{scores, n}, {errors, n}}, picks_, workspace_, caller_);
     return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
   }
 
   Status add(int64_t, int64_t unit) {
+    picks_ = after_pick(picks_, unit);
     add_phi(p_.features, unit, p_.outgoing, outputs(), p_.sum);
     if (p_.linear) linear_sum_ += p_.linear_unit[unit];
     return Status::ok;
@@ -86,7 +88,7 @@ class PointwiseObjective {
     if (status != Status::ok) return status;
     const double linear = p_.linear ? linear_bias_ + part(k) * linear_sum_ : 0;
     if (!gap) {
-      status = add_up({{loss, 1}}, workspace_, caller_);
+      status = add_up({{loss, 1}}, picks_, workspace_, caller_);
       *loss += linear;
       return status;
     }
@@ -114,7 +116,7 @@ class PointwiseObjective {
                      {&along_error, 1},
                      {p_.slopes, units()},
                      {p_.slope_errors, units()}},
-                    workspace_, caller_);
+                    picks_, workspace_, caller_);
     if (status != Status::ok) return status;
     *loss += linear;
     for (int64_t j = 0; j < units(); ++j) {
@@ -124,7 +126,8 @@ class PointwiseObjective {
     const int64_t n = keep_contenders(candidates, workspace_.scores, workspace_.errors, units());
     status = candidate_slope<double>(workspace_.scores, nullptr, candidates, n, p_.features,
                                      p_.outgoing, p_.outputs64, outputs(), caller_);
-    if (status == Status::ok) status = add_up({{workspace_.scores, n}}, workspace_, caller_);
+    if (status == Status::ok)
+      status = add_up({{workspace_.scores, n}}, picks_, workspace_, caller_);
     if (status != Status::ok) return status;
     *gap = part(k) * along - lowest_of(workspace_.scores, n);
     tangent_ = {
@@ -207,7 +210,8 @@ class PointwiseObjective {
         candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32, part(k),
                               p_.outputs32, target32(), caller_);
     widen(errors, scores, n, workspace_);
-    if (status == Status::ok) status = add_up({{scores, n}, {errors, n}}, workspace_, caller_);
+    if (status == Status::ok)
+      status = add_up({{scores, n}, {errors, n}}, picks_, workspace_, caller_);
     return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
   }
 
@@ -330,6 +334,7 @@ class PointwiseObjective {
   const Caller& caller_;
   Seen seen_{};
   Tangent tangent_{};
+  uint32_t picks_ = 0;
   double gradient_error_ = 0;  // the norm of what outputs_gradient can be off by
   double linear_bias_ = 0, linear_sum_ = 0;
 };

@@ -16,14 +16,19 @@ struct Sums {
   int64_t n;
 };
 
+// A number for the picks so far.
+inline uint32_t after_pick(uint32_t picks, int64_t unit) {
+  return picks * 1000003u + static_cast<uint32_t>(unit) + 1u;
+}
+
 // All these become sums over the processes, in one exchange.
-inline Status add_up(std::initializer_list<Sums> all, const Workspace& workspace,
+inline Status add_up(std::initializer_list<Sums> all, uint32_t picks, const Workspace& workspace,
                      const Caller& caller) {
   if (!workspace.exchange) return Status::ok;
   int64_t count = 0;
   for (const Sums& sums : all)
     for (int64_t i = 0; i < sums.n; ++i) workspace.exchange[count++] = sums.at[i];
-  if (caller.sum(caller.self, count)) return Status::stopped;
+  if (caller.sum(caller.self, count, picks)) return Status::stopped;
   count = 0;
   for (const Sums& sums : all)
     for (int64_t i = 0; i < sums.n; ++i) sums.at[i] = workspace.exchange[count++];

@@ -45,7 +45,8 @@ class QuadraticObjective {
     status = candidate_slope<double>(scores, errors, units, n, *q_.features, q_.outgoing,
                                      q_.residual, q_.outputs, caller_);
     widen(errors, scores, n, workspace_);
-    if (status == Status::ok) status = add_up({{scores, n}, {errors, n}}, workspace_, caller_);
+    if (status == Status::ok)
+      status = add_up({{scores, n}, {errors, n}}, picks_, workspace_, caller_);
     for (int64_t i = 0; i < n; ++i) scores[i] += 0.5 * q_.norm[units[i]];
     return status;
   }
@@ -53,6 +54,7 @@ class QuadraticObjective {
   Status add(int64_t k, int64_t unit) {
     const double* column = columns_.column(unit, k);
     if (!column) return Status::stopped;
+    picks_ = after_pick(picks_, unit);
     beta_sum_ += q_.beta[unit];
     state_sum_ += 2 * q_.state[unit] + q_.norm[unit];
     reach_ += q_.size[unit];
@@ -84,7 +86,8 @@ class QuadraticObjective {
         status = candidate_slope<double>(workspace_.scores, nullptr, units, n, *q_.features,
                                          q_.outgoing, q_.residual, q_.outputs, caller_);
       if (status == Status::ok)
-        status = add_up({{&total, 1}, {&along, 1}, {workspace_.scores, n}}, workspace_, caller_);
+        status =
+            add_up({{&total, 1}, {&along, 1}, {workspace_.scores, n}}, picks_, workspace_, caller_);
       if (status != Status::ok) return status;
     }
     *loss = q_.scale * total;
@@ -126,13 +129,14 @@ class QuadraticObjective {
     const Status status =
         candidate_slope<double>(q_.state, nullptr, q_.all_units, q_.units, *q_.features,
                                 q_.outgoing, q_.sum, q_.outputs, caller_);
-    return status == Status::ok ? add_up({{q_.state, q_.units}}, workspace_, caller_) : status;
+    return status == Status::ok ? add_up({{q_.state, q_.units}}, picks_, workspace_, caller_)
+                                : status;
   }
 
   double error_of(int64_t j, double steps) const {
     const double size = q_.size[j];
     return q_.rounding * size * reach_ +
-           64 * Number<double>::epsilon *
+           static_cast<double>(64 + workspace_.ranks) * Number<double>::epsilon *
                (size * (size + total_reach_) + steps * std::fabs(q_.beta[j]));
   }
 
@@ -143,7 +147,8 @@ class QuadraticObjective {
   double beta_sum_ = 0, state_sum_ = 0;  // over the picks: beta, and c
   double total_reach_ = 0;               // sum of |phi_i| over the picks
   double reach_ = 0;                     // the same since c was last exact
-  int64_t doubtful_ = 0;                 // units looked at again since then
+  uint32_t picks_ = 0;
+  int64_t doubtful_ = 0;  // units looked at again since then
 };
 
 }  // namespace GREEDYPRUNE_ISA

@@ -119,15 +119,22 @@ class GreedyImportance(Importance):
             for group in groups
         }
         backend = _backend.resolve("auto", batches.on_gpu)
-        scores = {}
+        scores: dict[nn.Module, Tensor] = {}
         for some in turns(groups, needed, limit):
-            with evaluating(self._model):
-                found = collect(self._model, some, batches, {}, lambda source, _: source)
-            for sums in found.values():
-                of_units = _scores(sums, backend)
-                for name in sums.group.consumers:
-                    at, layer = sums.group.slices[f"{name}.weight"], self._model.get_submodule(name)
-                    scores[layer] = of_units.repeat_interleave(at.inner).repeat(at.outer)
+            scores |= self._scored_together(some, batches, backend)
+        return scores
+
+    def _scored_together(
+        self, groups: list[Group], batches: Batches, backend: str
+    ) -> dict[nn.Module, Tensor]:
+        with evaluating(self._model):
+            found = collect(self._model, groups, batches, {}, lambda source, _: source)
+        scores = {}
+        for sums in found.values():
+            of_units = _scores(sums, backend)
+            for name in sums.group.consumers:
+                at, layer = sums.group.slices[f"{name}.weight"], self._model.get_submodule(name)
+                scores[layer] = of_units.repeat_interleave(at.inner).repeat(at.outer)
         return scores
 
 
