@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune import Selection, checkpoint, files
+from greedyprune._backend import extension
 from greedyprune.distributed import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
@@ -300,11 +302,25 @@ def wrong(rank: int, what: str) -> Any:
         data = broken()
     elif bad and what == "interrupted":
         options["progress"], data = None, interrupted()
+    elif bad and what == "another processor":
+        with another_instruction_set():
+            return greedyprune.select(model, data, process_group=group, **options)
     elif what == "parallel":
         options["parallel"] = "model"
     elif what == "group":
         group = "all"
     return greedyprune.select(model, data, process_group=group, **options)
+
+
+@contextmanager
+def another_instruction_set() -> Iterator[None]:
+    kernels = extension()
+    before = kernels.active_instruction_set()
+    kernels.use_instruction_set(next(n for n in kernels.instruction_sets() if n != before))
+    try:
+        yield
+    finally:
+        kernels.use_instruction_set(before)
 
 
 def broken() -> Iterator[tuple[Tensor, Tensor]]:
@@ -330,6 +346,7 @@ WRONG = {
     "argument": ("ValueError", "steps: found 0"),
     "another argument": ("ValueError", "steps: found 9 on rank 0 and 8 on rank 1"),
     "another loss": ("ValueError", "the loss's label_smoothing: found 0.0 on rank 0 and 0.1"),
+    "another processor": ("ValueError", "the processor (GREEDYPRUNE_ISA): found "),
     "another model": ("ValueError", "model: '2.bias': found "),
     "loader": ("OSError", "the disk is gone"),
     "interrupted": ("KeyboardInterrupt", ""),
@@ -341,6 +358,8 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_on_one_is_raised_on_all(team: Team, what: str) -> None:
     """None hangs; each names the rank, and the next call works."""
+    if what == "another processor" and len(extension().instruction_sets()) < 2:
+        pytest.skip("this processor has one instruction set")
     kind, text = WRONG[what]
     for rank, found in enumerate(team.run(3, wrong, what)):
         assert isinstance(found, Raised), rank
