@@ -18,7 +18,7 @@ from greedyprune.distributed import ALONE
 from greedyprune.features import LayerData
 from greedyprune.graph import analyse, find_groups
 from greedyprune.losses import criterion_of
-from greedyprune.moments import moments
+from greedyprune.moments import add_upper_product, mirror, moments
 from greedyprune.settings import resolve
 
 torch.manual_seed(0)
@@ -277,3 +277,17 @@ def test_copies_to_a_gpu(pinned: bool) -> None:
     loader = DataLoader(data, batch_size=None, pin_memory=pinned)
     seen = [float(batch.args[0].double().sum()) for batch in Batches(loader, model)]
     assert seen == pytest.approx([float(x.double().sum()) for x, _ in data])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_are_added_block_by_block(dtype: torch.dtype) -> None:
+    """Of more units and samples than one block has, laid out as a model's activations are."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2500, 1100)
+    gram = torch.ones(1100, 1100, dtype=torch.float64)
+    add_upper_product(gram, hidden.T, dtype)
+    mirror(gram)
+    expected = 1 + hidden.double().T @ hidden.double()
+    assert gram.equal(gram.T)
+    error = (gram - expected).abs().max() / expected.max()
+    assert error < (1e-14 if dtype == torch.float64 else 1e-6)

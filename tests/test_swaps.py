@@ -9,10 +9,7 @@ from greedyprune.reference import Rule
 
 
 def exchanged(p: Fits, kept: torch.Tensor, limit: int, backend: str = "cpu") -> torch.Tensor:
-    swept, left = p.gram.clone(), p.right.clone()
-    features = torch.arange(len(swept)).view(-1, p.width)
-    swaps.sweep(swept, left, features[kept].flatten(), 1)
-    start = swaps.Fit(kept, swept, left)
+    start = swaps.on_units(p.gram, p.right, kept, p.width)
     return swaps.exchanged(start, p.gram.diagonal(), p.target_norm, p.width, limit, backend)
 
 
@@ -81,6 +78,19 @@ def test_sweeping_in_and_out_is_nothing() -> None:
         swaps.sweep(swept, right, rows[unit], -1)
     torch.testing.assert_close(swept, p.gram, rtol=1e-8, atol=1e-6)
     torch.testing.assert_close(right, p.right, rtol=1e-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_some_at_a_time_are_swept_like_all(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = Fits(*shape)
+    kept = torch.tensor([2, 0, 5, 3, 1])
+    whole = swaps.on_units(p.gram, p.right, kept, p.width)
+    monkeypatch.setattr(swaps, "TOGETHER", 2 * p.width)
+    parts = swaps.on_units(p.gram, p.right, kept, p.width)
+    torch.testing.assert_close(parts.swept, whole.swept)
+    torch.testing.assert_close(parts.left, whole.left)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
