@@ -20,7 +20,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 T = TypeVar("T")
 PARALLEL = ("data", "units", "none")
 SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSDP
-GATHERED = 2**20  # bytes of all ranks together below which one round trip costs less than a ring
+FEW = 8  # ranks, and
+GATHERED = 2**20  # bytes of all of them, up to which one round trip costs less than a ring
 HEAD = 3  # numbers of a frame that say whether all are well, and at the same
 ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
 
@@ -252,7 +253,7 @@ class Ranks:
         return failed > 0, total**2 == self.size * squares  # Cauchy and Schwarz
 
     def _sum_frame(self, frame: Tensor) -> None:
-        if self.size * frame.nbytes > GATHERED:
+        if self.size > FEW or self.size * frame.nbytes > GATHERED:
             distributed.all_reduce(frame, group=self._group)
             return
         rows = [torch.empty_like(frame) for _ in range(self.size)]

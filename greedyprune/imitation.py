@@ -102,12 +102,13 @@ class Products:
             return float((self.right() * self.weight.T).sum())
         return self._target_norm
 
-    def change(self) -> float:
-        """By what all units as they are change |target - output|^2 from no units."""
-        output = self.gram @ self.weight.T
-        own = float((output * self.weight.T).sum())
-        along = own if self._cross is None else float((self._cross * self.weight.T).sum())
-        return own - 2 * along
+    def ends(self) -> tuple[float, float]:
+        """|target - output|^2 with all units as they are, and without any."""
+        own = float(((self.gram @ self.weight.T) * self.weight.T).sum())  # |output|^2
+        if self._cross is None:
+            return 0.0, own
+        along = float((self._cross * self.weight.T).sum())
+        return self._target_norm - 2 * along + own, self._target_norm
 
     def unit_beta(self) -> Tensor:
         """<phi_i, target> / N for each unit i: (N,) float64."""
@@ -190,10 +191,7 @@ class Sums:
 
     def ends(self) -> tuple[float, float]:
         """The loss with all units as they are, and without any."""
-        dense, empty = 0.0, 0.0
-        for each in self.consumers:
-            empty += each.target_norm()
-            dense += each.target_norm() + each.change()
+        dense, empty = map(sum, zip(*(each.ends() for each in self.consumers), strict=True))
         return max(0.0, dense) / self.mass, empty / self.mass
 
     def moments(self) -> tuple[Tensor, Moments]:

@@ -104,7 +104,9 @@ def from_sums(
     weights = "refit" if chosen.weights == "auto" else chosen.weights
     native = _native(weights, rule)
     gram, moments = (None, None) if weights == "refit" else sums.moments()
-    dense_loss, empty_loss = sums.ends()
+    dense_loss, empty_loss = (
+        sums.ends() if moments is None else (moments.dense_loss, moments.empty_loss)
+    )
     enough = -float("inf")
     if chosen.tolerance is not None:
         enough = chosen.tolerance * empty_loss
@@ -240,9 +242,10 @@ def _until(
     while True:
         part = replace(rule, steps=min(steps, rule.steps))
         path = path_of(part)
+        fitted = None
         if weights == "refit":
             check_least_squares(data.group.producer, len(first_picks(path.order)), limit)
-        fitted = refit(data, path.order) if weights == "refit" else None
+            fitted = refit(data, path.order)
         losses = losses_along(data, path.order, weights, fitted, mass)
         reached = (losses <= enough).nonzero()
         if len(reached):

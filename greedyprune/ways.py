@@ -166,7 +166,11 @@ def sizes_within(
 ) -> tuple[dict[str, int], Budget]:
     """The sizes for a budget, from whole paths of layers by themselves."""
     chosen = replace(task.chosen, size=1.0, tolerance=None, replacement=False, swaps=0, round_to=1)
+    if chosen.objective != "fisher":
+        chosen = replace(chosen, objective="imitation")
     rules = {g.producer: chosen.rule(g.producer, g.units) for g in groups}
+    for group in groups:  # however it is judged afterwards
+        check_fits(model, group, rules[group.producer], chosen)
     whole = task._replace(chosen=chosen, rules=rules)
     batches = task.batches.dealt()
 

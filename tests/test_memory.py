@@ -82,7 +82,6 @@ def process() -> Iterator[Team]:
 @pytest.mark.parametrize("name", CASES)
 def test_what_sums_need(process: Team, name: str) -> None:
     [[needed, taken]] = process.results(1, measured, name)
-    print(needed, taken)
     assert needed / 2 < taken < needed + SLACK
 
 
@@ -118,6 +117,17 @@ def test_least_squares_from_features_is_counted_too() -> None:
     message = r"memory_limit: found 1000000 bytes, but least squares on .* '0' needs 81077856;"
     with pytest.raises(ValueError, match=message):
         greedyprune.select(model, data, size=1838, weights="refit", memory_limit=10**6)
+
+
+def test_a_budget_counts_layers_that_are_judged_otherwise() -> None:
+    """Here by the model's own loss, which takes no sums; the path for the size does."""
+    data = [(torch.randn(16, 32), torch.randint(10, (16,)))]
+    for objective in ("auto", "loss"):
+        with pytest.raises(ValueError, match="memory_limit: found 90000 bytes, but layer '0' nee"):
+            greedyprune.select(
+                one_layer(200), data, budget={"params": 0.5}, objective=objective,
+                memory_limit=90_000,
+            )  # fmt: skip
 
 
 def test_what_does_not_fit_together_takes_turns() -> None:
