@@ -130,11 +130,11 @@ def check_memory(
     held = _roots_bytes(model, [g for g in groups if ways[g.producer] == "sums"], chosen)
     for group in groups:
         way, rule = ways[group.producer], rule_of(group, chosen)
-        fitted = chosen.weights == "refit" or (chosen.weights == "auto" and way == "features")
-        if way in ("sums", "fisher") or (way == "network" and fitted):
+        if way in ("sums", "fisher") or (way == "network" and chosen.weights == "refit"):
             check_fits(model, group, rule, chosen, held)
-        elif fitted and chosen.tolerance is None:
-            check_least_squares(group.producer, _picks(group, rule), chosen.memory_limit)
+        elif way in ("output", "features"):
+            fitted = _fitted(group, rule, chosen, way == "output")
+            check_least_squares(group.producer, fitted, chosen.memory_limit)
 
 
 def _roots_bytes(model: nn.Module, groups: Sequence[Group], chosen: Settings) -> int:
@@ -143,8 +143,11 @@ def _roots_bytes(model: nn.Module, groups: Sequence[Group], chosen: Settings) ->
     return sum(8 * outputs_of(model, g, name) ** 2 for g in groups for name in g.consumers)
 
 
-def _picks(group: Group, rule: Rule) -> int:
-    return min(rule.size, rule.steps, group.units)
+def _fitted(group: Group, rule: Rule, chosen: Settings, own: bool) -> int:
+    """How many units get least squares after all picks; own: by the model's loss?"""
+    refit = chosen.weights == "refit" or (chosen.weights == "auto" and not own)
+    known = refit and chosen.tolerance is None
+    return min(rule.size, rule.steps, group.units) if known else 0
 
 
 def check_passes(batches: Batches, ways: Mapping[str, str], chosen: Settings) -> None:
@@ -213,10 +216,8 @@ def selected_by(
 
 def _from_features(model: nn.Module, group: Group, own: bool, task: Task) -> LayerSelection:
     rule, chosen = task.rules[group.producer], task.chosen
-    fitted = chosen.weights == "refit" or (chosen.weights == "auto" and not own)
-    if fitted and chosen.tolerance is None:
-        left = chosen.memory_limit - least_squares(_picks(group, rule))
-        chosen = replace(chosen, memory_limit=max(1, left))
+    left = chosen.memory_limit - least_squares(_fitted(group, rule, chosen, own))
+    chosen = replace(chosen, memory_limit=max(1, left))
     data = LayerData(
         model, group, task.batches, task.criterion if own else Criterion("mse"),
         imitation=not own, backend=task.backend, memory_limit=chosen.memory_limit,
