@@ -50,7 +50,7 @@ def bytes_of(
             shapes.append((weight_of(model.get_submodule(name)).numel() // outputs, outputs))
     features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
     sums = sum(f * f + 2 * f * c for f, c in shapes)  # with weights and right sides
-    picks, width = min(rule.steps, rule.size, units), features // units
+    picks, width = rule.most(units), features // units
     kept, whole, sides = picks * width, features**2, 3 * features * outputs
     if weights not in ("auto", "refit"):
         gram = 0 if width == 1 else units**2
@@ -72,6 +72,13 @@ def needed_by(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> B
         model, group, rule, chosen.weights, gates=chosen.objective == "fisher",
         swaps=chosen.swaps > 0 and chosen.tolerance is None, picked=chosen.objective == "loss",
     )  # fmt: skip
+
+
+def of_metrics(model: nn.Module, groups: Sequence[Group], chosen: Settings) -> int:
+    """Bytes that the roots of all consumers' metrics take."""
+    if chosen.metric == "none":
+        return 0
+    return sum(WORD * outputs_of(model, g, name) ** 2 for g in groups for name in g.consumers)
 
 
 def least_squares(picks: int) -> int:

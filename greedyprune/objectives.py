@@ -201,7 +201,7 @@ class Solver:
         if rule.draws is not None and data.in_memory:
             quadratic = False  # a few random candidates are scored at once from their features
         fits = -(-data.units // data.peers.size) * data.units * 8 <= self._room
-        picks = min(rule.steps, rule.size)
+        picks = rule.most(data.units)
         few = quadratic and columns_are_cheaper(data.units, picks, backend)
         # One pass has to do where the features were not kept, so the Gram matrix if it fits.
         self._columns = quadratic and (not fits or (few and data.in_memory))
@@ -229,7 +229,7 @@ class Solver:
         if self._columns or self._gram is not None:
             # A fetch is a pass of its own, or a wait for the GPU or for other ranks.
             block = 16 if exact is not None else 64
-            picks = min(rule.steps, rule.size)
+            picks = rule.most(data.units)
             room = self._room - (0 if self._gram is None else 8 * self._gram.numel())
             capacity = min(room // (8 * data.units), block + 8 * picks)
             columns = self._columns_of(room - 8 * data.units * capacity)

@@ -449,7 +449,7 @@ def greedy_refit(
     if width > extension().most_width:
         raise ValueError(f"width: found {width}, expected at most {extension().most_width}")
     units, outputs = features // width, right.shape[1]
-    run, most = Run(rule, units, False), min(rule.steps, rule.size, units)
+    run, most = Run(rule, units, False), rule.most(units)
     double = torch.float64
     factor = torch.zeros(features, most * width, dtype=double)
     solved = torch.zeros(most * width, outputs, dtype=double)

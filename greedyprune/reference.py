@@ -37,6 +37,10 @@ class Rule:
     draws: Tensor | None = None
     shortlist: int = 0
 
+    def most(self, units: int) -> int:
+        """How many distinct of so many units can be picked."""
+        return min(self.steps, self.size, units)
+
 
 @dataclass(frozen=True)
 class Path:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import fisher, paths
+from . import fisher, memory, paths
 from .budget import step_of, within_budget
 from .checkpoint import Checkpoint, Steps
 from .costs import Budget, Cost
@@ -127,7 +127,7 @@ def check_memory(
     model: nn.Module, groups: Sequence[Group], ways: Mapping[str, str], chosen: Settings
 ) -> None:
     """ValueError where a layer takes more than there is."""
-    held = _roots_bytes(model, [g for g in groups if ways[g.producer] == "sums"], chosen)
+    held = memory.of_metrics(model, [g for g in groups if ways[g.producer] == "sums"], chosen)
     for group in groups:
         way, rule = ways[group.producer], rule_of(group, chosen)
         if way in ("sums", "fisher") or (way == "network" and chosen.weights == "refit"):
@@ -137,17 +137,11 @@ def check_memory(
             check_least_squares(group.producer, fitted, chosen.memory_limit)
 
 
-def _roots_bytes(model: nn.Module, groups: Sequence[Group], chosen: Settings) -> int:
-    if chosen.metric == "none":
-        return 0
-    return sum(8 * outputs_of(model, g, name) ** 2 for g in groups for name in g.consumers)
-
-
 def _fitted(group: Group, rule: Rule, chosen: Settings, own: bool) -> int:
     """How many units get least squares after all picks; own: by the model's loss?"""
     refit = chosen.weights == "refit" or (chosen.weights == "auto" and not own)
     known = refit and chosen.tolerance is None
-    return min(rule.size, rule.steps, group.units) if known else 0
+    return rule.most(group.units) if known else 0
 
 
 def check_passes(batches: Batches, ways: Mapping[str, str], chosen: Settings) -> None:
@@ -246,7 +240,7 @@ def _from_sums(model: nn.Module, groups: Sequence[Group], task: Task) -> dict[st
     )  # fmt: skip
     ranks, roots = batches.ranks, _roots(model, groups, task._replace(batches=batches))
     task = task._replace(criterion=Criterion("mse"))
-    metrics = _roots_bytes(model, groups, chosen)
+    metrics = memory.of_metrics(model, groups, chosen)
     if not chosen.sequential or chosen.consumers is not None or len(groups) < 2:
 
         def sums_of(some: Sequence[Group]) -> dict[str, Sums]:
