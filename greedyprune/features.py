@@ -24,10 +24,14 @@ BLOCK = 2**23  # entries of features that are taken to float64 at a time
 
 @dataclass(frozen=True)
 class Block:
-    """Some samples: features (N, b), unit-major, and what their outputs are compared with."""
+    """Some samples: features (N, b), unit-major, and what their outputs are compared with.
+
+    extent: of these features, where it is known
+    """
 
     features: Tensor
     target: Target
+    extent: Extent | None = None
 
 
 class LayerData:
@@ -101,7 +105,30 @@ class LayerData:
         return self.target.samples
 
     def blocks(self) -> Iterator[Block]:
-        """All samples in blocks whose features and outputs are small in float64."""
+        """All samples in blocks whose features and outputs are small in float64.
+
+        A block is good until the next one is asked for.
+        """
+        store: Tensor | None = None
+        for block in self._parts():
+            rows = block.features
+            if self.features is not None:
+                yield block
+            elif self._backend != "cpu":
+                self._check_largest(_largest_of(rows))
+                yield replace(block, features=rows.contiguous())
+            else:
+                if rows.stride(1) == 1:  # held for the first pass
+                    extent = ops.measure_features(rows)
+                else:  # a view of the model's own (b, N)
+                    if store is None or store.shape[1] < rows.shape[1]:
+                        store = torch.empty(rows.shape, dtype=rows.dtype)
+                    extent = ops.collect_features(store, rows.T, 0)
+                    rows = store[:, : rows.shape[1]]
+                self._check_largest(float(extent.largest.max()))
+                yield Block(rows, block.target, extent)
+
+    def _parts(self) -> Iterator[Block]:
         entries = (
             BLOCK if self.device.type == "cpu" else 8 * BLOCK
         )  # each block is a launch or more
@@ -110,19 +137,12 @@ class LayerData:
         for block in self._sources():
             samples = block.features.shape[1]
             seen += samples
-            if not samples:
-                continue
-            if self.features is None:  # a view of the model's own (b, N)
-                self._check_largest(_largest_of(block.features))
-                block = Block(block.features.contiguous(), block.target)
-            if samples <= size:
-                yield block
-                continue
             for i in range(0, samples, size):
-                part = slice(i, i + size)
-                target = block.target[part]
-                mass = block.target.mass * target.samples / samples
-                yield Block(block.features[:, part], replace(target, mass=mass))
+                features, target = block.features[:, i : i + size], block.target
+                if samples > size:
+                    target = target[i : i + size]
+                    target = replace(target, mass=block.target.mass * target.samples / samples)
+                yield Block(features, target)
         if some:  # the rest of a pass that had begun
             return
         self._total = self._total or seen
@@ -390,6 +410,8 @@ def main_output(outputs: object) -> Tensor:
 
 
 def _largest_of(features: Tensor) -> float:
+    """In their order in memory, as torch is slow else."""
+    features = features if features.is_contiguous() else features.T
     return float(torch.stack(torch.aminmax(features)).abs().max()) if features.numel() else 0.0
 
 

@@ -39,7 +39,10 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         h, target = block.features, block.target
         dense, empty, target_norm, mean_norm = 0.0, 0.0, 0.0, 0.0
         if known is None:
-            squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
+            if block.extent is not None:
+                squares = block.extent.squares
+            else:
+                squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
             norm += squares
         if backend == "reference":
             h = h.double()

@@ -33,72 +33,81 @@ class PointwiseObjective:
     """Equation (1) as it stands: the loss of every candidate, block by block of the data.
 
     The reference backend's objective for every loss, and the others' where the features do not fit
-    in memory, or several ranks share work that kernels do not.
-
-    ranked: are candidates put in the order of their scores? Else those that float32 shows not to be
-        the best may have infinite ones
+    in memory, or several ranks share work that kernels do not. One pass a step where all units are
+    candidates: what a pick leads to and the next step's losses come from the same block.
     """
 
     def __init__(
         self, data: LayerData, backend: str, batches: Batched | None, with_gap: bool, mass: float,
-        ranked: bool, steps: Steps,
+        rule: Rule, steps: Steps,
     ) -> None:  # fmt: skip
-        self.units, self._ranked, self._steps = data.units, ranked, steps
+        self.units, self._rule, self._steps = data.units, rule, steps
         self._data, self._backend, self._batches = data, backend, batches
         self._with_gap, self._mass = with_gap and batches is None, mass
         self._counts = torch.zeros(data.units, dtype=torch.float64, device=data.device)
         self._loss, self._gap = 0.0, 0.0
+        # Only where the lowest score is all that matters can float32 tell, with its errors.
+        self._dtype = torch.float32 if backend == "cpu" and not rule.shortlist else torch.float64
+        self._sees_ahead = batches is None and rule.draws is None and not rule.shortlist
+        self._ahead = torch.empty(0)  # the next step's scores of all units, where it sees ahead
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
-        label = f"scores {k} {everywhere}"
-        return self._steps.once(label, lambda: self._scores(k, candidates, everywhere))
-
-    def _scores(self, k: int, candidates: Tensor, everywhere: bool) -> Tensor:
-        if self._backend != "cpu" or self._ranked:
-            return self._score(k, candidates, everywhere)
-        errors = torch.zeros(len(candidates), dtype=torch.float64)
-        rough = self._score(k, candidates, everywhere, errors)
-        if not errors.isfinite().all():
-            return self._score(k, candidates, everywhere)
-        near = (rough - errors <= (rough + errors).min()).nonzero().flatten()
+        if self._ahead.numel():
+            found = self._ahead[:, candidates]
+        else:
+            found = self._scores(k, candidates, everywhere, self._dtype)
+        scores, errors = found
+        if self._dtype == torch.float64:
+            return scores
+        near = torch.arange(len(candidates))
+        if errors.isfinite().all():
+            near = (scores - errors <= (scores + errors).min()).nonzero().flatten()
         if len(near) == 1:
-            return rough
-        found = torch.full_like(rough, math.inf)
-        found[near] = self._score(k, candidates[near], everywhere)
+            return scores
+        exact = torch.full_like(scores, math.inf)
+        exact[near] = self._scores(k, candidates[near], everywhere, torch.float64)[0]
+        return exact
+
+    def _scores(self, k: int, candidates: Tensor, everywhere: bool, dtype: torch.dtype) -> Tensor:
+        def compute() -> Tensor:
+            own = candidates[self._data.peers.part(len(candidates))]
+            sums = self._no_scores(own)
+            for block in self._data.blocks() if everywhere else self._seen(k):
+                sums += self._score(block, k, own, dtype)
+            return self._summed(sums)
+
+        return self._steps.once(f"scores {k} {everywhere} {dtype}", compute)
+
+    def _score(self, block: Block, k: int, units: Tensor, dtype: torch.dtype) -> Tensor:
+        """Each unit's sum of losses at step k, and what rounding can have moved it by: (2, n)."""
+        found = self._no_scores(units)
+        found[0] = ops.candidate_loss(
+            block.features, self._data.outgoing, self._outputs(block.features, k), block.target,
+            shrink=1 / k, units=units, extent=block.extent or self._data.extent, dtype=dtype,
+            backend=self._backend, errors=found[1] if dtype == torch.float32 else None,
+        )  # fmt: skip
         return found
 
-    def _score(
-        self, k: int, candidates: Tensor, everywhere: bool, errors: Tensor | None = None
-    ) -> Tensor:
-        """errors: (n,) gets what rounding to float32 can have moved the scores by; None: float64"""
-        data = self._data
-        own = data.peers.part(len(candidates))
-        scores = torch.zeros(2, own.stop - own.start, dtype=torch.float64, device=data.device)
-        some = torch.empty_like(scores[1])
-        for block in data.blocks() if everywhere else self._seen(k):
-            scores[0] += ops.candidate_loss(
-                block.features, data.outgoing, self._outputs(block.features, k), block.target,
-                shrink=1 / k, units=candidates[own], extent=data.extent, backend=self._backend,
-                dtype=torch.float64 if errors is None else torch.float32,
-                errors=None if errors is None else some,
-            )  # fmt: skip
-            scores[1] += some if errors is not None else 0
-        data.ranks.sum("scores", scores)
-        scores = data.peers.joined("scores", scores, 1) / self._mass
-        if errors is not None:
-            errors.copy_(scores[1])
-        return scores[0]
+    def _no_scores(self, units: Tensor) -> Tensor:
+        return torch.zeros(2, len(units), dtype=torch.float64, device=self._data.device)
+
+    def _summed(self, scores: Tensor) -> Tensor:
+        self._data.ranks.sum("scores", scores)
+        return (self._data.peers.joined("scores", scores, 1) / self._mass).cpu()
 
     def add(self, k: int, unit: int) -> None:
         self._counts[unit] += 1
-        found = self._steps.once(f"step {k} {unit}", lambda: self._loss_and_gap(k))
-        self._loss, self._gap = found.tolist()
+        found = self._steps.once(f"step {k} {unit}", lambda: self._step(k))
+        (self._loss, self._gap), self._ahead = found[:, 0].tolist(), found[:, 1:]
 
-    def _loss_and_gap(self, k: int) -> Tensor:
-        loss, along = 0.0, 0.0
+    def _step(self, k: int) -> Tensor:
+        """Step k's loss above its gap; on their right the next step's scores: (2, 1 + N)."""
         ranks, peers = self._data.ranks, self._data.peers
         own = torch.arange(self.units)[peers.part(self.units)]
+        loss, along = 0.0, 0.0
         slopes = torch.zeros(len(own), dtype=torch.float64, device=self._data.device)
+        scores = self._no_scores(own)
+        ahead = self._sees_ahead and self._rule.goes_on(k, int(self._counts.count_nonzero()))
         for block in self._data.blocks():
             outputs = self._outputs(block.features, k)
             loss += float(block.target.loss_sum(outputs))
@@ -109,11 +118,14 @@ class PointwiseObjective:
                     block.features, self._data.outgoing, gradient, units=own,
                     backend=self._backend,
                 )  # fmt: skip
+            if ahead:
+                scores += self._score(block, k + 1, own, self._dtype)
         loss, along = ranks.sum_numbers("loss", loss, along)
         ranks.sum("slopes", slopes)
         slopes = peers.joined("slopes", slopes)
         gap = along - float(slopes.min())
-        return torch.tensor([loss, gap], dtype=torch.float64) / self._mass
+        reached = torch.tensor([[loss], [gap]], dtype=torch.float64) / self._mass
+        return torch.cat([reached, self._summed(scores)], 1) if ahead else reached
 
     def loss(self, k: int) -> float:
         return self._loss
@@ -249,7 +261,7 @@ class Solver:
                 batch=0 if self._batches is None else self._batches.size,
             )  # fmt: skip
         objective = PointwiseObjective(
-            data, self.backend, self._batches, with_gap, self.moments.mass, rule.shortlist > 0,
+            data, self.backend, self._batches, with_gap, self.moments.mass, rule,
             self._steps if not kept else Steps(NOTHING, ""),
         )  # fmt: skip
         return reference.greedy(objective, rule, step)

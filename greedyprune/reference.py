@@ -41,6 +41,10 @@ class Rule:
         """How many distinct of so many units can be picked."""
         return min(self.steps, self.size, units)
 
+    def goes_on(self, picks: int, distinct: int) -> bool:
+        """After so many picks of so many distinct units, is another one wanted?"""
+        return picks < self.steps and distinct < self.size
+
 
 @dataclass(frozen=True)
 class Path:
@@ -125,7 +129,7 @@ def greedy(objective: Objective, rule: Rule, step: Step | None = None) -> Path:
     order: list[int] = []
     losses: list[float] = []
     gaps: list[float | None] = []
-    while len(order) < rule.steps and len(set(order)) < rule.size and available:
+    while rule.goes_on(len(order), len(set(order))) and available:
         k = len(order) + 1
         n = len(available)
         if rule.draws is not None:  # the first steps of a Fisher-Yates shuffle
