@@ -82,9 +82,12 @@ class Ranks:
         if self._frame is not None and numbers <= len(self._frame) - HEAD:
             self._meet(what, tensors)
             return
+        there = [self._there(tensor) for tensor in tensors]  # what can fail does before they meet
         self._meet(what)
-        for tensor in tensors:
-            self._reduce(tensor)
+        for tensor, other in zip(tensors, there, strict=True):
+            self._reduce(other)
+            if other is not tensor:
+                tensor.copy_(other)
 
     def sum_numbers(self, what: str, *numbers: float) -> list[float]:
         if self.size == 1:
@@ -100,10 +103,15 @@ class Ranks:
         """
         if self.size == 1:
             return
+        size = min(ROWS, len(matrix)) * len(matrix)
+        room = torch.empty(
+            size, dtype=matrix.dtype, device=matrix.device if matrix.is_cuda else self._device
+        )
         self._meet(f"{what} {tuple(matrix.shape)}")
         for i in range(0, len(matrix), ROWS):
             rows = matrix[i : i + ROWS, i:]
-            total = rows.contiguous()
+            total = room[: rows.numel()].view(rows.shape)
+            total.copy_(rows)
             self._reduce(total, owner)
             rows.copy_(total)
 
@@ -187,17 +195,17 @@ class Ranks:
         """This rank's share of so many things in a row."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def _there(self, tensor: Tensor) -> Tensor:
+        """On a device that the group's backend takes."""
+        return (tensor if tensor.is_cuda else tensor.to(self._device)).contiguous()
+
     def _reduce(self, tensor: Tensor, owner: int | None = None) -> None:
-        there = tensor if tensor.is_cuda else tensor.to(self._device)
-        there = there.contiguous()
         with self._exchanging():
             if owner is None:
-                distributed.all_reduce(there, group=self._group)
+                distributed.all_reduce(tensor, group=self._group)
             else:
                 at = distributed.get_global_rank(self._group, owner)
-                distributed.reduce(there, at, group=self._group)
-        if there is not tensor:
-            tensor.copy_(there)
+                distributed.reduce(tensor, at, group=self._group)
 
     def _meet(self, what: str, carried: Sequence[Tensor] = ()) -> None:
         """Goes on when all ranks are about to do the same; raises on all of them otherwise.

@@ -84,6 +84,7 @@ class LayerData:
         self._model, self._consumer, self._batches = model, consumer, batches
         self._progress, self._limit = progress, memory_limit
         self._collected: list[Block] = []
+        self._checkpoint, self._bytes = checkpoint, 0  # bytes a sample
         self._total = 0  # samples in the first pass
         self._largest = 0.0  # the largest feature, in magnitude
         self._unread: Generator[Block, None, None] | None = None
@@ -158,10 +159,17 @@ class LayerData:
 
     @property
     def bytes_held(self) -> int:
-        """What the features take, or as many of them as are held for the first pass."""
-        parts = [self.features] if self.features is not None else []
-        parts += [block.features for block in self._collected[:-1]]  # the last is the model's own
-        return sum(part.numel() * part.element_size() for part in parts)
+        """What the features take, with the targets and what squared error is computed from."""
+        return 0 if self.features is None else self._bytes * self.features.shape[1]
+
+    def make_room(self, limit: int) -> None:
+        """Lets go of what is held for the first pass where that is more, and begins it anew."""
+        held = sum(block.features.shape[1] for block in self._collected[:-1])  # the last: a batch
+        if self._unread is None or self._bytes * held <= limit:
+            return
+        self.close()
+        self.resumed, self._collected = Pass(self._checkpoint, self.group.producer), []
+        self._unread = self._first_pass()
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -268,14 +276,17 @@ class LayerData:
             self._collected, self._unread = [first], blocks
             return
         width, dtype = first.features.shape[1], first.features.dtype
-        itemsize = first.features.element_size()
-        room = max(1, self._limit // (itemsize * self.units))
+        self._bytes = self.units * first.features.element_size()
+        self._bytes += first.target.nbytes // max(1, width)
+        if self.criterion.kind == "mse":  # the targets less the bias, sums and residuals
+            self._bytes += 3 * 8 * self.outputs
+        room = max(1, self._limit // self._bytes)
         expected = width * len(self._batches)
         if expected - width >= room:  # nothing is held for a first pass that can't hold it all
             room = 0
         elif not expected and self.criterion.kind == "mse":
             # Nothing tells how much is to come, and the Gram matrix needs room too.
-            gram = 8 * self.units // itemsize  # in samples
+            gram = 8 * self.units**2 // self._bytes  # in samples
             room = room - gram if room >= gram else room // 2
         # The odd 16: rows a multiple of 4 KiB apart would share a few sets of the cache. On a GPU
         # rows begin at multiples of 16 bytes.
@@ -293,7 +304,7 @@ class LayerData:
                 if self.criterion.kind == "custom":
                     raise ValueError(
                         f"memory_limit: {self._limit} bytes do not hold the features that a loss "
-                        f"of your own needs: more than {end * itemsize * self.units} bytes"
+                        f"of your own needs: more than {end * self._bytes} bytes"
                     )
                 return
             if end > store.shape[1]:  # unknown length: double, while that fits

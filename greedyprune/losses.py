@@ -61,6 +61,11 @@ class Target:
         index = samples if isinstance(samples, Tensor) else range(self.samples)[samples]
         return replace(self, samples=len(index), **parts)
 
+    @property
+    def nbytes(self) -> int:
+        tensors = (getattr(self, name) for name in TENSORS)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def none(self) -> Target:
         """The same of no samples."""
         return replace(self[:0], mass=0.0)
@@ -129,25 +134,26 @@ class Targets:
         self._tensors: dict[str, Tensor] = {}
         self._first: Target | None = None
         self._sizes: list[tuple[int, float]] = []  # of the blocks: samples and mass
+        self._samples = 0  # of all of them
 
     def append(self, target: Target) -> None:
         none: dict[str, Any] = dict.fromkeys(TENSORS)
         self._first = self._first or replace(target, **none)
-        start = sum(samples for samples, _ in self._sizes)
+        start, self._samples = self._samples, self._samples + target.samples
         for name in TENSORS:
             part = getattr(target, name)
             if part is not None or name in self._tensors:
-                room = self._room_for(name, part, start + target.samples)
-                room[..., start : start + target.samples] = _absent(name) if part is None else part
+                room = self._room_for(name, part, self._samples)
+                room[..., start : self._samples] = _absent(name) if part is None else part
         self._sizes.append((target.samples, target.mass))
 
     def joined(self) -> Target:
         assert self._first is not None
-        samples, mass = (sum(each) for each in zip(*self._sizes, strict=True))
+        mass = sum(mass for _, mass in self._sizes)
         tensors: dict[str, Any] = {
-            name: room[..., : int(samples)].contiguous() for name, room in self._tensors.items()
+            name: room[..., : self._samples].contiguous() for name, room in self._tensors.items()
         }
-        return replace(self._first, samples=int(samples), mass=mass, **tensors)
+        return replace(self._first, samples=self._samples, mass=mass, **tensors)
 
     def blocks(self) -> list[Target]:
         """The targets as they came."""

@@ -148,8 +148,9 @@ class Network:
                 self._runs_exactly = False
                 return None
             self._exact = Network(
-                model, batches, self.criterion, self._limit, self._bar, self._traced
-            )
+                model, batches, self.criterion, self._limit - self._bytes_held(), self._bar,
+                self._traced,
+            )  # fmt: skip
             self._exact._nothing = self._nothing
             self._exact.change(self._changed)
             if self._layer is not None:
@@ -166,10 +167,19 @@ class Network:
     def stop_before(self, layer: str) -> None:
         """What runs before this layer is computed once from here on; in the order of the graph."""
         self._layer, self._tails = layer, {}
+        held = self._bytes_held()
         for state in self._states or []:
+            held -= bytes_held([state.values])
             state.advance(layer, self._tensors)
+            held += bytes_held([state.values])
+            if held > self._limit:
+                self._states = None
+                break
         if self._exact is not None:
             self._exact.stop_before(layer)
+
+    def _bytes_held(self) -> int:
+        return sum(bytes_held([state.values]) for state in self._states or [])
 
     def weight(self, layer: str) -> Tensor:
         return self._tensors[f"{layer}.weight"]
@@ -315,6 +325,8 @@ class Network:
             held += bytes_held([state.values for state in states])
             if held <= self._limit:
                 kept += states
+            else:
+                kept.clear()
         if held <= self._limit:
             self._states = kept
 

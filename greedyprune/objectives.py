@@ -219,6 +219,7 @@ class Solver:
         self._columns = quadratic and (not fits or (few and data.in_memory))
         if quadratic and not self._columns:
             shape = (rows.stop - rows.start, data.units)
+            data.make_room(self._room - 8 * shape[0] * shape[1])
             self._gram = torch.zeros(shape, dtype=torch.float64, device=data.device)
         self.moments = moments(data, backend, self._gram)
 

@@ -26,6 +26,10 @@ class _State:
         self.dense = program.inputs(batch)
         self.pruned: Values | None = None
 
+    @property
+    def bytes(self) -> int:
+        return bytes_held([self.dense, self.pruned or {}])
+
     def advance(self, to: int, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
         if self.pruned is not None:
             self.program.run(self.pruned, pruned, self.at, to)
@@ -118,9 +122,9 @@ class Replay:
     def _all(self, bar: Any) -> Iterator[_State]:
         """Every batch where it was left, or from its inputs."""
         if self._states is not None:
-            yield from bar(self._states, "activations")
+            yield from self._held(bar)
             return
-        fresh, held, kept = not self._changed, 0, []
+        fresh, held, kept = not self._changed, 0, list[_State]()
         for batch in bar(self._batches, "activations"):
             state = _State(batch, self._programs.of(batch))
             if not fresh:
@@ -129,8 +133,26 @@ class Replay:
                 state.advance(state.program.place[first], self._dense, self._dense)
                 state.pruned = dict(state.dense)
             yield state
-            held += bytes_held([state.dense, state.pruned or {}])
-            if held <= self._limit:
+            held += state.bytes
+            if held > self._limit:
+                kept.clear()
+            else:
                 kept.append(state)
         if held <= self._limit:
             self._states = kept
+
+    def _held(self, bar: Any) -> Iterator[_State]:
+        """Every batch where it was left; none are kept once they grow too large on the way."""
+        assert self._states is not None
+        states: list[_State | None] = [*self._states]
+        held, fits = sum(state.bytes for state in self._states), True
+        self._states = None
+        for i, state in enumerate(bar(states, "activations")):
+            held -= state.bytes
+            yield state
+            held += state.bytes
+            fits = fits and held <= self._limit
+            if not fits:
+                states[: i + 1] = [None] * (i + 1)
+        if fits:
+            self._states = [state for state in states if state is not None]
