@@ -1,6 +1,7 @@
 """What a call of `select` has found so far, in a folder, for the same call to go on from.
 
-call-0.json            what the call is of: model, data, arguments; one for each rank
+call-0.json            what the call is of: model, arguments, first batch; one for each rank
+data-0.json            what all batches of a pass are known by
 layer-NAME.safetensors a finished layer
 pass-NAME-0.safetensors  the sums of a pass over the data, and how many batches are in them
 steps-NAME-1.safetensors what steps found that take a pass each, in the order of the steps
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,15 +27,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .data import Batch, Batches
 from .distributed import ALONE, Ranks
-from .files import read_tensors, write_tensors, write_text
+from .files import read_json, read_tensors, write_json, write_tensors
 from .fingerprint import difference
 
 if TYPE_CHECKING:
     from .selection import LayerSelection
 
-OURS = ("call-", "layer-", "pass-", "steps-", "memory.", "sizes.", ".call-")
+OURS = ("call-", "data-", "layer-", "pass-", "steps-", "memory.", "sizes.", ".call-", ".lock")
 FORMAT = "greedyprune-checkpoint-1"
 SECONDS = 20.0  # between two writes of what is not finished, or
 SHARE = 20  # so many times as long as the last one took
@@ -70,20 +74,91 @@ class Checkpoint:
             )
         self.folder, self.ranks = None if path is None else Path(path), ranks
         self._layers: dict[str, LayerSelection] = {}
+        self._data: list[Any] | None = None  # the number of batches and a digest of their marks
+        self._lock: int | None = None
         if self.folder is None:
             return
+        try:
+            self._open({**(about or {})})
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, about: dict[str, str]) -> None:
         from .selection import Selection  # needs features, which need this module
 
-        found: dict[str, LayerSelection] = {}
+        assert self.folder is not None
+        ranks, found = self.ranks, dict[str, "LayerSelection"]()
         if ranks.rank == 0:
-            self._enter(dict(about or {}))
+            self._enter(about)
             for part in self.folder.glob(".*.part"):  # a killed run's
                 part.unlink(missing_ok=True)
             for file in sorted(self.folder.glob("layer-*.safetensors")):
                 found |= Selection.load(file).layers
         self._layers = ranks.from_rank(0, "finished layers", found)
         if ranks.rank > 0:
-            self._enter(dict(about or {}))
+            self._enter(about)
+        if self._data_file.is_file():
+            self._data = read_json(self._data_file)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Others may use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def _data_file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"data-{self.ranks.rank}.json"
+
+    @contextmanager
+    def watching(self, batches: Batches, bar: Callable[..., Any]) -> Iterator[None]:
+        """ValueError where the data are not those that an earlier run went through.
+
+        Which takes reading them once; an iterator is read where nothing else needs it.
+        """
+        if self.folder is None:
+            yield
+            return
+        known, batches.watch = self._data is not None, self._watched
+        if known and not batches.once:
+            self._check_data(bar(batches, "data as before"))
+        yield
+        if known and batches.once and not batches.started:
+            self._check_data(bar(batches, "data as before"))
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of a pass; the first whole one is what the data are known by."""
+        found = _Marks()
+        for batch in batches:
+            if self._data is None:
+                found.add(mark_of(batch))
+            yield batch
+        self._data = self._data or [found.count, found.digest]
+
+    def keep_data(self) -> None:
+        """What is written from here on is of the data that were gone through."""
+        if self.folder is not None and self._data is not None and not self._data_file.is_file():
+            write_json(self._data_file, self._data)
+
+    def _check_data(self, batches: Iterable[Batch]) -> None:
+        found = _Marks()
+        for batch in batches:
+            found.add(mark_of(batch))
+        if [found.count, found.digest] != self._data:
+            assert self._data is not None
+            raise ValueError(
+                f"checkpoint: {str(self.folder)!r} is of other data, of {self._data[0]} batches, "
+                f"found {found.count}; expected the same in the same order: give a shuffled loader "
+                "a generator with a seed, or take another folder"
+            )
 
     def finished(self, name: str) -> LayerSelection | None:
         return self._layers.get(name)
@@ -95,6 +170,7 @@ class Checkpoint:
         from .selection import Selection
 
         self._layers[name] = layer
+        self.keep_data()
         if self.ranks.rank == 0:
             Selection({name: layer}).save(self.folder / f"layer-{_plain(name)}.safetensors")
             for file in self.folder.glob(f"steps-{_plain(name)}-*.safetensors"):
@@ -114,12 +190,13 @@ class Checkpoint:
         if self.folder is None:
             return compute()
         file = self.folder / f"{name}.json"
-        known = self.ranks.on_first(name, lambda: file.read_text() if file.is_file() else None)
+        known = self.ranks.on_first(name, lambda: read_json(file) if file.is_file() else None)
         if known is None:
-            known = json.dumps(compute())
+            known = json.loads(json.dumps(compute()))  # as it will be read
+            self.keep_data()
             if self.ranks.rank == 0:
-                write_text(file, known)
-        return json.loads(known)
+                write_json(file, known)
+        return known
 
     def _enter(self, about: dict[str, str]) -> None:
         """ValueError where the folder is of another call, or of none."""
@@ -127,28 +204,64 @@ class Checkpoint:
         file = self.folder / f"call-{self.ranks.rank}.json"
         about["ranks"] = str(self.ranks.size)
         if file.is_file():
-            try:
-                known = json.loads(file.read_text())
-            except ValueError:
-                raise ValueError(f"checkpoint: {str(file)!r} is damaged") from None
-            if differs := difference(known, about):
+            self._take()
+            if differs := difference(read_json(file), about):
                 name, before, now = differs
                 raise ValueError(
                     f"checkpoint: {str(self.folder)!r} is of another call, with {name} {before}, "
                     f"found {now}; expected the same or another folder"
                 )
             return
-        strange = [each.name for each in self.folder.glob("*") if not each.name.startswith(OURS)]
+        found = sorted(each.name for each in self.folder.glob("*"))
+        own = f"-{self.ranks.rank}.safetensors"
+        strange = [
+            each for each in found
+            if not each.startswith(OURS) or each.startswith(("layer-", "steps-"))
+            or (each.startswith("pass-") and each.endswith(own))
+        ]  # fmt: skip
         if strange or (self.folder.exists() and not self.folder.is_dir()):
-            what = f"holds {strange[0]!r}" if strange else "is no folder"
+            what = f"holds {strange[0]!r} and no {file.name!r}" if strange else "is no folder"
             raise ValueError(
                 f"checkpoint: {str(self.folder)!r} {what}, expected a folder of its own"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(about, indent=1))
+        self._take()
+        write_json(file, about)
+
+    def _take(self) -> None:
+        """ValueError where another process uses the folder; a killed one does no longer."""
+        assert self.folder is not None
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        self._lock = os.open(self.folder / f".lock-{self.ranks.rank}", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its forks don't have it
+        except OSError:
+            self.close()
+            raise ValueError(
+                f"checkpoint: {str(self.folder)!r} is used by another process, expected a folder "
+                "for each call"
+            ) from None
 
 
 NOTHING = Checkpoint()  # is kept
+
+
+class _Marks:
+    """What batches one after the other are known by."""
+
+    def __init__(self) -> None:
+        self.count, self._hash = 0, hashlib.blake2b(digest_size=8)
+
+    def add(self, mark: str) -> None:
+        self.count += 1
+        self._hash.update(mark.encode())
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
 
 class Pass:
@@ -159,7 +272,7 @@ class Pass:
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self.done, self._file = 0, None
-        self._seen, self._marks = 0, hashlib.blake2b(digest_size=8)
+        self._seen = _Marks()
         self._holders: Sequence[Holder] = ()
         self._clock = _Clock()
         if checkpoint.folder is None:
@@ -185,11 +298,10 @@ class Pass:
         """Is the next batch in the sums already? ValueError if it is not the one that was."""
         if self._file is None:
             return False
-        if self._seen == self.done:
+        if self._seen.count == self.done:
             self._check()
-        self._marks.update(mark.encode())
-        self._seen += 1
-        return self._seen <= self.done
+        self._seen.add(mark)
+        return self._seen.count <= self.done
 
     def added(self) -> None:
         """It is now."""
@@ -198,7 +310,7 @@ class Pass:
 
     def end(self) -> None:
         """No batch is left."""
-        if self._seen <= self.done:
+        if self._seen.count <= self.done:
             self._check()
         self.added()
 
@@ -211,7 +323,7 @@ class Pass:
         self.end()
 
     def _check(self) -> None:
-        if self.done and (self._seen < self.done or self._marks.hexdigest() != self._mark):
+        if self.done and (self._seen.count < self.done or self._seen.digest != self._mark):
             raise ValueError(
                 f"checkpoint: the first {self.done} batches are not those of {str(self._file)!r}, "
                 "expected the same data in the same order: give a shuffled loader a generator with "
@@ -225,7 +337,7 @@ class Pass:
             for i, holder in enumerate(self._holders)
             for name, tensor in holder.state().items()
         }
-        header = {"format": FORMAT, "done": str(self._seen), "mark": self._marks.hexdigest()}
+        header = {"format": FORMAT, "done": str(self._seen.count), "mark": self._seen.digest}
         with self._clock:
             write_tensors(self._file, state, header)
 
@@ -235,25 +347,22 @@ class Steps:
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self._checkpoint, self._name = checkpoint, _plain(name)
-        self._known: list[tuple[str, Tensor]] = []  # yet to come
-        self._again: list[tuple[str, Tensor]] = []  # that came
+        self._known: list[tuple[str, Tensor]] = []  # of one file: yet to come
+        self._again: list[tuple[str, Tensor]] = []  # and that came
         self._fresh: list[tuple[str, Tensor]] = []  # not written yet
-        self._segment, self._clock = 0, _Clock()
+        self._segment, self._segments, self._clock = 0, 0, _Clock()
         if checkpoint.folder is None:
             return
-        found: list[tuple[str, Tensor]] = []
-        if checkpoint.ranks.rank == 0:
-            while (file := self._file(self._segment + 1)).is_file():
-                tensors, header = read_tensors(file, FORMAT, "steps")
-                labels = json.loads(header["labels"])
-                found += [(label, tensors[str(i)]) for i, label in enumerate(labels)]
-                self._segment += 1
-        self._known = checkpoint.ranks.from_rank(0, "steps", found)
+        while self._file(self._segments + 1).is_file():
+            self._segments += 1
+        self._segments = checkpoint.ranks.from_rank(0, "steps", self._segments)
 
     def once(self, label: str, compute: Callable[[], Tensor]) -> Tensor:
         """compute(), or what it gave in an earlier run, where the steps were the same."""
         if self._checkpoint.folder is None:
             return compute()
+        if not self._known and self._segment < self._segments:
+            self._read()
         if self._known:
             known, value = self._known.pop(0)
             if known == label:
@@ -262,8 +371,10 @@ class Steps:
             self._forget()  # on another kind of processor steps can differ
         value = compute()
         self._fresh.append((label, value.cpu().clone()))
+        if self._clock.due():
+            self._checkpoint.keep_data()
         if self._checkpoint.ranks.rank == 0 and self._clock.due():
-            self._segment += 1
+            self._segment = self._segments = self._segment + 1
             labels = json.dumps([label for label, _ in self._fresh])
             tensors = {str(i): value for i, (_, value) in enumerate(self._fresh)}
             with self._clock:
@@ -273,13 +384,23 @@ class Steps:
             self._fresh = []
         return value
 
+    def _read(self) -> None:
+        self._segment += 1
+        found: list[tuple[str, Tensor]] = []
+        if self._checkpoint.ranks.rank == 0:
+            tensors, header = read_tensors(self._file(self._segment), FORMAT, "steps")
+            labels = json.loads(header["labels"])
+            found = [(label, tensors[str(i)]) for i, label in enumerate(labels)]
+        self._known = self._checkpoint.ranks.from_rank(0, f"steps {self._segment}", found)
+        self._again = []
+
     def _forget(self) -> None:
         """What did not come again."""
-        self._known, self._fresh = [], self._again
-        for segment in range(self._segment, 0, -1):
+        self._known, self._fresh, self._again = [], self._again, []
+        for segment in range(self._segments, self._segment - 1, -1):
             if self._checkpoint.ranks.rank == 0:
                 self._file(segment).unlink(missing_ok=True)
-        self._segment = 0
+        self._segment = self._segments = self._segment - 1
 
     def _file(self, segment: int) -> Path:
         assert self._checkpoint.folder is not None

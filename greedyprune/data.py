@@ -87,16 +87,23 @@ class Batches:
         self._dtype = types.pop() if len(types) == 1 else None
         self._source = batches_in(data)
         self._once = isinstance(self._source, Iterator)
-        self._started = False
+        self.started = False  # a pass, where there is only one
         self._first: Batch | None = None
         self.ranks, self.peers = ranks, peers
         self.empty = False  # this rank has no samples; `first` is another's
         self._dealt = False  # all ranks have the same, and each reads its share
+        # What sees every batch of a pass, if anything does.
+        self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
+        # A loader's order is that of its generator, which is set back before every pass.
+        self._shuffle = getattr(self._source, "generator", None)
+        if not isinstance(self._shuffle, torch.Generator):
+            self._shuffle = None
+        self._shuffled = None if self._shuffle is None else self._shuffle.get_state()
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
         other = Batches(self._source, model, self.ranks, self.peers)
-        other.empty, other._dealt = self.empty, self._dealt
+        other.empty, other._dealt, other._shuffled = self.empty, self._dealt, self._shuffled
         if self.empty:
             other._first = self.first().map(other._move)
         return other
@@ -159,14 +166,17 @@ class Batches:
         return self._all()
 
     def _all(self) -> Iterator[Batch]:
+        return self._pass() if self.watch is None else self.watch(self._pass())
+
+    def _pass(self) -> Iterator[Batch]:
         if not self._once:
             return self._read()
-        if self._started:
+        if self.started:
             raise ValueError(
                 "data: an iterator can be gone through once, and this needs another pass: give "
                 "a list, Dataset or DataLoader, or raise memory_limit"
             )
-        self._started = True
+        self.started = True
         return self._read_on()
 
     def _read_on(self) -> Iterator[Batch]:
@@ -175,6 +185,8 @@ class Batches:
         yield from self._rest
 
     def _read(self) -> Iterator[Batch]:
+        if self._shuffle is not None:
+            self._shuffle.set_state(self._shuffled)
         there = self._device.type == "cuda"
         parsed = self._ahead() if there else map(self._parse, self._source)
         return (batch for batch in parsed if samples_of(batch) != 0)

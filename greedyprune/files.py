@@ -1,12 +1,14 @@
-"""Safetensors files of ours: written whole or not at all, and checked when they are read."""
+"""Files of ours: written whole or not at all, and checked when they are read."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,14 +32,26 @@ def write_tensors(
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """The same for a text."""
+def write_json(path: Path, value: Any) -> None:
+    """The same for what JSON can hold."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text)
+        part.write_text(json.dumps({CHECKSUM: _json_checksum(value), "value": value}, indent=1))
         _replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """ValueError where it is not as it was written."""
+    try:
+        found = json.loads(path.read_bytes())
+        whole = found[CHECKSUM] == _json_checksum(found["value"])
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not fit")
+    return found["value"]
 
 
 def _replace(part: Path, path: Path) -> None:
@@ -72,6 +86,10 @@ def read_tensors(
     if found is not None and found != _checksum(tensors, metadata):
         raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not fit")
     return tensors, metadata
+
+
+def _json_checksum(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

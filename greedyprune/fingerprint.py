@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,23 @@ def of_call(chosen: Settings, criterion: Criterion, backend: str) -> dict[str, s
             value = value.tolist()
         name = "loss" if item.name == "kind" else f"the loss's {item.name}"
         found[name] = _name(value) if callable(value) else repr(value)
+    return found
+
+
+def of_functions(chosen: Settings, criterion: Criterion) -> dict[str, str]:
+    """A loss or metric of the user's own: what it is made of, not only its name."""
+    own = {"the loss's function": criterion.function, "the metric": chosen.own_metric}
+    return {
+        name: hashlib.blake2b(repr(_made_of(each, set())).encode(), digest_size=8).hexdigest()
+        for name, each in own.items() if each is not None
+    }  # fmt: skip
+
+
+def of_versions() -> dict[str, str]:
+    found = {}
+    for name in ("greedyprune", "torch"):
+        with suppress(PackageNotFoundError):
+            found[f"the version of {name}"] = version(name)
     return found
 
 
@@ -105,3 +125,38 @@ def _check_same(found: Sequence[Mapping[str, str]]) -> None:
 
 def _name(value: object) -> str:
     return str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def _made_of(value: object, seen: set[int]) -> object:
+    """Code, defaults and closure of functions; attributes of objects, and so on; no addresses."""
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if id(value) in seen or isinstance(value, ModuleType):
+        return name
+    seen.add(id(value))
+
+    def of(*parts: object) -> list[object]:
+        return [_made_of(part, seen) for part in parts]
+
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return name, of(*(sorted(value, key=repr) if isinstance(value, Set) else value))
+    if isinstance(value, Mapping):
+        return name, of(*value.keys()), of(*value.values())
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, of(*value.co_consts)
+    if isinstance(value, partial):
+        return of(value.func, value.args, value.keywords)
+    if isinstance(value, FunctionType):
+        closure = {}
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+            with suppress(ValueError):  # nothing in it yet
+                closure[name] = cell.cell_contents
+        return value.__qualname__, of(value.__code__, value.__defaults__, closure)
+    if isinstance(value, MethodType):
+        return value.__qualname__, of(value.__self__)
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return name, str(getattr(value, "__qualname__", ""))
+    return name, of(vars(value))

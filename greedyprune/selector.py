@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 
@@ -18,7 +18,7 @@ from .data import Batch, Batches
 from .distributed import ALONE, ranks_of, unwrapped
 from .evaluation import bars, evaluating, warn
 from .features import main_output, run_model, target_of
-from .fingerprint import of_call, of_model, same_on_all
+from .fingerprint import of_call, of_functions, of_model, of_versions, same_on_all
 from .graph import Group
 from .losses import criterion_of
 from .selection import Selection
@@ -192,20 +192,25 @@ def select(
                 criterion = criterion_of(loss, first.targets)
             call = of_call(chosen, criterion, backend)
             here = {"the processor (GREEDYPRUNE_ISA)": _backend.instruction_set(backend)}
+            if peers.size > 1:
+                here["data's first batch, with parallel='units'"] = mark_of(first)
             with same_on_all(ranks, inner, call | here):
                 limit = ranks.memory(*_memory(memory_limit, chosen, batches, backend))
-                kept = Checkpoint()
+                about = dict[str, str]()
                 if checkpoint is not None:
-                    about = call | {"parallel": parallel, "data": mark_of(first)}
+                    about = call | {"parallel": parallel, "data's first batch": mark_of(first)}
                     about |= {"memory_limit": repr(memory_limit)} | of_model(inner)
-                    kept = Checkpoint(checkpoint, about, ranks)
+                    about |= of_functions(chosen, criterion) | of_versions()
+                with Checkpoint(checkpoint, about, ranks) as kept:
                     limit = limit if memory_limit else kept.number("memory", lambda: limit)
-                task = Task(
-                    batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
-                    bars(progress if ranks.rank == 0 else False), kept,
-                )  # fmt: skip
-                selection = _select(inner, task, named=loss != "auto")
-                kept.tidy()
+                    bar = bars(progress if ranks.rank == 0 else False)
+                    with kept.watching(batches, bar):
+                        task = Task(
+                            batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
+                            bar, kept,
+                        )  # fmt: skip
+                        selection = _select(inner, task, named=loss != "auto")
+                    kept.tidy()
     return selection
 
 
@@ -221,7 +226,11 @@ def _memory(
 def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     """named: did the caller name a loss?"""
     batches, chosen, first = task.batches, task.chosen, task.batches.first()
-    (outputs, heads), total, flops = counted(lambda: _first_outputs(model, first))
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    (outputs, found), total, flops = counted(
+        lambda: _outputs(model, first, linears, lambda out: out)
+    )
+    heads = set.intersection(*task.ranks.gather("outputs", _heads(model, first, found)))
     groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
     ways = {group.producer: way_of(model, group, chosen) for group in groups}
     if set(ways.values()) & {"output", "network", "fisher"}:
@@ -244,13 +253,19 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     return Selection({group.producer: selected[group.producer] for group in groups}, costs, spent)
 
 
-def _first_outputs(model: nn.Module, batch: Batch) -> tuple[object, set[str]]:
-    """The model's output, and the Linears whose output it is (not another head's, say)."""
+def _outputs(
+    model: nn.Module, batch: Batch, names: Iterable[str], changed: Callable[[Tensor], Tensor]
+) -> tuple[object, set[str]]:
+    """The model's output with other outputs of these layers, and which of those it is."""
     produced: dict[str, Tensor] = {}
+
+    def hook(name: str, out: Tensor) -> Tensor:
+        produced[name] = changed(out)
+        return produced[name]
+
     handles = [
-        module.register_forward_hook(lambda _, __, out, name=name: produced.update({name: out}))
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, n=name: hook(n, out))
+        for name in names
     ]
     try:
         outputs = run_model(model, batch)
@@ -262,6 +277,15 @@ def _first_outputs(model: nn.Module, batch: Batch) -> tuple[object, set[str]]:
     except ValueError:  # of no matter where no layer is judged by the model's loss
         return outputs, set()
     return outputs, {n for n, out in produced.items() if torch.equal(out.double().flatten(), main)}
+
+
+def _heads(model: nn.Module, batch: Batch, found: set[str]) -> set[str]:
+    """Those Linears whose output is the model's whatever it is: what follows, a ReLU, say, may
+    happen to change nothing on this batch."""
+    try:
+        return found and _outputs(model, batch, found, lambda out: -1024 * out - 1024)[1]
+    except ValueError:  # it does not run on these
+        return set()
 
 
 def _with_output(model: nn.Module, group: Group, heads: set[str]) -> Group:

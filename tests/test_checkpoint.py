@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from test_distributed import CASES, batches_of, check_same, tensors
+from test_distributed import CASES, batches_of, check_same, mlp, tensors, two_layers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
 from greedyprune import Selection, checkpoint
@@ -65,7 +67,7 @@ def stopped(at: int, call: Callable[[], object], *, after: bool = True) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (checkpoint, sys.modules["greedyprune.selection"]):
-            for name in ("write_tensors", "write_text"):
+            for name in ("write_tensors", "write_json"):
                 if hasattr(module, name):
                     patch.setattr(module, name, counting(getattr(module, name)))
         try:
@@ -112,7 +114,7 @@ def test_what_is_known_is_not_done_again(tmp_path: Path) -> None:
     check_same(run(tmp_path / "a"), expected, exactly=True)
     assert len(ran) == whole - 8
     assert sorted(each.name.split("-")[0] for each in (tmp_path / "a").iterdir()) == [
-        "call", "layer", "layer", "memory.json"
+        ".lock", "call", "data", "layer", "layer", "memory.json"
     ]  # fmt: skip
 
 
@@ -134,8 +136,8 @@ def test_another_call_is_refused(tmp_path: Path) -> None:
         ("with steps 30, found 29;", lambda: select(name, folder, steps=29)),
         ("with seed 0, found 1;", lambda: select(name, folder, seed=1)),
         ("with memory_limit None, found 90000;", lambda: select(name, folder, memory_limit=90000)),
-        ("with data ", lambda: select(name, folder, batches_of((inputs + 1, classes), 60))),
-        ("with data ", lambda: select(name, folder, batches_of((inputs, classes), 59))),
+        ("first batch ", lambda: select(name, folder, batches_of((inputs + 1, classes), 60))),
+        ("first batch ", lambda: select(name, folder, batches_of((inputs, classes), 59))),
         ("with loss 'cross_entropy', found 'mse';",
          lambda: select(name, folder, batches_of((inputs, shares), 60))),
         ("with model: '2.bias' ", lambda: greedyprune.select(
@@ -150,7 +152,7 @@ def test_another_call_is_refused(tmp_path: Path) -> None:
 
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"checkpoint: .* holds 'notes.txt', expected a folder of"):
+    with pytest.raises(ValueError, match=r"checkpoint: .* holds 'notes.txt' and no 'call-0.json'"):
         select("cross-entropy", tmp_path)
     with pytest.raises(ValueError, match="is no folder, expected a folder of its own"):
         select("cross-entropy", tmp_path / "notes.txt")
@@ -171,6 +173,161 @@ def test_other_batches_are_noticed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("sizes", [[8, 64, 64, 64, 40], [60, 60, 60, 60]])
+@pytest.mark.parametrize("limit", [26_000, 30_000, 36_480, 40_000, 45_888])
+def test_a_resumed_stream_fits_as_the_first_one_did(
+    sizes: list[int], limit: int, tmp_path: Path
+) -> None:
+    """The first run's features take room that the Gram matrix then has in the second."""
+    inputs, numbers = tensors("numbers")
+    data = list(zip(inputs.split(sizes), numbers.split(sizes), strict=True))
+
+    def run(folder: Path | None) -> Selection:
+        return greedyprune.select(mlp(), data, steps=40, memory_limit=limit, checkpoint=folder)
+
+    at, expected = 2, run(None)
+    while stopped(at, lambda: run(tmp_path / f"{at}")):  # noqa: B023
+        check_same(run(tmp_path / f"{at}"), expected, exactly=True)
+        at += 2
+    assert at > 2
+
+
+def test_other_data_are_refused_once_layers_are_finished(tmp_path: Path) -> None:
+    """All batches count, not the first alone; also of an iterator, which nothing else reads."""
+    data = batches_of(tensors("numbers"), 60)
+    changed = [*data[:2], (data[2][0] + 1, data[2][1]), *data[3:]]
+
+    def run(data: object, folder: str) -> Selection:
+        return greedyprune.select(mlp(), data, steps=9, checkpoint=tmp_path / folder)
+
+    for wrap in (list, iter):  # type: ignore[var-annotated]
+        folder = wrap.__name__
+        expected = run(wrap(data), folder)
+        for other, count in ((changed, 4), (data[:2], 2)):
+            with pytest.raises(ValueError, match=rf"of other data, of 4 batches, found {count};"):
+                run(wrap(other), folder)
+        check_same(run(wrap(data), folder), expected, exactly=True)
+
+
+class Power(nn.Module):
+    """A loss with a number and a tensor of its own."""
+
+    def __init__(self, power: int, scale: float) -> None:
+        super().__init__()
+        self.power = power
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (self.scale * (outputs - targets)).abs().pow(self.power).mean()
+
+
+def power(outputs: Tensor, targets: Tensor, power: int = 2) -> Tensor:
+    return (outputs - targets).abs().pow(power).mean()
+
+
+def closed(over: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda outputs, targets: (outputs - targets).abs().pow(over).mean()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: power, lambda: partial(power, power=2)),
+        (lambda: partial(power, power=2), lambda: partial(power, power=4)),
+        (lambda: closed(2), lambda: closed(4)),
+        (lambda: Power(2, 1.0), lambda: Power(4, 1.0)),
+        (lambda: Power(2, 1.0), lambda: Power(2, 2.0)),
+        (lambda: lambda o, t: (o - t).abs().mean(), lambda: lambda o, t: (o + t).abs().mean()),
+    ],
+)
+def test_another_loss_of_ones_own_is_refused(
+    one: Callable[[], Any], other: Callable[[], Any], tmp_path: Path
+) -> None:
+    def run(loss: object) -> Selection:
+        data = batches_of(tensors("numbers"), 60)
+        return greedyprune.select(mlp(), data, steps=3, loss=loss, checkpoint=tmp_path / "a")
+
+    expected = run(one())
+    with pytest.raises(ValueError, match="is of another call, with the loss's function"):
+        run(other())
+    check_same(run(one()), expected, exactly=True)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_shuffled_loader_with_a_generator_goes_on(tmp_path: Path) -> None:
+    """In its second pass, too: every pass has the order of the first."""
+    inputs, classes = tensors("classes")
+
+    def run(folder: Path | None) -> Selection:
+        loader = DataLoader(
+            TensorDataset(inputs, classes), batch_size=40, shuffle=True,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return greedyprune.select(
+            two_layers(), loader, size=9, swaps=0, sequential=False, objective="imitation",
+            memory_limit=32_000, checkpoint=folder,
+        )  # fmt: skip
+
+    expected, at = run(None), 2
+    while stopped(at, lambda: run(tmp_path / f"{at}")):  # noqa: B023
+        check_same(run(tmp_path / f"{at}"), expected, exactly=True)
+        at += 3
+    assert at > 12  # two turns of six batches
+
+
+HOLDS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from greedyprune.checkpoint import Checkpoint
+with Checkpoint(sys.argv[2], {}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_a_folder(tmp_path: Path) -> None:
+    """Until it ends, even by a kill."""
+    command = [sys.executable, "-c", HOLDS, str(Path(__file__).parent), str(tmp_path / "a")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"checkpoint: .* is used by another process"):
+            checkpoint.Checkpoint(tmp_path / "a", {})
+        other.kill()
+    with checkpoint.Checkpoint(tmp_path / "a", {}) as kept:
+        assert kept.folder == tmp_path / "a"
+
+
+def test_layers_of_no_known_call_are_refused(tmp_path: Path) -> None:
+    select("cross-entropy", tmp_path)
+    (tmp_path / "call-0.json").unlink()
+    with pytest.raises(ValueError, match=r"holds 'layer-0~.*safetensors' and no 'call-0.json'"):
+        select("cross-entropy", tmp_path, steps=7)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_steps_are_read_file_by_file(tmp_path: Path) -> None:
+    """And where one did not come again, only what was before it stays."""
+    kept = checkpoint.Checkpoint(tmp_path / "a", {})
+
+    def run(labels: str) -> list[str]:
+        steps, computed = checkpoint.Steps(kept, "0"), []
+
+        def compute(label: str) -> Tensor:
+            computed.append(label)
+            return torch.tensor(ord(label))
+
+        for label in labels:
+            assert int(steps.once(label, lambda: compute(label))) == ord(label)  # noqa: B023
+        return computed
+
+    assert run("abcd") == ["a", "b", "c", "d"]
+    assert run("abcde") == ["e"]
+    assert run("abxde") == ["x", "d", "e"]
+    assert run("abxdef") == ["f"]
+    kept.close()
+
+
+@pytest.mark.usefixtures("at_once")
 def test_damage_is_noticed(tmp_path: Path) -> None:
     """One bit of a file that another program changed."""
     folder = tmp_path / "a"
@@ -182,8 +339,8 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged: its checksum does not fit"):
         select("by themselves", folder)
     [call] = folder.glob("call-*")
-    call.write_text("{")
-    with pytest.raises(ValueError, match=r"checkpoint: .*call-0.json' is damaged"):
+    call.write_text(call.read_text().replace("0", "1", 1))
+    with pytest.raises(ValueError, match=r"call-0.json' is damaged: its checksum"):
         select("by themselves", folder)
 
 
@@ -261,5 +418,5 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     select("cross-entropy", folder)
     (folder / ".layer-0~x.safetensors.77.part").write_bytes(b"half")
     select("cross-entropy", folder)
-    assert not list(folder.glob(".*"))
-    assert json.loads((folder / "call-0.json").read_text())["steps"] == "30"
+    assert [each.name for each in folder.glob(".*")] == [".lock-0"]
+    assert json.loads((folder / "call-0.json").read_text())["value"]["steps"] == "30"
