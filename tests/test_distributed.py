@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from processes import TIMEOUT, Raised, Team, group_of
+from processes import Raised, Team, group_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import Selection, checkpoint, files
-from greedyprune._backend import extension
-from greedyprune.distributed import Ranks
+from greedyprune import Selection, checkpoint, distributed, files
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
 
@@ -231,6 +227,21 @@ def test_parts_of_the_work(team: Team, name: str) -> None:
     check_same(found[0], alone(name))
 
 
+@pytest.mark.parametrize("name", ["cross-entropy", "squared error", "squared error, streamed"])
+def test_sums_of_many_ranks(team: Team, name: str) -> None:
+    """Are reduced, not gathered."""
+    found = team.results(4, select_as_many, name)
+    for each in found[1:]:
+        check_same(each, found[0], exactly=True)
+    check_same(found[0], alone(name))
+
+
+def select_as_many(rank: int, name: str) -> Selection:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "FEW", 1)
+        return select(rank, 4, name)
+
+
 def test_one_by_itself(team: Team) -> None:
     """No other rank is waited for."""
     found = team.results(2, by_itself)
@@ -265,140 +276,6 @@ def refit(rank: int, size: int, selection: Selection, parallel: str) -> dict[str
     group = group_of(size)
     small = greedyprune.refit(cnn(), selection, data, process_group=group, parallel=parallel)
     return small.state_dict()
-
-
-def wrong(rank: int, what: str) -> Any:
-    """Something is wrong on rank 1 only."""
-    group: Any = group_of(3)
-    bad, model, options = rank == 1, mlp(), dict[str, Any](steps=9)
-    data: Any = part(rank, 4, "classes")
-    if what in ("layers", "gates", "network"):
-        model = cnn()
-        more = {"gates": {"objective": "fisher"}, "network": {"objective": "loss"}}
-        options = {"size": 0.5} | more.get(what, {})
-    if what in ("none", "samples on no rank"):
-        data = []
-    elif bad and what in ("NaN", "layers", "gates", "network", "later"):
-        inputs, classes = tensors("classes")
-        inputs = inputs.clone()
-        inputs[150 if what == "later" else 3, 2] = torch.nan
-        data = batches_of((inputs, classes), 40)
-    elif bad and what == "label":
-        data = [(torch.randn(8, 12), torch.tensor([0, 1, 2, 9, 1, 2, 3, 4]))]
-    elif bad and what == "shape":
-        data = [(torch.randn(8, 11), torch.zeros(8, dtype=torch.int64))]
-    elif bad and what == "data":
-        data = 7
-    elif bad and what == "argument":
-        options = {"steps": 0}
-    elif bad and what == "another argument":
-        options = {"steps": 8}
-    elif bad and what == "another loss":
-        options |= {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}
-    elif bad and what == "another model":
-        with torch.no_grad():
-            model[2].bias += 1e-3
-    elif bad and what == "loader":
-        data = broken()
-    elif bad and what == "interrupted":
-        options["progress"], data = None, interrupted()
-    elif bad and what == "another processor":
-        with another_instruction_set():
-            return greedyprune.select(model, data, process_group=group, **options)
-    elif what == "parallel":
-        options["parallel"] = "model"
-    elif what == "group":
-        group = "all"
-    return greedyprune.select(model, data, process_group=group, **options)
-
-
-@contextmanager
-def another_instruction_set() -> Iterator[None]:
-    kernels = extension()
-    before = kernels.active_instruction_set()
-    kernels.use_instruction_set(next(n for n in kernels.instruction_sets() if n != before))
-    try:
-        yield
-    finally:
-        kernels.use_instruction_set(before)
-
-
-def broken() -> Iterator[tuple[Tensor, Tensor]]:
-    yield torch.randn(8, 12), torch.zeros(8, dtype=torch.int64)
-    raise OSError("the disk is gone")
-
-
-def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
-    yield torch.randn(8, 12), torch.zeros(8, dtype=torch.int64)
-    raise KeyboardInterrupt
-
-
-WRONG = {
-    "samples on no rank": ("ValueError", "data: found no samples"),
-    "NaN": ("ValueError", "layer '0': NaN or inf in its activations"),
-    "later": ("ValueError", "layer '0': NaN or inf in its activations"),
-    "layers": ("ValueError", "NaN or inf"),
-    "gates": ("ValueError", "NaN or inf"),
-    "network": ("ValueError", "NaN or inf"),
-    "label": ("ValueError", "data: labels from 0 to 9"),
-    "shape": ("ValueError", "data: the model can't run on a batch of it"),
-    "data": ("TypeError", "data: found int"),
-    "argument": ("ValueError", "steps: found 0"),
-    "another argument": ("ValueError", "steps: found 9 on rank 0 and 8 on rank 1"),
-    "another loss": ("ValueError", "the loss's label_smoothing: found 0.0 on rank 0 and 0.1"),
-    "another processor": ("ValueError", "the processor (GREEDYPRUNE_ISA): found "),
-    "another model": ("ValueError", "model: '2.bias': found "),
-    "loader": ("OSError", "the disk is gone"),
-    "interrupted": ("KeyboardInterrupt", ""),
-    "parallel": ("ValueError", "parallel: found 'model', expected one of 'data', 'units', 'none'"),
-    "group": ("TypeError", "process_group: found str, expected a group"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_on_one_is_raised_on_all(team: Team, what: str) -> None:
-    """None hangs; each names the rank, and the next call works."""
-    if what == "another processor" and len(extension().instruction_sets()) < 2:
-        pytest.skip("this processor has one instruction set")
-    kind, text = WRONG[what]
-    for rank, found in enumerate(team.run(3, wrong, what)):
-        assert isinstance(found, Raised), rank
-        assert text in found.text
-        told = found.text.startswith("rank 1: ")
-        if kind in ("ValueError", "TypeError"):
-            assert found.kind == kind
-        else:
-            assert (found.kind, told) == ((kind, False) if rank == 1 else ("RuntimeError", True))
-            assert not told or found.text.startswith(f"rank 1: {kind}")
-    check_same(team.results(2, select, 2, "cross-entropy")[1], alone("cross-entropy"))
-
-
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [("cross-entropy", "greedy step"), ("squared error, twins", "greedy step"),
-     ("squared error, columns", "columns"), ("cross-entropy, streamed", "scores")],
-)  # fmt: skip
-def test_an_error_in_the_middle_of_the_loop(team: Team, name: str, at: str) -> None:
-    first, second = team.run(2, fails_in_the_loop, name, at)
-    assert (second.kind, second.text) == ("OSError", "the disk is gone")
-    assert (first.kind, first.text) == ("RuntimeError", "rank 1: OSError: the disk is gone")
-    check_same(team.results(2, select, 2, name)[0], alone(name))
-
-
-def fails_in_the_loop(rank: int, name: str, at: str) -> Selection:
-    """Rank 1 fails before its second sum of that name."""
-    left, sum_up = 2, Ranks.sum
-
-    def failing(self: Ranks, what: str, *tensors: Tensor) -> None:
-        nonlocal left
-        left -= rank == 1 and what.startswith(at)
-        if left == 0:
-            raise OSError("the disk is gone")
-        sum_up(self, what, *tensors)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ranks, "sum", failing)
-        return select(rank, 2, name)
 
 
 def test_wrapped_models(team: Team) -> None:
@@ -478,37 +355,6 @@ def sharded(rank: int) -> Selection:
     model = mlp()
     fully_shard(model)
     return greedyprune.select(model, part(rank, 4, "classes"), steps=30)
-
-
-def test_a_group_of_others(team: Team) -> None:
-    """A rank that is not in the group is told so."""
-    one, _, other = team.run(3, select, 2, "squared error")
-    check_same(one, alone("squared error"))
-    assert isinstance(other, Raised) and "process_group: this process is not in it" in other.text
-
-
-def test_a_rank_that_dies_ends_the_others() -> None:
-    team = Team(3)
-    try:
-        for pipe in team.pipes:
-            pipe.send((3, dies, ()))
-        for rank in (0, 2):
-            assert team.pipes[rank].poll(TIMEOUT / 2)
-            found = team.pipes[rank].recv()
-            assert isinstance(found, Raised) and found.kind == "RuntimeError"
-            assert f"process_group: rank {rank} of 3 lost the others" in found.text
-    finally:
-        team.close()
-
-
-def dies(rank: int) -> Selection:
-    def data() -> Iterator[tuple[Tensor, Tensor]]:
-        yield from part(rank, 4, "classes")
-        yield from part(0, 4, "classes")
-        if rank == 1:
-            os._exit(1)
-
-    return greedyprune.select(mlp(), data(), steps=9)
 
 
 def wrapped(rank: int) -> Selection:
