@@ -6,7 +6,6 @@ import os
 import sys
 from types import ModuleType
 
-import psutil
 import torch
 
 BUILD_HINT = "build it with `pip install .` in a checkout (needs a C++ compiler)"
@@ -53,14 +52,6 @@ def has_cuda() -> bool:
 def cuda_device(device: torch.device) -> torch.device:
     """Where backend "cuda" works: `device`, the model's, or the current GPU for one on the CPU."""
     return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
-
-
-def room(device: torch.device) -> int:
-    """Half the bytes that are free on a device, or that torch holds there for what comes."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available // 2
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (torch.cuda.mem_get_info(device)[0] + held) // 2
 
 
 def resolve(backend: str, on_gpu: bool) -> str:

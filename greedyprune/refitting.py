@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import _backend
 from .data import Batches
 from .distributed import ALONE, Ranks, ranks_of, unwrapped
 from .evaluation import bars, evaluating
@@ -30,6 +29,7 @@ from .imitation import add_right
 from .layouts import module_weight, parts
 from .moments import add_upper_product, mirror
 from .replay import Replay
+from .room import room
 from .selection import Selection
 from .surgery import check_fits, cut, masked
 from .tuning import tune
@@ -108,7 +108,7 @@ def refit(
             )
         bar = bars(progress if ranks.rank == 0 else False)
         shared = memory_limit is None and not batches.on_gpu
-        limit = ranks.memory(memory_limit or _backend.room(batches.device), shared)
+        limit = ranks.memory(memory_limit or room(batches.device), shared)
         kept = {f"kept of {n!r}": repr(e.kept.tolist()) for n, e in selection.layers.items()}
         with same_on_all(ranks, model, kept):
             return _refitted(model, selection, batches.dealt(), epochs, limit, bar)

@@ -21,6 +21,7 @@ from .features import main_output, run_model, target_of
 from .fingerprint import of_call, of_functions, of_model, of_versions, same_on_all
 from .graph import Group
 from .losses import criterion_of
+from .room import room
 from .selection import Selection
 from .settings import Settings
 from .trial import groups_of
@@ -219,7 +220,7 @@ def _memory(
 ) -> tuple[int, bool]:
     """The memory limit, and whether all ranks on a machine have it together."""
     if given is None and backend == "cuda":
-        return _backend.room(_backend.cuda_device(batches.device)), False
+        return room(_backend.cuda_device(batches.device)), False
     return chosen.memory_limit, given is None
 
 
@@ -230,8 +231,10 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     (outputs, found), total, flops = counted(
         lambda: _outputs(model, first, linears, lambda out: out)
     )
-    heads = set.intersection(*task.ranks.gather("outputs", _heads(model, first, found)))
-    groups = [_with_output(model, group, heads) for group in groups_of(model, first, chosen)]
+    groups = groups_of(model, first, chosen)
+    if chosen.consumers is not None:  # no graph says what follows them
+        found = set.intersection(*task.ranks.gather("outputs", _heads(model, first, found)))
+    groups = [_with_output(model, group, found) for group in groups]
     ways = {group.producer: way_of(model, group, chosen) for group in groups}
     if set(ways.values()) & {"output", "network", "fisher"}:
         target_of(task.criterion, outputs, first.targets)  # what is wrong with it shows here

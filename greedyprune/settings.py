@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._backend import room
 from .distributed import Ranks
 from .reference import Rule
+from .room import room
 
 OBJECTIVES = ("auto", "loss", "imitation", "fisher")
 BUDGETS = ("flops", "params", "latency")

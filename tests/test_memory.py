@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import memory, ways
+from greedyprune.features import BLOCK
 from greedyprune.graph import Group
+from greedyprune.program import Program
+from greedyprune.room import free_in_cgroups
 
 UNITS = 3200  # a matrix of them takes 82 MB
 BATCH = 32
@@ -90,6 +93,94 @@ def test_the_gram_matrix_needs_its_own(process: Team) -> None:
     limit = int(1.1 * 8 * UNITS**2)
     [taken] = process.results(1, streamed, limit)
     assert 8 * UNITS**2 < taken < limit + SLACK
+
+
+def test_targets_are_in_the_limit(process: Team) -> None:
+    """With squared error's work they are 160 times the features here: 960 MB."""
+    limit = 40 * 2**20
+    [taken] = process.results(1, many_targets, limit)
+    assert taken < limit + SLACK + 8 * BLOCK
+
+
+def many_targets(_: int, limit: int) -> int:
+    torch.manual_seed(0)
+    inputs, numbers = torch.randn(24_000, 8), torch.randn(24_000, 1).expand(-1, 1000)
+    batches = list(zip(inputs.split(64), numbers.split(64), strict=True))
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1000))
+    greedyprune.select(model, batches[:2], steps=2)  # what is loaded first
+    return peak(lambda: greedyprune.select(model, batches, steps=2, memory_limit=limit))
+
+
+@pytest.mark.parametrize(
+    ("limit", "options"),
+    [(2**24, {"objective": "imitation", "size": 0.25, "swaps": 0}),
+     (2**23, {"objective": "loss", "size": 1, "candidates": 2})],
+)  # fmt: skip
+def test_values_between_layers_are_in_the_limit(
+    limit: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the wider layer they take 15 MB, in each of both networks that imitation has."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4800, 8)
+    batches = list(zip(inputs.split(200), inputs.split(200), strict=True))
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 800), nn.ReLU(), nn.Linear(800, 8), nn.ReLU(),
+        nn.Linear(8, 8),
+    )  # fmt: skip
+    run, calls, most = Program.run, 0, 0
+
+    def watched(self: Program, *args: Any) -> None:
+        nonlocal calls, most
+        calls += 1
+        most = most if calls % 12 else max(most, bytes_alive())
+        run(self, *args)
+
+    monkeypatch.setattr(Program, "run", watched)
+    before, found = bytes_alive(), []
+    for fits in (True, False):
+        most = 0
+        given = 2**30 if fits else limit
+        found.append(
+            greedyprune.select(model, batches, layers=["0", "2"], memory_limit=given, **options)
+        )
+        assert (most - before > limit + 2**21) == fits
+    for name, layer in found[0].layers.items():
+        assert layer.order.equal(found[1].layers[name].order)
+
+
+def bytes_alive() -> int:
+    """Of all tensors; the process's size says less, as its heap has holes between small ones."""
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in gc.get_objects()
+        if type(each) is Tensor
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/job/step", {"job/memory.max": "900", "job/memory.current": "700",
+                          "job/memory.stat": "anon 5\ninactive_file 50\nfile 9",
+                          "job/step/memory.max": "max", "job/step/memory.current": "3"}, [250]),
+        ("5:cpu:/a\n4:memory:/a", {"memory/a/memory.limit_in_bytes": "900",
+                                   "memory/a/memory.usage_in_bytes": "950",
+                                   "memory/memory.limit_in_bytes": "1000",
+                                   "memory/memory.usage_in_bytes": "960"}, [0, 40]),
+        ("0::/elsewhere", {"memory.max": "900", "memory.current": "100"}, [800]),
+        ("4:cpu:/", {}, []),
+    ],
+)  # fmt: skip
+def test_limits_of_containers(
+    groups: str, files: dict[str, str], free: list[int], tmp_path: Path
+) -> None:
+    """Of version 2 and 1, of the group and those it is in."""
+    for name, text in {"../../../proc/self/cgroup": groups, **files}.items():
+        path = (tmp_path / "sys/fs/cgroup" / name).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert list(free_in_cgroups(tmp_path)) == free
 
 
 def test_too_little_is_a_sentence() -> None:

@@ -15,6 +15,7 @@ from ..graph import LAYERS, Group
 from ..imitation import Sums, collect, losses_of
 from ..memory import bytes_of, turns
 from ..reference import Rule
+from ..room import room
 from ..walk import NotPrunableError, Slice
 
 try:
@@ -111,7 +112,7 @@ class GreedyImportance(Importance):
 
     def _scored(self, groups: list[Group]) -> dict[nn.Module, Tensor]:
         batches = Batches(self._data, self._model)
-        limit = _backend.room(batches.device)
+        limit = room(batches.device)
         needed = {
             group.producer: bytes_of(
                 self._model, group, Rule(group.units, group.units, False), "none"
