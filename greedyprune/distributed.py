@@ -23,7 +23,8 @@ SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSD
 FEW = 8  # ranks, and
 GATHERED = 2**20  # bytes of all of them, up to which one round trip costs less than a ring
 HEAD = 3  # numbers of a frame that say whether all are well, and at the same
-ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on
+ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on, and
+ENTRIES = 2**23  # at most of all of these
 
 
 class Ranks:
@@ -103,13 +104,12 @@ class Ranks:
         """
         if self.size == 1:
             return
-        size = min(ROWS, len(matrix)) * len(matrix)
-        room = torch.empty(
-            size, dtype=matrix.dtype, device=matrix.device if matrix.is_cuda else self._device
-        )
+        some = max(1, min(ROWS, len(matrix), ENTRIES // len(matrix)))
+        device = matrix.device if matrix.is_cuda else self._device
+        room = torch.empty(some * len(matrix), dtype=matrix.dtype, device=device)
         self._meet(f"{what} {tuple(matrix.shape)}")
-        for i in range(0, len(matrix), ROWS):
-            rows = matrix[i : i + ROWS, i:]
+        for i in range(0, len(matrix), some):
+            rows = matrix[i : i + some, i:]
             total = room[: rows.numel()].view(rows.shape)
             total.copy_(rows)
             self._reduce(total, owner)

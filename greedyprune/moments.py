@@ -7,11 +7,11 @@ from torch import Tensor
 
 from . import ops
 from .checkpoint import Tensors
-from .features import LayerData
+from .features import BLOCK, LayerData
 from .reference import Moments
 
 PRODUCT = 4096  # samples in one product in the features' own type; bounds its rounding
-DOUBLE = 1024  # samples that are taken to float64 at a time
+DOUBLE = 1024  # samples that are taken to float64 at a time, at most
 PANEL = 512  # rows of the Gram matrix computed together: only the upper half of them
 SOME = 64  # rows at a time of what is needed beside the matrix
 
@@ -107,8 +107,9 @@ def add_upper_product(gram: Tensor, h: Tensor, dtype: torch.dtype) -> None:
     dtype: what PRODUCT samples are multiplied in
     """
     if dtype == gram.dtype:
-        for s in range(0, h.shape[1], DOUBLE):
-            part = h[:, s : s + DOUBLE].to(dtype)
+        some = max(64, min(DOUBLE, BLOCK // len(gram)))
+        for s in range(0, h.shape[1], some):
+            part = h[:, s : s + some].to(dtype)
             for i in range(0, len(gram), PANEL):
                 gram[i : i + PANEL, i:].addmm_(part[i : i + PANEL], part[i:].T)
         return
