@@ -17,8 +17,10 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +77,7 @@ class Checkpoint:
         self.folder, self.ranks = None if path is None else Path(path), ranks
         self._layers: dict[str, LayerSelection] = {}
         self._data: list[Any] | None = None  # the number of batches and a digest of their marks
+        self._batches: Batches | None = None
         self._lock: int | None = None
         if self.folder is None:
             return
@@ -94,12 +97,12 @@ class Checkpoint:
             for part in self.folder.glob(".*.part"):  # a killed run's
                 part.unlink(missing_ok=True)
             for file in sorted(self.folder.glob("layer-*.safetensors")):
-                found |= Selection.load(file).layers
+                found |= _read(Selection.load, file).layers
         self._layers = ranks.from_rank(0, "finished layers", found)
         if ranks.rank > 0:
             self._enter(about)
         if self._data_file.is_file():
-            self._data = read_json(self._data_file)
+            self._data = _read(read_json, self._data_file)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -127,33 +130,47 @@ class Checkpoint:
         if self.folder is None:
             yield
             return
-        known, batches.watch = self._data is not None, self._watched
+        known = self._data is not None
+        batches.repeat()
         if known and not batches.once:
-            self._check_data(bar(batches, "data as before"))
+            self._check(bar(batches, "data as before"))
+        batches.watch, self._batches = partial(self._watched, known), batches
         yield
         if known and batches.once and not batches.started:
-            self._check_data(bar(batches, "data as before"))
+            self._check(bar(batches, "data as before"))
 
-    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches of a pass; the first whole one is what the data are known by."""
-        found = _Marks()
+    def _watched(self, known: bool, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of a pass; the first whole one is what the data are known by.
+
+        known: from an earlier run; an iterator's only pass is compared with that
+        """
+        found, once = _Marks(), self._batches is not None and self._batches.once
         for batch in batches:
-            if self._data is None:
+            if self._data is None or (known and once):
                 found.add(mark_of(batch))
             yield batch
-        self._data = self._data or [found.count, found.digest]
+        if self._data is None:
+            self._data = [found.count, found.digest]
+        elif known and once:
+            self._compare(found)
 
     def keep_data(self) -> None:
         """What is written from here on is of the data that were gone through."""
-        if self.folder is not None and self._data is not None and not self._data_file.is_file():
+        if self.folder is None or self._data_file.is_file() or self._batches is None:
+            return
+        if self._data is None and not self._batches.once:  # no pass was watched
+            deque(self._batches, maxlen=0)
+        if self._data is not None:
             write_json(self._data_file, self._data)
 
-    def _check_data(self, batches: Iterable[Batch]) -> None:
+    def _check(self, batches: Iterable[Batch]) -> None:
         found = _Marks()
         for batch in batches:
             found.add(mark_of(batch))
-        if [found.count, found.digest] != self._data:
-            assert self._data is not None
+        self._compare(found)
+
+    def _compare(self, found: _Marks) -> None:
+        if self._data is not None and [found.count, found.digest] != self._data:
             raise ValueError(
                 f"checkpoint: {str(self.folder)!r} is of other data, of {self._data[0]} batches, "
                 f"found {found.count}; expected the same in the same order: give a shuffled loader "
@@ -190,7 +207,9 @@ class Checkpoint:
         if self.folder is None:
             return compute()
         file = self.folder / f"{name}.json"
-        known = self.ranks.on_first(name, lambda: read_json(file) if file.is_file() else None)
+        known = self.ranks.on_first(
+            name, lambda: _read(read_json, file) if file.is_file() else None
+        )
         if known is None:
             known = json.loads(json.dumps(compute()))  # as it will be read
             self.keep_data()
@@ -205,7 +224,7 @@ class Checkpoint:
         about["ranks"] = str(self.ranks.size)
         if file.is_file():
             self._take()
-            if differs := difference(read_json(file), about):
+            if differs := difference(_read(read_json, file), about):
                 name, before, now = differs
                 raise ValueError(
                     f"checkpoint: {str(self.folder)!r} is of another call, with {name} {before}, "
@@ -238,12 +257,14 @@ class Checkpoint:
         self._lock = os.open(self.folder / f".lock-{self.ranks.rank}", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its forks don't have it
-        except OSError:
+        except (BlockingIOError, PermissionError):
             self.close()
             raise ValueError(
                 f"checkpoint: {str(self.folder)!r} is used by another process, expected a folder "
                 "for each call"
             ) from None
+        except OSError:  # a file system without locks: nobody is told
+            self.close()
 
 
 NOTHING = Checkpoint()  # is kept
@@ -279,7 +300,7 @@ class Pass:
             return
         self._file = checkpoint.folder / f"pass-{_plain(name)}-{checkpoint.ranks.rank}.safetensors"
         if self._file.is_file():
-            self._state, header = read_tensors(self._file, FORMAT, "sums")
+            self._state, header = _read(read_tensors, self._file, FORMAT, "sums")
             self.done, self._mark = int(header["done"]), header["mark"]
 
     def hold(self, *holders: Holder) -> None:
@@ -371,8 +392,7 @@ class Steps:
             self._forget()  # on another kind of processor steps can differ
         value = compute()
         self._fresh.append((label, value.cpu().clone()))
-        if self._clock.due():
-            self._checkpoint.keep_data()
+        self._checkpoint.keep_data()
         if self._checkpoint.ranks.rank == 0 and self._clock.due():
             self._segment = self._segments = self._segment + 1
             labels = json.dumps([label for label, _ in self._fresh])
@@ -388,7 +408,7 @@ class Steps:
         self._segment += 1
         found: list[tuple[str, Tensor]] = []
         if self._checkpoint.ranks.rank == 0:
-            tensors, header = read_tensors(self._file(self._segment), FORMAT, "steps")
+            tensors, header = _read(read_tensors, self._file(self._segment), FORMAT, "steps")
             labels = json.loads(header["labels"])
             found = [(label, tensors[str(i)]) for i, label in enumerate(labels)]
         self._known = self._checkpoint.ranks.from_rank(0, f"steps {self._segment}", found)
@@ -422,6 +442,14 @@ class _Clock:
     def __exit__(self, *_: object) -> None:
         self._last = time.monotonic()
         self._cost = self._last - self._begun
+
+
+def _read(read: Callable[..., Any], *args: object) -> Any:
+    """A file; what is wrong with it names the argument that it is of."""
+    try:
+        return read(*args)
+    except ValueError as error:
+        raise ValueError(str(error).replace("path:", "checkpoint:", 1)) from None
 
 
 def mark_of(batch: Batch) -> str:

@@ -94,16 +94,13 @@ class Batches:
         self._dealt = False  # all ranks have the same, and each reads its share
         # What sees every batch of a pass, if anything does.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
-        # A loader's order is that of its generator, which is set back before every pass.
-        self._shuffle = getattr(self._source, "generator", None)
-        if not isinstance(self._shuffle, torch.Generator):
-            self._shuffle = None
-        self._shuffled = None if self._shuffle is None else self._shuffle.get_state()
+        self._random, self._repeats = _random_of(self._source), False
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
         other = Batches(self._source, model, self.ranks, self.peers)
-        other.empty, other._dealt, other._shuffled = self.empty, self._dealt, self._shuffled
+        other.empty, other._dealt = self.empty, self._dealt
+        other._random, other._repeats = self._random, self._repeats
         if self.empty:
             other._first = self.first().map(other._move)
         return other
@@ -127,6 +124,10 @@ class Batches:
             if there is not None and self.empty:
                 self._first = there.map(self._move)
         return self.first()
+
+    def repeat(self) -> None:
+        """Every pass of a DataLoader has the same order and random numbers from here on."""
+        self._repeats = True
 
     @property
     def device(self) -> torch.device:
@@ -185,8 +186,9 @@ class Batches:
         yield from self._rest
 
     def _read(self) -> Iterator[Batch]:
-        if self._shuffle is not None:
-            self._shuffle.set_state(self._shuffled)
+        if self._repeats:
+            for generator, state in self._random:
+                generator.set_state(state)
         there = self._device.type == "cuda"
         parsed = self._ahead() if there else map(self._parse, self._source)
         return (batch for batch in parsed if samples_of(batch) != 0)
@@ -251,6 +253,17 @@ class Batches:
         if there and not value.is_cuda and not value.is_pinned():
             value = value.pin_memory()  # else the copy would be waited for
         return value.to(self._device, dtype, non_blocking=there)
+
+
+def _random_of(source: object) -> list[tuple[torch.Generator, Tensor]]:
+    """What a DataLoader shuffles by, torch's own random numbers at the least, as it is now."""
+    if not isinstance(source, DataLoader):
+        return []
+    batched = source.batch_sampler
+    owners = source, source.sampler, batched, getattr(batched, "sampler", None)
+    found = [getattr(each, "generator", None) for each in owners]
+    own = {id(each): each for each in found if isinstance(each, torch.Generator)}
+    return [(each, each.get_state()) for each in (torch.default_generator, *own.values())]
 
 
 def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:

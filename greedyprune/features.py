@@ -165,7 +165,7 @@ class LayerData:
     def make_room(self, limit: int) -> None:
         """Lets go of what is held for the first pass where that is more, and begins it anew."""
         held = sum(block.features.shape[1] for block in self._collected[:-1])  # the last: a batch
-        if self._unread is None or self._bytes * held <= limit:
+        if self._unread is None or self._batches.once or self._bytes * held <= limit:
             return
         self.close()
         self.resumed, self._collected = Pass(self._checkpoint, self.group.producer), []
@@ -286,7 +286,7 @@ class LayerData:
             room = 0
         elif not expected and self.criterion.kind == "mse":
             # Nothing tells how much is to come, and the Gram matrix needs room too.
-            gram = 8 * self.units**2 // self._bytes  # in samples
+            gram = -(-8 * self.units**2 // self._bytes)  # in samples
             room = room - gram if room >= gram else room // 2
         # The odd 16: rows a multiple of 4 KiB apart would share a few sets of the cache. On a GPU
         # rows begin at multiples of 16 bytes.

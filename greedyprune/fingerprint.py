@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks
 from .losses import Criterion
 from .settings import Settings
+
+DEEPEST = 8  # functions in functions
 
 
 def of_call(chosen: Settings, criterion: Criterion, backend: str) -> dict[str, str]:
@@ -35,11 +38,11 @@ def of_call(chosen: Settings, criterion: Criterion, backend: str) -> dict[str, s
 
 def of_functions(chosen: Settings, criterion: Criterion) -> dict[str, str]:
     """A loss or metric of the user's own: what it is made of, not only its name."""
-    own = {"the loss's function": criterion.function, "the metric": chosen.own_metric}
-    return {
-        name: hashlib.blake2b(repr(_made_of(each, set())).encode(), digest_size=8).hexdigest()
-        for name, each in own.items() if each is not None
-    }  # fmt: skip
+    found = dict[str, str]()
+    for name, function in (("the loss", criterion.function), ("the metric", chosen.own_metric)):
+        if function is not None:
+            _add_parts(name, function, found, 0)
+    return found
 
 
 def of_versions() -> dict[str, str]:
@@ -127,36 +130,66 @@ def _name(value: object) -> str:
     return str(getattr(value, "__qualname__", type(value).__name__))
 
 
-def _made_of(value: object, seen: set[int]) -> object:
-    """Code, defaults and closure of functions; attributes of objects, and so on; no addresses."""
-    if isinstance(value, Tensor):
-        return of_tensor(value)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return value
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if id(value) in seen or isinstance(value, ModuleType):
-        return name
-    seen.add(id(value))
+def _add_parts(name: str, value: object, found: dict[str, str], depth: int) -> None:
+    """What a function or callable object does something by: its code, and what that is given.
 
-    def of(*parts: object) -> list[object]:
-        return [_made_of(part, seen) for part in parts]
-
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return name, of(*(sorted(value, key=repr) if isinstance(value, Set) else value))
-    if isinstance(value, Mapping):
-        return name, of(*value.keys()), of(*value.values())
-    if isinstance(value, CodeType):
-        return value.co_code, value.co_names, of(*value.co_consts)
-    if isinstance(value, partial):
-        return of(value.func, value.args, value.keywords)
-    if isinstance(value, FunctionType):
-        closure = {}
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+    Defaults, closures, arguments of partials, public attributes, a module's parameters; not what
+    is called by its global name, and not what is inside of other objects.
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
+        found[name] = repr(value)
+    elif isinstance(value, (Tensor, np.ndarray)):
+        with suppress(RuntimeError, NotImplementedError, TypeError):  # sparse, say, or of objects
+            found[name] = of_tensor(torch.as_tensor(value))
+    elif depth == DEEPEST:
+        found[name] = type(value).__qualname__
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            _add_parts(f"{name}[{i}]", each, found, depth + 1)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _add_parts(f"{name}[{key!r}]", each, found, depth + 1)
+    elif isinstance(value, partial):
+        _add_parts(f"{name}'s function", value.func, found, depth + 1)
+        _add_parts(f"{name}'s arguments", value.args, found, depth + 1)
+        _add_parts(f"{name}'s arguments", value.keywords, found, depth + 1)
+    elif isinstance(value, MethodType):
+        _add_parts(f"{name}'s function", value.__func__, found, depth + 1)
+        _add_object(f"{name}'s object", value.__self__, found, depth)
+    elif isinstance(value, FunctionType):
+        code = repr(_code(value.__code__)).encode()
+        found[f"{name}'s code"] = hashlib.blake2b(code, digest_size=8).hexdigest()
+        defaults = value.__defaults__, value.__kwdefaults__
+        _add_parts(f"{name}'s defaults", defaults, found, depth + 1)
+        names = value.__code__.co_freevars
+        for variable, cell in zip(names, value.__closure__ or (), strict=True):
             with suppress(ValueError):  # nothing in it yet
-                closure[name] = cell.cell_contents
-        return value.__qualname__, of(value.__code__, value.__defaults__, closure)
-    if isinstance(value, MethodType):
-        return value.__qualname__, of(value.__self__)
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return name, str(getattr(value, "__qualname__", ""))
-    return name, of(vars(value))
+                _add_parts(f"{name}'s {variable}", cell.cell_contents, found, depth + 1)
+    elif callable(value) and not isinstance(value, type):
+        call = type(value).forward if isinstance(value, nn.Module) else type(value).__call__
+        if isinstance(call, FunctionType):
+            _add_parts(name, call, found, depth + 1)
+        _add_object(name, value, found, depth)
+    else:
+        found[name] = type(value).__qualname__
+
+
+def _add_object(name: str, value: object, found: dict[str, str], depth: int) -> None:
+    found[name] = type(value).__qualname__
+    public = {k: each for k, each in getattr(value, "__dict__", {}).items() if k[0] != "_"}
+    if isinstance(value, nn.Module):
+        public |= {**dict(value.named_parameters()), **dict(value.named_children())}
+        public.pop("training")
+    for key, each in public.items():
+        _add_parts(f"{name}'s {key}", each, found, depth + 1)
+
+
+def _code(code: CodeType) -> tuple[object, ...]:
+    """Without names of files, lines and addresses."""
+    constants: list[object] = []
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            constants.append(_code(each))
+        else:
+            constants.append(sorted(map(repr, each)) if isinstance(each, frozenset) else each)
+    return code.co_code, code.co_names, constants

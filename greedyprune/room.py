@@ -8,11 +8,11 @@ from pathlib import Path
 import psutil
 import torch
 
-# Where a container or a batch system keeps its limits, by version: folder, limit, use, file cache.
-V2 = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-V1 = (
-    "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-)  # fmt: skip
+# Where a container or a batch system keeps its limits, by version: folder, limit, use, and what
+# copies of files in memory begin with; those are given up for what comes.
+V2 = "sys/fs/cgroup", "memory.max", "memory.current", ""
+V1 = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+FILES = "active_file", "inactive_file"
 
 
 def room(device: torch.device) -> int:
@@ -31,7 +31,7 @@ def free_in_cgroups(root: Path = Path("/")) -> Iterator[int]:
         _, controllers, own = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        top, limit, use, cache = V1 if controllers else V2
+        top, limit, use, whole = V1 if controllers else V2
         group = Path(own.lstrip("/"))
         for folder in dict.fromkeys(root / top / each for each in (group, *group.parents)):
             most, used = _read(folder / limit).strip(), _read(folder / use).strip()
@@ -39,11 +39,12 @@ def free_in_cgroups(root: Path = Path("/")) -> Iterator[int]:
                 stat = dict(
                     entry.split()[:2] for entry in _read(folder / "memory.stat").splitlines()
                 )
-                yield max(0, int(most) - int(used) + int(stat.get(cache, 0)))
+                files = sum(int(stat.get(whole + name, 0)) for name in FILES)
+                yield max(0, int(most) - max(0, int(used) - files))
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:  # another system, or outside of what a container sees
         return ""

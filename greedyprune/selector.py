@@ -263,8 +263,9 @@ def _outputs(
     produced: dict[str, Tensor] = {}
 
     def hook(name: str, out: Tensor) -> Tensor:
-        produced[name] = changed(out)
-        return produced[name]
+        out = changed(out)
+        produced[name] = out.clone()  # what follows may change it in place
+        return out
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _, __, out, n=name: hook(n, out))

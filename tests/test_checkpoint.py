@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -13,15 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from test_distributed import CASES, batches_of, check_same, mlp, tensors, two_layers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import greedyprune
 from greedyprune import Selection, checkpoint
+from greedyprune.data import Batches
 
 KILLS = int(os.environ.get("GREEDYPRUNE_KILLS", "28"))  # of the test that kills at random moments
 NAMES = [
@@ -210,69 +213,162 @@ def test_other_data_are_refused_once_layers_are_finished(tmp_path: Path) -> None
 
 
 class Power(nn.Module):
-    """A loss with a number and a tensor of its own."""
+    """A loss with a number and a tensor of its own, and a state that calls change."""
 
     def __init__(self, power: int, scale: float) -> None:
         super().__init__()
-        self.power = power
-        self.register_buffer("scale", torch.tensor(scale))
+        self.power, self.log, self._calls = power, logging.getLogger("power"), 0
+        self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self._calls += 1
         return (self.scale * (outputs - targets)).abs().pow(self.power).mean()
 
 
-def power(outputs: Tensor, targets: Tensor, power: int = 2) -> Tensor:
-    return (outputs - targets).abs().pow(power).mean()
+class Same(Power):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(outputs, 2 * targets)
+
+
+class Scaled:
+    def __init__(self, by: np.ndarray) -> None:
+        self.by = by
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).mul(torch.from_numpy(self.by)).abs().mean()
+
+
+def power(outputs: Tensor, targets: Tensor, power: int = 2, *, times: float = 1.0) -> Tensor:
+    return times * (outputs - targets).abs().pow(power).mean()
 
 
 def closed(over: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda outputs, targets: (outputs - targets).abs().pow(over).mean()
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (lambda: power, lambda: partial(power, power=2)),
-        (lambda: partial(power, power=2), lambda: partial(power, power=4)),
-        (lambda: closed(2), lambda: closed(4)),
-        (lambda: Power(2, 1.0), lambda: Power(4, 1.0)),
-        (lambda: Power(2, 1.0), lambda: Power(2, 2.0)),
-        (lambda: lambda o, t: (o - t).abs().mean(), lambda: lambda o, t: (o + t).abs().mean()),
-    ],
-)
+def both(one: int, other: int) -> Callable[[Tensor, Tensor], Tensor]:
+    first, second = closed(one), closed(other)
+    return lambda outputs, targets: first(outputs, targets) + second(outputs, targets)
+
+
+def deep(levels: int, over: int) -> Callable[[Tensor, Tensor], Tensor]:
+    found = closed(over)
+    for _ in range(levels):
+        found = partial(found)
+        found.sparse = torch.eye(2).to_sparse()  # type: ignore[attr-defined]
+    return found
+
+
+LOSSES: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
+    (lambda: power, lambda: partial(power, power=2), "the loss's function"),
+    (lambda: partial(power, power=2), lambda: partial(power, power=4),
+     r"the loss's arguments\['power'\] 2, found 4;"),
+    (lambda: closed(2), lambda: closed(4), "the loss's over 2, found 4;"),
+    (lambda: both(1, 1), lambda: both(1, 6), "the loss's second's over 1, found 6;"),
+    (lambda: Power(2, 1.0), lambda: Power(4, 1.0), "the loss's power 2, found 4;"),
+    (lambda: Power(2, 1.0), lambda: Power(2, 2.0), "the loss's scale "),
+    (lambda: Power(2, 1.0), lambda: Same(2, 1.0), "the loss's function Power, found Same;"),
+    (lambda: Scaled(np.ones(1)).loss, lambda: Scaled(np.zeros(1)).loss, "the loss's object's by "),
+    (lambda: lambda o, t: (o - t).abs().mean(), lambda: lambda o, t: (o + t).abs().mean(),
+     "the loss's code "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other", "text"), LOSSES)
 def test_another_loss_of_ones_own_is_refused(
-    one: Callable[[], Any], other: Callable[[], Any], tmp_path: Path
+    one: Callable[[], Any], other: Callable[[], Any], text: str, tmp_path: Path
 ) -> None:
     def run(loss: object) -> Selection:
         data = batches_of(tensors("numbers"), 60)
         return greedyprune.select(mlp(), data, steps=3, loss=loss, checkpoint=tmp_path / "a")
 
     expected = run(one())
-    with pytest.raises(ValueError, match="is of another call, with the loss's function"):
+    with pytest.raises(ValueError, match=f"is of another call, with {text}"):
         run(other())
     check_same(run(one()), expected, exactly=True)
 
 
-@pytest.mark.usefixtures("at_once")
-def test_a_shuffled_loader_with_a_generator_goes_on(tmp_path: Path) -> None:
-    """In its second pass, too: every pass has the order of the first."""
-    inputs, classes = tensors("classes")
+def test_any_loss_of_ones_own_is_taken(tmp_path: Path) -> None:
+    """However it is made; one that was called, too."""
+    losses = [deep(400, 2), Power(2, 1.0), partial(power, times=2.0)]
+    for i, loss in enumerate(losses):
+        for _ in range(2):
+            data = batches_of(tensors("numbers"), 60)
+            greedyprune.select(mlp(), data, steps=3, loss=loss, checkpoint=tmp_path / f"{i}")
 
-    def run(folder: Path | None) -> Selection:
-        loader = DataLoader(
-            TensorDataset(inputs, classes), batch_size=40, shuffle=True,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+
+def test_data_of_one_pass_are_compared_in_it(tmp_path: Path) -> None:
+    """Where a layer is finished, and the other needs that pass again."""
+    data = batches_of(tensors("classes"), 60)
+
+    def run(data: object) -> Selection:
         return greedyprune.select(
-            two_layers(), loader, size=9, swaps=0, sequential=False, objective="imitation",
-            memory_limit=32_000, checkpoint=folder,
+            two_layers(), data, size=5, swaps=0, objective="fisher", checkpoint=tmp_path / "a"
+        )
+
+    expected = run(iter(data))
+    second = sorted(tmp_path.glob("a/layer-*"))[1]
+    for other in ([*data[:3], (data[3][0] + 1, data[3][1])], data[:3]):
+        second.unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="is of other data, of 4 batches, found"):
+            run(iter(other))
+    check_same(run(iter(data)), expected, exactly=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_networks_loss_knows_its_data(backend: str, tmp_path: Path) -> None:
+    data = batches_of(tensors("classes"), 60)
+
+    def run(data: object) -> Selection:
+        return greedyprune.select(
+            two_layers(), data, size=3, candidates=2, objective="loss", backend=backend,
+            checkpoint=tmp_path / "a",
         )  # fmt: skip
 
-    expected, at = run(None), 2
+    expected = run(data)
+    with pytest.raises(ValueError, match="is of other data, of 4 batches, found 4"):
+        run([*data[:3], (data[3][0] + 1, data[3][1])])
+    check_same(run(data), expected, exactly=True)
+
+
+def shuffled(kind: str) -> DataLoader[Any]:
+    data = TensorDataset(*tensors("classes"))
+    generator = torch.Generator().manual_seed(0)
+    if kind == "generator":
+        return DataLoader(data, batch_size=40, shuffle=True, generator=generator)
+    if kind == "seed":
+        torch.manual_seed(7)
+        return DataLoader(data, batch_size=40, shuffle=True)
+    sampler = RandomSampler(data, generator=generator)
+    if kind == "sampler":
+        return DataLoader(data, batch_size=40, sampler=sampler)
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 40, drop_last=False))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("kind", ["generator", "seed", "sampler", "batch sampler"])
+def test_a_shuffled_loader_with_a_seed_goes_on(kind: str, tmp_path: Path) -> None:
+    """In its second pass, too: every pass has the order of the first."""
+
+    def run(folder: Path) -> Selection:
+        return greedyprune.select(
+            two_layers(), shuffled(kind), size=9, swaps=0, sequential=False, memory_limit=32_000,
+            objective="imitation", checkpoint=folder,
+        )  # fmt: skip
+
+    expected, at = run(tmp_path / "whole"), 2
     while stopped(at, lambda: run(tmp_path / f"{at}")):  # noqa: B023
         check_same(run(tmp_path / f"{at}"), expected, exactly=True)
         at += 3
     assert at > 12  # two turns of six batches
+
+
+def test_without_a_checkpoint_loaders_shuffle_anew() -> None:
+    """As tuning does best."""
+    loader = shuffled("generator")
+    batches = Batches(loader, mlp())
+    first, second = ([batch.targets for batch in batches] for _ in range(2))
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 HOLDS = """

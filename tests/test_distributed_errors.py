@@ -218,7 +218,7 @@ def test_an_output_that_one_rank_takes_for_the_models(team: Team) -> None:
 
 def ends_in_a_relu(rank: int) -> Selection:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1), nn.ReLU())
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1), nn.ReLU(inplace=True))
     inputs, _ = tensors("classes")
     positive = model[:3](inputs)[:, 0] > 0
     some = inputs[positive][:20] if rank == 0 else inputs[~positive][:20]
