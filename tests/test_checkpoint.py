@@ -321,8 +321,8 @@ def test_the_networks_loss_knows_its_data(backend: str, tmp_path: Path) -> None:
 
     def run(data: object) -> Selection:
         return greedyprune.select(
-            two_layers(), data, size=3, candidates=2, objective="loss", backend=backend,
-            checkpoint=tmp_path / "a",
+            two_layers(), data, layers="0", size=3, candidates=2, objective="loss",
+            backend=backend, checkpoint=tmp_path / "a",
         )  # fmt: skip
 
     expected = run(data)
@@ -361,6 +361,23 @@ def test_a_shuffled_loader_with_a_seed_goes_on(kind: str, tmp_path: Path) -> Non
         check_same(run(tmp_path / f"{at}"), expected, exactly=True)
         at += 3
     assert at > 12  # two turns of six batches
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("kind", ["generator", "seed", "sampler", "batch sampler"])
+def test_a_shuffled_stream_goes_on_in_its_first_pass(kind: str, tmp_path: Path) -> None:
+    """Which reading the data for comparison comes before."""
+
+    def run(folder: Path) -> Selection:
+        return greedyprune.select(
+            mlp(), shuffled(kind), steps=4, memory_limit=9000, checkpoint=folder
+        )
+
+    expected, at = run(tmp_path / "whole"), 3
+    while stopped(at, lambda: run(tmp_path / f"{at}")):  # noqa: B023
+        check_same(run(tmp_path / f"{at}"), expected, exactly=True)
+        at += 2
+    assert at > 9
 
 
 def test_without_a_checkpoint_loaders_shuffle_anew() -> None:
