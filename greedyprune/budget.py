@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .costs import Budget, Cost, counted
-from .data import Batch, Batches
-from .distributed import Ranks
-from .evaluation import warn
-from .features import run_model
-from .graph import Group
-from .imitation import Sums
+from .data.batches import Batch, Batches
+from .data.forward import run_model
+from .graph.costs import Budget, Cost, counted
+from .graph.groups import Group
+from .kernels.path import Rule
 from .knapsack import Knapsack, solve
-from .reference import Rule
-from .selection import LayerSelection
-from .settings import Settings, nearest
-from .surgery import cut_to
+from .objectives.imitation import Sums
+from .objectives.options import Settings, nearest
+from .runtime.distributed import Ranks
+from .runtime.progress import warn
+from .surgery.cut import cut_to
+from .surgery.selection import LayerSelection
 
 ROUNDS = 4  # a latency is measured, and asked for a little lower where it was missed
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of every layer's units, where latencies are measured

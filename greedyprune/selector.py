@@ -10,22 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import _backend, settings
 from .budget import check_uniform, kinds_of
-from .checkpoint import Checkpoint, mark_of
-from .costs import costs_of, counted
-from .data import Batch, Batches
-from .distributed import ALONE, ranks_of, unwrapped
-from .evaluation import bars, evaluating, warn
-from .features import main_output, run_model, target_of
-from .fingerprint import of_call, of_functions, of_model, of_versions, same_on_all
-from .graph import Group
-from .losses import criterion_of
-from .room import room
-from .selection import Selection
-from .settings import Settings
-from .trial import groups_of
-from .ways import (
+from .data.batches import Batch, Batches
+from .data.forward import evaluating, main_output, run_model, target_of
+from .data.losses import criterion_of
+from .graph.costs import costs_of, counted
+from .graph.groups import Group
+from .kernels import backend as _backend
+from .objectives import options as settings
+from .objectives.options import Settings
+from .plan import (
     Task,
     check_memory,
     check_passes,
@@ -35,6 +29,13 @@ from .ways import (
     sizes_within,
     way_of,
 )
+from .runtime.checkpoint import Checkpoint, mark_of
+from .runtime.distributed import ALONE, ranks_of, unwrapped
+from .runtime.fingerprint import of_call, of_functions, of_model, of_versions, same_on_all
+from .runtime.free_memory import room
+from .runtime.progress import bars, warn
+from .surgery.selection import Selection
+from .surgery.trial_cut import groups_of
 
 
 def select(

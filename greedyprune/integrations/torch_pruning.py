@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _backend
-from ..data import Batches
-from ..evaluation import evaluating
-from ..graph import LAYERS, Group
-from ..imitation import Sums, collect, losses_of
-from ..memory import bytes_of, turns
-from ..reference import Rule
-from ..room import room
-from ..walk import NotPrunableError, Slice
+from ..data.batches import Batches
+from ..data.forward import evaluating
+from ..graph.groups import LAYERS, Group
+from ..graph.propagate import NotPrunableError, Slice
+from ..kernels import backend as _backend
+from ..kernels.path import Rule
+from ..objectives.imitation import Sums, collect, losses_of
+from ..objectives.memory import bytes_of, turns
+from ..runtime.free_memory import room
 
 try:
     from torch_pruning.pruner.importance import Importance
