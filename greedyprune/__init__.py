@@ -6,8 +6,10 @@ small = greedyprune.prune(model, selection)
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .budget import Budget
 from .graph.layers import layers
 from .kernels.backend import show_config
+from .objectives.options import Fisher, Imitation, Loss
 from .pretraining import theory
 from .pretraining.history import Check
 from .pretraining.monitor import PretrainingMonitor
@@ -23,6 +25,7 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
-    "Check", "LayerSelection", "PretrainingMonitor", "Selection", "layers", "load_pruned", "prune",
-    "recalibrate", "refit", "save_pruned", "select", "show_config", "theory",
+    "Budget", "Check", "Fisher", "Imitation", "LayerSelection", "Loss", "PretrainingMonitor",
+    "Selection", "layers", "load_pruned", "prune", "recalibrate", "refit", "save_pruned", "select",
+    "show_config", "theory",
 ]  # fmt: skip

@@ -121,7 +121,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return select(*args, **kwargs)
 
     monkeypatch.setattr("greedyprune.pretraining.monitor.select", slow)
-    monkeypatch.setattr("greedyprune.pretraining.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(
+        "greedyprune.pretraining.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now)
+    )
     return clock
 
 

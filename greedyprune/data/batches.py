@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..runtime.distributed import ALONE, Ranks
 # Samples a forward pass, where the data come without batches of their own. On a CPU activations of
 # more than some 32 MB cost extra: every batch gets fresh pages for them from the system.
 BATCH = 512
+MARKED = 4096  # entries of a tensor that go into its batch's mark
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -57,6 +57,26 @@ class Batch:
         kwargs = {name: of(value) for name, value in self.kwargs.items()}
         return Batch(tuple(of(value) for value in self.args), kwargs, self.targets)
 
+    @property
+    def mark(self) -> str:
+        """A digest that the batch is recognised by: shapes, dtypes and a sample of its numbers."""
+        digest = hashlib.blake2b(digest_size=8)
+
+        def add(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                flat = value.detach().reshape(-1)
+                stride = max(1, flat.numel() // MARKED)
+                sample = flat[::stride].cpu().contiguous()
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                if sample.numel():
+                    digest.update(sample.view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(type(value)).encode())
+            return value
+
+        self.map(add)
+        return digest.hexdigest()
+
     def split(self, size: int) -> list[Batch]:
         """Parts of about the same number of samples, at most `size`."""
         count = samples_of(self) or 1
@@ -73,13 +93,10 @@ class Batches:
     Raises ValueError for data without samples and TypeError for what is no data at all. An iterator
     (a generator, say) can be gone through once; a second pass raises ValueError.
 
-    ranks: over which the samples are spread: each brings its own, and sums are over all of them
-    peers: ranks that all have these samples, and share the work on them
+    ranks: the processes that the samples are spread over: each brings its own part of the data
     """
 
-    def __init__(
-        self, data: object, model: nn.Module, ranks: Ranks = ALONE, peers: Ranks = ALONE
-    ) -> None:
+    def __init__(self, data: object, model: nn.Module, ranks: Ranks = ALONE) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self._device = tensors[0].device if tensors else torch.device("cpu")
         self.on_gpu = self._device.type == "cuda"  # the model, or data that was read
@@ -89,28 +106,19 @@ class Batches:
         self._once = isinstance(self._source, Iterator)
         self.started = False  # a pass, where there is only one
         self._first: Batch | None = None
-        self.ranks, self.peers = ranks, peers
+        self.ranks = ranks
         self.empty = False  # this rank has no samples; `first` is another's
-        self._dealt = False  # all ranks have the same, and each reads its share
         # What sees every batch of a pass, if anything does.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
         self._random, self._repeats = _random_of(self._source), False
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
-        other = Batches(self._source, model, self.ranks, self.peers)
-        other.empty, other._dealt = self.empty, self._dealt
+        other = Batches(self._source, model, self.ranks)
+        other.empty = self.empty
         other._random, other._repeats = self._random, self._repeats
         if self.empty:
             other._first = self.first().map(other._move)
-        return other
-
-    def dealt(self) -> Batches:
-        """The same data spread over the peers: batch i is that of rank i mod size."""
-        if self.peers.size == 1:
-            return self
-        other = copy.copy(self)
-        other.ranks, other.peers, other._dealt = self.peers, ALONE, True
         return other
 
     def share_first(self) -> Batch:
@@ -140,8 +148,7 @@ class Batches:
     def __len__(self) -> int:
         """The number of batches, or a little more; 0 where nothing tells."""
         try:
-            count = len(self._source)  # type: ignore[arg-type]
-            return -(-count // self.ranks.size) if self._dealt else count
+            return len(self._source)  # type: ignore[arg-type]
         except TypeError:
             return 0
 
@@ -162,11 +169,6 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         if self.empty:
             return iter(())
-        if self._dealt:
-            return islice(self._all(), self.ranks.rank, None, self.ranks.size)
-        return self._all()
-
-    def _all(self) -> Iterator[Batch]:
         return self._pass() if self.watch is None else self.watch(self._pass())
 
     def _pass(self) -> Iterator[Batch]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,3 +87,45 @@ def check_finite(name: str, module: nn.Module) -> None:
     for tensor in module.parameters(recurse=False):
         if not tensor.isfinite().all():
             raise ValueError(f"layer {name!r}: NaN or inf in its weights, expected finite numbers")
+
+
+@contextmanager
+def hooked(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    before: Callable[[str, Tensor], Tensor | None] | None = None,
+    after: Callable[[str, Tensor], Tensor | None] | None = None,
+) -> Iterator[None]:
+    """Calls before(name, input) and after(name, output) whenever one of these layers runs inside.
+
+    The input is the layer's first argument, or the one named "input". What the functions return
+    takes the place of the input or the output; None leaves it. No hook stays on the model.
+    """
+
+    def on_input(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            assert before is not None
+            value = before(name, args[0] if args else kwargs["input"])
+            if value is None:
+                return None
+            return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"input": value})
+
+        return hook
+
+    def on_output(name: str) -> Callable[..., Any]:
+        assert after is not None
+        return lambda _, __, output: after(name, output)
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(on_output(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -58,7 +58,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetReport:
     """How widths were chosen for a budget.
 
     what:      "flops", "params" or "latency"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
-from ..runtime.checkpoint import Pass, mark_of
+from ..runtime.resume import Pass
 from .executor import Ahead, Program, Programs, Values, bytes_held, tensors_of
 from .propagate import Layer
 
@@ -22,7 +22,7 @@ class _State:
     """One batch in both networks, run up to the same node; `pruned` is None while they agree."""
 
     def __init__(self, batch: Batch, program: Program) -> None:
-        self.program, self.at, self.mark = program, 0, mark_of(batch)
+        self.program, self.at, self.mark = program, 0, batch.mark
         self.dense = program.inputs(batch)
         self.pruned: Values | None = None
 
@@ -90,7 +90,7 @@ class Replay:
             place = state.program.place
             pruned = self._dense | self._changed
             state.advance(place[layers[0]], self._dense, pruned)
-            if resumed.has(state.mark):
+            if resumed.contains(state.mark):
                 continue
             dense_values, at = dict(state.dense), state.at
             other = dict(state.dense if state.pruned is None else state.pruned)

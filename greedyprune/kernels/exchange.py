@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .least_squares import refit_of
+from . import least_squares, ops, reference
 from .path import Refit
 
 TRIED = 8  # kept units a round: those that cost least to drop
@@ -45,7 +44,7 @@ def best_exchanged(
         units = exchanged(start(), norms, target_norm, width, limit, backend).tolist()
         order = [unit for unit in kept.tolist() if unit in units]
         order += [unit for unit in units if unit not in order]
-        found = refit_of(gram, right, torch.tensor(order), width)
+        found = least_squares.on_units(gram, right, torch.tensor(order), width)
         gain = float(found.solved.square().sum())
         if best is None or gain > best[0] + LEAST * target_norm:
             best = gain, found

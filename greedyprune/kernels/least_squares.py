@@ -43,8 +43,21 @@ def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
     return factor, dropped
 
 
-def refit_of(gram: Tensor, right: Tensor, units: Tensor, width: int) -> Refit:
-    """Least squares on units (K,) in that order, for every length."""
+def ridge(gram: Tensor, damping: float) -> float:
+    """The number that is added to a Gram matrix's diagonal: damping times its mean.
+
+    1 where all features are dead, so that the matrix can be factored.
+    """
+    return damping * float(gram.diagonal().mean()) or 1.0
+
+
+def on_units(gram: Tensor, right: Tensor, units: Tensor, width: int, added: float = 0.0) -> Refit:
+    """Least squares on units (K,) in that order, for every length.
+
+    added: to the diagonal
+    """
     rows = (units[:, None] * width + torch.arange(width)).flatten()
-    factor = torch.linalg.cholesky(gram[rows[:, None], rows])
+    block = gram[rows[:, None], rows]
+    block.diagonal().add_(added)
+    factor = torch.linalg.cholesky(block)
     return Refit(units, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False))

@@ -242,6 +242,8 @@ def greedy_gram(
     units = len(moments.norm)
     check("gram", gram, (units, units), torch.float64)
     gram = gram.contiguous()
+    if backend == "reference":
+        return reference.greedy_gram(gram, moments, rule, with_gap=with_gap, step=step)
     if backend == "cuda":
         _check_exact(exact)
         return _cuda.greedy_gram(gram, moments, rule, with_gap, step, _rounding(moments, exact))
@@ -418,6 +420,7 @@ def greedy_refit(
     width: int = 1,
     scale: float = 1.0,
     step: Step | None = None,
+    backend: str = "cpu",
 ) -> tuple[Path, Refit]:
     """All greedy steps of least squares that is refitted in every step.
 
@@ -442,6 +445,10 @@ def greedy_refit(
         raise ValueError(f"width: found {width} for {features} features, expected a divisor")
     if width > extension().most_width:
         raise ValueError(f"width: found {width}, expected at most {extension().most_width}")
+    if backend == "reference":
+        return reference.greedy_refit(
+            gram, right, target_norm, rule, width=width, scale=scale, step=step
+        )
     units, outputs = features // width, right.shape[1]
     run, most = Run(rule, units, False), rule.most(units)
     double = torch.float64

@@ -1,12 +1,12 @@
-"""What selecting from sums over the samples takes in memory: known before it starts.
+"""The one account of bytes: what selecting a layer takes in memory, known before it starts.
 
-Layers that imitate, and gates, are chosen from matrices of their features' products, one layer by
-itself or as many together as `memory_limit` allows.
+Layers that imitate, and gates, are chosen from matrices of products of their features. As many
+layers are chosen together as `memory_limit` allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,14 +17,14 @@ from ..graph.unfold import outputs_of, weight_of
 from ..kernels.exchange import FEWEST
 from ..kernels.path import Rule
 from ..kernels.products import BLOCK
-from .imitation import WIDEST
-from .options import Settings
+from .job import Job
 
 WORD = 8  # bytes of a float64
+WIDEST = 64  # features a unit that exchanges are tried with
 
 
 class Bytes(NamedTuple):
-    """sums: that a layer is chosen from; work: what choosing takes beside them, at most."""
+    """sums: of the matrices a layer is chosen from; work: of choosing, besides, at most."""
 
     sums: int
     work: int
@@ -38,11 +38,13 @@ def bytes_of(
     model: nn.Module, group: Group, rule: Rule, weights: str, *, swaps: bool = False,
     picked: bool = False, gates: bool = False,
 ) -> Bytes:  # fmt: skip
-    """Of a layer that imitates, or of its gates.
+    """The bytes of one layer.
 
-    picked: are the units known, whose weights are refitted?
+    swaps:  may exchanges follow?
+    picked: are the units known already, and only their weights refitted?
+    gates:  is the layer judged by gates, of one feature a unit?
     """
-    units, shapes = group.units, [(group.units, 1)]  # features and outputs, by consumer
+    units, shapes = group.units, [(group.units, 1)]  # features and outputs of each consumer
     if not gates:
         shapes = []
         for name in group.consumers:
@@ -60,69 +62,111 @@ def bytes_of(
         return Bytes(WORD * sums, WORD * (3 * kept**2 + sides))
     steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
     exchanges = 0
-    if swaps and width <= WIDEST:  # a swept matrix; from the other side, an inverse
+    if swaps and width <= WIDEST:  # a swept matrix; for elimination an inverse too
         exchanges = whole + kept**2 if features > FEWEST else 2 * (whole + kept**2)
         sides += 4 * kept * outputs
     side_by_side = whole + kept**2 if len(shapes) > 1 else 0
     return Bytes(WORD * sums, WORD * (side_by_side + sides + max(steps, exchanges)))
 
 
-def needed_by(model: nn.Module, group: Group, rule: Rule, chosen: Settings) -> Bytes:
-    return bytes_of(
-        model, group, rule, chosen.weights, gates=chosen.objective == "fisher",
-        swaps=chosen.swaps > 0 and chosen.tolerance is None, picked=chosen.objective == "loss",
-    )  # fmt: skip
+def imitation_bytes(job: Job, group: Group) -> Bytes:
+    """The bytes of a layer that imitates."""
+    swaps = job.imitation.swaps != 0 and job.tolerance is None
+    return bytes_of(job.model, group, job.rule(group), job.weights, swaps=swaps)
 
 
-def of_metrics(model: nn.Module, groups: Sequence[Group], chosen: Settings) -> int:
-    """Bytes that the roots of all consumers' metrics take."""
-    if chosen.metric == "none":
+def gates_bytes(job: Job, group: Group, *, swaps: bool = True) -> Bytes:
+    """The bytes of a layer that is judged by gates."""
+    swaps = swaps and job.tolerance is None
+    return bytes_of(job.model, group, job.rule(group), job.weights, swaps=swaps, gates=True)
+
+
+def refit_bytes(job: Job, group: Group) -> Bytes:
+    """The bytes of least squares on units that the network's loss has picked."""
+    return bytes_of(job.model, group, job.rule(group), "refit", picked=True)
+
+
+def metric_bytes(job: Job, groups: Sequence[Group]) -> int:
+    """The bytes of the square roots of all consumers' metrics."""
+    if job.imitation.metric == "none":
         return 0
-    return sum(WORD * outputs_of(model, g, name) ** 2 for g in groups for name in g.consumers)
+    names = ((group, name) for group in groups for name in group.consumers)
+    return sum(WORD * outputs_of(job.model, group, name) ** 2 for group, name in names)
 
 
-def least_squares(picks: int) -> int:
-    """Bytes that least squares on so many features in memory takes."""
+def refitted_units(job: Job, group: Group, imitation: bool) -> int:
+    """How many units get least squares from features after all picks; 0 where that is unknown."""
+    known = job.weights == "refit" and not imitation and job.tolerance is None
+    return job.rule(group).most(group.units) if known else 0
+
+
+def least_squares_bytes(picks: int) -> int:
+    """The bytes of least squares on so many features in memory."""
     return 3 * WORD * picks**2
 
 
 def check_least_squares(layer: str, picks: int, limit: int) -> None:
-    """ValueError where it takes too much."""
-    needed = least_squares(picks)
-    if needed > max(limit, WORD * BLOCK):  # which a block of samples takes anyway
+    """ValueError where least squares on so many units takes more than `limit` bytes."""
+    needed = least_squares_bytes(picks)
+    if needed > max(limit, WORD * BLOCK):  # a block of samples takes so much anyway
         raise ValueError(
             f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
             f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"
         )
 
 
-def check_fits(model: nn.Module, group: Group, rule: Rule, chosen: Settings, held: int = 0) -> None:
-    """ValueError that says how much it takes, and what would take less.
+def check_imitation(job: Job, group: Group, held: int = 0) -> None:
+    """ValueError where a layer that imitates takes more than the limit; says what would do.
 
     held: bytes that something else takes
     """
-    needed, limit = needed_by(model, group, rule, chosen), chosen.memory_limit
+    needed, limit = imitation_bytes(job, group), job.memory_limit
     if needed.together + held <= limit:
         return
-    other = needed_by(model, group, rule, replace(chosen, swaps=0)).together
-    less = f", or {other + held} with swaps=0" if other < needed.together else ""
+    fewer = replace(job, imitation=replace(job.imitation, swaps=0))
+    other = imitation_bytes(fewer, group).together
+    less = f", or {other + held} with Imitation(swaps=0)" if other < needed.together else ""
+    raise _too_much(group, needed, limit, held, less)
+
+
+def check_bytes(group: Group, needed: Bytes, limit: int) -> None:
+    """ValueError where choosing a layer takes more than the limit."""
+    if needed.together > limit:
+        raise _too_much(group, needed, limit, 0, "")
+
+
+def _too_much(group: Group, needed: Bytes, limit: int, held: int, less: str) -> ValueError:
     metric = f", {held} for the metric" if held else ""
-    raise ValueError(
+    return ValueError(
         f"memory_limit: found {limit} bytes, but layer {group.producer!r} needs {needed.sums} for "
         f"the products of its features{metric} and {needed.work} to choose by them; expected "
         f"{needed.together + held}{less}"
     )
 
 
-def turns(groups: Sequence[Group], needed: Mapping[str, Bytes], limit: int) -> list[list[Group]]:
-    """As many groups at a time as `limit` bytes allow, in their order, and at least one."""
-    found: list[list[Group]] = []
-    for group in groups:
-        together = [*(found[-1] if found else []), group]
-        each = [needed[one.producer] for one in together]
-        fits = sum(one.sums for one in each) + max(one.work for one in each) <= limit
-        if found and fits:
-            found[-1] = together
+def turns(
+    groups: Sequence[Group], needed: Sequence[Bytes], limit: int, *, once: bool = False
+) -> list[list[Group]]:
+    """The groups in their order, as many at a time as fit in `limit` bytes, and at least one.
+
+    needed: the bytes of each group
+    once:   are the data an iterator, which has one pass? ValueError where that is not enough
+    """
+    result: list[list[Group]] = []
+    members: list[Bytes] = []
+    for group, size in zip(groups, needed, strict=True):
+        together = [*members, size]
+        fits = sum(member.sums for member in together) + max(m.work for m in together) <= limit
+        if result and fits:
+            result[-1].append(group)
+            members = together
         else:
-            found.append([group])
-    return found
+            result.append([group])
+            members = [size]
+    if len(result) > 1 and once:
+        total = sum(size.together for size in needed)
+        raise ValueError(
+            f"memory_limit: found {limit} bytes, but all {len(groups)} layers from one pass over "
+            f"an iterator need up to {total}; expected that, or a list, Dataset or DataLoader"
+        )
+    return result

@@ -1,4 +1,4 @@
-"""The sums over all samples that a selection needs, in one pass: README eq. 2 and eq. 3."""
+"""The sums over all samples that a selection by features needs, in one pass: README eq. 2 and 3."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.path import Moments
 from ..kernels.products import SOME, add_upper_product, mirror
-from ..runtime.checkpoint import Tensors
-from .features import LayerData
+from ..runtime.resume import Tensors
+from .features import InMemory, Streamed
 
 
-def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moments:
+def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = None) -> Moments:
     """The sums over all samples that selection and certificate need, in one pass, float64.
 
-    gram: (N, N) float64 zeros, to receive G_ij = <phi_i, phi_j>, or (n, N), for this rank's part of
-        the units as rows, where others have the rest; None: not wanted
+    gram: (N, N) float64 zeros, that receive G_ij = <phi_i, phi_j>; None: not wanted
     """
-    out, bias, n = data.outgoing, data.bias, data.units
-    own = data.peers.part(n) if data.peers.size > 1 else None
+    outgoing, bias, units = features.outgoing, features.bias, features.units
+    streamed = isinstance(features, Streamed)
     sums = Tensors(
-        norm=torch.zeros(n, dtype=torch.float64, device=data.device),  # |h_j|^2
-        beta=torch.zeros(n, dtype=torch.float64, device=data.device),
-        variance=torch.zeros_like(out),  # sum_s weight_s h_j^2, for each output
+        norm=torch.zeros(units, dtype=torch.float64, device=features.device),  # |h_j|^2
+        beta=torch.zeros(units, dtype=torch.float64, device=features.device),
+        variance=torch.zeros_like(outgoing),  # sum_s weight_s h_j^2, for each output
         numbers=torch.zeros(6, dtype=torch.float64),
-        **({} if gram is None or data.features is not None else {"gram": gram}),
+        **({} if gram is None or not streamed else {"gram": gram}),
     )
     norm, beta, variance = sums.norm, sums.beta, sums.variance
-    if data.features is None:
-        data.resumed.hold(sums)
-    known = data.extent  # where the squares were added up while the features were collected
-    for block in data.blocks():
+    if isinstance(features, Streamed):
+        features.resumed.hold(sums)
+    known = features.extent  # the squares were added up while the features were collected
+    for block in features.blocks():
         h, target = block.features, block.target
         dense, empty, target_norm, mean_norm = 0.0, 0.0, 0.0, 0.0
         if known is None:
@@ -43,10 +42,9 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         if backend == "reference":
             h = h.double()
         if target.kind != "custom":
-            wide = (
-                h if backend == "cpu" else h.double()
-            )  # a GPU may round float32 products to 11 bits
-            mean_phi = (out.T / n).to(wide.dtype) @ wide
+            # A GPU may round float32 products to 11 bits.
+            wide = h if backend == "cpu" else h.double()
+            mean_phi = (outgoing.T / units).to(wide.dtype) @ wide
             outputs = bias[:, None] + mean_phi
             dense = float(target.loss_sum(outputs))
             empty = float(target.loss_sum(bias[:, None].expand_as(outputs)))
@@ -62,10 +60,8 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
             assert target.value is not None
             t = target.value - bias[:, None]
             target_norm = float(t.square().sum())
-            beta += ops.candidate_slope(h, out, t, backend=backend)
-        if gram is not None and own is not None:
-            gram.addmm_(h[own].double(), h.double().T)
-        elif gram is not None and data.features is None:
+            beta += ops.candidate_slope(h, outgoing, t, backend=backend)
+        if gram is not None and streamed:
             add_upper_product(gram, h, torch.float64)
         sums.numbers += torch.tensor(
             [target.samples, target.mass, dense, empty, target_norm, mean_norm],
@@ -73,26 +69,23 @@ def moments(data: LayerData, backend: str, gram: Tensor | None = None) -> Moment
         )
     if known is not None:
         norm += known.squares
-        if data.target is not None and data.target.weight is None:
+        if isinstance(features, InMemory) and features.target.weight is None:
             variance += norm[:, None]
-    norm = norm * out.square().sum(1)
-    data.ranks.sum("moments", norm, beta, variance, sums.numbers)
+    norm = norm * outgoing.square().sum(1)
+    features.ranks.sum("moments", norm, beta, variance, sums.numbers)
     count, mass, dense, empty, target_norm, mean_norm = sums.numbers.tolist()
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     spread = 0.0
-    if data.criterion.kind != "custom":
-        spread = float((variance * out.square()).sum()) / n - mean_norm
-        spread = max(0.0, data.criterion.smoothness / 2 * spread / mass)
+    if features.criterion.kind != "custom":
+        spread = float((variance * outgoing.square()).sum()) / units - mean_norm
+        spread = max(0.0, features.criterion.smoothness / 2 * spread / mass)
         dense, empty = dense / mass, empty / mass
-    if gram is not None and own is not None:
-        gram *= out[own] @ out.T
-    elif gram is not None:
-        if data.features is not None:
-            # They decide what float32 leaves open; features that were not kept can't.
-            add_upper_product(gram, data.features, data.product_dtype)
-        _weigh(gram, out)
-        data.ranks.sum_upper("Gram matrix", gram)
+    if gram is not None:
+        if isinstance(features, InMemory):  # features in memory decide near ties of float32
+            add_upper_product(gram, features.features, features.product_dtype)
+        _weigh(gram, outgoing)
+        features.ranks.sum_upper("Gram matrix", gram)
         mirror(gram)
     return Moments(int(count), mass, norm, beta, target_norm, dense, spread, empty)
 

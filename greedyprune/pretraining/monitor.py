@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import distributed, nn
 
-from ..budget import step_of
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.losses import Criterion, Metric, criterion_of
 from ..data.random_state import Passes, undisturbed
-from ..kernels import backend as _backend
-from ..objectives import options as settings
+from ..kernels import backend as backends
+from ..plan import NETWORK_LOSS, OUTPUT_LOSS, judge_of
+from ..request import check_model, checked_request
 from ..runtime.arguments import is_int, is_number
-from ..runtime.distributed import unwrapped
-from ..selector import select
+from ..runtime.distributed import ALONE, unwrapped
+from ..selector import select, select_on
 from ..surgery.cut import prune
 from ..surgery.selection import Selection
 from ..surgery.trial_cut import groups_of
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STEPS = 200  # greedy steps where no option says when to stop: the papers'
-ALONE = ("process_group", "parallel", "checkpoint")  # arguments of `select` that are not taken
-SIZES = ("size", "tolerance", "budget")  # the options of select that do
+NOT_TAKEN = ("process_group", "checkpoint")  # arguments of `select` that are not taken
+SIZES = ("size", "tolerance")  # the options of select that do
 T = TypeVar("T")
 
 
@@ -71,8 +71,7 @@ class PretrainingMonitor:
             DataParallel wraps, the module inside
         data: what `select` looks at, with targets; tensors, a Dataset, a DataLoader or a list: some
             thousand training samples, say. No iterator, which can be gone through once
-        steps: greedy steps of each selection; None: 200 where none of size, tolerance and budget is
-            given
+        steps: greedy steps of each selection; None: 200 where neither size nor tolerance is given
         every: iterations from one check to the next
         held_out: data to measure losses and metrics on; None: `data`
         stop: "plateau": the pruned loss has not fallen for `patience` checks; {"loss": x}: it is at
@@ -138,7 +137,7 @@ class PretrainingMonitor:
             )
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer: found {type(writer).__name__}, expected a SummaryWriter")
-        for name in ALONE:
+        for name in NOT_TAKEN:
             if name in options:
                 raise ValueError(
                     f"{name}: found {options[name]!r}, expected none: the first process checks, by "
@@ -244,23 +243,25 @@ class PretrainingMonitor:
 
     def _try(self) -> Criterion:
         """What a check would refuse shows here, from the first batch; and the metric is known."""
-        call = inspect.signature(select).bind(self._model, self._data, **self._options)
-        call.apply_defaults()
-        given = call.arguments
-        checked = inspect.signature(settings.resolve).parameters
-        chosen = settings.resolve(**{n: value for n, value in given.items() if n in checked})
+        inspect.signature(select).bind(self._model, self._data, **self._options)
+        given = {"loss": "auto", "backend": "auto", "progress": None} | self._options
+        unchecked = ("loss", "backend", "progress")
+        request = checked_request(**{n: v for n, v in given.items() if n not in unchecked})
+        check_model(self._model)
+        self._request, self._rest = request, {name: given[name] for name in unchecked}
         batches = Batches(self._data, self._model)
         with undisturbed(self._generators()), evaluating(self._model):
             first = batches.first()
-            _backend.resolve(given["backend"], batches.on_gpu)
+            backends.resolve(given["backend"], batches.on_gpu)
             criterion = criterion_of(given["loss"], first.targets)
             self._metric = metric_of(self._metric, criterion)
             measure(self._model, [first], criterion, self._metric)
             if self._held_out is not None:
                 held_out = Batches(self._held_out, self._model)
                 _held_out(lambda: measure(self._model, [held_out.first()], criterion, self._metric))
-            for group in groups_of(self._model, first, chosen):
-                chosen.rule(group.producer, group.units, step_of(group, chosen.round_to))
+            for group in groups_of(self._model, first, request):
+                judge = judge_of(request, group)
+                request.rule(group, by_loss=judge in (OUTPUT_LOSS, NETWORK_LOSS))
         return criterion
 
     def _generators(self) -> list[torch.Generator]:
@@ -280,7 +281,7 @@ class PretrainingMonitor:
         with undisturbed(self._generators()):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "loss: not used")  # it is, for what is measured
-                selection = select(self._model, self._data, parallel="none", **self._options)
+                selection = select_on(ALONE, self._model, self._data, self._request, **self._rest)
             dense, pruned = (
                 measure(model, Batches(source, model), self._criterion, self._metric)
                 for model in (self._model, prune(self._model, selection))

@@ -28,7 +28,8 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         )
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
+    """An int, Python's or NumPy's, and no bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

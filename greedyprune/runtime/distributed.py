@@ -1,7 +1,8 @@
 """Several processes that select as one, over torch.distributed.
 
-Every exchange begins, or in a loop comes, with a word from each rank on what it exchanges. A rank
-on which something was raised says that instead: so all of them raise, and none waits for another.
+Before every exchange, each rank sends a code for what it is about to exchange. A rank on which an
+error was raised sends that news instead. So all ranks raise the error, and none waits for another.
+Inside a loop of small exchanges, the code travels in the same message as the numbers.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 T = TypeVar("T")
-PARALLEL = ("data", "units", "none")
 SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSDP
-FEW = 8  # ranks, and
-GATHERED = 2**20  # bytes of all of them, up to which one round trip costs less than a ring
-HEAD = 3  # numbers of a frame that say whether all are well, and at the same
-ROWS = 512  # of a matrix that are summed up at a time, from the diagonal on, and
-ENTRIES = 2**23  # at most of all of these
+# Up to so many ranks and bytes (of all ranks together), gathering costs less than a ring reduction.
+GATHER_RANKS = 8
+GATHER_BYTES = 2**20
+HEAD = 3  # numbers at the start of a frame: failures, and the code with its square
+# A matrix is summed in panels of at most so many rows and entries.
+PANEL_ROWS = 512
+PANEL_ENTRIES = 2**23
 
 
 class Ranks:
     """The processes of a group, each with `rank` of `size`; without a group, this one alone.
 
-    A sum has the same bits on every rank: torch's backends add up each entry on one of them, and
-    small ones each rank adds up itself, in the order of the ranks.
+    A sum has the same bits on every rank: torch's backends add up each entry on one rank, and small
+    tensors are gathered and added up on every rank in the order of the ranks.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -48,7 +50,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is raised inside on one rank is raised on all; none leaves before the others."""
+        """Raises on all ranks what is raised inside on one; no rank leaves before the others."""
         try:
             yield
             if self.size > 1:
@@ -60,9 +62,9 @@ class Ranks:
 
     @contextmanager
     def loop(self, count: int) -> Iterator[None]:
-        """Inside, a sum of at most so many numbers and its word are one exchange, of fixed length.
+        """Makes a sum of at most `count` numbers one message, of fixed length, with its code.
 
-        For loops whose sums are small and wait for one another.
+        For loops of small sums, where the number of messages decides the time.
         """
         if self.size == 1:
             yield
@@ -83,34 +85,34 @@ class Ranks:
         if self._frame is not None and numbers <= len(self._frame) - HEAD:
             self._meet(what, tensors)
             return
-        there = [self._there(tensor) for tensor in tensors]  # what can fail does before they meet
+        copies = [self._on_device(tensor) for tensor in tensors]  # may fail: before the ranks meet
         self._meet(what)
-        for tensor, other in zip(tensors, there, strict=True):
-            self._reduce(other)
-            if other is not tensor:
-                tensor.copy_(other)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            self._reduce(copy)
+            if copy is not tensor:
+                tensor.copy_(copy)
 
     def sum_numbers(self, what: str, *numbers: float) -> list[float]:
         if self.size == 1:
             return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64)
-        self.sum(what, total)
-        return [float(each) for each in total]
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        self.sum(what, totals)
+        return [float(total) for total in totals]
 
     def sum_upper(self, what: str, matrix: Tensor, owner: int | None = None) -> None:
-        """Adds up a square matrix over the ranks, what is on and above the blocks of its diagonal.
+        """Adds up a square matrix over the ranks: the blocks on and above its diagonal.
 
         owner: the only rank that needs the sum; None: all do
         """
         if self.size == 1:
             return
-        some = max(1, min(ROWS, len(matrix), ENTRIES // len(matrix)))
+        height = max(1, min(PANEL_ROWS, len(matrix), PANEL_ENTRIES // len(matrix)))
         device = matrix.device if matrix.is_cuda else self._device
-        room = torch.empty(some * len(matrix), dtype=matrix.dtype, device=device)
+        buffer = torch.empty(height * len(matrix), dtype=matrix.dtype, device=device)
         self._meet(f"{what} {tuple(matrix.shape)}")
-        for i in range(0, len(matrix), some):
-            rows = matrix[i : i + some, i:]
-            total = room[: rows.numel()].view(rows.shape)
+        for i in range(0, len(matrix), height):
+            rows = matrix[i : i + height, i:]
+            total = buffer[: rows.numel()].view(rows.shape)
             total.copy_(rows)
             self._reduce(total, owner)
             rows.copy_(total)
@@ -120,10 +122,10 @@ class Ranks:
         if self.size == 1:
             return [value]
         self._meet(what)
-        found: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.size
         with self._exchanging():
-            distributed.all_gather_object(found, value, self._group)
-        return found
+            distributed.all_gather_object(values, value, self._group)
+        return values
 
     def agree(self, what: str, value: bool) -> bool:
         """Is it true on every rank?"""
@@ -136,12 +138,12 @@ class Ranks:
         lengths = self.gather(f"{what}, length", len(tensor))
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:], device=self._device)
         padded[: len(tensor)] = tensor
-        found = [torch.empty_like(padded) for _ in lengths]
+        parts = [torch.empty_like(padded) for _ in lengths]
         self._meet(f"{what} {tuple(padded.shape)}")
         with self._exchanging():
-            distributed.all_gather(found, padded, self._group)
+            distributed.all_gather(parts, padded, self._group)
         return [
-            each[:length].to(tensor.device) for each, length in zip(found, lengths, strict=True)
+            part[:length].to(tensor.device) for part, length in zip(parts, lengths, strict=True)
         ]
 
     def joined(self, what: str, tensor: Tensor, dim: int = 0) -> Tensor:
@@ -155,48 +157,44 @@ class Ranks:
         if self.size == 1:
             return value
         self._meet(what)
-        found: list[Any] = [value if self.rank == source else None]
+        values: list[Any] = [value if self.rank == source else None]
         with self._exchanging():
-            at = distributed.get_global_rank(self._group, source)
-            distributed.broadcast_object_list(found, at, self._group, device=self._device)
-        return found[0]
+            sender = distributed.get_global_rank(self._group, source)
+            distributed.broadcast_object_list(values, sender, self._group, device=self._device)
+        return values[0]
 
     def on_first(self, what: str, compute: Callable[[], T]) -> T:
-        """What the first rank computes, on all of them; the others wait."""
-        found: T = self.from_rank(0, what, compute() if self.rank == 0 else None)
-        return found
+        """Computes on the first rank, and returns its result on all; the others wait."""
+        result: T = self.from_rank(0, what, compute() if self.rank == 0 else None)
+        return result
 
     def owner(self, i: int) -> int:
-        """Of the i-th of several pieces of work."""
+        """The rank that does the i-th of several pieces of work."""
         return i % self.size
 
     def each(
         self, names: Sequence[str], compute: Callable[[str], T],
-        keep: Callable[[str, T], T] = lambda _, found: found,
+        keep: Callable[[str, T], T] = lambda _, result: result,
     ) -> dict[str, T]:  # fmt: skip
-        """compute(name), each on its owner, and then keep(name, what was found) on all ranks."""
-        found: dict[str, T] = {}
+        """compute(name) on the owner of each name, then keep(name, result) on all ranks."""
+        results: dict[str, T] = {}
         for start in range(0, len(names), self.size):
-            some = names[start : start + self.size]  # one for each rank
-            own = compute(some[self.rank]) if self.rank < len(some) else None
-            for i, name in enumerate(some):
-                found[name] = keep(name, self.from_rank(i, f"layer {name!r}", own))
-        return found
+            turn = names[start : start + self.size]  # one for each rank
+            result = compute(turn[self.rank]) if self.rank < len(turn) else None
+            for i, name in enumerate(turn):
+                results[name] = keep(name, self.from_rank(i, f"layer {name!r}", result))
+        return results
 
     def memory(self, limit: int, shared: bool = False) -> int:
-        """The least that any rank may use; shared: the ranks of a machine have `limit` together."""
+        """The least that any rank may use; shared: the ranks of a machine share `limit`."""
         if self.size == 1:
             return limit
         machines = self.gather("machine", platform.node())
-        there = machines.count(machines[self.rank]) if shared else 1
-        return min(self.gather("memory", limit // there))
+        sharers = machines.count(machines[self.rank]) if shared else 1
+        return min(self.gather("memory", limit // sharers))
 
-    def part(self, count: int) -> slice:
-        """This rank's share of so many things in a row."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        """On a device that the group's backend takes."""
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """The tensor, contiguous, on a device that the group's backend takes."""
         return (tensor if tensor.is_cuda else tensor.to(self._device)).contiguous()
 
     def _reduce(self, tensor: Tensor, owner: int | None = None) -> None:
@@ -204,51 +202,53 @@ class Ranks:
             if owner is None:
                 distributed.all_reduce(tensor, group=self._group)
             else:
-                at = distributed.get_global_rank(self._group, owner)
-                distributed.reduce(tensor, at, group=self._group)
+                receiver = distributed.get_global_rank(self._group, owner)
+                distributed.reduce(tensor, receiver, group=self._group)
 
     def _meet(self, what: str, carried: Sequence[Tensor] = ()) -> None:
-        """Goes on when all ranks are about to do the same; raises on all of them otherwise.
+        """Returns once all ranks are about to do the same; else raises on all of them.
 
-        carried: tensors that are added up on the way, in a loop
+        carried: tensors that are added up in the same message, inside a loop
         """
-        failed, same = self._words(zlib.crc32(what.encode()) >> 12, carried)
+        failed, same = self._exchange_codes(zlib.crc32(what.encode()) >> 12, carried)
         if failed:
             self._broken = True
             reports = self._reports(None)
-            rank, (kind, text) = next((i, each) for i, each in enumerate(reports) if each)
+            rank, (kind, text) = next((i, report) for i, report in enumerate(reports) if report)
             raise kind(f"rank {rank}: {text}")
         if not same:
             self._broken = True
             doing = self._reports(what)
-            other = next(i for i, each in enumerate(doing) if each != doing[0])
+            other = next(i for i, action in enumerate(doing) if action != doing[0])
             raise RuntimeError(
                 f"process_group: found rank 0 at {doing[0]!r} and rank {other} at {doing[other]!r},"
                 " expected the same model, arguments and kind of processor on all ranks"
             )
 
     def _fail(self, error: BaseException) -> None:
-        """Says on all ranks what was raised on this one, in place of the next exchange."""
+        """Tells all ranks, in place of the next exchange, what was raised on this one."""
         kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
         text = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
         try:
-            self._words(None)
+            self._exchange_codes(None)
             self._broken = True
             self._reports((kind, text))
         except RuntimeError:
-            pass  # nobody is left to be told; this rank raises what it found
+            pass  # no other rank is left; this one raises its own error
 
-    def _words(self, word: int | None, carried: Sequence[Tensor] = ()) -> tuple[bool, bool]:
-        """Has any rank failed, and is the word (of 20 bits) the same on all of them?
+    def _exchange_codes(
+        self, code: int | None, carried: Sequence[Tensor] = ()
+    ) -> tuple[bool, bool]:
+        """Has any rank failed, and is the code (20 bits) the same on all ranks?
 
-        word: None: this one failed
+        code: None: this rank failed
         """
         frame = self._frame
         if frame is None:
             frame = torch.empty(HEAD, dtype=torch.float64, device=self._device)
         frame[HEAD:] = 0
-        own = [1, 0, 0] if word is None else [0, word, word * word]
-        frame[:HEAD] = torch.tensor(own, dtype=torch.float64)
+        head = [1, 0, 0] if code is None else [0, code, code * code]
+        frame[:HEAD] = torch.tensor(head, dtype=torch.float64)
         ends = list(accumulate((tensor.numel() for tensor in carried), initial=HEAD))
         parts = [frame[i:j] for i, j in pairwise(ends)]
         for part, tensor in zip(parts, carried, strict=True):
@@ -258,10 +258,10 @@ class Ranks:
         for part, tensor in zip(parts, carried, strict=True):
             tensor.copy_(part.view_as(tensor))
         failed, total, squares = (int(number) for number in frame[:HEAD].tolist())
-        return failed > 0, total**2 == self.size * squares  # Cauchy and Schwarz
+        return failed > 0, total**2 == self.size * squares  # only for equal codes (Cauchy-Schwarz)
 
     def _sum_frame(self, frame: Tensor) -> None:
-        if self.size > FEW or self.size * frame.nbytes > GATHERED:
+        if self.size > GATHER_RANKS or self.size * frame.nbytes > GATHER_BYTES:
             distributed.all_reduce(frame, group=self._group)
             return
         rows = [torch.empty_like(frame) for _ in range(self.size)]
@@ -271,10 +271,10 @@ class Ranks:
             frame += row
 
     def _reports(self, report: object) -> list[Any]:
-        found: list[Any] = [None] * self.size
+        reports: list[Any] = [None] * self.size
         with self._exchanging():
-            distributed.all_gather_object(found, report, self._group)
-        return found
+            distributed.all_gather_object(reports, report, self._group)
+        return reports
 
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
@@ -293,12 +293,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-def ranks_of(process_group: object, parallel: object) -> Ranks:
-    """The ranks that the arguments `process_group` and `parallel` of `select` mean."""
-    if parallel not in PARALLEL:
-        raise ValueError(
-            f"parallel: found {parallel!r}, expected one of {', '.join(map(repr, PARALLEL))}"
-        )
+def ranks_of(process_group: object) -> Ranks:
+    """The ranks that the argument `process_group` of `select` means."""
     ready = distributed.is_available() and distributed.is_initialized()
     if process_group is None:
         group = distributed.group.WORLD if ready else None
@@ -307,11 +303,11 @@ def ranks_of(process_group: object, parallel: object) -> Ranks:
     elif ready and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: this process is not in it, expected one that it is in")
     else:
-        found = type(process_group).__name__
         raise TypeError(
-            f"process_group: found {found}, expected a group of torch.distributed, or None"
+            f"process_group: found {type(process_group).__name__}, expected a group of "
+            "torch.distributed, or None"
         )
-    if parallel == "none" or group is None or distributed.get_world_size(group) == 1:
+    if group is None or distributed.get_world_size(group) == 1:
         return ALONE
     return Ranks(group)
 

@@ -1,4 +1,8 @@
-"""What a selection is of: the model, the arguments, the loss; to be compared, between ranks say."""
+"""What a call is of, as texts by name: arguments and model, to be compared between ranks or runs.
+
+Functions of the user's own are known by their qualified names: two functions of one name count as
+the same.
+"""
 
 from __future__ import annotations
 
@@ -6,63 +10,52 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from types import CodeType, FunctionType, MethodType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.losses import Criterion
-from ..objectives.options import Settings
 from .distributed import Ranks
 
-DEEPEST = 8  # functions in functions
 
-
-def of_call(chosen: Settings, criterion: Criterion, backend: str) -> dict[str, str]:
-    """The arguments, each with what it is; not how much memory there is."""
-    found = {name: repr(value) for name, value in vars(chosen).items() if name != "memory_limit"}
-    if chosen.own_metric is not None:
-        found["own_metric"] = _name(chosen.own_metric)
-    found["backend"] = backend
-    for item in dataclasses.fields(Criterion):
-        value = getattr(criterion, item.name)
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        name = "loss" if item.name == "kind" else f"the loss's {item.name}"
-        found[name] = _name(value) if callable(value) else repr(value)
-    return found
-
-
-def of_functions(chosen: Settings, criterion: Criterion) -> dict[str, str]:
-    """A loss or metric of the user's own: what it is made of, not only its name."""
-    found = dict[str, str]()
-    for name, function in (("the loss", criterion.function), ("the metric", chosen.own_metric)):
-        if function is not None:
-            _add_parts(name, function, found, 0)
-    return found
+def of_fields(record: Any, prefix: str = "") -> dict[str, str]:
+    """The fields of a dataclass, those of dataclasses in it too; functions by qualified name."""
+    texts: dict[str, str] = {}
+    for item in dataclasses.fields(record):
+        name, value = f"{prefix}{item.name}", getattr(record, item.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            texts[name] = type(value).__name__
+            texts |= of_fields(value, f"{name}.")
+        elif isinstance(value, Tensor):
+            texts[name] = repr(value.tolist())
+        elif callable(value):
+            texts[name] = str(getattr(value, "__qualname__", type(value).__name__))
+        else:
+            texts[name] = repr(value)
+    return texts
 
 
 def of_versions() -> dict[str, str]:
-    found = {}
+    """The versions of this package and of torch."""
+    versions = {}
     for name in ("greedyprune", "torch"):
         with suppress(PackageNotFoundError):
-            found[f"the version of {name}"] = version(name)
-    return found
+            versions[f"the version of {name}"] = version(name)
+    return versions
 
 
 def of_model(model: nn.Module) -> dict[str, str]:
-    """A digest of every parameter and buffer, and the modules' types."""
+    """A digest of every parameter and buffer, and one of the modules' types."""
     kinds = " ".join(f"{name}:{type(module).__name__}" for name, module in model.named_modules())
-    found = {"model: modules": hashlib.blake2b(kinds.encode(), digest_size=8).hexdigest()}
+    digests = {"model: modules": _digest(kinds)}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found[f"model: {name!r}"] = of_tensor(tensor)
-    return found
+        digests[f"model: {name!r}"] = of_tensor(tensor)
+    return digests
 
 
 def of_tensor(tensor: Tensor) -> str:
+    """A digest of a tensor's dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
@@ -71,7 +64,7 @@ def of_tensor(tensor: Tensor) -> str:
 
 
 def difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, str, str] | None:
-    """The first thing that differs: its name and both values; None where nothing does."""
+    """The first entry that differs: its name and both values; None where all are equal."""
     for name in dict.fromkeys((*one, *other)):
         pair = one.get(name, "nothing"), other.get(name, "nothing")
         if pair[0] != pair[1]:
@@ -81,10 +74,10 @@ def difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, s
 
 @contextmanager
 def same_on_all(ranks: Ranks, model: nn.Module, call: Mapping[str, str]) -> Iterator[None]:
-    """ValueError, on all ranks, where they have other parameters or arguments.
+    """Raises ValueError, on all ranks, where their parameters or arguments differ.
 
-    Inside, all have the first rank's buffers: DistributedDataParallel lets statistics of batches
-    differ until the next forward pass.
+    Inside, all ranks have the first rank's buffers, because DistributedDataParallel lets statistics
+    of batches differ until the next forward pass.
     """
     if ranks.size == 1:
         yield
@@ -92,10 +85,10 @@ def same_on_all(ranks: Ranks, model: nn.Module, call: Mapping[str, str]) -> Iter
     tensors = of_model(model)
     buffers = {name: tensors.pop(f"model: {name!r}") for name, _ in model.named_buffers()}
     _check_same(ranks.gather("arguments", {**call}))
-    if len(set(ranks.gather("model", _of(tensors)))) > 1:
+    if len(set(ranks.gather("model", _digest(repr(tensors))))) > 1:
         _check_same(ranks.gather("tensors", tensors))
     before = {}
-    if len(set(ranks.gather("buffers", _of(buffers)))) > 1:
+    if len(set(ranks.gather("buffers", _digest(repr(buffers))))) > 1:
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         first = {name: buffer.cpu() for name, buffer in before.items()}
         _copy(ranks.from_rank(0, "the first rank's buffers", first), model)
@@ -105,91 +98,22 @@ def same_on_all(ranks: Ranks, model: nn.Module, call: Mapping[str, str]) -> Iter
         _copy(before, model)
 
 
-def _of(found: Mapping[str, str]) -> str:
-    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _copy(buffers: Mapping[str, Tensor], model: nn.Module) -> None:
-    own = dict(model.named_buffers())
+def _copy(values: Mapping[str, Tensor], model: nn.Module) -> None:
+    buffers = dict(model.named_buffers())
     with torch.no_grad():
-        for name, buffer in buffers.items():
-            own[name].copy_(buffer)
+        for name, value in values.items():
+            buffers[name].copy_(value)
 
 
-def _check_same(found: Sequence[Mapping[str, str]]) -> None:
-    for rank, other in enumerate(found):
-        if differs := difference(found[0], other):
+def _check_same(by_rank: Sequence[Mapping[str, str]]) -> None:
+    for rank, texts in enumerate(by_rank):
+        if differs := difference(by_rank[0], texts):
             name, *values = differs
             raise ValueError(
                 f"{name}: found {values[0]} on rank 0 and {values[1]} on rank {rank}, expected the "
                 "same on all ranks"
             )
-
-
-def _name(value: object) -> str:
-    return str(getattr(value, "__qualname__", type(value).__name__))
-
-
-def _add_parts(name: str, value: object, found: dict[str, str], depth: int) -> None:
-    """What a function or callable object does something by: its code, and what that is given.
-
-    Defaults, closures, arguments of partials, public attributes, a module's parameters; not what
-    is called by its global name, and not what is inside of other objects.
-    """
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
-        found[name] = repr(value)
-    elif isinstance(value, (Tensor, np.ndarray)):
-        with suppress(RuntimeError, NotImplementedError, TypeError):  # sparse, say, or of objects
-            found[name] = of_tensor(torch.as_tensor(value))
-    elif depth == DEEPEST:
-        found[name] = type(value).__qualname__
-    elif isinstance(value, (list, tuple)):
-        for i, each in enumerate(value):
-            _add_parts(f"{name}[{i}]", each, found, depth + 1)
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            _add_parts(f"{name}[{key!r}]", each, found, depth + 1)
-    elif isinstance(value, partial):
-        _add_parts(f"{name}'s function", value.func, found, depth + 1)
-        _add_parts(f"{name}'s arguments", value.args, found, depth + 1)
-        _add_parts(f"{name}'s arguments", value.keywords, found, depth + 1)
-    elif isinstance(value, MethodType):
-        _add_parts(f"{name}'s function", value.__func__, found, depth + 1)
-        _add_object(f"{name}'s object", value.__self__, found, depth)
-    elif isinstance(value, FunctionType):
-        code = repr(_code(value.__code__)).encode()
-        found[f"{name}'s code"] = hashlib.blake2b(code, digest_size=8).hexdigest()
-        defaults = value.__defaults__, value.__kwdefaults__
-        _add_parts(f"{name}'s defaults", defaults, found, depth + 1)
-        names = value.__code__.co_freevars
-        for variable, cell in zip(names, value.__closure__ or (), strict=True):
-            with suppress(ValueError):  # nothing in it yet
-                _add_parts(f"{name}'s {variable}", cell.cell_contents, found, depth + 1)
-    elif callable(value) and not isinstance(value, type):
-        call = type(value).forward if isinstance(value, nn.Module) else type(value).__call__
-        if isinstance(call, FunctionType):
-            _add_parts(name, call, found, depth + 1)
-        _add_object(name, value, found, depth)
-    else:
-        found[name] = type(value).__qualname__
-
-
-def _add_object(name: str, value: object, found: dict[str, str], depth: int) -> None:
-    found[name] = type(value).__qualname__
-    public = {k: each for k, each in getattr(value, "__dict__", {}).items() if k[0] != "_"}
-    if isinstance(value, nn.Module):
-        public |= {**dict(value.named_parameters()), **dict(value.named_children())}
-        public.pop("training")
-    for key, each in public.items():
-        _add_parts(f"{name}'s {key}", each, found, depth + 1)
-
-
-def _code(code: CodeType) -> tuple[object, ...]:
-    """Without names of files, lines and addresses."""
-    constants: list[object] = []
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            constants.append(_code(each))
-        else:
-            constants.append(sorted(map(repr, each)) if isinstance(each, frozenset) else each)
-    return code.co_code, code.co_names, constants

@@ -26,7 +26,7 @@ from ..graph.propagate import Layer, Slice
 from ..graph.replay import Replay
 from ..graph.unfold import module_weight, parts
 from ..kernels.products import add_right, add_upper_product, mirror
-from ..runtime.distributed import ALONE, Ranks, ranks_of, unwrapped
+from ..runtime.distributed import Ranks, ranks_of, unwrapped
 from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
 from ..runtime.progress import bars
@@ -49,7 +49,6 @@ def refit(
     memory_limit: int | None = None,
     progress: bool | None = None,
     process_group: ProcessGroup | None = None,
-    parallel: str = "data",
 ) -> nn.Module:
     """What `prune` gives, with the weights of its layers solved for again, one after the other.
 
@@ -69,8 +68,7 @@ def refit(
         memory_limit: bytes for the activations between two layers; where they do not fit, they are
             computed again for every layer; None: half the memory that is free
         progress: False: no progress bars
-        process_group, parallel: as for `select`; several ranks give the same model to all of them,
-            "units" shares the batches out; not with epochs
+        process_group: as for `select`; all processes get the same model; not with epochs
 
     Returns:
         a new, physically smaller nn.Module, of the same shapes as `prune`'s
@@ -87,8 +85,7 @@ def refit(
         >>> small[0].weight.shape
         torch.Size([3, 4])
     """
-    ranks = ranks_of(process_group, parallel)
-    spread, peers = (ranks, ALONE) if parallel == "data" else (ALONE, ranks)
+    ranks = ranks_of(process_group)
     with ranks.together():
         model = unwrapped(model)
         check_fits(model, selection)
@@ -96,10 +93,9 @@ def refit(
             raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
         if epochs and ranks.size > 1:
             raise ValueError(
-                f"epochs: found {epochs} on {ranks.size} ranks, expected 0, or parallel='none': "
-                "one process tunes"
+                f"epochs: found {epochs} on {ranks.size} ranks, expected 0: one process tunes"
             )
-        batches = Batches(data, model, spread, peers)
+        batches = Batches(data, model, ranks)
         batches.share_first()
         if batches.once:
             raise ValueError(
@@ -111,7 +107,7 @@ def refit(
         limit = ranks.memory(memory_limit or room(batches.device), shared)
         kept = {f"kept of {n!r}": repr(e.kept.tolist()) for n, e in selection.layers.items()}
         with same_on_all(ranks, model, kept):
-            return _refitted(model, selection, batches.dealt(), epochs, limit, bar)
+            return _refitted(model, selection, batches, epochs, limit, bar)
 
 
 def _refitted(

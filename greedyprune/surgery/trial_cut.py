@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +12,10 @@ from ..data.batches import Batch
 from ..data.forward import alike, main_output, run_model
 from ..graph.groups import Group, analyse, find_groups, named_group
 from ..graph.propagate import NotPrunableError
-from ..objectives.options import Settings
 from .cut import cut, masked, with_units
 
 
-def groups_of(model: nn.Module, example: Batch, chosen: Settings) -> list[Group]:
+def groups_of(model: nn.Module, example: Batch, chosen: Any) -> list[Group]:
     """The groups to select from: read off the graph, or as the caller named both ends."""
     if chosen.consumers is not None:
         groups = [named_group(model, *ends, example) for ends in chosen.consumers.items()]
