@@ -18,6 +18,7 @@ from test_kernels import CRITERIA, Problem, moments_of
 from torch import nn
 
 import greedyprune
+from greedyprune import Imitation
 from greedyprune.kernels import backend as _backend
 from greedyprune.kernels import ops, reference
 from greedyprune.kernels.path import Path as GreedyPath
@@ -227,7 +228,7 @@ def test_deep_networks_on_a_gpu(name: str) -> None:
         {n: x.to(gpu) for n, x in inputs.items()} if isinstance(inputs, dict) else inputs.to(gpu)
     )
     data = inputs if isinstance(inputs, dict) else [inputs]  # goes to the model by itself
-    selection = greedyprune.select(model, data, objective="imitation", metric="fisher")
+    selection = greedyprune.select(model, data, objective=Imitation(metric="fisher"))
     small = greedyprune.prune(model, selection)
     expected, found = outputs_of(masked(model, selection), there), outputs_of(small, there)
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())

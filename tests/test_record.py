@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
+from greedyprune import Loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,7 +81,8 @@ def test_random_forms_are_seeded_and_report_the_whole_loss(
     backend: str, loss: str, option: str
 ) -> None:
     model, x, y = problem(loss, n=20, m=100)
-    how = {"steps": 10, "loss": loss, "backend": backend, option: 3}
+    objective = Loss(**{option: 3})
+    how = {"steps": 10, "loss": loss, "backend": backend, "objective": objective}
     first = select(model, (x, y), seed=1, **how)
     torch.manual_seed(99)  # not what decides
     assert same(first, select(model, (x, y), seed=1, **how))
@@ -97,11 +99,11 @@ def test_random_forms_agree_with_the_full_one_where_chance_has_no_say(
 ) -> None:
     model, x, y = problem(loss, n=12, c=5)
     how = {"steps": 8, "loss": loss, "backend": backend}
-    everyone = select(model, (x, y), candidates=12, **how)
+    everyone = select(model, (x, y), objective=Loss(candidates=12), **how)
     assert torch.equal(everyone.order, select(model, (x, y), **how).order)
     row = int((model[:2](x) > 0).sum(1).argmax())  # any mini-batch of this one sample is the data
     x, y = x[row].repeat(30, 1), y[row : row + 1].repeat_interleave(30, 0)
-    batched = select(model, (x, y), batch_size=4, **how)
+    batched = select(model, (x, y), objective=Loss(batch_size=4), **how)
     assert Dense(model, x, y, loss).follow(batched.order) >= 2
 
 

@@ -4,14 +4,13 @@ import pytest
 import torch
 from test_refit import Fits
 
-from greedyprune.kernels import exchange as swaps
-from greedyprune.kernels import ops, reference
+from greedyprune.kernels import exchange, least_squares, ops, reference
 from greedyprune.kernels.path import Rule
 
 
 def exchanged(p: Fits, kept: torch.Tensor, limit: int, backend: str = "cpu") -> torch.Tensor:
-    start = swaps.on_units(p.gram, p.right, kept, p.width)
-    return swaps.exchanged(start, p.gram.diagonal(), p.target_norm, p.width, limit, backend)
+    start = exchange.on_units(p.gram, p.right, kept, p.width)
+    return exchange.exchanged(start, p.gram.diagonal(), p.target_norm, p.width, limit, backend)
 
 
 SHAPES = [(12, 1, 80, 3), (9, 4, 120, 5), (7, 9, 200, 17), (14, 2, 90, 1)]
@@ -31,7 +30,7 @@ def test_gains_are_what_an_exchange_brings(
         torch.testing.assert_close(seen["gains"], other, rtol=1e-7, atol=1e-7 * p.target_norm)
         return torch.full_like(other, -1.0)
 
-    monkeypatch.setattr(swaps.ops, "swap_gains", watched)
+    monkeypatch.setattr(exchange.ops, "swap_gains", watched)
     same = exchanged(p, kept, 9)
     monkeypatch.undo()
     assert same.equal(kept)
@@ -60,7 +59,7 @@ def test_exchanges_end_where_none_helps(shape: tuple[int, ...], backend: str) ->
             assert p.left(units) >= best - 1e-8 * p.target_norm
     once = exchanged(p, start, 1, backend)
     assert len(set(once.tolist()) & set(start.tolist())) == 3
-    fitted = swaps.refit_of(p.gram, p.right, found, p.width)
+    fitted = least_squares.on_units(p.gram, p.right, found, p.width)
     weights = fitted.outgoing(4).reshape(shape[3], -1)
     error = p.y - p.features(found.tolist()) @ weights.T
     torch.testing.assert_close(float(error.square().sum()), best, rtol=1e-8, atol=1e-6)
@@ -71,12 +70,12 @@ def test_sweeping_in_and_out_is_nothing() -> None:
     swept, right = p.gram.clone(), p.right.clone()
     rows = torch.arange(18).view(6, 3)
     for unit in (1, 4, 2):
-        swaps.sweep(swept, right, rows[unit], 1)
+        exchange.sweep(swept, right, rows[unit], 1)
     own = rows[[1, 4, 2]].flatten()
     weights = torch.linalg.solve(p.gram[own][:, own], p.right[own])
     torch.testing.assert_close(right[own], weights)
     for unit in (4, 1, 2):
-        swaps.sweep(swept, right, rows[unit], -1)
+        exchange.sweep(swept, right, rows[unit], -1)
     torch.testing.assert_close(swept, p.gram, rtol=1e-8, atol=1e-6)
     torch.testing.assert_close(right, p.right, rtol=1e-8, atol=1e-6)
 
@@ -87,9 +86,9 @@ def test_some_at_a_time_are_swept_like_all(
 ) -> None:
     p = Fits(*shape)
     kept = torch.tensor([2, 0, 5, 3, 1])
-    whole = swaps.on_units(p.gram, p.right, kept, p.width)
-    monkeypatch.setattr(swaps, "TOGETHER", 2 * p.width)
-    parts = swaps.on_units(p.gram, p.right, kept, p.width)
+    whole = exchange.on_units(p.gram, p.right, kept, p.width)
+    monkeypatch.setattr(exchange, "TOGETHER", 2 * p.width)
+    parts = exchange.on_units(p.gram, p.right, kept, p.width)
     torch.testing.assert_close(parts.swept, whole.swept)
     torch.testing.assert_close(parts.left, whole.left)
 
@@ -101,7 +100,7 @@ def test_elimination_drops_what_costs_least(shape: tuple[int, ...]) -> None:
     while len(units) > 3:
         costs = [p.left([j for j in units if j != out]) for out in units]
         units.pop(min(range(len(units)), key=costs.__getitem__))
-        found = swaps.eliminated(p.gram, p.right, len(units), p.width)
+        found = exchange.eliminated(p.gram, p.right, len(units), p.width)
         assert found.units.tolist() == units
 
 
@@ -113,8 +112,8 @@ def test_the_better_of_both_directions() -> None:
     gram, right, norm = x @ x.T, x @ (a + b)[:, None], float((a + b).square().sum())
     forward = ops.greedy_refit(gram, right, norm, Rule(2, 2, False))[1].units
     assert forward[0] == 2
-    assert swaps.eliminated(gram, right, 2, 1).units.tolist() == [0, 1]
-    best = swaps.best_exchanged(gram, right, norm, forward, 1, 0, "cpu")
+    assert exchange.eliminated(gram, right, 2, 1).units.tolist() == [0, 1]
+    best = exchange.best_exchanged(gram, right, norm, forward, 1, 0, "cpu")
     assert sorted(best.units.tolist()) == [0, 1]
     assert float(best.solved.square().sum()) == pytest.approx(norm)
 
