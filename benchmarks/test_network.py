@@ -15,7 +15,7 @@ from torch.nn import functional
 from greedyprune.data.batches import Batches
 from greedyprune.data.losses import Criterion
 from greedyprune.graph.groups import Graph, Group
-from greedyprune.objectives.network_loss import Network
+from greedyprune.objectives.network import Network
 from greedyprune.surgery.cut import scaled_weight
 
 SHARE = 0.5  # of a layer's units that are picked already

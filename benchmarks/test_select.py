@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from watching import Watched, watched_select
 
 import greedyprune
+from greedyprune import Loss
 
 FORWARD = "dense forward pass"
 # How Wolfe et al.'s stochastic form and Ye et al.'s random candidates are asked for.
-STOCHASTIC: dict[str, dict[str, Any]] = {
-    "batch_size=1024": {"batch_size": 1024},
-    "batch_size=256, shortlist=256": {"batch_size": 256, "shortlist": 256},
-    "batch_size=512, shortlist=256": {"batch_size": 512, "shortlist": 256},
-    "batch_size=2048, shortlist=256": {"batch_size": 2048, "shortlist": 256},
-    "candidates=512": {"candidates": 512},
+STOCHASTIC = {
+    "batch_size=1024": Loss(batch_size=1024),
+    "batch_size=256, shortlist=256": Loss(batch_size=256, shortlist=256),
+    "batch_size=512, shortlist=256": Loss(batch_size=512, shortlist=256),
+    "batch_size=2048, shortlist=256": Loss(batch_size=2048, shortlist=256),
+    "candidates=512": Loss(candidates=512),
 }
 
 
@@ -147,12 +148,15 @@ def time_ours(bench: Bench, limits: Limits, case: Case, net: Network, seconds: f
         bench.note(floor=floor.seconds, limit=floor.limit)
 
 
-def time_stochastic(bench: Bench, case: Case, net: Network, options: dict[str, Any]) -> None:
+def time_stochastic(bench: Bench, case: Case, net: Network, objective: Loss) -> None:
     """The loss reached is that of all samples, whatever the steps looked at."""
     most = {"batch_size": case.m, "candidates": case.N, "shortlist": case.N}
-    options = {name: min(value, most[name]) for name, value in options.items()}
+    asked = {name: getattr(objective, name) for name in most}
+    objective = Loss(**{n: None if v is None else min(v, most[n]) for n, v in asked.items()})
     found = bench.time(
-        lambda: greedyprune.select(net.model, net.data, progress=False, **case.options, **options),
+        lambda: greedyprune.select(
+            net.model, net.data, objective=objective, progress=False, **case.options
+        ),
         lambda found: check_selection(net, found),
     )
     bench.note(final_loss=float(found.losses[-1]))

@@ -1,7 +1,7 @@
 """What the convolutional examples share: pre-train, prune, fine-tune, in parts that can be resumed.
 
-One process, or several started by torchrun: then training is torch's DistributedDataParallel, all
-share the work of a selection, and rank 0 writes.
+One process, or several started by torchrun: then training is torch's DistributedDataParallel, each
+process brings a part of the images to a selection, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -193,6 +193,14 @@ def flops(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def part_of(data: Data) -> Data:
+    """This process's part of the data to select on: so many images in a row."""
+    if not dist.is_initialized():
+        return data
+    images, labels = (tensor.tensor_split(dist.get_world_size()) for tensor in data)
+    return images[rank()], labels[rank()]
+
+
 def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
     """A smaller model; `model` itself for "none".
 
@@ -205,13 +213,14 @@ def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
         return model
     if cell.prune == "imitation":
         selection = greedyprune.select(
-            model, task.data, objective="imitation", size=cell.keep, parallel="units"
+            model, part_of(task.data), objective="imitation", size=cell.keep
         )
         return greedyprune.prune(model, selection)
     for name, layer in greedyprune.layers(model, image_for(model, task)).items():
+        objective = greedyprune.Loss(candidates=min(50, layer.units), batch_size=128)
         selection = greedyprune.select(
-            model, task.data, layers=name, objective="loss", tolerance=cell.keep, batch_size=128,
-            candidates=min(50, layer.units), seed=cell.seed, parallel="units",
+            model, part_of(task.data), layers=name, objective=objective, tolerance=cell.keep,
+            seed=cell.seed,
         )  # fmt: skip
         model = greedyprune.prune(model, selection)
         train(model, task.training, task.layer_tune, 0.01, f"tuning after {name}")

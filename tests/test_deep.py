@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import Imitation, Loss
+from greedyprune import Imitation
 from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import Group, analyse, find_groups
 from greedyprune.graph.propagate import NotPrunableError
@@ -216,7 +216,9 @@ def test_batches_of_many_shapes() -> None:
     sizes = [torch.randn(1, 3, n, 12) for n in range(6, 25)]
     with pytest.raises(ValueError, match=r"data: found batches of more than 16 shapes"):
         greedyprune.select(model, sizes)
-    assert set(greedyprune.select(model, sizes, objective=Imitation(sequential=False)).layers) == set(some.layers)
+    assert set(
+        greedyprune.select(model, sizes, objective=Imitation(sequential=False)).layers
+    ) == set(some.layers)
 
 
 def test_in_place_operations_do_not_reach_the_other_network() -> None:

@@ -97,9 +97,7 @@ def test_outputs_that_nothing_depends_on_do_not_count() -> None:
 def test_losses_are_in_the_metric(name: str, weights: str) -> None:
     model, inputs = network(name)
     objective = Imitation(metric="fisher", sequential=False)
-    selection = greedyprune.select(
-        model, data_of(inputs), objective=objective, weights=weights
-    )
+    selection = greedyprune.select(model, data_of(inputs), objective=objective, weights=weights)
     consumers = [each for layer in selection.layers.values() for each in layer.outputs]
     roots = roots_of(model, consumers, data_of(inputs), "mse")
     for producer, layer in selection.layers.items():

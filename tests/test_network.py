@@ -168,7 +168,7 @@ def test_mini_batches_and_random_candidates(limit: int | None) -> None:
     for start in batched.starts.tolist():
         at = batched.order[start : start + 7]
         pairs.append((wide[0][at], wide[1][at]))  # type: ignore[index]
-    units, free, drawn = len(layer.counts), list(range(len(layer.counts))), []
+    free, drawn = list(range(len(layer.counts))), []
     draws = job.rule(group).draws
     assert draws is not None
     for k in range(4):

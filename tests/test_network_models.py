@@ -227,7 +227,6 @@ def test_what_functions_of_the_users_own_must_give() -> None:
     def errors(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.argmax(1) != targets).double().mean()
 
-
     def accurate(outputs: Tensor, targets: Tensor) -> float:
         return 1 - float(errors(outputs, targets))
 
