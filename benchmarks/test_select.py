@@ -150,9 +150,15 @@ def time_ours(bench: Bench, limits: Limits, case: Case, net: Network, seconds: f
 
 def time_stochastic(bench: Bench, case: Case, net: Network, objective: Loss) -> None:
     """The loss reached is that of all samples, whatever the steps looked at."""
-    most = {"batch_size": case.m, "candidates": case.N, "shortlist": case.N}
-    asked = {name: getattr(objective, name) for name in most}
-    objective = Loss(**{n: None if v is None else min(v, most[n]) for n, v in asked.items()})
+
+    def at_most(asked: int | None, most: int) -> int | None:
+        return None if asked is None else min(asked, most)
+
+    objective = Loss(
+        candidates=at_most(objective.candidates, case.N),
+        batch_size=at_most(objective.batch_size, case.m),
+        shortlist=at_most(objective.shortlist, case.N),
+    )
     found = bench.time(
         lambda: greedyprune.select(
             net.model, net.data, objective=objective, progress=False, **case.options

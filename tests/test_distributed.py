@@ -78,7 +78,9 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 CASES = {
     "cross-entropy": Case(mlp, "classes", {"steps": 30}),
     "cross-entropy, sizes": Case(mlp, "classes", {"size": 20}),
-    "cross-entropy, candidates": Case(mlp, "classes", {"steps": 20, "objective": Loss(candidates=9)}),
+    "cross-entropy, candidates": Case(
+        mlp, "classes", {"steps": 20, "objective": Loss(candidates=9)}
+    ),
     "cross-entropy, mini-batches": Case(
         mlp, "classes", {"steps": 20, "objective": Loss(batch_size=50, shortlist=4)}
     ),
@@ -112,7 +114,9 @@ CASES = {
         mlp, "numbers", {"steps": 9, "memory_limit": 9_000}
     ),
     "squared error, refit": Case(mlp, "numbers", {"size": 12, "weights": "refit"}),
-    "squared error, candidates": Case(mlp, "numbers", {"steps": 20, "objective": Loss(candidates=9)}),
+    "squared error, candidates": Case(
+        mlp, "numbers", {"steps": 20, "objective": Loss(candidates=9)}
+    ),
     "reference": Case(mlp, "classes", {"steps": 9, "backend": "reference"}),
     "a loss of one's own": Case(mlp, "numbers", {"steps": 5, "loss": absolute}),
     "imitation": Case(mlp, "classes", {"size": 12, "objective": "imitation"}),
