@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .data.batches import Batch, Batches
 from .data.forward import run_model
-from .graph.costs import Budget, Cost, counted
+from .graph.costs import BudgetReport, Cost, count_flops
 from .graph.groups import Group
 from .kernels.path import Rule
 from .knapsack import Knapsack, solve
@@ -73,7 +73,7 @@ def within_budget(
     costs: Mapping[str, Cost], turns: Sequence[Sequence[Group]],
     sums_of: Callable[[Sequence[Group]], dict[str, Sums]],
     path_of: Callable[[Sums], LayerSelection],
-) -> tuple[dict[str, int], Budget]:  # fmt: skip
+) -> tuple[dict[str, int], BudgetReport]:  # fmt: skip
     """The width of each layer, and what of the budget that takes.
 
     turns: the groups whose sums fit in memory together; sums_of: those sums, each on its owner
@@ -116,7 +116,7 @@ def within_budget(
             f"budget: found {reached:.4g} of the dense model's {what}, above the {share:.4g} that "
             "was asked for",
         )
-    return widths, Budget(what, share, reached, best.value, best.gap)
+    return widths, BudgetReport(what, share, reached, best.value, best.gap)
 
 
 def _losses(
@@ -174,7 +174,7 @@ def _measured(
     if what == "params":
         return sum(each.numel() for each in small.parameters()) / dense
     if what == "flops":
-        return counted(lambda: run_model(small, batch))[1] / dense
+        return count_flops(lambda: run_model(small, batch))[1] / dense
     before, after = (each[""] for each in medians([model, small], batch))
     return after / before
 

@@ -12,7 +12,7 @@ from torch import nn
 from .budget import step_of, within_budget
 from .data.batches import Batches, joined
 from .data.losses import Criterion
-from .graph.costs import Budget, Cost
+from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
 from .graph.replay import Replay
 from .graph.unfold import outputs_of
@@ -167,7 +167,7 @@ def check_passes(batches: Batches, ways: Mapping[str, str], chosen: Settings) ->
 
 def sizes_within(
     model: nn.Module, groups: Sequence[Group], costs: Mapping[str, Cost], task: Task
-) -> tuple[dict[str, int], Budget]:
+) -> tuple[dict[str, int], BudgetReport]:
     """The sizes for a budget, from whole paths of layers by themselves."""
     chosen = replace(task.chosen, size=1.0, tolerance=None, replacement=False, swaps=0, round_to=1)
     if chosen.objective != "fisher":
@@ -193,7 +193,7 @@ def sizes_within(
         return sizes, asdict(spent)
 
     sizes, spent = task.checkpoint.number("sizes", found)
-    return sizes, Budget(**spent)
+    return sizes, BudgetReport(**spent)
 
 
 def selected_by(

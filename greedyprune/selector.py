@@ -14,7 +14,7 @@ from .budget import check_uniform, kinds_of
 from .data.batches import Batch, Batches
 from .data.forward import evaluating, main_output, run_model, target_of
 from .data.losses import criterion_of
-from .graph.costs import costs_of, counted
+from .graph.costs import costs_of, count_flops
 from .graph.groups import Group
 from .kernels import backend as _backend
 from .objectives import options as settings
@@ -229,7 +229,7 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     """named: did the caller name a loss?"""
     batches, chosen, first = task.batches, task.chosen, task.batches.first()
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    (outputs, found), total, flops = counted(
+    (outputs, found), total, flops = count_flops(
         lambda: _outputs(model, first, linears, lambda out: out)
     )
     groups = groups_of(model, first, chosen)

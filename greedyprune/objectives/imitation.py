@@ -19,7 +19,7 @@ from ..data.batches import Batch, Batches
 from ..data.forward import check_finite, run_model
 from ..graph.groups import Group
 from ..graph.replay import Replay
-from ..graph.unfold import parts, unit_major, weight_of
+from ..graph.unfold import unfolded_parts, unit_major, weight_of
 from ..kernels import ops, reference
 from ..kernels.exchange import best_exchanged
 from ..kernels.path import Moments, Path, Refit, Rule, Step
@@ -144,7 +144,7 @@ class Consumer(Products):
                 "numbers"
             )
         bias, double = getattr(self._module, "bias", None), torch.float64
-        for columns, target in parts(self._module, inputs, outputs):
+        for columns, target in unfolded_parts(self._module, inputs, outputs):
             taps, positions = columns.shape[1:]
             rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
             rows = rows.transpose(0, 1).reshape(self.features, positions)

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import alike, main_output, run_model, target_of
 from ..data.losses import Criterion, Target, loss_of_function, slope_in
-from ..graph.executor import OverwrittenError, Program, Programs, bytes_held, tensors_of
+from ..graph.executor import (
+    GraphExecutor,
+    GraphExecutors,
+    OverwrittenError,
+    bytes_held,
+    tensors_of,
+)
 from ..graph.groups import Group
 from ..runtime.checkpoint import Steps
 from ..runtime.distributed import Ranks
@@ -37,7 +43,7 @@ NEAR = 1e-5  # relative: losses so close are computed again in float64 (float32'
 class _State:
     """A batch in the network, run up to a node; without a program, to be run from its inputs."""
 
-    def __init__(self, batch: Batch, programs: Programs | None) -> None:
+    def __init__(self, batch: Batch, programs: GraphExecutors | None) -> None:
         self.batch, self.at = batch, 0
         self.program = None if programs is None else programs.find(batch)
         self.values = {} if self.program is None else self.program.inputs(batch)
@@ -116,9 +122,9 @@ class Network:
         self.model, self.criterion = model, criterion
         self._batches, self._limit, self._bar = batches, limit, bar
         self._tensors = tensors_of(model)
-        self._programs: Programs | None = Programs(model) if traced else None
+        self._programs: GraphExecutors | None = GraphExecutors(model) if traced else None
         self._layer: str | None = None
-        self._tails: dict[Program, Tail] = {}
+        self._tails: dict[GraphExecutor, Tail] = {}
         self._states: list[_State] | None = None  # None: run from the inputs every time
         self._changed: dict[str, Tensor] = {}
         self._traced, self._vmaps = traced, True
@@ -280,7 +286,7 @@ class Network:
         tail, layer = self._tails[program], program.layers[name]
         at = group.slices[layer.weight]
         weight, bias = self.weight(name), self._tensors.get(layer.bias or "")
-        prepared, inputs = tail.prepare(state.values), program.operands(state.values, name, True)
+        prepared, inputs = tail.prepare(state.values), program.input_of(name, state.values, True)
         weight, bias = tail.scaled(weight, bias, layer.out_dim)
         base = program.linear_map(name, inputs, scaled_weight(weight, at, factors), bias)
 
@@ -289,7 +295,7 @@ class Network:
                 return base.clone()
             own = at.entries(torch.tensor([unit]), group.units).to(inputs.device)
             more = program.linear_map(
-                name, inputs.index_select(layer.axis, own),
+                name, inputs.index_select(layer.channel_dim, own),
                 weight.index_select(at.dim, own) * one, None,
             )  # fmt: skip
             return base + more

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from ..graph.executor import Program, Values, in_place
-from ..graph.propagate import CONVOLUTIONS, LINEAR, RESHAPING, operation, shape_of
+from ..graph.executor import GraphExecutor, Values
+from ..graph.propagate import RESHAPING
+from ..graph.tracing import CONVOLUTIONS, LINEAR, in_place, operation, shape_of
 
 FRESH = CONVOLUTIONS | LINEAR | {"add", "batch_norm"}  # what gives a tensor that nobody else has
 Step = tuple[fx.Node, Callable[[Values], Any], tuple[fx.Node, ...]]
@@ -23,11 +24,11 @@ Step = tuple[fx.Node, Callable[[Values], Any], tuple[fx.Node, ...]]
 class Tail:
     """The nodes after a layer, with given weights."""
 
-    def __init__(self, program: Program, layer: str, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: GraphExecutor, layer: str, tensors: Mapping[str, Tensor]) -> None:
         self._program, start = program, program.place[layer]
         self.entry = program.nodes[start]
         self._channels_last = self.entry.meta["val"].device.type == "cpu"
-        self._own = {node: self.laid_out(each) for node, each in program.own(tensors).items()}
+        self._own = {node: self.laid_out(each) for node, each in program.constants(tensors).items()}
         self._scale: Tensor | None = None  # (C,) each, of a normalisation right after the layer
         self._shift: Tensor | None = None
         later = program.nodes[start + 1 : -1]

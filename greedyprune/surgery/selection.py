@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..graph.costs import Budget, Cost
+from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
 from ..kernels.path import Refit
 from ..runtime.arguments import is_int
@@ -148,7 +148,7 @@ class Selection:
 
     layers: Mapping[str, LayerSelection]
     costs: Mapping[str, Cost] | None = None
-    budget: Budget | None = None
+    budget: BudgetReport | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
@@ -230,7 +230,7 @@ class Selection:
         return Selection(
             layers,
             {n: Cost.of_json(each) for n, each in costs.items()} or None,
-            None if budget is None else Budget(**budget),
+            None if budget is None else BudgetReport(**budget),
         )
 
     def summary(self) -> Table:
