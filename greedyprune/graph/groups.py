@@ -95,13 +95,13 @@ def _closed_group(graph: Graph, name: str, units: int, producers: Mapping[fx.Nod
         common, merged = _with_producers(propagation, producers, met.producers)
         return _closed_group(graph, name, common, merged)
     except CoarserUnits as coarser:
-        reason = propagation.refusal("all of its units are mixed with one another")
+        reasons = []
         for merge in coarser.merges:
             try:
                 return _closed_group(graph, name, merge.units, _merged(producers, merge))
             except NotPrunableError as error:
-                reason = error
-        raise reason from None
+                reasons.append(error)
+        raise reasons[0] from None  # of the merge that leaves the most units
     if not propagation.consumers:
         raise propagation.refusal("nothing uses its units")
     consumers = [graph.layers[consumer].name for consumer in propagation.consumers]
@@ -207,7 +207,8 @@ def analyse(
                 check(model, group, batch)
             structure |= dict.fromkeys((layer.name, *group.producers), group)
         except NotPrunableError as error:
-            structure[layer.name] = error.with_traceback(None)
+            # A new one: the frames of its traceback and context would keep the model alive.
+            structure[layer.name] = NotPrunableError(str(error))
     _KNOWN[model] = signature, structure
     return structure
 

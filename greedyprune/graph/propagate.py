@@ -204,8 +204,6 @@ class Propagation:
         layer, inputs = self.graph.layers.get(node), data_input(node)
         if layer is None or inputs not in self.carrying:
             raise self.refusal(f"{node.target} takes its units, but its weight is no module's own")
-        if any(arg in self.carrying for arg in node.all_input_nodes if arg is not inputs):
-            raise self.refusal(f"{node.target} takes its units as weights")
         at = self.carrying[inputs]
         if at.dim != layer.channel_dim:
             raise self.refusal(f"{node.target} sums over another dimension than that of its units")
@@ -216,7 +214,7 @@ class Propagation:
         size = shape_of(inputs)[at.dim] // layer.groups  # channels of one group
         mixed = f"{node.target} has groups of {size} channels, which mix several of its units"
         channels = shape_of(node)[layer.channel_dim]
-        if channels % layer.groups or (at.outer > 1 and size > 1):
+        if at.outer > 1 and size > 1:
             raise self.refusal(mixed)
         if at.inner % size:
             together = size // math.gcd(size, at.inner)
