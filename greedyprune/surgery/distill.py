@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import evaluating
-from ..graph.executor import Programs, tensors_of
-from ..graph.propagate import Layer, Slice
+from ..graph.executor import GraphExecutors, tensors_of
+from ..graph.propagate import Slice
+from ..graph.tracing import Layer
 from .selection import Selection
 
 RATE = 1e-3  # Adam's (Kingma and Ba 2015), falling to 0 along a cosine
@@ -40,7 +41,7 @@ def tune(
     layers: whose outputs are compared, by their names in the dense model
     """
     kept = _kept_outputs(selection, layers)
-    dense, pruned = Programs(model), Programs(small)
+    dense, pruned = GraphExecutors(model), GraphExecutors(small)
     leaves = {id(p): p.detach().clone().requires_grad_() for p in small.parameters()}
     dense_tensors = tensors_of(model)
     tensors = {name: leaves.get(id(t), t) for name, t in tensors_of(small).items()}
@@ -55,9 +56,9 @@ def tune(
                     done = (epoch + (place + i / len(parts)) / count) / epochs
                     optimiser.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * done)) / 2
                     with torch.no_grad():
-                        goals = dense.of(part).ahead_of(part, dense_tensors, kept)
+                        goals = dense.of(part).path_ends(part, dense_tensors, kept)
                     with torch.enable_grad():
-                        found = pruned.of(part).ahead_of(part, tensors, kept)
+                        found = pruned.of(part).path_ends(part, tensors, kept)
                         lacks = [_lack(found[name], goals[name], kept[name]) for name in found]
                         optimiser.zero_grad()
                         torch.stack(lacks).sum().backward()

@@ -22,9 +22,10 @@ from torch.distributed import ProcessGroup
 
 from ..data.batches import Batches
 from ..data.forward import evaluating
-from ..graph.propagate import Layer, Slice
+from ..graph.propagate import Slice
 from ..graph.replay import Replay
-from ..graph.unfold import module_weight, parts
+from ..graph.tracing import Layer
+from ..graph.unfold import module_weight, unfolded_parts
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks, ranks_of, unwrapped
 from ..runtime.fingerprint import same_on_all
@@ -141,7 +142,7 @@ def _solve(
 
     channels: of the layer's inputs, those that are left; None: all
     """
-    ahead, scale, shifted = replay.ahead(layer.name), None, None
+    ahead, scale, shifted = replay.linear_path(layer.name), None, None
     if layer.bias is not None:
         shifted = layer.name
     elif ahead.norm is not None:
@@ -186,7 +187,7 @@ class _Sums:
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
             )
-        for columns, target in parts(self._module, inputs, error):
+        for columns, target in unfolded_parts(self._module, inputs, error):
             assert target is not None
             rows = columns[self._channels].flatten(0, 1)
             if self._bias is not None:  # the weight of a feature that is always 1

@@ -43,8 +43,8 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     selection = with_units(model, [(group, torch.arange(0, group.units, 2))])
     expected = run_model(masked(model, selection), batch)
     why = f"something between it and {group.consumer!r} mixes them"
-    if group.sized:
-        why = f"{group.sized} may have their number written into it"
+    if group.may_hold_size:
+        why = f"{group.may_hold_size} may have their number written into it"
     same = False
     try:
         found = cut(masked(model, selection), selection)(*batch.args, **batch.kwargs)
