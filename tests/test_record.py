@@ -1,6 +1,8 @@
 """The public contract, part 2: data and the random forms, the certificate, the record."""
 
+import copy
 import io
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
@@ -188,9 +190,70 @@ def test_record(backend: str, replacement: bool) -> None:
         fields = [getattr(record, f) for f in FIELDS]
         assert {str(t.device) for t in fields if t is not None} == {"cpu"}
     assert replacement or record.counts.max() == 1
-    for record in (selection, only(selection)):
-        with pytest.raises((FrozenInstanceError, AttributeError)):
-            record.layers = record.order = None
+    for record, names in ((selection, ("layers", "order")), (only(selection), FIELDS)):
+        for name in names:
+            with pytest.raises(FrozenInstanceError):
+                setattr(record, name, None)
+
+
+def two_layers() -> greedyprune.Selection:
+    """A selection of two layers, "0" and "2"."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6), torch.nn.ReLU(),
+        torch.nn.Linear(6, 3),
+    )  # fmt: skip
+    return select(model, [torch.randn(40, 5)], size=3, objective="imitation")
+
+
+def test_a_selection_of_several_layers_says_what_to_write() -> None:
+    selection = two_layers()
+    for name in FIELDS:
+        assert not hasattr(selection, name)
+        message = (
+            f"{name}: found a Selection of 2 layers, expected selection.layers[name].{name}, with "
+            "a name among '0', '2'"
+        )
+        with pytest.raises(AttributeError) as raised:
+            getattr(selection, name)
+        assert str(raised.value) == message
+
+
+def test_other_attributes_belong_to_the_layer() -> None:
+    model, x, y = problem()
+    selection = select(model, (x, y), size=4)
+    assert all(hasattr(selection, name) for name in FIELDS)
+    for name in ("weighting", "objective", "loss", "outputs", "slices", "fitted", "ordre"):
+        assert not hasattr(selection, name)
+    with pytest.raises(AttributeError, match="'Selection' object has no attribute 'weighting'"):
+        selection.weighting  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))],
+    ids=["copy", "deepcopy", "pickle"],
+)  # fmt: skip
+def test_copies_and_pickles(copied: Callable[..., greedyprune.Selection]) -> None:
+    model, x, y = problem()
+    selection = select(model, (x, y), size=4)
+    again = copied(selection)
+    assert type(again) is greedyprune.Selection
+    assert again is not selection
+    assert same(again, selection)
+    assert again.change("params") == selection.change("params") is not None
+    assert again.at(2).order.equal(selection.at(2).order)
+    several = copied(two_layers())
+    assert [len(layer.kept) for layer in several.layers.values()] == [3, 3]
+
+
+def test_only_known_costs_change() -> None:
+    selection = two_layers()
+    before = 5 * 8 + 8 + 8 * 6 + 6 + 6 * 3 + 3
+    assert selection.change("params") == (before, 5 * 3 + 3 + 3 * 3 + 3 + 3 * 3 + 3)
+    assert selection.at(2).change("params") == (before, 5 * 2 + 2 + 2 * 2 + 2 + 2 * 3 + 3)
+    with pytest.raises(ValueError, match=r"^what: found 'bytes', expected one of 'params', 'flops'$"):
+        selection.change("bytes")
+    assert greedyprune.Selection(selection.layers).change("flops") is None
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
