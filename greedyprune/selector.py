@@ -232,7 +232,8 @@ def _select(model: nn.Module, task: Task, named: bool) -> Selection:
     (outputs, found), total, flops = counted(
         lambda: _outputs(model, first, linears, lambda out: out)
     )
-    groups = groups_of(model, first, chosen)
+    sized = chosen.size if isinstance(chosen.size, Mapping) else ()
+    groups = groups_of(model, first, chosen.layers, chosen.consumers, sized)
     if chosen.consumers is not None:  # no graph says what follows them
         found = set.intersection(*task.ranks.gather("outputs", _heads(model, first, found)))
     groups = [_with_output(model, group, found) for group in groups]

@@ -251,7 +251,9 @@ def test_only_known_costs_change() -> None:
     before = 5 * 8 + 8 + 8 * 6 + 6 + 6 * 3 + 3
     assert selection.change("params") == (before, 5 * 3 + 3 + 3 * 3 + 3 + 3 * 3 + 3)
     assert selection.at(2).change("params") == (before, 5 * 2 + 2 + 2 * 2 + 2 + 2 * 3 + 3)
-    with pytest.raises(ValueError, match=r"^what: found 'bytes', expected one of 'params', 'flops'$"):
+    with pytest.raises(
+        ValueError, match=r"^what: found 'bytes', expected one of 'params', 'flops'$"
+    ):
         selection.change("bytes")
     assert greedyprune.Selection(selection.layers).change("flops") is None
 

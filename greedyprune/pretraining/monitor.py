@@ -259,7 +259,8 @@ class PretrainingMonitor:
             if self._held_out is not None:
                 held_out = Batches(self._held_out, self._model)
                 _held_out(lambda: measure(self._model, [held_out.first()], criterion, self._metric))
-            for group in groups_of(self._model, first, chosen):
+            sized = chosen.size if isinstance(chosen.size, Mapping) else ()
+            for group in groups_of(self._model, first, chosen.layers, chosen.consumers, sized):
                 chosen.rule(group.producer, group.units, step_of(group, chosen.round_to))
         return criterion
 

@@ -258,10 +258,10 @@ class Selection:
                 "slices": {key: dataclasses.astuple(at) for key, at in layer.slices.items()},
                 "loss": layer.loss, "objective": layer.objective,
             })  # fmt: skip
+        costs = {what: cost.as_json() for what, cost in (self.costs or {}).items()}
         header = {
-            "format": FORMAT, "layers": json.dumps(layers),
+            "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
-            "costs": json.dumps({what: cost.as_json() for what, cost in (self.costs or {}).items()}),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
