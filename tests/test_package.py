@@ -60,8 +60,8 @@ def modules_with_examples() -> list[str]:
     """Every module of the package that has an example in a docstring."""
     files = sorted((ROOT / "greedyprune").rglob("*.py"))
     return [
-        ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files
-        if ">>> " in file.read_text()
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in files if ">>> " in file.read_text()
     ]  # fmt: skip
 
 
