@@ -5,7 +5,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -324,6 +324,9 @@ def test_summary_and_plot_show_the_layer() -> None:
         "proved bound (eq. 3)": selection.bound.tolist(),
         "dense": [float(selection.dense_loss)] * 2,
     }
+    layer = only(selection)
+    high = greedyprune.Selection({"fc1": replace(layer, bound=100 * layer.bound)})
+    assert [s.plot().axes[0].get_yscale() for s in (selection, high)] == ["linear", "log"]
 
 
 def test_plot_has_a_panel_for_each_layer() -> None:

@@ -56,6 +56,27 @@ def test_a_pruned_model_survives_its_file(name: str, device: str, tmp_path: Path
 
 
 @each_network
+def test_attributes_hold_the_sizes_of_the_tensors(name: str) -> None:
+    model, inputs = network(name)
+    small, compared = pruned(model, inputs), 0
+    for key, module in small.named_modules():
+        tensor = getattr(module, "weight", getattr(module, "running_mean", None))
+        if tensor is None or isinstance(module, (nn.Embedding, nn.LayerNorm)):
+            continue
+        compared += not torch.equal(tensor, model.get_parameter(f"{key}.weight"))
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tensor.shape
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            channels = module.out_channels, module.in_channels // module.groups
+            assert channels == tensor.shape[:2]
+        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            assert (module.num_features,) == tensor.shape == module.running_mean.shape
+        elif type(module).__name__ == "Conv1D":
+            assert (module.nx, module.nf) == tensor.shape
+    assert compared >= 2  # a producer and a consumer were cut
+
+
+@each_network
 def test_a_loaded_model_is_trained_and_pruned_again(name: str, tmp_path: Path) -> None:
     model, inputs = network(name)
     greedyprune.save_pruned(pruned(model, inputs, size=0.7), tmp_path / "small.safetensors")
@@ -86,7 +107,8 @@ def test_types_modes_and_views(tmp_path: Path) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
             self.register_buffer("table", torch.arange(12).view(3, 4).T, persistent=False)
-            self.register_buffer("row", self.table[0])
+            self.register_buffer("flat", self.table.T.view(-1))
+            self.register_buffer("row", self.flat[:3])
             self.a.weight.requires_grad_(False)
 
         def forward(self, x: Tensor) -> Tensor:

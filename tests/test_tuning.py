@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import network, outputs_of
+from networks import Attention, Inputs, network, outputs_of
 from test_refitting import data_of
 from torch import Tensor, nn
 
@@ -15,14 +15,25 @@ import greedyprune
 from greedyprune.surgery.cut import masked
 
 
-@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "gpt2", "llama", "vit"])
+def two_attentions() -> tuple[nn.Module, Inputs]:
+    """The second one's projection is refitted, and its outputs are split into heads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), Attention())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval(), torch.randn(6, 7, 12)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet", "vgg", "mobilenet", "gpt2", "llama", "vit", "two attentions"]
+)
 @torch.no_grad()
 def test_an_exact_pruned_network_stays(name: str) -> None:
     """The dropped units have no effect in this dense network, so the pruned one has no error.
 
     It would have one if a layer's outputs were compared with those of other units or heads.
     """
-    model, inputs = network(name)
+    model, inputs = two_attentions() if name == "two attentions" else network(name)
     selection = greedyprune.select(model, data_of(inputs), objective="imitation")
     dense = masked(model, selection).double()  # Adam's steps are long even for errors of rounding
     if isinstance(inputs, Tensor):
