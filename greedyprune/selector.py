@@ -178,7 +178,7 @@ def select_on(
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
-    groups = groups_of(model, first, request)
+    groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
     if request.consumers is not None:  # no graph tells what follows these layers
         agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
         output_layers = set.intersection(*agreed)

@@ -326,7 +326,8 @@ def test_an_operation_behind_the_consumer_makes_it_not_the_output(
 ) -> None:
     model = Net(after=lambda s, y: after(y))
     data = torch.randn(40, 5), torch.randn(40, 3)
-    assert greedyprune.select(model, data, size=3).objective == "imitation"
+    selection = greedyprune.select(model, data, size=3)
+    assert selection.layers["first"].objective == "imitation"
 
 
 @pytest.mark.parametrize("layers", [["2", "0"], ["0", "2"]])
