@@ -412,7 +412,9 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_docstring_example() -> None:
     names = {"torch": torch, "nn": nn, "greedyprune": greedyprune}
-    failed, tried = doctest.testmod(sys.modules["greedyprune.pretraining.monitor"], extraglobs=names)
+    failed, tried = doctest.testmod(
+        sys.modules["greedyprune.pretraining.monitor"], extraglobs=names
+    )
     assert tried > 3
     assert not failed
 
@@ -420,5 +422,5 @@ def test_docstring_example() -> None:
 def test_arguments_for_several_processes_are_refused() -> None:
     model, data = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(9, 4)
     for options in ({"parallel": "data"}, {"process_group": None}, {"checkpoint": "a"}):
-        with pytest.raises(ValueError, match=r"expected none: the first process checks, by itself"):
+        with pytest.raises(ValueError, match=r"expected none: the first process alone"):
             PretrainingMonitor(model, (data, data[:, :1]), **options)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import greedyprune
 from greedyprune import Check, PretrainingMonitor
 from greedyprune.pretraining.history import LayerCheck
-from greedyprune.pretraining.stopping import rule_of
+from greedyprune.pretraining.stopping import stopping_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def history(losses: list[float], **fields: list) -> list[Check]:
 
 def stops_at(stop: object, checks: list[Check], **options) -> int | None:
     """The check after which the rule says so."""
-    rule = rule_of(stop, **({"patience": 3, "min_delta": 0.01, "has_metric": True} | options))
+    rule = stopping_rule(stop, **({"patience": 3, "min_delta": 0.01, "has_metric": True} | options))
     return next((i for i in range(len(checks)) if rule(checks[: i + 1])), None)
 
 
@@ -80,7 +80,7 @@ def test_the_reason_is_one_sentence() -> None:
         (lambda h: "the boss said so", ["^the boss said so$"]),
         (every_night, ["every_night", "iteration 1250"]),
     ):
-        reason = rule_of(stop, 3, 0.01, True)(checks)
+        reason = stopping_rule(stop, 3, 0.01, True)(checks)
         for word in words:
             assert re.search(word, reason), reason
         assert len(reason.splitlines()) == 1
@@ -121,7 +121,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return select(*args, **kwargs)
 
     monkeypatch.setattr("greedyprune.pretraining.monitor.select", slow)
-    monkeypatch.setattr("greedyprune.pretraining.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(
+        "greedyprune.pretraining.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now)
+    )
     return clock
 
 
