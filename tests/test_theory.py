@@ -199,6 +199,7 @@ def test_what_can_t_be_fitted() -> None:
 
 
 def test_docstring_examples() -> None:
-    failed, tried = doctest.testmod(theory)
-    assert tried > 0
+    names = {"torch": torch, "nn": nn, "greedyprune": greedyprune}
+    failed, tried = doctest.testmod(theory, extraglobs=names)
+    assert tried > 5
     assert not failed
