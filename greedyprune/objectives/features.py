@@ -17,7 +17,7 @@ from ..data.losses import Criterion, Target, Targets
 from ..graph.groups import Group
 from ..kernels import backend as _backend
 from ..kernels import ops
-from ..kernels.products import BLOCK
+from ..kernels.products import FLOAT64_ENTRIES
 from ..kernels.structs import Extent
 from ..runtime.checkpoint import NOTHING, Checkpoint, Pass
 from ..runtime.distributed import Ranks
@@ -132,7 +132,7 @@ class LayerData:
 
     def _parts(self) -> Iterator[Block]:
         entries = (
-            BLOCK if self.device.type == "cpu" else 8 * BLOCK
+            FLOAT64_ENTRIES if self.device.type == "cpu" else 8 * FLOAT64_ENTRIES
         )  # each block is a launch or more
         size = max(64, entries // max(self.units, self.outputs))
         seen, some = 0, self._unread is not None and bool(self.resumed.done)
@@ -188,7 +188,7 @@ class LayerData:
         """Puts the samples in another order, (m,) int64; in place, some units at a time."""
         assert self.features is not None and self.target is not None
         order = order.to(self.device)
-        some = max(1, BLOCK // max(1, len(order)))
+        some = max(1, FLOAT64_ENTRIES // max(1, len(order)))
         for i in range(0, self.units, some):
             rows = self.features[i : i + some]
             rows.copy_(rows[:, order])

@@ -20,7 +20,7 @@ from ..data.forward import check_finite, run_model
 from ..graph.groups import Group
 from ..graph.replay import Replay
 from ..graph.unfold import parts, unit_major, weight_of
-from ..kernels import ops, reference
+from ..kernels import ops
 from ..kernels.exchange import best_exchanged
 from ..kernels.path import Moments, Path, Refit, Rule, Step
 from ..kernels.products import add_right, add_upper_product, mirror
@@ -216,8 +216,9 @@ class Sums:
         step: Step | None,
     ) -> Path:  # fmt: skip
         """Greedy steps of README eq. 2."""
-        solve = reference.greedy_gram if backend == "reference" else ops.greedy_gram
-        return solve(gram, moments, rule, with_gap=with_gap, step=step)
+        if backend == "cuda":  # the sums are on the processor
+            backend = "cpu"
+        return ops.greedy_gram(gram, moments, rule, with_gap=with_gap, step=step, backend=backend)
 
     def path_unscaled(
         self, gram: Tensor, moments: Moments, rule: Rule, backend: str, step: Step | None = None
@@ -247,9 +248,9 @@ class Sums:
         width, undamped = int(widths.sum()), gram.diagonal().clone()
         damping_of = torch.tensor(ridges).double().repeat_interleave(widths)
         gram.diagonal().add_(damping_of.repeat(self.group.units))
-        solve = reference.greedy_refit if backend == "reference" else ops.greedy_refit
-        path, found = solve(
+        path, found = ops.greedy_refit(
             gram, right, target_norm, rule, width=width, scale=1 / self.mass, step=step,
+            backend=backend,
         )  # fmt: skip
         if swaps and width <= WIDEST and len(found.units) == len(path.order):
             best = best_exchanged(gram, right, target_norm, found.units, width, swaps, backend)

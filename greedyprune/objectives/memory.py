@@ -14,9 +14,9 @@ from torch import nn
 
 from ..graph.groups import Group
 from ..graph.unfold import outputs_of, weight_of
-from ..kernels.exchange import FEWEST
+from ..kernels.exchange import ELIMINATION_FEATURES
 from ..kernels.path import Rule
-from ..kernels.products import BLOCK
+from ..kernels.products import FLOAT64_ENTRIES
 from .imitation import WIDEST
 from .options import Settings
 
@@ -61,7 +61,7 @@ def bytes_of(
     steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
     exchanges = 0
     if swaps and width <= WIDEST:  # a swept matrix; from the other side, an inverse
-        exchanges = whole + kept**2 if features > FEWEST else 2 * (whole + kept**2)
+        exchanges = whole + kept**2 if features > ELIMINATION_FEATURES else 2 * (whole + kept**2)
         sides += 4 * kept * outputs
     side_by_side = whole + kept**2 if len(shapes) > 1 else 0
     return Bytes(WORD * sums, WORD * (side_by_side + sides + max(steps, exchanges)))
@@ -89,7 +89,7 @@ def least_squares(picks: int) -> int:
 def check_least_squares(layer: str, picks: int, limit: int) -> None:
     """ValueError where it takes too much."""
     needed = least_squares(picks)
-    if needed > max(limit, WORD * BLOCK):  # which a block of samples takes anyway
+    if needed > max(limit, WORD * FLOAT64_ENTRIES):  # which a block of samples takes anyway
         raise ValueError(
             f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
             f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data.losses import Target, loss_of_function
-from ..kernels import ops, reference
+from ..kernels import ops
+from ..kernels.loop import greedy
 from ..kernels.path import Path, Rule, Step
 from ..kernels.products import PRODUCT
 from ..runtime.checkpoint import NOTHING, Steps
@@ -232,7 +233,7 @@ class Solver:
     def _run(self, rule: Rule, with_gap: bool, step: Step | None) -> Path:
         data = self.data
         if data.criterion.kind == "custom":
-            return reference.greedy(CustomObjective(data), rule, step)
+            return greedy(CustomObjective(data), rule, step)
         kept, exact = data.in_memory, self._exact()
         ranks = data.ranks if exact is not None else ALONE  # without it all are the same
         if self._gram is not None and data.peers.size == 1:
@@ -266,7 +267,7 @@ class Solver:
             data, self.backend, self._batches, with_gap, self.moments.mass, rule,
             self._steps if not kept else Steps(NOTHING, ""),
         )  # fmt: skip
-        return reference.greedy(objective, rule, step)
+        return greedy(objective, rule, step)
 
     def _one_kernel(self) -> bool:
         """Is there one for all greedy steps by the candidates' losses?"""

@@ -35,8 +35,8 @@ import numpy as np
 from torch import Tensor
 
 from ..data.losses import KINDS, bound
+from ..kernels import ops
 from ..kernels.path import Moments, Rule
-from ..kernels.reference import greedy_gram
 from ..surgery.selection import LayerSelection, Selection
 
 FITTING_STEPS = 200  # of Gauss and Newton, which take some ten
@@ -150,7 +150,8 @@ def certificate_of_gram(
         samples, mass, gram.diagonal(), beta, target_norm, dense_loss,
         spread=variance / outputs, empty_loss=target_norm / mass,
     )  # fmt: skip
-    path = greedy_gram(gram, sums, Rule(steps, len(gram) + 1, replacement=True))
+    rule = Rule(steps, len(gram) + 1, replacement=True)
+    path = ops.greedy_gram(gram, sums, rule, backend="reference")
     assert path.gap is not None
     return Certificate(path.losses, dense_loss, smoothness("mse", outputs), variance, path.gap)
 
