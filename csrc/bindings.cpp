@@ -1,4 +1,4 @@
-// The module, and the CPU's kernels.
+// The module and the CPU's kernels.
 #include "bindings.h"
 
 #include <chrono>
@@ -15,7 +15,7 @@ namespace {
 const char* active_name = instruction_sets()[0];
 const Kernels* active = kernels_for(active_name);
 
-// Python callbacks behind the plain Caller. An exception ends the kernel and is raised after it.
+// The Python callbacks behind a Caller. An exception ends the kernel and is raised after its end.
 class PythonCaller {
  public:
   PythonCaller(int threads, py::object step, py::object fetch, py::object sum)
@@ -53,7 +53,7 @@ class PythonCaller {
 
   static int step(void* self, int64_t k, int64_t unit, double loss) {
     auto* caller = static_cast<PythonCaller*>(self);
-    if (caller->step_.is_none()) {  // still look for Ctrl-C, but not at every microsecond's step
+    if (caller->step_.is_none()) {  // look for Ctrl-C, but not at every step of a microsecond
       const auto now = std::chrono::steady_clock::now();
       if (now - caller->asked_ < std::chrono::milliseconds(50)) return 0;
       caller->asked_ = now;

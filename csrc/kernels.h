@@ -106,7 +106,8 @@ struct Quadratic {
   double target_norm;           // |t|^2
   double rounding;              // bound on the error of G_ij, relative to |phi_i| |phi_j|
   double* state;                // (N)  c_j = <phi_j, z>; zero on entry
-  // The features, from which candidates that rounding leaves open are scored again. Or null.
+  // The features, to score candidates again that rounding makes undecidable. Or null, and the
+  // fields below are null, too.
   const Features* features;
   const double* outgoing;    // (N, C)
   const double* target;      // (C, m)  t
@@ -280,7 +281,7 @@ struct Progress {
   int64_t length;            // picks made
   int64_t distinct;          // distinct units among them
   int64_t missing;           // 1 + the unit whose column the next step needs; 0: none is missing
-  int64_t done;              // 1: nothing is left to pick, or the rule asks for no more
+  int64_t done;              // 1: no unit can be picked, or the rule asks for no more
   int64_t scored, rescored;  // as in Path
   // Squared error: sums over the picks of beta, c and |phi|.
   double beta_sum, state_sum, phi_norm_sum;
@@ -291,7 +292,7 @@ struct Progress {
   double linear_sum;
 };
 
-// The number of sums that make up a candidate's loss or slope on so many samples.
+// The number of partial sums of a candidate's loss or slope on `samples` samples.
 int64_t candidate_pieces(int64_t samples);
 
 // As Kernels::candidate_loss_f64, without errors.

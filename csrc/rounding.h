@@ -1,4 +1,4 @@
-// How far rounding can move what the kernels compute: every such bound of the CPU and of CUDA.
+// Bounds on the rounding errors of what the kernels compute, for the CPU and for CUDA.
 //
 // The scores of candidates come with error bounds. Candidates whose bounds overlap with the lowest
 // score's are scored again, more exactly; so a bound that is too small could cost a pick, and one
@@ -104,8 +104,12 @@ double slope_rounding(int64_t outputs, int64_t in_real, int64_t in_float64) {
 // in the last place. (That of squared error is rounded twice: less than its slope's error.)
 constexpr int kGradientRoundings = 16;
 
-// A term that is linear in the outputs: three operations on numbers at hand.
+// The linear term of a loss, shrink * <linear, z + phi_j> + <linear, bias>: three operations on
+// sums.
 constexpr int kLinearRoundings = 4;
+// These sums in float64 on a GPU, beyond one over the outputs: over the tiles, warps and lanes of a
+// piece of the samples, and over at most 64 pieces.
+constexpr int kPieceRoundings = 128;
 
 // A float64 total over samples and outputs: the loss, or <gradient, z> beyond its number of terms.
 constexpr int kTotalRoundings = 32;

@@ -11,7 +11,7 @@ from conftest import TOLERANCE, Kernels
 from torch import Tensor, nn
 
 from greedyprune.data.losses import Target, criterion_of
-from greedyprune.kernels import least_squares, ops, products, reference
+from greedyprune.kernels import backend, least_squares, ops, products, reference
 from greedyprune.kernels.backend import extension
 from greedyprune.kernels.loop import greedy
 from greedyprune.kernels.path import Exact, Moments, Path, Rule
@@ -460,8 +460,8 @@ def test_quadratic_objective_by_hand() -> None:
     gram = torch.tensor([[1.0, 3.0], [3.0, 9.0]]).double()
     sums = Moments(1, 1.0, torch.tensor([1.0, 9.0]).double(), torch.tensor([2.0, 6.0]).double(),
                    4.0, 0.0, 0.0, 4.0)  # fmt: skip
-    for backend in ("cpu", "reference"):
-        path = ops.greedy_gram(gram, sums, Rule(2, 3, True), backend=backend)
+    for name in ("cpu", "reference"):
+        path = ops.greedy_gram(gram, sums, Rule(2, 3, True), backend=name)
         assert path.order.tolist() == [0, 1]  # a tie at first: both are off by 1
         assert path.losses.tolist() == [1.0, 0.0]
         # At u = 1: L' = 2 (1 - 2) = -2, <L', u> = -2, min over phi: -6. At u = 2 it is optimal.
@@ -509,7 +509,7 @@ def test_constants_that_are_in_c_and_in_python() -> None:
     assert extension().dependent == least_squares.DEPENDENT
 
 
-@pytest.mark.parametrize("module", [ops, least_squares])
+@pytest.mark.parametrize("module", [ops, least_squares, backend])
 def test_examples_in_docstrings(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module)
     assert tried > 0

@@ -21,7 +21,7 @@ template <class Real>
 struct Scoring {
   double* partial;       // (n, pieces)
   const int64_t* units;  // (n), or null: all
-  const int64_t* count;  // only so many of them, or null
+  const int64_t* count;  // the number of them on the device, or null: n
   int64_t n;
   Features features;
   const double* reach;    // (N) or null: see kernels.h

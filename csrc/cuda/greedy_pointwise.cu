@@ -153,9 +153,9 @@ struct FinishLoss {
                       ? shrink * linear_slopes[i]
                       : *p.linear_bias + shrink * (progress->linear_sum + p.linear_unit[unit]);
     *loss += term;
-    return error +
-           Number<double>::epsilon * (kLinearRoundings * fabs(term) +
-                                      shrink * (outputs + 128) * p.linear_norm * phi_norm(p, unit));
+    return error + Number<double>::epsilon *
+                       (kLinearRoundings * fabs(term) +
+                        shrink * (outputs + kPieceRoundings) * p.linear_norm * phi_norm(p, unit));
   }
 };
 
