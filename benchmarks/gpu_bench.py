@@ -38,7 +38,7 @@ from greedyprune.kernels import ops, reference
 from greedyprune.kernels.backend import extension
 from greedyprune.kernels.path import Moments, Rule
 from greedyprune.kernels.products import add_upper_product
-from greedyprune.kernels.structs import Struct, features_struct, target_struct
+from greedyprune.kernels.structs import Structs
 
 DEVICE = torch.device("cuda")
 CANDIDATES = ((1024, 8192, 10, 45e-6), (4096, 16384, 100, None))  # m, N, C and a goal in seconds
@@ -118,7 +118,7 @@ def candidates(kind: str, m: int, n: int, c: int) -> Candidates:
 
 def prepared(p: Candidates, dtype: torch.dtype) -> tuple[Callable[[], None], Tensor]:
     """One call of the float32 kernel without anything around it, and the losses it writes."""
-    keep, n = Struct(), len(p.features)
+    structs, n = Structs(), len(p.features)
     features = p.features.to(dtype)
     m, c = p.base.shape
     target = Criterion(p.kind).target(p.targets, (m, c))
@@ -132,12 +132,12 @@ def prepared(p: Candidates, dtype: torch.dtype) -> tuple[Callable[[], None], Ten
     with _cuda.stream_of(DEVICE) as current:
         stream = current
     arguments = (
-        losses.data_ptr(), partial.data_ptr(), units.data_ptr(), n, features_struct(keep, features),
+        losses.data_ptr(), partial.data_ptr(), units.data_ptr(), n, structs.features(features),
         reach.data_ptr(), p.outgoing.data_ptr(), 1.0, base.data_ptr(),
-        target_struct(keep, target, torch.float32, 1 / target.mass),
+        structs.target(target, torch.float32, 1 / target.mass),
         stream,
     )  # fmt: skip
-    held = (keep, reach, base, partial, units, p)
+    held = (structs, reach, base, partial, units, p)
 
     def call(held: object = held) -> None:
         extension().cuda_candidate_loss_f32(*arguments)
