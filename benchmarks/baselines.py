@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from greedyprune import reference
-from greedyprune.losses import Criterion
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import reference
 
 CHUNKS = (1, 4, 16, 64, 256, 1024)
 LARGEST = 2**28  # bytes of one temporary: the best chunks are far smaller

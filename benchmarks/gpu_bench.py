@@ -32,12 +32,13 @@ from baselines import (
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import _cuda, ops, reference
-from greedyprune._backend import extension
-from greedyprune._structs import Struct, features_struct, target_struct
-from greedyprune.losses import Criterion
-from greedyprune.moments import add_upper_product
-from greedyprune.reference import Moments, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import cuda as _cuda
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.backend import extension
+from greedyprune.kernels.path import Moments, Rule
+from greedyprune.kernels.products import add_upper_product
+from greedyprune.kernels.structs import Struct, features_struct, target_struct
 
 DEVICE = torch.device("cuda")
 CANDIDATES = ((1024, 8192, 10, 45e-6), (4096, 16384, 100, None))  # m, N, C and a goal in seconds

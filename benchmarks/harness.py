@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import greedyprune
-from greedyprune import _backend
+from greedyprune.kernels import backend as _backend
 
 T = TypeVar("T")
 BUDGET = 2.0  # seconds that the rounds of one benchmark take together, about

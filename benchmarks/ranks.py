@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import distributed, multiprocessing, nn
 
 import greedyprune
-from greedyprune import ops
-from greedyprune.distributed import ROWS, Ranks
-from greedyprune.losses import Criterion
-from greedyprune.objectives import COLUMNS_PER_PICK, THIN_RATE, columns_are_cheaper
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops
+from greedyprune.objectives.output_loss import COLUMNS_PER_PICK, THIN_RATE, columns_are_cheaper
+from greedyprune.runtime.distributed import ROWS, Ranks
 
 BATCH = 512  # samples a forward pass
 EXCHANGES = 200

@@ -15,8 +15,8 @@ from limits import Limits, candidates_floor
 from problems import candidates
 from torch import Tensor
 
-from greedyprune import ops, reference
-from greedyprune.losses import Criterion, Target
+from greedyprune.data.losses import Criterion, Target
+from greedyprune.kernels import ops, reference
 
 
 @dataclass(frozen=True)

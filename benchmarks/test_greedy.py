@@ -16,9 +16,9 @@ from problems import candidates, network
 from torch import Tensor
 from watching import gram_builder
 
-from greedyprune import ops, reference
-from greedyprune.losses import Criterion
-from greedyprune.reference import Moments, Path, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Moments, Path, Rule
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from harness import Bench
 from torch import Tensor, nn
 from torch.nn import functional
 
-from greedyprune.data import Batches
-from greedyprune.graph import Graph, Group
-from greedyprune.losses import Criterion
-from greedyprune.network import Network
-from greedyprune.surgery import scaled_weight
+from greedyprune.data.batches import Batches
+from greedyprune.data.losses import Criterion
+from greedyprune.graph.groups import Graph, Group
+from greedyprune.objectives.network_loss import Network
+from greedyprune.surgery.cut import scaled_weight
 
 SHARE = 0.5  # of a layer's units that are picked already
 

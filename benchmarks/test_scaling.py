@@ -15,9 +15,9 @@ from problems import candidates, network
 from torch import Tensor
 
 import greedyprune
-from greedyprune import ops
-from greedyprune.losses import Criterion
-from greedyprune.reference import Moments, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops
+from greedyprune.kernels.path import Moments, Rule
 
 KINDS = ("cross_entropy", "bce_with_logits", "mse")
 

@@ -14,9 +14,10 @@ from harness import clocked
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import Selection, paths
-from greedyprune.objectives import Solver
-from greedyprune.reference import Path
+from greedyprune import Selection
+from greedyprune.kernels.path import Path
+from greedyprune.objectives import paths
+from greedyprune.objectives.output_loss import Solver
 
 
 @dataclass

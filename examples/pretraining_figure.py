@@ -15,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from greedyprune.theory import Growth, crossing, growth
+from greedyprune.pretraining.theory import Growth, crossing, growth
 
 
 class Curve(NamedTuple):

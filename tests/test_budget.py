@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import greedyprune
 from greedyprune import budget, knapsack
 from greedyprune.budget import knapsack_of
-from greedyprune.data import Batch
-from greedyprune.graph import analyse, find_groups
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import analyse, find_groups
 from greedyprune.knapsack import Knapsack, solve
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import greedyprune
-from greedyprune import Selection, checkpoint
-from greedyprune.data import Batches
+from greedyprune import Selection
+from greedyprune.data.batches import Batches
+from greedyprune.runtime import checkpoint
 
 KILLS = int(os.environ.get("GREEDYPRUNE_KILLS", "28"))  # of the test that kills at random moments
 NAMES = [
@@ -69,7 +70,7 @@ def stopped(at: int, call: Callable[[], object], *, after: bool = True) -> bool:
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, sys.modules["greedyprune.selection"]):
+        for module in (checkpoint, sys.modules["greedyprune.surgery.selection"]):
             for name in ("write_tensors", "write_json"):
                 if hasattr(module, name):
                     patch.setattr(module, name, counting(getattr(module, name)))
@@ -391,7 +392,7 @@ def test_without_a_checkpoint_loaders_shuffle_anew() -> None:
 HOLDS = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from greedyprune.checkpoint import Checkpoint
+from greedyprune.runtime.checkpoint import Checkpoint
 with Checkpoint(sys.argv[2], {}):
     print("held", flush=True)
     time.sleep(60)
@@ -477,7 +478,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from greedyprune import checkpoint
+from greedyprune.runtime import checkpoint
 from test_checkpoint import select
 checkpoint.SHARE = 0
 for line in sys.stdin:

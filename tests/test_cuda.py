@@ -18,10 +18,11 @@ from test_kernels import CRITERIA, Problem, moments_of
 from torch import nn
 
 import greedyprune
-from greedyprune import _backend, ops, reference
-from greedyprune.reference import Path as GreedyPath
-from greedyprune.reference import Rule
-from greedyprune.surgery import masked
+from greedyprune.kernels import backend as _backend
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Path as GreedyPath
+from greedyprune.kernels.path import Rule
+from greedyprune.surgery.cut import masked
 
 ROOT = Path(__file__).parents[1]
 on_cuda = pytest.mark.parametrize("on", ["emulated", ON_GPU], indirect=True)

@@ -12,12 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import ways
-from greedyprune.data import Batch
-from greedyprune.graph import Group, analyse, find_groups
-from greedyprune.replay import Replay
-from greedyprune.surgery import masked
-from greedyprune.walk import NotPrunableError
+from greedyprune import plan as ways
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import Group, analyse, find_groups
+from greedyprune.graph.propagate import NotPrunableError
+from greedyprune.graph.replay import Replay
+from greedyprune.surgery.cut import masked
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
 each_weights = pytest.mark.parametrize("weights", ["counts", "uniform", "none", "refit"])

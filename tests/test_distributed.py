@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import Selection, checkpoint, distributed, files
+from greedyprune import Selection
+from greedyprune.runtime import checkpoint, distributed, files
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
 
@@ -319,7 +320,7 @@ def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int
         patch.setattr(checkpoint, "SECONDS", 0.0)
         patch.setattr(checkpoint, "SHARE", 0)
         patch.setattr(checkpoint, "write_tensors", counted)
-        patch.setattr(sys.modules["greedyprune.selection"], "write_tensors", counted)
+        patch.setattr(sys.modules["greedyprune.surgery.selection"], "write_tensors", counted)
         case = CASES[name]
         return greedyprune.select(
             case.model(), part(rank, 4, case.targets), checkpoint=folder,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Selection
-from greedyprune._backend import extension
-from greedyprune.distributed import Ranks
+from greedyprune.kernels.backend import extension
+from greedyprune.runtime.distributed import Ranks
 
 
 @pytest.fixture(scope="module")

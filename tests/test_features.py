@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import greedyprune
-from greedyprune.data import Batch, Batches
-from greedyprune.distributed import ALONE
-from greedyprune.features import LayerData
-from greedyprune.graph import analyse, find_groups
-from greedyprune.losses import criterion_of
-from greedyprune.moments import add_upper_product, mirror, moments
-from greedyprune.settings import resolve
+from greedyprune.data.batches import Batch, Batches
+from greedyprune.data.losses import criterion_of
+from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.kernels.products import add_upper_product, mirror
+from greedyprune.objectives.features import LayerData
+from greedyprune.objectives.moments import moments
+from greedyprune.objectives.options import resolve
+from greedyprune.runtime.distributed import ALONE
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3)).eval()

@@ -5,9 +5,10 @@ import torch
 from conftest import Kernels
 from torch import Tensor
 
-from greedyprune import objectives, ops, reference
-from greedyprune.losses import Criterion
-from greedyprune.reference import Moments, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Moments, Rule
+from greedyprune.objectives import output_loss as objectives
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 

@@ -11,10 +11,11 @@ from networks import NETWORKS, Inputs, network, outputs_of
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import fisher
-from greedyprune.data import Batches
-from greedyprune.evaluation import bars, evaluating
-from greedyprune.surgery import masked
+from greedyprune.data.batches import Batches
+from greedyprune.data.forward import evaluating
+from greedyprune.objectives import fisher
+from greedyprune.runtime.progress import bars
+from greedyprune.surgery.cut import masked
 
 
 def data_of(inputs: Inputs) -> object:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune.data import Batch
-from greedyprune.graph import Group, analyse, find_groups
-from greedyprune.walk import NotPrunableError, Slice
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import Group, analyse, find_groups
+from greedyprune.graph.propagate import NotPrunableError, Slice
 
 
 class Net(nn.Module):

@@ -8,10 +8,12 @@ import torch
 from conftest import TOLERANCE, Kernels
 from torch import Tensor, nn
 
-from greedyprune import _backend, ops, reference
-from greedyprune._structs import Struct, features_struct, target_struct
-from greedyprune.losses import Target, criterion_of
-from greedyprune.reference import Moments, Path, QuadraticObjective, Rule
+from greedyprune.data.losses import Target, criterion_of
+from greedyprune.kernels import backend as _backend
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Moments, Path, Rule
+from greedyprune.kernels.reference import QuadraticObjective
+from greedyprune.kernels.structs import Struct, features_struct, target_struct
 
 CRITERIA = {
     "mse": nn.MSELoss(),

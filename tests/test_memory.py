@@ -15,11 +15,12 @@ from processes import Team
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import memory, ways
-from greedyprune.features import BLOCK
-from greedyprune.graph import Group
-from greedyprune.program import Program
-from greedyprune.room import free_in_cgroups
+from greedyprune import plan as ways
+from greedyprune.graph.executor import Program
+from greedyprune.graph.groups import Group
+from greedyprune.kernels.products import BLOCK
+from greedyprune.objectives import memory
+from greedyprune.runtime.free_memory import free_in_cgroups
 
 UNITS = 3200  # a matrix of them takes 82 MB
 BATCH = 32

@@ -412,7 +412,9 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_docstring_example() -> None:
     names = {"torch": torch, "nn": nn, "greedyprune": greedyprune}
-    failed, tried = doctest.testmod(sys.modules["greedyprune.monitor"], extraglobs=names)
+    failed, tried = doctest.testmod(
+        sys.modules["greedyprune.pretraining.monitor"], extraglobs=names
+    )
     assert tried > 3
     assert not failed
 

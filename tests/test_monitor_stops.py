@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 import greedyprune
 from greedyprune import Check, PretrainingMonitor
-from greedyprune.history import LayerCheck
-from greedyprune.stopping import rule_of
+from greedyprune.pretraining.history import LayerCheck
+from greedyprune.pretraining.stopping import rule_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,8 +120,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         clock.now += clock.check
         return select(*args, **kwargs)
 
-    monkeypatch.setattr("greedyprune.monitor.select", slow)
-    monkeypatch.setattr("greedyprune.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("greedyprune.pretraining.monitor.select", slow)
+    monkeypatch.setattr(
+        "greedyprune.pretraining.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now)
+    )
     return clock
 
 

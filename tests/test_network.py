@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import network as network_loss
-from greedyprune.distributed import ALONE
-from greedyprune.settings import resolve
-from greedyprune.surgery import masked, scaled_weight
+from greedyprune.objectives import network_loss as network_loss
+from greedyprune.objectives.options import resolve
+from greedyprune.runtime.distributed import ALONE
+from greedyprune.surgery.cut import masked, scaled_weight
 
 Pair = tuple[Inputs, Tensor]
 

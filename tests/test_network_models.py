@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import network as network_loss
-from greedyprune import program
+from greedyprune.graph import executor as program
+from greedyprune.objectives import network_loss as network_loss
 
 
 class Computed(nn.Module):

@@ -17,9 +17,9 @@ from conftest import INSTRUCTION_SETS
 from torch import nn
 
 import greedyprune
-from greedyprune import ops
-from greedyprune.losses import Criterion
-from greedyprune.reference import Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops
+from greedyprune.kernels.path import Rule
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,7 +130,7 @@ def test_kernels_release_the_interpreter() -> None:
 
 
 def test_progress_bars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("greedyprune.evaluation.BAR_DELAY", 1e-9)
+    monkeypatch.setattr("greedyprune.runtime.progress.BAR_DELAY", 1e-9)
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
     data = torch.randn(20, 3), torch.randn(20, 2)
 

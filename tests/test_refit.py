@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from greedyprune import ops, reference
-from greedyprune.reference import Rule
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Rule
 
 
 class Fits:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import refitting
-from greedyprune.refitting import DAMPING
+from greedyprune.surgery import refit as refitting
+from greedyprune.surgery.refit import DAMPING
 
 # Convolutions over images and Linears, of which torch has the patches.
 PLAIN = ["resnet", "vgg", "excited", "bert", "gpt2", "llama", "vit"]

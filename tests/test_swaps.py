@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_refit import Fits
 
-from greedyprune import ops, reference, swaps
-from greedyprune.reference import Rule
+from greedyprune.kernels import exchange as swaps
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Rule
 
 
 def exchanged(p: Fits, kept: torch.Tensor, limit: int, backend: str = "cpu") -> torch.Tensor:

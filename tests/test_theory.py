@@ -10,8 +10,14 @@ from oracle import Dense, problem
 from torch import nn
 
 import greedyprune
-from greedyprune import theory
-from greedyprune.theory import certificate, certificate_of_gram, crossing, decay, growth
+from greedyprune.pretraining import theory
+from greedyprune.pretraining.theory import (
+    certificate,
+    certificate_of_gram,
+    crossing,
+    decay,
+    growth,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

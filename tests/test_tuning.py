@@ -12,7 +12,7 @@ from test_refitting import data_of
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune.surgery import masked
+from greedyprune.surgery.cut import masked
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "gpt2", "llama", "vit"])

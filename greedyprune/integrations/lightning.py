@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..monitor import PretrainingMonitor
+from ..pretraining.monitor import PretrainingMonitor
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _backend
-from ..data import Batches
-from ..evaluation import evaluating
-from ..graph import LAYERS, Group
-from ..imitation import Sums, collect, losses_of
-from ..memory import bytes_of, turns
-from ..reference import Rule
-from ..room import room
-from ..walk import NotPrunableError, Slice
+from ..data.batches import Batches
+from ..data.forward import evaluating
+from ..graph.groups import LAYERS, Group
+from ..graph.propagate import NotPrunableError, Slice
+from ..kernels import backend as _backend
+from ..kernels.path import Rule
+from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path
+from ..objectives.memory import bytes_of, turns
+from ..runtime.free_memory import room
 
 try:
     from torch_pruning.pruner.importance import Importance
@@ -113,12 +113,10 @@ class GreedyImportance(Importance):
     def _scored(self, groups: list[Group]) -> dict[nn.Module, Tensor]:
         batches = Batches(self._data, self._model)
         limit = room(batches.device)
-        needed = {
-            group.producer: bytes_of(
-                self._model, group, Rule(group.units, group.units, False), "none"
-            )
+        needed = [
+            bytes_of(self._model, group, Rule(group.units, group.units, False), "none")
             for group in groups
-        }
+        ]
         backend = _backend.resolve("auto", batches.on_gpu)
         scores: dict[nn.Module, Tensor] = {}
         for some in turns(groups, needed, limit):
@@ -139,12 +137,12 @@ class GreedyImportance(Importance):
         return scores
 
 
-def _scores(sums: Sums, backend: str) -> Tensor:
+def _scores(sums: LayerProducts, backend: str) -> Tensor:
     """The scores of a group's units: (N,) float64."""
     gram, moments = sums.moments()
     units = sums.group.units
-    order = sums.path_unscaled(gram, moments, Rule(units, units, False), backend).order
-    losses = losses_of(order, "none", gram, moments)
+    order = unscaled_path(gram, moments, Rule(units, units, False), backend).order
+    losses = reweighted_losses(order, "none", gram, moments)
     left = torch.cat([losses.new_tensor([moments.empty_loss]), losses[:-1]])
     left = left.flip(0).cummax(0).values.flip(0) / (moments.empty_loss or 1.0)
     return torch.empty_like(left).index_copy_(0, order, left + EVEN * torch.arange(units, 0, -1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..monitor import PretrainingMonitor
+from ..pretraining.monitor import PretrainingMonitor
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
