@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from greedyprune.data.batches import Batches
 from greedyprune.data.losses import Criterion
-from greedyprune.graph.groups import Graph, Group
+from greedyprune.graph.groups import Group, group_of
+from greedyprune.graph.tracing import Graph
 from greedyprune.objectives.network_loss import Network
 from greedyprune.surgery.cut import scaled_weight
 
@@ -49,7 +50,9 @@ def problem_of(case: Case) -> tuple[nn.Sequential, Group, tuple[Tensor, Tensor],
     model(data[0])
     model.eval().requires_grad_(False)
     graph = Graph(model, (data[0][:2],), {})
-    group = next(graph.group(name, node) for name, node in graph.producers() if name == case.layer)
+    group = next(
+        group_of(graph, node) for node, layer in graph.layers.items() if layer.name == case.layer
+    )
     batches, criterion = Batches(data, model), Criterion("cross_entropy")
     network = Network(model, batches, criterion, 2**32, lambda source, _: source, traced=True)
     network.stop_before(group.consumer)

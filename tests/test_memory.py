@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import plan as ways
-from greedyprune.graph.executor import Program
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.groups import Group
 from greedyprune.kernels.products import BLOCK
 from greedyprune.objectives import memory
@@ -128,15 +128,15 @@ def test_values_between_layers_are_in_the_limit(
         nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 800), nn.ReLU(), nn.Linear(800, 8), nn.ReLU(),
         nn.Linear(8, 8),
     )  # fmt: skip
-    run, calls, most = Program.run, 0, 0
+    run, calls, most = GraphExecutor.run, 0, 0
 
-    def watched(self: Program, *args: Any) -> None:
+    def watched(self: GraphExecutor, *args: Any) -> None:
         nonlocal calls, most
         calls += 1
         most = most if calls % 12 else max(most, bytes_alive())
         run(self, *args)
 
-    monkeypatch.setattr(Program, "run", watched)
+    monkeypatch.setattr(GraphExecutor, "run", watched)
     before, found = bytes_alive(), []
     for fits in (True, False):
         most = 0

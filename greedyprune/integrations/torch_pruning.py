@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.forward import evaluating
-from ..graph.groups import LAYERS, Group
+from ..graph.groups import Group
 from ..graph.propagate import NotPrunableError, Slice
+from ..graph.tracing import LAYER_TYPES
 from ..kernels import backend as _backend
 from ..kernels.path import Rule
 from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path
@@ -163,7 +164,7 @@ def _consumers(group: Any) -> list[Any]:
 
 def _slice(layer: nn.Module, item: Any, units: int) -> Slice | None:
     """Where a layer's inputs have the units' entries; None if it has others, too."""
-    if type(layer) not in LAYERS or getattr(layer, "groups", 1) > 1:
+    if type(layer) not in LAYER_TYPES or getattr(layer, "groups", 1) > 1:
         return None
     inputs = layer.get_parameter("weight").shape[1]
     if inputs % units:

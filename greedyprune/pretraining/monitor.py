@@ -259,7 +259,9 @@ class PretrainingMonitor:
             if self._held_out is not None:
                 held_out = Batches(self._held_out, self._model)
                 _held_out(lambda: measure(self._model, [held_out.first()], criterion, self._metric))
-            for group in groups_of(self._model, first, request):
+            for group in groups_of(
+                self._model, first, request.layers, request.consumers, request.sized_layers
+            ):
                 judge = judge_of(request, group)
                 request.rule(group, by_loss=judge in (OUTPUT_LOSS, NETWORK_LOSS))
         return criterion
