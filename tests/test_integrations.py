@@ -158,17 +158,17 @@ class Joined(nn.Module):
 def test_what_can_t_be_scored() -> None:
     model, images = network("resnext")
     importance, graph = GreedyImportance(model, images), graph_of(model, images)
-    with pytest.raises(ValueError, match=r"'4', which no layer takes, .* put '4' into ignored_"):
+    with pytest.raises(ValueError, match=r"'4', but no layer takes them; .* put '4' into ignored_"):
         importance(group_of(graph, model[4]))
-    with pytest.raises(ValueError, match=r"'0', which '2' takes otherwise, expected"):
+    with pytest.raises(ValueError, match=r"'0', but not all inputs of '2' are theirs; exp"):
         importance(group_of(graph, model[0]))
     joined, x = Joined().eval(), torch.randn(4, 3, 5, 5)
-    with pytest.raises(ValueError, match=r"'a', which 'c' takes otherwise, expected"):
+    with pytest.raises(ValueError, match=r"'a', but not all inputs of 'c' are theirs; exp"):
         GreedyImportance(joined, x)(group_of(graph_of(joined, x), joined.a))
     fused = nn.ModuleDict({"qkv": nn.Linear(4, 6), "proj": nn.Linear(2, 4)})
     fused.forward = lambda x: fused.proj(fused.qkv(x).chunk(3, -1)[0])
     x = torch.randn(5, 4)
-    with pytest.raises(ValueError, match=r"'qkv', which 'proj' takes otherwise, expected"):
+    with pytest.raises(ValueError, match=r"'qkv', but not all inputs of 'proj' are theirs"):
         GreedyImportance(fused, x)(group_of(graph_of(fused, x), fused.qkv))
     with pytest.raises(TypeError, match="model: found int, expected"):
         GreedyImportance(3, images)  # type: ignore[arg-type]

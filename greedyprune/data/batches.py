@@ -111,7 +111,7 @@ class Batches:
         self.empty = False  # this rank has no samples; its `first` is another rank's
         # Sees every batch of a pass, if it is set.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
-        self._random, self._repeats = _random_of(self._source), False
+        self._random, self._repeats = _random_states(self._source), False
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
@@ -260,15 +260,22 @@ class Batches:
         return value.to(self._device, dtype, non_blocking=to_gpu)
 
 
-def _random_of(source: object) -> list[tuple[torch.Generator, Tensor]]:
-    """What a DataLoader shuffles by, torch's own random numbers at the least, as it is now."""
+def generators_of(source: object) -> list[torch.Generator]:
+    """The generators that a DataLoader and its samplers draw from, besides torch's global one."""
     if not isinstance(source, DataLoader):
         return []
     batched = source.batch_sampler
     owners = source, source.sampler, batched, getattr(batched, "sampler", None)
-    found = [getattr(each, "generator", None) for each in owners]
-    own = {id(each): each for each in found if isinstance(each, torch.Generator)}
-    return [(each, each.get_state()) for each in (torch.default_generator, *own.values())]
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
+
+
+def _random_states(source: object) -> list[tuple[torch.Generator, Tensor]]:
+    """The states of all generators that a DataLoader draws from, torch's global one included."""
+    if not isinstance(source, DataLoader):
+        return []
+    generators = torch.default_generator, *generators_of(source)
+    return [(generator, generator.get_state()) for generator in generators]
 
 
 def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:

@@ -16,7 +16,7 @@ from .propagate import IDENTITY, RESHAPING
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
 MOST_SHAPES = 16  # of batches: each shape takes a trace of its own
-SILENT = 1e-3  # channels scaled by less than this share of the largest scale are not corrected
+SMALLEST_SCALE = 1e-3  # of the largest one: channels that are scaled by less are not corrected
 
 # The values of nodes that have run and are still needed: tensors, or tuples of them.
 Values = dict[fx.Node, Any]
@@ -48,8 +48,8 @@ class LinearPath(NamedTuple):
         if self.scale is None:
             return difference
         scale = self.scale.reshape(-1, *[1] * (len(shape) - 2))
-        lively = scale.abs() > SILENT * scale.abs().max()
-        return torch.where(lively, difference / torch.where(lively, scale, 1.0), 0.0)
+        corrected = scale.abs() > SMALLEST_SCALE * scale.abs().max()
+        return torch.where(corrected, difference / torch.where(corrected, scale, 1.0), 0.0)
 
 
 class OverwrittenError(ValueError):

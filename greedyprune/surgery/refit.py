@@ -93,30 +93,38 @@ def refit(
     with ranks.together():
         model = unwrapped(model)
         check_made_for(model, selection)
-        if not is_int(epochs) or epochs < 0:
-            raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
-        if epochs and ranks.size > 1:
-            raise ValueError(
-                f"epochs: found {epochs} with {ranks.size} ranks, expected 0, or a process_group "
-                "of one process"
-            )
+        _check_epochs(epochs, ranks)
         memory_limit = positive_int("memory_limit", memory_limit)
-        batches = Batches(data, model, ranks)
-        batches.share_first()
-        if batches.once:
-            raise ValueError(
-                "data: found an iterator, but every layer takes a pass; expected a list, Dataset "
-                "or DataLoader"
-            )
+        batches = _batches_of(data, model, ranks)
         bar = bars(progress if ranks.rank == 0 else False)
         shared = memory_limit is None and not batches.on_gpu
         limit = ranks.memory(memory_limit or room(batches.device), shared)
-        kept = {
-            f"kept of {name!r}": repr(layer.kept.tolist())
-            for name, layer in selection.layers.items()
-        }
+        selected = selection.layers.items()
+        kept = {f"kept of {name!r}": repr(layer.kept.tolist()) for name, layer in selected}
         with same_on_all(ranks, model, kept):
             return _refit(model, selection, batches, epochs, limit, bar)
+
+
+def _check_epochs(epochs: int, ranks: Ranks) -> None:
+    if not is_int(epochs) or epochs < 0:
+        raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
+    if epochs and ranks.size > 1:
+        raise ValueError(
+            f"epochs: found {epochs} with {ranks.size} ranks, expected 0, or a process_group of "
+            "one process"
+        )
+
+
+def _batches_of(data: object, model: nn.Module, ranks: Ranks) -> Batches:
+    """The data as batches that can be read once for each layer."""
+    batches = Batches(data, model, ranks)
+    batches.share_first()
+    if batches.once:
+        raise ValueError(
+            "data: found an iterator, but every layer takes a pass; expected a list, Dataset or "
+            "DataLoader"
+        )
+    return batches
 
 
 def _refit(
