@@ -1,4 +1,4 @@
-"""Candidates by the loss of a whole network, `objective="loss"` inside it."""
+"""Candidates scored by the loss of a whole network, as `objective="loss"` does in inner layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from greedyprune.graph.tracing import Graph
 from greedyprune.objectives.network_loss import Network
 from greedyprune.surgery.cut import scaled_weight
 
-SHARE = 0.5  # of a layer's units that are picked already
+SHARE = 0.5  # the share of a layer's units that is already picked
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ QUICK = [Case("7.conv1", images=8, candidates=2)]
 
 @lru_cache(maxsize=1)
 def problem_of(case: Case) -> tuple[nn.Sequential, Group, tuple[Tensor, Tensor], Network, Tensor]:
-    """The network with statistics as if trained, the layer's group, and the factors so far."""
+    """The model, the layer's group, the data, the network to score with, and the units' factors.
+
+    One forward pass in training mode gives the batch norms their statistics.
+    """
     torch.manual_seed(0)
     model = resnet20()
     data = torch.randn(case.images, 3, 32, 32), torch.randint(10, (case.images,))
@@ -64,7 +67,7 @@ def problem_of(case: Case) -> tuple[nn.Sequential, Group, tuple[Tensor, Tensor],
 def plain_losses(
     model: nn.Module, group: Group, data: tuple[Tensor, Tensor], factors: Tensor, units: list[int]
 ) -> Tensor:
-    """As a user would write it: the whole network, masked, for each candidate."""
+    """As a user would write it: runs the whole masked network for each candidate."""
     weight = model.get_parameter(f"{group.consumer}.weight")
     dense, at, losses = weight.clone(), group.slices[f"{group.consumer}.weight"], []
     for unit in units:

@@ -18,7 +18,7 @@ import greedyprune
 from greedyprune import plan as ways
 from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.groups import Group
-from greedyprune.kernels.products import BLOCK
+from greedyprune.kernels.products import FLOAT64_ENTRIES
 from greedyprune.objectives import memory
 from greedyprune.runtime.free_memory import free_in_cgroups
 
@@ -100,7 +100,7 @@ def test_targets_are_in_the_limit(process: Team) -> None:
     """With squared error's work they are 160 times the features here: 960 MB."""
     limit = 40 * 2**20
     [taken] = process.results(1, many_targets, limit)
-    assert taken < limit + SLACK + 8 * BLOCK
+    assert taken < limit + SLACK + 8 * FLOAT64_ENTRIES
 
 
 def many_targets(_: int, limit: int) -> int:

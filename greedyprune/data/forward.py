@@ -101,8 +101,8 @@ def hooked(
     model: nn.Module,
     names: Iterable[str],
     *,
-    before: Callable[[str, Tensor], Tensor | None] | None = None,
-    after: Callable[[str, Tensor], Tensor | None] | None = None,
+    before: Callable[[str, Any], Tensor | None] | None = None,
+    after: Callable[[str, Any], Tensor | None] | None = None,
 ) -> Iterator[None]:
     """Calls before(name, input) and after(name, output) whenever one of these layers runs inside.
 
@@ -113,7 +113,7 @@ def hooked(
     def on_input(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             assert before is not None
-            value = before(name, args[0] if args else kwargs["input"])
+            value = before(name, args[0] if args else kwargs.get("input"))
             if value is None:
                 return None
             return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"input": value})
@@ -125,13 +125,13 @@ def hooked(
         return lambda _, __, output: after(name, output)
 
     handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
-        if after is not None:
-            handles.append(module.register_forward_hook(on_output(name)))
     try:
+        for name in names:
+            module = model.get_submodule(name)
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(on_output(name)))
         yield
     finally:
         for handle in handles:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..data.batches import Batch
+from ..data.forward import hooked
 from .propagate import (
     IDENTITY,
     RESHAPING,
@@ -347,12 +348,8 @@ def _calls(model: nn.Module, batch: Batch) -> tuple[list[tuple[str, object]], ob
     """The modules that run, in order, each with what it returns; and what the model returns."""
     calls: list[tuple[str, object]] = []
 
-    def record(name: str) -> Callable[[nn.Module, object, object], None]:
-        return lambda module, inputs, output: calls.append((name, output))
+    def record(name: str, output: object) -> None:
+        calls.append((name, output))
 
-    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
-    try:
+    with hooked(model, [name for name, _ in model.named_modules()], after=record):
         return calls, model(*batch.args, **batch.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..kernels.path import Moments
-from ..kernels.products import SOME, add_upper_product, mirror
+from ..kernels.products import COPIED_ROWS, add_upper_product, mirror
 from ..runtime.resume import Tensors
 from .features import InMemory, Streamed
 from .source import Block
@@ -107,5 +107,5 @@ def _add_outputs(
 
 def _weigh(gram: Tensor, outgoing: Tensor) -> None:
     """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), the upper half."""
-    for i in range(0, len(gram), SOME):
-        gram[i : i + SOME, i:] *= outgoing[i : i + SOME] @ outgoing[i:].T
+    for i in range(0, len(gram), COPIED_ROWS):
+        gram[i : i + COPIED_ROWS, i:] *= outgoing[i : i + COPIED_ROWS] @ outgoing[i:].T

@@ -39,9 +39,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.losses import KINDS, bound
-from ..kernels import backend as _backend
-from ..kernels import ops, reference
-from ..kernels.path import Moments, Path, Rule
+from ..kernels import backend as backends
+from ..kernels import ops
+from ..kernels.path import Moments, Rule
 from ..surgery.selection import LayerSelection, Selection
 
 Numbers = NDArray[np.float64]
@@ -180,16 +180,11 @@ def certificate_of_gram(
         samples, mass, gram.diagonal(), beta, target_norm, dense_loss,
         spread=variance / outputs, empty_loss=target_norm / mass,
     )  # fmt: skip
-    path = _greedy_gram(gram, moments, Rule(steps, size=len(gram) + 1, replacement=True))
+    rule = Rule(steps, size=len(gram) + 1, replacement=True)
+    backend = backends.resolve("auto", on_gpu=False)
+    path = ops.greedy_gram(gram, moments, rule, backend=backend)
     assert path.gap is not None
     return Certificate(path.losses, dense_loss, smoothness("mse", outputs), variance, path.gap)
-
-
-def _greedy_gram(gram: Tensor, moments: Moments, rule: Rule) -> Path:
-    """`ops.greedy_gram`, or the reference where the extension is not built."""
-    if _backend.resolve("auto", on_gpu=False) == "reference":
-        return reference.greedy_gram(gram, moments, rule)
-    return ops.greedy_gram(gram, moments, rule)
 
 
 @dataclass(frozen=True)

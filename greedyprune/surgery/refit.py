@@ -26,6 +26,7 @@ from ..graph.propagate import Slice
 from ..graph.replay import Replay
 from ..graph.tracing import Layer
 from ..graph.unfold import module_weight, unfolded_parts
+from ..kernels.least_squares import ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
 from ..runtime.distributed import Ranks, ranks_of, unwrapped
@@ -242,7 +243,8 @@ class _LeastSquares:
         """The change of the weights, (outputs, rows); the ridge leaves the constant free."""
         if self._factor is None:
             mirror(self._gram)
-            squares = self._gram.diagonal()[: len(self._gram) - (self._bias is not None)]
-            squares += DAMPING * float(squares.mean()) or 1.0  # 1: all features are 0
+            features = len(self._gram) - (self._bias is not None)
+            inputs = self._gram[:features, :features]
+            inputs.diagonal().add_(ridge(inputs, DAMPING))
             self._factor = torch.linalg.cholesky(self._gram)
         return torch.cholesky_solve(self._right, self._factor).T
