@@ -1,7 +1,8 @@
 """The package's docstrings in the form that mkdocstrings knows: a Griffe extension.
 
 The package writes a record's fields as `name: text` without a heading, several names before one
-text, "Example:" in the singular, and headings between the arguments of a long list.
+text, "Example:" in the singular, headings between the arguments of a long list, and equations as
+"README eq. 1".
 """
 
 from __future__ import annotations
@@ -14,6 +15,14 @@ import griffe
 
 ENTRY = re.compile(r"^(?P<indent> *)(?P<names>[a-z]\w*(?:, [a-z]\w*)*):(?P<text>(?: .*)?)$")
 SECTION = re.compile(r"^ *[A-Z][a-z]+:")
+EQUATION = re.compile(r"README eq\. (\d)")
+EQUATIONS = {  # where how-it-works.md has them
+    "1": "greedy-forward-selection",
+    "2": "squared-error-sums-over-samples-are-enough",
+    "3": "the-bound",
+    "4": "refit-least-squares-in-every-step",
+    "5": "gates-the-loss-to-second-order",
+}
 HEADING = re.compile(r"^  (?=\S)")  # between arguments, which are indented by four
 
 
@@ -26,7 +35,8 @@ class HouseStyle(griffe.Extension):
         lines = list(_sections(obj.docstring.value.split("\n")))
         if obj.is_class:
             lines = list(_fields(lines))
-        obj.docstring.value = "\n".join(_entries(lines))
+        text = "\n".join(_entries(lines))
+        obj.docstring.value = EQUATION.sub(lambda m: f"[{m[0]}][{EQUATIONS[m[1]]}]", text)
 
 
 def _sections(lines: list[str]) -> Iterator[str]:

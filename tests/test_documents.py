@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -19,6 +20,8 @@ OPTIONAL = {"lightning", "matplotlib", "sklearn", "torch_pruning", "transformers
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 IMPORT = re.compile(r"^ *(?:from|import) (?:greedyprune\.integrations\.)?(\w+)", re.MULTILINE)
 FENCED = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
+ABOUT = re.compile(r"^ *print\(.*# about ([^a-z]+)")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -29,6 +32,20 @@ def blocks(document: Path) -> list[str]:
         "\n" * text.count("\n", 0, block.start(2)) + textwrap.dedent(block[2])
         for block in BLOCK.finditer(text)
     ]
+
+
+class Printing:
+    """`print` for a document: numbers have to be near those of the line's comment, "# about 0.9"."""
+
+    def __init__(self, document: Path) -> None:
+        self.lines = document.read_text().split("\n")
+
+    def __call__(self, *values: object) -> None:
+        line = self.lines[sys._getframe(1).f_lineno - 1]
+        if about := ABOUT.match(line):
+            written = [float(number) for number in NUMBER.findall(about[1])]
+            found = [float(value) for value in values]  # type: ignore[arg-type]
+            assert found == pytest.approx(written, rel=0.1, abs=0.03), line
 
 
 def name(document: Path) -> str:
@@ -45,7 +62,7 @@ def test_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    names: dict[str, object] = {"__name__": "__main__"}
+    names: dict[str, object] = {"__name__": "__main__", "print": Printing(document)}
     for block in code:
         exec(compile(block, name(document), "exec"), names)
 
