@@ -1,4 +1,4 @@
-"""The package as a whole: what the README shows, the examples, builds without the extension."""
+"""The package as a whole: docstrings, examples, builds without the extension."""
 
 import doctest
 import importlib
@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -31,29 +30,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT
     )
-
-
-def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
-    model, small, selection = names["model"], names["small"], names["selection"]
-    assert isinstance(model, nn.Sequential)
-    assert isinstance(small, nn.Sequential)
-    assert small[0].out_features < model[0].out_features
-    # "Equivalent to": the plain loop picks what select picks.
-    plain, inputs, targets = names["plain_select"], names["inputs"], names["targets"]
-    inputs, targets = inputs[:300], targets[:300]
-    with torch.no_grad():
-        order = plain(
-            model[:2](inputs).T.double(), 512 * model[2].weight.T.double(), model[2].bias.double(),
-            lambda f: nn.functional.cross_entropy(f, targets), steps=5,
-        )  # fmt: skip
-    selection = greedyprune.select(model, (inputs, targets), steps=5)
-    assert selection.order.tolist() == order
 
 
 def modules_with_examples() -> list[str]:

@@ -79,20 +79,21 @@ class PretrainingMonitor:
         data: the inputs and targets that `select` uses: tensors, a Dataset, a DataLoader or a list.
             A few thousand training samples are enough. An iterator is refused, because every check
             needs a pass of its own.
-        steps: the number of greedy steps of each selection. None: 200, unless one of the options
-            size, tolerance and budget is given
+        steps: the number of greedy steps of each selection. None: 200, unless size or
+            tolerance is given
         every: iterations from one check to the next
         held_out: the data to measure losses and metrics on. None: `data`
         stop: the rule that ends pre-training. One of:
-            "plateau": the pruned network's loss has had no new lowest for `patience` checks
-            {"loss": x}: the pruned network's loss is at most x
-            {"metric": x}: the pruned network's metric is at least x
-            {"share": x}: the pruned network's metric is at least x times the dense network's. By
-            itself this can hold at the first check: early in training a pruned network can be ahead
-            of the dense one.
-            a mapping with several of these: all of them hold
-            "never"
-            a function of the history that returns a bool, or the reason to stop as a str
+
+            - "plateau": the pruned network's loss has had no new lowest for `patience` checks
+            - {"loss": x}: the pruned network's loss is at most x
+            - {"metric": x}: the pruned network's metric is at least x
+            - {"share": x}: the pruned network's metric is at least x times the dense network's. By
+              itself this can hold at the first check: early in training a pruned network can be
+              ahead of the dense one
+            - a mapping with several of these: all of them hold
+            - "never"
+            - a function of the history that returns a bool, or the reason to stop as a str
         patience: for "plateau": how many checks in a row may pass without a new lowest loss, as in
             Lightning's EarlyStopping
         min_delta: for "plateau": a loss is a new lowest if it is below the lowest so far by more
