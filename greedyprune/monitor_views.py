@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .figures import BLACK, BLUE, GREY, legend_below, panels_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -59,21 +61,15 @@ def _caption(monitor: PretrainingMonitor, with_gap: bool) -> Iterator[str]:
 
 def plot(monitor: PretrainingMonitor, where: str) -> Figure:
     """See `PretrainingMonitor.plot`; where: what losses and metrics were measured on."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
-
     names = ["loss"]
     if any(check.metric is not None for check in monitor.history):
         names.append("metric")
-    figure = Figure(figsize=(5.5 * len(names), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    figure, panels = panels_of(len(names))
     for panel, name in zip(panels, names, strict=True):
         _curves(panel, monitor, name)
         panel.set_xlabel("iterations of pre-training")
         panel.set_ylabel(f"{monitor.metric_name if name == 'metric' else name} on {where}")
-    panels[0].legend()
+    legend_below(figure)
     title = f"stop: {monitor.reason}" if monitor.reason else "pre-training goes on"
     figure.suptitle(textwrap.fill(title, 60 * len(names)), fontsize="medium")
     return figure
@@ -85,9 +81,9 @@ def _curves(panel: Axes, monitor: PretrainingMonitor, name: str) -> None:
     dense = [getattr(check, f"dense_{name}") for check in history]
     pruned = [getattr(check, name) for check in history]
     units = f", {history[-1].kept} of {history[-1].units} units" if history else ""
-    panel.plot(iterations, dense, "--", color="black", linewidth=1, label="dense")
-    panel.plot(iterations, pruned, marker="o", markersize=3, label=f"pruned{units}")
+    panel.plot(iterations, dense, "--", color=BLACK, linewidth=1, label="dense")
+    panel.plot(iterations, pruned, marker="o", markersize=4, color=BLUE, label=f"pruned{units}")
     if monitor.reason:
-        panel.axvline(iterations[-1], color="gray", linestyle=":", label="stop")
+        panel.axvline(iterations[-1], color=GREY, linestyle=":", label="stop")
     if name == "loss" and history and 0 < 10 * min(dense + pruned) < max(dense + pruned):
         panel.set_yscale("log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .costs import Budget, Cost
+from .figures import BLACK, BLUE, GREY, legend_below, panels_of
 from .files import read_tensors, write_tensors
 from .reference import Refit
 from .reweight import distinct_counts, factors
@@ -276,31 +278,29 @@ class Selection:
 
         ImportError without matplotlib (`pip install greedyprune[plot]`).
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
-
-        figure = Figure(figsize=(5.5 * len(self.layers), 3.6), layout="constrained")
-        axes = figure.subplots(1, len(self.layers), squeeze=False)[0]
-        for panel, (name, layer) in zip(axes, self.layers.items(), strict=True):
+        figure, panels = panels_of(len(self.layers))
+        for panel, (name, layer) in zip(panels, self.layers.items(), strict=True):
             k = torch.arange(1, len(layer.order) + 1)
-            panel.plot(k, layer.losses, label="pruned")
+            marker = "o" if len(k) < 10 else ""
+            panel.plot(k, layer.losses, marker=marker, markersize=4, color=BLUE, label="pruned")
             if layer.bound is not None:
-                panel.plot(k, layer.bound, ":", color="gray", label="proved bound (eq. 3)")
+                panel.plot(k, layer.bound, ":", color=GREY, label="proved bound (eq. 3)")
             dense = float(layer.dense_loss)
             lowest, highest = float(layer.losses.min()), float(layer.losses.max())
             if layer.bound is not None:
                 highest = max(highest, float(layer.bound.max()))
             if layer.objective == "loss":
-                panel.axhline(dense, linestyle="--", color="black", linewidth=1, label="dense")
+                panel.axhline(dense, linestyle="--", color=BLACK, linewidth=1, label="dense")
                 lowest = min(lowest, dense)
             if 0 < 10 * lowest < highest:
                 panel.set_yscale("log")
+            panel.locator_params(axis="x", integer=True, min_n_ticks=1)
             panel.set_xlabel("greedy steps k")
             panel.set_ylabel(f"{layer.objective} ({layer.loss})")
-            panel.set_title(f"layer {name}: {len(layer.kept)} of {len(layer.counts)} units kept")
-            panel.legend()
+            title = [*textwrap.wrap(f"layer {name}", 30)]
+            title.append(f"{len(layer.kept)} of {len(layer.counts)} units kept")
+            panel.set_title("\n".join(title), fontsize="medium")
+        legend_below(figure)
         return figure
 
     def __repr__(self) -> str:

@@ -1,0 +1,96 @@
+"""What `plot` draws can be read: no legend and no title covers a line or another text."""
+
+import itertools
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from pictures import covered, looks
+from torch import nn
+
+from greedyprune import PretrainingMonitor, Selection, select
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(*widths: int) -> tuple[nn.Sequential, tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden layers of so many units, and data to learn; always the same."""
+    torch.manual_seed(0)
+    pairs = itertools.pairwise([5, *widths, 3])
+    layers = [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())]
+    x = torch.randn(60, 5)
+    return nn.Sequential(*layers[:-1]), (x, x[:, :3].argmax(1))
+
+
+def a_selection(name: str) -> Selection:
+    if name == "squared error":
+        model, (x, _) = network(40)
+        return select(model, (x, x[:, :3]), steps=40)
+    widths, options = {
+        "the bound": ((40,), {"steps": 30}),
+        "a single step": ((40,), {"size": 1}),
+        "two layers": ((8, 6), {"size": 0.5}),
+        "eight layers": ((6,) * 8, {"size": 0.5}),
+    }[name]
+    return select(*network(*widths), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "panels"),
+    [("the bound", 1), ("a single step", 1), ("squared error", 1), ("two layers", 2),
+     ("eight layers", 8)],
+)  # fmt: skip
+def test_a_selection(name: str, panels: int) -> None:
+    figure = a_selection(name).plot()
+    assert covered(figure) == []
+    assert len(figure.axes) == panels
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == len(set(labels))
+    assert {line.get_label() for axes in figure.axes for line in axes.get_lines()} == set(labels)
+    assert len(set(looks(figure.axes[0]))) == len(looks(figure.axes[0]))
+
+
+def test_layers_with_long_names() -> None:
+    layer, = select(*network(40), steps=4).layers.values()  # fmt: skip
+    names = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(4)]
+    for some in (names, names[:2], names[:1]):
+        assert covered(Selection(dict.fromkeys(some, layer)).plot()) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": None}], ids=["accuracy", "loss only"])
+def test_a_monitor(options: dict[str, None]) -> None:
+    monitor = PretrainingMonitor(
+        *network(40), steps=10, every=1, max_overhead=None, patience=2, **options
+    )
+    assert covered(monitor.plot()) == []  # of nothing
+    while not monitor.step():
+        pass
+    figure = monitor.plot()
+    assert covered(figure) == []
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "dense", f"pruned, {monitor.history[-1].kept} of 40 units", "stop"
+    ]  # fmt: skip
+    assert len(set(looks(figure.axes[0]))) == 3
+
+
+def test_the_check_sees_what_it_is_for() -> None:
+    def picture() -> Figure:
+        figure = Figure()
+        for axes in figure.subplots(1, 2):
+            axes.plot([0, 1], [0, 1], label="up")
+        return figure
+
+    assert covered(picture()) == []
+    on_the_line = picture()
+    on_the_line.axes[0].legend(loc="center")
+    assert covered(on_the_line)[0] == "a legend on the line 'up'"
+    beside_the_line = picture()
+    beside_the_line.axes[0].legend(loc="upper left", fontsize=4)
+    assert covered(beside_the_line) == ["legend 0 on panel 0"]
+    wide = picture()
+    for axes in wide.axes:
+        axes.set_title("a long title " * 4)
+    assert "panel 0 on panel 1" in covered(wide)
+    outside = picture()
+    outside.legend(["up"], loc="lower center", bbox_to_anchor=(0.5, -0.1))
+    assert "legend 0 over the edge" in covered(outside)
