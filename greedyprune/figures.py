@@ -37,14 +37,14 @@ def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     return figure, grid[:count]
 
 
-def legend_below(figure: Figure) -> None:
-    """One legend for all panels, below them: each label once."""
+def legend_below(figure: Figure, columns: int | None = None) -> None:
+    """One legend for all panels, below them: each label once, in one row or so many columns."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        [*handles.values()], [*handles], loc="outside lower center", ncols=len(handles) or 1,
+        [*handles.values()], [*handles], loc="outside lower center", ncols=columns or len(handles),
         frameon=False,
     )  # fmt: skip
 
@@ -52,6 +52,7 @@ def legend_below(figure: Figure) -> None:
 def legend_above(axes: Axes, **options: Any) -> None:
     """The legend of one panel, on top of its frame; for a panel without a title."""
     axes.legend(
-        **{"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 9}
+        **{"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "frameon": False, "fontsize": 9}
+        | {"columnspacing": 1, "handlelength": 1.9, "labelspacing": 0.3, "borderaxespad": 0.2}
         | options
     )  # fmt: skip
