@@ -1,6 +1,9 @@
-"""What `plot` draws can be read: no legend and no title covers a line or another text."""
+"""The project's pictures can be read: no legend and no title covers a line or another text."""
 
 import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,13 @@ from pictures import covered, looks
 from torch import nn
 
 from greedyprune import PretrainingMonitor, Selection, select
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+import mnist_pretraining  # noqa: E402
+import pretraining_figure  # noqa: E402
+import results_table  # noqa: E402
+import scaling  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +81,49 @@ def test_a_monitor(options: dict[str, None]) -> None:
         "dense", f"pruned, {monitor.history[-1].kept} of 40 units", "stop"
     ]  # fmt: skip
     assert len(set(looks(figure.axes[0]))) == 3
+
+
+def test_the_mnist_example() -> None:
+    """From the results that are here: every network with two seeds, each size beside the other."""
+    results = mnist_pretraining.Results(ROOT / "examples/results/mnist_pretraining.csv")
+    for units, last, every in ((2048, 1500, 100), (5000, 2000, 250)):
+        trainings = [t for t in results.checks if t.units == units and t.seed < 2]
+        iterations = range(0, last + 1, every)
+        panels = mnist_pretraining.panels_of(results, trainings, iterations, None)
+        figure = pretraining_figure.picture(panels, "MNIST " * 20)
+        assert covered(figure) == []
+        marks = looks(figure.axes[len(panels)])  # of both networks, for some of the sizes
+        assert len(set(marks)) == len(marks)
+
+
+def test_the_cifar_example() -> None:
+    few = results_table.read_results(ROOT / "examples/results/cifar_cnn_quick.csv")
+    many = {
+        replace(cell, network=network, images=images): result
+        for cell, result in few.items() for network in ("resnet34", "mobilenetv2")
+        for images in (10000, 30000, 50000)
+    }  # fmt: skip
+    for results, panels in ((few, 1), (many, 6)):
+        figure = results_table.picture(results)
+        assert covered(figure) == []
+        assert len(figure.axes) == panels
+        assert len(set(looks(figure.axes[0]))) == len(looks(figure.axes[0])) == 4
+
+
+def test_the_benchmarks_scaling() -> None:
+    lines = {
+        "m": ["bce_with_logits", "cross_entropy", "mse"],
+        "steps": ["bce_with_logits", "cross_entropy", "mse, on the Gram matrix"],
+        "select": ["cross_entropy, 50 steps", "mse, 200 steps", "mse, half the units"],
+    }
+    points = [
+        scaling.Point(sweep, line, "m=1024, N=4096, C=8", x, x * (i + 1) * 1e-4)
+        for sweep, names in lines.items() for i, line in enumerate(names) for x in (256, 16384)
+    ]  # fmt: skip
+    figure = scaling.picture(points)
+    assert covered(figure) == []
+    for axes in figure.axes:
+        assert len(set(looks(axes))) == len(looks(axes)) == 4
 
 
 def test_the_check_sees_what_it_is_for() -> None:
