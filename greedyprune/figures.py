@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ _SIZES = {1: (5.5, 3.9), 2: (4.4, 3.6), 3: (3.4, 2.9)}  # inches of a panel, for
 
 
 def panels_of(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, at most three in a row.
+    """A figure with so many panels, at most three in a row, that a notebook shows.
 
     ImportError without matplotlib (`pip install greedyprune[plot]`).
     """
@@ -34,7 +36,14 @@ def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for unused in grid[count:]:
         unused.remove()
+    setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010  # what notebooks call
     return figure, grid[:count]
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def legend_below(figure: Figure, columns: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """The project's pictures can be read: no legend and no title covers a line or another text."""
 
 import itertools
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_a_monitor(options: dict[str, None]) -> None:
         "dense", f"pruned, {monitor.history[-1].kept} of 40 units", "stop"
     ]  # fmt: skip
     assert len(set(looks(figure.axes[0]))) == 3
+
+
+def test_a_notebook_shows_it() -> None:
+    """By its own method: pyplot registers figures only once it has made one."""
+    figure = a_selection("a single step").plot()
+    copied = pickle.loads(pickle.dumps(figure))
+    for each in (figure, copied):
+        assert each._repr_png_()[:4] == b"\x89PNG"
 
 
 def test_the_mnist_example() -> None:
