@@ -29,7 +29,7 @@ def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     except ImportError:
         raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
 
-    columns = min(3, count)
+    columns = 2 if count == 4 else min(3, count)
     rows = -(-count // columns)
     width, height = _SIZES[columns]
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
