@@ -297,7 +297,7 @@ def run(tasks: Iterable[tuple[Cell, Task]], file: Path) -> None:
     if rank() == 0:
         results = read_results(file)
         rich.print(*tables(results))
-        picture(results, file.with_suffix(".png"))
+        picture(results).savefig(file.with_suffix(".png"), dpi=120)
         print(f"results: {file}, picture: {file.with_suffix('.png')}")
     if dist.is_initialized():
         dist.barrier()  # without it, torch may abort the last process to leave
