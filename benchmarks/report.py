@@ -2,8 +2,8 @@
 
     python benchmarks/report.py RESULTS.json ... [--out FOLDER]
 
-Every number in it is computed here from the JSON; results of --quick say nothing about speed and go
-to another folder.
+Every number in the report is computed here from the JSON. Results of --quick say nothing about
+speed, so they have to go to another folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from goals import allowed, goals, loss_ratio, stochastic
 from results import OURS, Results, Row, ratio, read
-from scaling import Point, draw
+from scaling import Point, picture
 
 HERE = Path(__file__).parent
 Table = list[list[str]]
@@ -33,12 +33,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     points = scaling_points(results)
     if points:
-        draw(points, args.out / "scaling.png")
+        picture(points).savefig(args.out / "scaling.png", dpi=120)
     (args.out / "RESULTS.md").write_text("\n".join(report(results, bool(points))) + "\n")
     print(args.out / "RESULTS.md")
 
 
-def report(results: Results, picture: bool) -> list[str]:
+def report(results: Results, scaling: bool) -> list[str]:
     lines = ["# Results", ""]
     if results.quick:
         lines += ["**Tiny sizes, one round each (`--quick`): no number here says anything.**", ""]
@@ -76,7 +76,7 @@ def report(results: Results, picture: bool) -> list[str]:
         *memory(results),
         *overhead(results),
     ]  # fmt: skip
-    if picture:
+    if scaling:
         lines += ["## Scaling", "", "![time against sizes](scaling.png)", "", *slopes(results)]
     return lines + left_out(results)
 
@@ -210,7 +210,7 @@ def scaling_points(results: Results) -> list[Point]:
 
 
 def slopes(results: Results) -> list[str]:
-    """The exponent of each line, between its first and its last point."""
+    """The exponent of each line of the scaling figure, from its first to its last point."""
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in scaling_points(results):
         lines.setdefault((point.sweep, point.line), []).append(point)
@@ -240,7 +240,7 @@ def comparison(
     text: str,
     hide: Sequence[str] = (),
 ) -> list[str]:
-    """A row for each case: our time, the share of the limit, then every other way's time."""
+    """A table with a row for each case: our time, its share of the limit, the others' times."""
     cases = results.cases(table)
     hows = list(dict.fromkeys(how for case in cases for how in case if how not in [OURS, *hide]))
     limited = any(row.share is not None for case in cases for row in case.values())
@@ -295,7 +295,7 @@ def duration(seconds: float) -> str:
 
 
 def section(title: str, text: str, table: Table) -> list[str]:
-    """Nothing at all where the table has no rows but its head."""
+    """A section with a text and a table; no lines at all for a table without rows."""
     if len(table) < 2:
         return []
     return [f"## {title}", "", *([text, ""] if text else []), *markdown(table), ""]

@@ -1,6 +1,6 @@
-"""Looks into `select`: what its phases take and how often a candidate was scored again.
+"""Measures the phases inside `select`, and how often candidates are scored again.
 
-The only file of the benchmarks that knows how the package works inside.
+No other file of the benchmarks depends on the internals of `select`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from greedyprune.objectives.output_loss import Solver
 
 @dataclass
 class Watched:
-    """One select of one layer.
+    """One call of `select` for one layer.
 
-    by: "Gram matrix", "columns" or "losses"
-    scored: candidates whose loss was computed; bounds ruled the others out
-    rescored: candidates that were scored again because rounding could have decided
-    preparing, looping: seconds for the sums over samples (and the Gram matrix), for the steps
+    by: what the candidates were scored with: "Gram matrix", "columns" or "losses"
+    scored: the number of candidates whose loss was computed; bounds ruled out the others
+    rescored: the number that was scored again because rounding could have decided
+    preparing: seconds for the sums over samples, the Gram matrix included
+    looping: seconds for the greedy steps
     """
 
     selection: Selection
@@ -39,7 +40,7 @@ class Watched:
 
 
 def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
-    """`greedyprune.select`, and what went on in it."""
+    """`greedyprune.select`, with the measurements."""
     seen: dict[str, Any] = {}
 
     class Watching(Solver):
@@ -60,7 +61,7 @@ def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
 
 
 def gram_builder(model: nn.Module, data: object) -> Callable[[], Tensor]:
-    """What `select` does to get the Gram matrix from features at hand, to be timed by itself."""
+    """A function that computes the Gram matrix from features in memory, as `select` does."""
     build: list[Callable[[], Solver]] = []
 
     class Kept(Solver):

@@ -1,12 +1,13 @@
-"""A trained network on CIFAR-10, its channels pruned without any tuning.
+"""Prunes the channels of a trained network on CIFAR-10 in several ways, without fine-tuning.
 
     python examples/prune_cnn.py --data DIR [--network resnet20 | vgg] [--images 1024] [--seed 0]
 
-DIR has the standard Python batches (cifar-10-batches-py). Of the ResNet-20 the inner channels of
-all blocks are pruned, of the VGG all channels. Prints test accuracies for the theory's
-weights and for least squares, every layer by itself, one after the other, with kept channels
-exchanged for others (the default), in the metric of the predictions' Fisher information; for gates
-and for the true loss; and with all layers refit afterwards, then tuned together, too.
+DIR has the standard Python batches (cifar-10-batches-py). In the ResNet-20 the inner channels of
+all blocks are pruned, in the VGG all channels. Prints the test accuracies for
+- the theory's weights and for refitted weights, selecting each layer by itself or in sequence,
+- exchanges of kept channels for others (the default), also in the Fisher metric,
+- selection by gates, and by the true loss,
+- all layers refitted together afterwards, with and without epochs of training.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ HOW: dict[str, dict[str, Any]] = {
         "objective": Loss(candidates=8, draw="gradient", batch_size=128), "weights": "none"
     },
 }  # fmt: skip
-REFIT = {name: [0] for name in list(HOW)[-4:]}  # epochs of greedyprune.refit afterwards
+REFIT = {name: [0] for name in list(HOW)[-4:]}  # epochs of greedyprune.refit after the selection
 REFIT["refit, in sequence, exchanges"] += [20]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .data.batches import Batch, Batches
 from .data.forward import hooked, run_model
-from .graph.costs import BudgetReport, Cost, counted
+from .graph.costs import BudgetReport, Cost, count_flops
 from .graph.groups import Group
 from .knapsack import Knapsack, solve
 from .objectives.layer_products import LayerProducts
@@ -229,7 +229,7 @@ def _measured(
     if what == "params":
         return sum(parameter.numel() for parameter in small.parameters()) / dense
     if what == "flops":
-        return counted(lambda: run_model(small, batch))[1] / dense
+        return count_flops(lambda: run_model(small, batch))[1] / dense
     before, after = (times[""] for times in medians([model, small], batch))
     return after / before
 

@@ -45,6 +45,11 @@ class Request:
     seed: int
     memory_limit: int | None
 
+    @property
+    def sized_layers(self) -> tuple[str, ...]:
+        """The layers that `size` has entries for."""
+        return tuple(self.size) if isinstance(self.size, Mapping) else ()
+
     def rule(self, group: Group, *, by_loss: bool) -> Rule:
         """When to stop and what may be picked in a layer.
 

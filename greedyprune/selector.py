@@ -16,7 +16,7 @@ from .budget import Budget
 from .data.batches import Batch, Batches
 from .data.forward import evaluating, hooked, main_output, run_model, target_of
 from .data.losses import Criterion, criterion_of
-from .graph.costs import costs_of, counted
+from .graph.costs import costs_of, count_flops
 from .graph.groups import Group
 from .kernels import backend as backends
 from .objectives.job import Job
@@ -177,8 +177,8 @@ def select_on(
 
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
-    (outputs, output_layers), total, flops = counted(lambda: _run_seen(model, first))
-    groups = groups_of(model, first, request)
+    (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
+    groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
     if request.consumers is not None:  # no graph tells what follows these layers
         agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
         output_layers = set.intersection(*agreed)

@@ -261,20 +261,33 @@ def by_itself(rank: int) -> Selection | None:
 
 
 def test_refit_by_several(team: Team) -> None:
-    """The same weights on all ranks, and those of one process."""
+    """All ranks get the same weights, and these are one process's on all data."""
     selection = alone("in sequence")
-    found = team.results(4, refit, 4, selection)
-    model = cnn()
-    expected = greedyprune.refit(model, selection, batches_of(tensors("classes"), 60))
-    for each in found:
+    states = team.results(4, refit, 4, selection)
+    data = batches_of(tensors("classes"), 60)
+    expected = greedyprune.refit(cnn(), selection, data)
+    pruned = greedyprune.prune(cnn(), selection).state_dict()
+    assert any(not tensor.equal(pruned[name]) for name, tensor in expected.state_dict().items())
+    for state in states:
         for name, tensor in expected.state_dict().items():
-            torch.testing.assert_close(each[name], tensor, rtol=1e-3, atol=1e-4)
-            assert torch.equal(each[name], found[0][name])
+            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
+            assert torch.equal(state[name], states[0][name])
 
 
 def refit(rank: int, size: int, selection: Selection) -> dict[str, Tensor]:
     data, group = part(rank, size, "classes"), group_of(size)
     return greedyprune.refit(cnn(), selection, data, process_group=group).state_dict()
+
+
+def test_several_ranks_do_not_distill(team: Team) -> None:
+    for refused in team.run(2, refit_with_epochs, alone("in sequence")):
+        assert isinstance(refused, Raised) and refused.kind == "ValueError", refused
+        assert "epochs: found 1 with 2 ranks, expected 0, or a process_group" in refused.text
+
+
+def refit_with_epochs(rank: int, selection: Selection) -> None:
+    data = part(rank, 2, "classes")
+    greedyprune.refit(cnn(), selection, data, epochs=1, process_group=group_of(2))
 
 
 def test_wrapped_models(team: Team) -> None:

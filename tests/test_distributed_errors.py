@@ -97,7 +97,7 @@ WRONG = {
     "layers": ("ValueError", "NaN or inf"),
     "gates": ("ValueError", "NaN or inf"),
     "network": ("ValueError", "NaN or inf"),
-    "label": ("ValueError", "data: labels from 0 to 9"),
+    "label": ("ValueError", "data: found labels from 0 to 9"),
     "shape": ("ValueError", "data: the model can't run on a batch of it"),
     "data": ("TypeError", "data: found int"),
     "argument": ("ValueError", "steps: found 0"),

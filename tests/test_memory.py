@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Budget, Imitation, Loss
-from greedyprune.graph.executor import Program
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.groups import Group
-from greedyprune.kernels.products import BLOCK
+from greedyprune.kernels.products import FLOAT64_ENTRIES
 from greedyprune.objectives import fisher, imitation, memory
 from greedyprune.runtime.free_memory import free_in_cgroups
 
@@ -107,7 +107,7 @@ def test_targets_are_in_the_limit(process: Team) -> None:
     """With squared error's work they are 160 times the features here: 960 MB."""
     limit = 40 * 2**20
     [taken] = process.results(1, many_targets, limit)
-    assert taken < limit + SLACK + 8 * BLOCK
+    assert taken < limit + SLACK + 8 * FLOAT64_ENTRIES
 
 
 def many_targets(_: int, limit: int) -> int:
@@ -135,15 +135,15 @@ def test_values_between_layers_are_in_the_limit(
         nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 800), nn.ReLU(), nn.Linear(800, 8), nn.ReLU(),
         nn.Linear(8, 8),
     )  # fmt: skip
-    run, calls, most = Program.run, 0, 0
+    run, calls, most = GraphExecutor.run, 0, 0
 
-    def watched(self: Program, *args: Any) -> None:
+    def watched(self: GraphExecutor, *args: Any) -> None:
         nonlocal calls, most
         calls += 1
         most = most if calls % 12 else max(most, bytes_alive())
         run(self, *args)
 
-    monkeypatch.setattr(Program, "run", watched)
+    monkeypatch.setattr(GraphExecutor, "run", watched)
     before, found = bytes_alive(), []
     for fits in (True, False):
         most = 0

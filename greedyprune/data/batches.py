@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..runtime.distributed import ALONE, Ranks
 
-# Samples a forward pass, where the data come without batches of their own. On a CPU activations of
-# more than some 32 MB cost extra: every batch gets fresh pages for them from the system.
+# Samples in a forward pass, for data that come without batches. On a CPU, activations of more than
+# about 32 MB cost extra, because the system gives every batch fresh memory pages for them.
 BATCH = 512
 MARKED = 4096  # entries of a tensor that go into its batch's mark
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -25,37 +25,38 @@ TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 @dataclass(frozen=True)
 class Batch:
-    """Positional and keyword inputs of the model, and the targets (None: there are none)."""
+    """Positional and keyword inputs of the model, and the targets; None: the data have none."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Tensor | None
 
     def take(self, samples: Tensor) -> Batch:
-        """Some of the samples, by their indices (s,) int64."""
+        """The samples with these indices (s,) int64."""
         count = samples_of(self)
 
-        def of(value: Any) -> Any:
+        def chosen(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() and len(value) == count:
                 return value[samples.to(value.device)]
             return value
 
-        return self.map(of)
+        return self.map(chosen)
 
-    def map(self, of: Callable[[Any], Any]) -> Batch:
-        """With of(value) in the place of every value."""
-        kwargs = {name: of(value) for name, value in self.kwargs.items()}
-        return Batch(tuple(of(value) for value in self.args), kwargs, of(self.targets))
+    def map(self, function: Callable[[Any], Any]) -> Batch:
+        """The batch with function(value) in the place of every value."""
+        kwargs = {name: function(value) for name, value in self.kwargs.items()}
+        args = tuple(function(value) for value in self.args)
+        return Batch(args, kwargs, function(self.targets))
 
     def to(self, dtype: torch.dtype) -> Batch:
-        """With inputs that are floating point in this type."""
+        """The batch with its floating-point inputs in this dtype."""
 
-        def of(value: Any) -> Any:
+        def cast(value: Any) -> Any:
             floating = isinstance(value, Tensor) and value.is_floating_point()
             return value.to(dtype) if floating else value
 
-        kwargs = {name: of(value) for name, value in self.kwargs.items()}
-        return Batch(tuple(of(value) for value in self.args), kwargs, self.targets)
+        kwargs = {name: cast(value) for name, value in self.kwargs.items()}
+        return Batch(tuple(cast(value) for value in self.args), kwargs, self.targets)
 
     @property
     def mark(self) -> str:
@@ -78,7 +79,7 @@ class Batch:
         return digest.hexdigest()
 
     def split(self, size: int) -> list[Batch]:
-        """Parts of about the same number of samples, at most `size`."""
+        """The batch in parts of about the same number of samples, at most `size`."""
         count = samples_of(self) or 1
         values = *self.args, *self.kwargs.values(), self.targets
         tensors = [v for v in values if isinstance(v, Tensor)]
@@ -90,8 +91,8 @@ class Batch:
 class Batches:
     """Iterates over `data` as batches; `len` is known for tensors, Datasets and DataLoaders.
 
-    Raises ValueError for data without samples and TypeError for what is no data at all. An iterator
-    (a generator, say) can be gone through once; a second pass raises ValueError.
+    Raises ValueError for data without samples and TypeError for what is no data. An iterator,
+    such as a generator, has one pass; a second one raises ValueError.
 
     ranks: the processes that the samples are spread over: each brings its own part of the data
     """
@@ -104,13 +105,13 @@ class Batches:
         self._dtype = types.pop() if len(types) == 1 else None
         self._source = batches_in(data)
         self._once = isinstance(self._source, Iterator)
-        self.started = False  # a pass, where there is only one
+        self.started = False  # has the only pass of an iterator begun?
         self._first: Batch | None = None
         self.ranks = ranks
-        self.empty = False  # this rank has no samples; `first` is another's
-        # What sees every batch of a pass, if anything does.
+        self.empty = False  # this rank has no samples; its `first` is another rank's
+        # Sees every batch of a pass, if it is set.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
-        self._random, self._repeats = _random_of(self._source), False
+        self._random, self._repeats = _random_states(self._source), False
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
@@ -122,19 +123,22 @@ class Batches:
         return other
 
     def share_first(self) -> Batch:
-        """`first`, and on a rank without samples another rank's; ValueError where all lack them."""
-        found = self._first_or_none()
-        has = self.ranks.gather("whether there are samples", found is not None)
+        """The first batch, on a rank without samples that of another rank.
+
+        ValueError where no rank has samples.
+        """
+        first = self._first_or_none()
+        has = self.ranks.gather("whether there are samples", first is not None)
         if any(has) and not all(has):
-            there = found and found.map(_on_cpu)
-            there = self.ranks.from_rank(has.index(True), "a batch", there)
-            self.empty = found is None
-            if there is not None and self.empty:
-                self._first = there.map(self._move)
+            shared = first and first.map(_on_cpu)
+            shared = self.ranks.from_rank(has.index(True), "a batch", shared)
+            self.empty = first is None
+            if shared is not None and self.empty:
+                self._first = shared.map(self._move)
         return self.first()
 
     def repeat(self) -> None:
-        """Every pass of a DataLoader has the same order and random numbers from here on."""
+        """Gives every pass of a DataLoader the same order and random numbers from now on."""
         self._repeats = True
 
     @property
@@ -146,14 +150,14 @@ class Batches:
         return self._once
 
     def __len__(self) -> int:
-        """The number of batches, or a little more; 0 where nothing tells."""
+        """The number of batches, or slightly more; 0 where it is unknown."""
         try:
             return len(self._source)  # type: ignore[arg-type]
         except TypeError:
             return 0
 
     def first(self) -> Batch:
-        """The first batch, without using it up."""
+        """The first batch; a pass still begins with it."""
         first = self._first_or_none()
         if first is None:
             raise ValueError("data: found no samples, expected at least one")
@@ -191,19 +195,19 @@ class Batches:
         if self._repeats:
             for generator, state in self._random:
                 generator.set_state(state)
-        there = self._device.type == "cuda"
-        parsed = self._ahead() if there else map(self._parse, self._source)
+        on_gpu = self._device.type == "cuda"
+        parsed = self._ahead() if on_gpu else map(self._parse, self._source)
         return (batch for batch in parsed if samples_of(batch) != 0)
 
     def _ahead(self) -> Iterator[Batch]:
-        """Batches that are copied to the GPU while it computes on those before them."""
+        """Batches, each copied to the GPU while the GPU computes on the batch before it."""
         copies, ready = torch.cuda.Stream(self._device), deque[tuple[Batch, torch.cuda.Event]]()
 
         def next_one() -> Batch:
             batch, copied = ready.popleft()
-            now = torch.cuda.current_stream(self._device)
-            now.wait_event(copied)
-            return batch.map(partial(_used_on, now))
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            return batch.map(partial(_used_on, current))
 
         for batch in self._source:
             with torch.cuda.stream(copies):
@@ -227,13 +231,13 @@ class Batches:
                 inputs = list(inputs[0])
             args = tuple(self._move(value) for value in inputs)
         else:
-            alone = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            if not isinstance(alone, Tensor):
+            single = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(single, Tensor):
                 raise TypeError(
                     f"data: found a batch of type {type(batch).__name__}, expected a tensor, "
                     "(inputs, targets) or a dict"
                 )
-            args = (self._move(alone),)
+            args = (self._move(single),)
         if targets is not None:
             if not isinstance(targets, (Tensor, int, float, list)) and not _is_array(targets):
                 raise TypeError(
@@ -250,33 +254,39 @@ class Batches:
                 return value
         self.on_gpu = self.on_gpu or value.is_cuda
         dtype = self._dtype if cast and value.is_floating_point() else None
-        # Not from a GPU: nothing would wait for the copy.
-        there = self._device.type == "cuda"
-        if there and not value.is_cuda and not value.is_pinned():
-            value = value.pin_memory()  # else the copy would be waited for
-        return value.to(self._device, dtype, non_blocking=there)
+        to_gpu = self._device.type == "cuda"
+        if to_gpu and not value.is_cuda and not value.is_pinned():
+            value = value.pin_memory()  # only copies from pinned memory run in the background
+        return value.to(self._device, dtype, non_blocking=to_gpu)
 
 
-def _random_of(source: object) -> list[tuple[torch.Generator, Tensor]]:
-    """What a DataLoader shuffles by, torch's own random numbers at the least, as it is now."""
+def generators_of(source: object) -> list[torch.Generator]:
+    """The generators that a DataLoader and its samplers draw from, besides torch's global one."""
     if not isinstance(source, DataLoader):
         return []
     batched = source.batch_sampler
     owners = source, source.sampler, batched, getattr(batched, "sampler", None)
-    found = [getattr(each, "generator", None) for each in owners]
-    own = {id(each): each for each in found if isinstance(each, torch.Generator)}
-    return [(each, each.get_state()) for each in (torch.default_generator, *own.values())]
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
+
+
+def _random_states(source: object) -> list[tuple[torch.Generator, Tensor]]:
+    """The states of all generators that a DataLoader draws from, torch's global one included."""
+    if not isinstance(source, DataLoader):
+        return []
+    generators = torch.default_generator, *generators_of(source)
+    return [(generator, generator.get_state()) for generator in generators]
 
 
 def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:
-    """A tensor's memory is not given away before what this stream does with it is done."""
+    """Keeps a tensor's memory until this stream has finished with it."""
     if isinstance(value, Tensor) and value.is_cuda:
         value.record_stream(stream)
     return value
 
 
 def _tensor(value: Any) -> Tensor:
-    with warnings.catch_warnings():  # nothing here writes to it
+    with warnings.catch_warnings():  # the array is only read
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.as_tensor(value)
 
@@ -318,8 +328,8 @@ def joined(batches: Iterable[Batch]) -> Batch:
     def cat(values: list[Any]) -> Any:
         first = values[0]
         if not (isinstance(first, Tensor) and first.dim() and len(first) == counts[0]):
-            return first  # not of the samples
-        if any(each.shape[1:] != first.shape[1:] for each in values):
+            return first  # it has no entry for each sample
+        if any(value.shape[1:] != first.shape[1:] for value in values):
             raise ValueError(
                 f"batch_size: found samples of shapes {tuple(first.shape[1:])} and others, "
                 "expected one shape, to make batches of so many of them"
@@ -340,7 +350,7 @@ def joined(batches: Iterable[Batch]) -> Batch:
 
 
 class _Slices:
-    """(inputs, targets) of the same length, cut into batches of about the same size."""
+    """(inputs, targets) of the same length, in batches of about the same size."""
 
     def __init__(self, data: tuple[Any, ...]) -> None:
         self._inputs = [_tensor(part) for part in _flat(data[:1])]
@@ -368,7 +378,7 @@ class _Slices:
 
 
 class _Rows:
-    """A dataset of Hugging Face's `datasets`, from its files: batches are dicts of tensors."""
+    """A dataset of Hugging Face's `datasets`, read from its files as dicts of tensors."""
 
     def __init__(self, data: Any) -> None:
         self._data = data.with_format("torch")
@@ -381,7 +391,7 @@ class _Rows:
 
 
 def _flat(parts: tuple[Any, ...]) -> list[Any]:
-    return [each for p in parts for each in (p if isinstance(p, (tuple, list)) else (p,))]
+    return [item for p in parts for item in (p if isinstance(p, (tuple, list)) else (p,))]
 
 
 def _is_array(value: object) -> bool:

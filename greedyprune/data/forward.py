@@ -1,4 +1,4 @@
-"""Running the user's model: in eval mode, on one batch, without a trace left on it."""
+"""Running the user's model on batches, in eval mode, and leaving it as it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .losses import Criterion, Target
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; afterwards modes, buffers and RNG are as before."""
+    """Runs the model in eval mode, without gradients and without autocast.
+
+    Afterwards the modes of all modules, the buffers and torch's random numbers are as before.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = next((t.device.type for t in model.parameters()), "cpu")
@@ -31,24 +34,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
+        for buffer, saved in buffers:
+            if not torch.equal(buffer, saved):
                 with torch.no_grad():
-                    buffer.copy_(before)
+                    buffer.copy_(saved)
         for module, training in modes.items():
             module.training = training
 
 
-def alike(expected: Tensor, found: Tensor) -> bool:
-    """Are two floating outputs the same but for rounding?"""
+def alike(expected: Tensor, actual: Tensor) -> bool:
+    """Are two floating-point outputs the same up to rounding?"""
     rounding = 0.02 if torch.finfo(expected.dtype).bits == 16 else 1e-4
-    return expected.shape == found.shape and (
-        float((found - expected).abs().max()) <= rounding * (float(expected.abs().max()) or 1.0)
+    return expected.shape == actual.shape and (
+        float((actual - expected).abs().max()) <= rounding * (float(expected.abs().max()) or 1.0)
     )
 
 
 def run_model(model: nn.Module, batch: Batch) -> object:
-    """The model's output; ValueError with what went wrong inside."""
+    """The model's output on a batch; ValueError, with the reason, where the model raises."""
     try:
         return model(*batch.args, **batch.kwargs)
     except Exception as error:
@@ -57,7 +60,10 @@ def run_model(model: nn.Module, batch: Batch) -> object:
 
 
 def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:
-    """What the model's outputs on a batch are compared with; ValueError where they don't match."""
+    """The kernels' target for the model's outputs and the targets of a batch.
+
+    ValueError where there are no targets, or where they do not match the outputs.
+    """
     shape = tuple(main_output(outputs).shape) or (1,)
     if targets is None:
         raise ValueError("data: found inputs without targets, expected both for objective='loss'")
@@ -69,7 +75,7 @@ def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> 
 
 
 def main_output(outputs: object) -> Tensor:
-    """The tensor that a loss is taken of: the output itself, or a dict's or record's logits."""
+    """The tensor that the loss takes: the output, or the `logits` of a dict or a record."""
     if isinstance(outputs, Tensor):
         return outputs
     logits = (
@@ -84,6 +90,7 @@ def main_output(outputs: object) -> Tensor:
 
 
 def check_finite(name: str, module: nn.Module) -> None:
+    """ValueError where a parameter of the layer `name` has NaN or inf."""
     for tensor in module.parameters(recurse=False):
         if not tensor.isfinite().all():
             raise ValueError(f"layer {name!r}: NaN or inf in its weights, expected finite numbers")
@@ -94,8 +101,8 @@ def hooked(
     model: nn.Module,
     names: Iterable[str],
     *,
-    before: Callable[[str, Tensor], Tensor | None] | None = None,
-    after: Callable[[str, Tensor], Tensor | None] | None = None,
+    before: Callable[[str, Any], Tensor | None] | None = None,
+    after: Callable[[str, Any], Tensor | None] | None = None,
 ) -> Iterator[None]:
     """Calls before(name, input) and after(name, output) whenever one of these layers runs inside.
 
@@ -106,7 +113,7 @@ def hooked(
     def on_input(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             assert before is not None
-            value = before(name, args[0] if args else kwargs["input"])
+            value = before(name, args[0] if args else kwargs.get("input"))
             if value is None:
                 return None
             return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"input": value})
@@ -118,13 +125,13 @@ def hooked(
         return lambda _, __, output: after(name, output)
 
     handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
-        if after is not None:
-            handles.append(module.register_forward_hook(on_output(name)))
     try:
+        for name in names:
+            module = model.get_submodule(name)
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(on_output(name)))
         yield
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""Random numbers: what the data draw from, left as training expects it."""
+"""The random numbers that data draw: the same in every pass, and without an effect on training."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from .batches import batches_in
+from .batches import batches_in, generators_of
 
-SEED = 0  # of what the data draw in a pass
+SEED = 0  # of the random numbers in each pass
 
 
-class Passes:
-    """Data, every pass of which draws the same random numbers: shuffling, augmentation.
+class RepeatedPasses:
+    """Data in which every pass draws the same random numbers, for shuffling and augmentation.
 
-    Use it within `undisturbed`. TypeError for what is no data, for an iterator, and for a
-    DataLoader whose passes share their workers with those of a training loop.
+    Each pass sets the seeds of the global generators of torch, Python and NumPy, and of those in
+    `generators`. So use it within `preserving_random_state(generators)`.
+
+    Attributes:
+        generators: the generators that the data draw from, besides the global ones
+
+    Raises:
+        TypeError: for something that is not data; for an iterator; and for a DataLoader whose
+            workers persist, since two passes of it at a time would share them
     """
 
     def __init__(self, data: object) -> None:
@@ -34,7 +40,7 @@ class Passes:
                 f"data: found an iterator ({type(data).__name__}), which can be gone through once; "
                 "expected tensors, a list, Dataset or DataLoader"
             )
-        self.generators = _generators(self._source)
+        self.generators = generators_of(self._source)
 
     def __len__(self) -> int:
         return len(self._source)  # type: ignore[arg-type]
@@ -44,32 +50,22 @@ class Passes:
         np.random.seed(SEED)
         for generator in (torch.default_generator, *self.generators):
             generator.manual_seed(SEED)
-        if torch.cuda.is_initialized():  # else it would be seeded once it is
+        if torch.cuda.is_initialized():  # otherwise torch would keep the seed for later
             torch.cuda.manual_seed_all(SEED)
         return iter(self._source)
 
 
-def _generators(source: object) -> list[torch.Generator]:
-    """Those that a DataLoader and its samplers draw from, beside the global one."""
-    if not isinstance(source, DataLoader):
-        return []
-    within = getattr(source.batch_sampler, "sampler", None)
-    holders = (source, source.sampler, source.batch_sampler, within)
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-
 @contextmanager
-def undisturbed(generators: Iterable[torch.Generator]) -> Iterator[None]:
-    """Afterwards torch's, Python's and NumPy's random numbers go on as before; `generators` too."""
+def preserving_random_state(generators: Iterable[torch.Generator]) -> Iterator[None]:
+    """Restores the global random state of torch, Python and NumPy afterwards, and `generators`'."""
     states = [(generator, generator.get_state()) for generator in generators]
-    python, numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for generator, state in states:
             generator.set_state(state)

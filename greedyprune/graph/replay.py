@@ -1,8 +1,8 @@
-"""Two copies of a network run side by side, the dense one and the one pruned so far.
+"""Two copies of a network run side by side: the dense one and the one pruned so far.
 
-Both go through torch.export's graph a piece at a time (program.py), so that a whole network is
-selected layer by layer in one pass of each: between two layers every batch's live values are kept,
-or, where those do not fit in memory, computed again from the inputs.
+Both run through the exported graph from layer to layer (executor.py), so that a whole network is
+selected in one pass through each copy. Between two layers the values of every batch are kept; where
+they do not fit in memory, they are computed again from the inputs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
 from ..runtime.resume import Pass
-from .executor import Ahead, Program, Programs, Values, bytes_held, tensors_of
-from .propagate import Layer
+from .executor import (
+    GraphExecutor,
+    GraphExecutors,
+    LinearPath,
+    Values,
+    bytes_held,
+    tensors_of,
+)
+from .tracing import Layer
 
 
 class _State:
     """One batch in both networks, run up to the same node; `pruned` is None while they agree."""
 
-    def __init__(self, batch: Batch, program: Program) -> None:
-        self.program, self.at, self.mark = program, 0, batch.mark
-        self.dense = program.inputs(batch)
+    def __init__(self, batch: Batch, executor: GraphExecutor) -> None:
+        self.executor, self.at, self.mark = executor, 0, batch.mark
+        self.dense = executor.inputs(batch)
         self.pruned: Values | None = None
 
     @property
@@ -31,41 +38,53 @@ class _State:
         return bytes_held([self.dense, self.pruned or {}])
 
     def advance(self, to: int, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        """Runs both networks, with these weights, up to node `to`."""
         if self.pruned is not None:
-            self.program.run(self.pruned, pruned, self.at, to)
-        self.program.run(self.dense, dense, self.at, to)
+            self.executor.run(self.pruned, pruned, self.at, to)
+        self.executor.run(self.dense, dense, self.at, to)
         self.at = to
 
 
 class Replay:
-    """All batches, advanced from layer to layer."""
+    """All batches in both networks, advanced from layer to layer.
+
+    limit: bytes that the values between two layers may take, of all batches together
+
+    Raises OverwrittenError for a model that can't be run in pieces, ValueError for too many shapes.
+    """
 
     def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
         self._batches, self._limit, self.ranks = batches, limit, batches.ranks
         self._dense = tensors_of(model)
         self._changed: dict[str, Tensor] = {}
         self._first_change: str | None = None
-        self._programs = Programs(model)
+        self._executors = GraphExecutors(model)
         self._states: list[_State] | None = None  # None: computed from the inputs in every pass
 
+    def _first_executor(self) -> GraphExecutor:
+        return self._executors.of(self._batches.first())
+
     def order(self, names: Sequence[str]) -> dict[str, int]:
-        """Where in the graph each of these layers runs."""
-        place = self._programs.of(self._batches.first()).place
+        """At which place in the graph each of these layers runs."""
+        place = self._first_executor().place
         return {name: place[name] for name in names}
 
     def after_changes(self) -> list[Layer]:
-        """The layers with weights of their own that run once something has changed, in order."""
-        program, first = self._programs.of(self._batches.first()), self._first_change
-        return [
-            layer for i, layer in program.refittable.items()
-            if first is not None and i >= program.place[first]
-        ]  # fmt: skip
+        """The layers that run from the first changed one on, in order; only those whose weights
+        nothing else uses."""
+        executor, first = self._first_executor(), self._first_change
+        if first is None:
+            return []
+        return [layer for i, layer in executor.refittable.items() if i >= executor.place[first]]
 
-    def ahead(self, layer: str) -> Ahead:
-        return self._programs.of(self._batches.first()).ahead[layer]
+    def linear_path(self, layer: str) -> LinearPath:
+        return self._first_executor().linear_paths[layer]
 
     def change(self, layer: str, **tensors: Tensor) -> None:
-        """The pruned network has this weight or bias from here on; in the order of the graph."""
+        """Gives a layer of the pruned network this weight or bias.
+
+        Layers are changed in the order in which they run.
+        """
         self._changed |= {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
         self._first_change = self._first_change or layer
         for state in self._states or []:
@@ -73,76 +92,85 @@ class Replay:
                 state.pruned = dict(state.dense)
 
     def visit(
-        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None], bar: Any,
-        resumed: Pass,
+        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None],
+        bar: Callable[..., Any], resumed: Pass,
     ) -> None:  # fmt: skip
-        """add(layer, its input in the pruned network, what it should give) for each batch.
+        """Calls add(layer, inputs, target) for each of the layers and each batch.
 
-        That is its output in the dense network, and where it is added to a shortcut, what the
-        pruned network's shortcut lacks.
+        The inputs are those that the layer receives in the pruned network. The target is the
+        layer's output in the dense network; where it is added to a shortcut, the target also
+        compensates for the shortcut's error in the pruned network.
 
         Leaves both networks just before the first of the layers.
 
-        resumed: knows the batches that are added already
+        resumed: the pass over the data; its batches that were added before are left out
         """
         layers = sorted(layers, key=self.order(layers).__getitem__)
+        tensors = self._dense, self._dense | self._changed
         for state in self._all(bar):
-            place = state.program.place
-            pruned = self._dense | self._changed
-            state.advance(place[layers[0]], self._dense, pruned)
+            state.advance(state.executor.place[layers[0]], *tensors)
             if resumed.contains(state.mark):
                 continue
-            dense_values, at = dict(state.dense), state.at
-            other = dict(state.dense if state.pruned is None else state.pruned)
-            for layer in layers:
-                state.program.run(other, pruned, at, place[layer])
-                state.program.run(dense_values, self._dense, at, place[layer])
-                found = state.program.operands(other, layer)
-                node_values = dict(dense_values)
-                state.program.run(node_values, self._dense, place[layer], place[layer] + 1)
-                wanted = state.program.output(node_values, layer)
-                if state.pruned is not None:
-                    weights = self._dense, pruned
-                    lack = state.program.missing(layer, dense_values, other, weights)
-                    wanted = wanted if lack is None else wanted + lack
-                add(layer, found, wanted)
-                at = place[layer]
+            self._visit_batch(state, layers, tensors, add)
             resumed.added()
         resumed.end()
 
-    def errors(self, layer: str, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """A layer's input in the pruned network and its output's error there, for each batch."""
-        for state in self._all(bar):
-            program, pruned = state.program, self._dense | self._changed
-            state.advance(program.place[layer], self._dense, pruned)
-            values = state.pruned or state.dense
-            error = program.error(layer, state.dense, values, (self._dense, pruned))
-            yield program.operands(values, layer), error
+    def _visit_batch(
+        self, state: _State, layers: Sequence[str], tensors: Sequence[Mapping[str, Tensor]],
+        add: Callable[[str, Tensor, Tensor], None],
+    ) -> None:  # fmt: skip
+        executor, at = state.executor, state.at
+        dense = dict(state.dense)
+        pruned = dict(state.dense if state.pruned is None else state.pruned)
+        for layer in layers:
+            place = executor.place[layer]
+            executor.run(pruned, tensors[1], at, place)
+            executor.run(dense, tensors[0], at, place)
+            inputs, after = executor.input_of(layer, pruned), dict(dense)
+            executor.run(after, tensors[0], place, place + 1)
+            target = executor.output_of(layer, after)
+            if state.pruned is not None:
+                error = executor.shortcut_error(layer, dense, pruned, tensors)
+                target = target if error is None else target + error
+            add(layer, inputs, target)
+            at = place
 
-    def _all(self, bar: Any) -> Iterator[_State]:
-        """Every batch where it was left, or from its inputs."""
+    def errors(self, layer: str, bar: Callable[..., Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """A layer's inputs in the pruned network and the error of its output, for each batch.
+
+        The error is what has to be added to the output (`GraphExecutor.output_error`).
+        """
+        for state in self._all(bar):
+            tensors = self._dense, self._dense | self._changed
+            state.advance(state.executor.place[layer], *tensors)
+            pruned = state.pruned or state.dense
+            error = state.executor.output_error(layer, state.dense, pruned, tensors)
+            yield state.executor.input_of(layer, pruned), error
+
+    def _all(self, bar: Callable[..., Any]) -> Iterator[_State]:
+        """Every batch, at the layer where the last pass left it or at the inputs."""
         if self._states is not None:
             yield from self._held(bar)
             return
-        fresh, held, kept = not self._changed, 0, list[_State]()
+        unchanged, held, states = not self._changed, 0, list[_State]()
         for batch in bar(self._batches, "activations"):
-            state = _State(batch, self._programs.of(batch))
-            if not fresh:
+            state = _State(batch, self._executors.of(batch))
+            if not unchanged:
                 first = self._first_change
                 assert first is not None
-                state.advance(state.program.place[first], self._dense, self._dense)
+                state.advance(state.executor.place[first], self._dense, self._dense)
                 state.pruned = dict(state.dense)
             yield state
             held += state.bytes
             if held > self._limit:
-                kept.clear()
+                states.clear()
             else:
-                kept.append(state)
+                states.append(state)
         if held <= self._limit:
-            self._states = kept
+            self._states = states
 
-    def _held(self, bar: Any) -> Iterator[_State]:
-        """Every batch where it was left; none are kept once they grow too large on the way."""
+    def _held(self, bar: Callable[..., Any]) -> Iterator[_State]:
+        """Every batch where the last pass left it; all are dropped once they exceed the limit."""
         assert self._states is not None
         states: list[_State | None] = [*self._states]
         held, fits = sum(state.bytes for state in self._states), True

@@ -1,4 +1,4 @@
-"""Loads the compiled extension: the only file that does."""
+"""Loads the compiled extension, which no other file does, and says which backends there are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ BUILD_HINT = "build it with `pip install .` in a checkout (needs a C++ compiler)
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        _C = import_module("greedyprune._C")  # by name: the room imports nothing of the package
+        # By name: `from .. import _C` would count as an import of the whole package.
+        _C = import_module("greedyprune._C")
     except ImportError as error:
         reason = "not built" if isinstance(error, ModuleNotFoundError) else str(error)
         print(
@@ -37,29 +38,35 @@ _extension, missing = _load()
 
 
 def extension() -> ModuleType:
-    """The compiled extension; RuntimeError that says how to build it where there is none."""
+    """The compiled extension. Raises RuntimeError, which says how to build it, if it is missing."""
     if _extension is None:
         raise RuntimeError(f"greedyprune's compiled extension is missing ({missing}); {BUILD_HINT}")
     return _extension
 
 
 def has_extension() -> bool:
+    """Is the extension built?"""
     return _extension is not None
 
 
 def has_cuda() -> bool:
+    """Is the extension built with CUDA, and is a GPU available?"""
     return _extension is not None and _extension.cuda is not None and torch.cuda.is_available()
 
 
 def cuda_device(device: torch.device) -> torch.device:
-    """Where backend "cuda" works: `device`, the model's, or the current GPU for one on the CPU."""
+    """The device that backend "cuda" computes on: the model's `device`, or else the current GPU."""
     return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
 
 
 def resolve(backend: str, on_gpu: bool) -> str:
-    """The backend that `select(backend=...)` means for a model and data of which any is on a GPU.
+    """The backend that the argument `backend` of `select` means.
 
-    Raises ValueError for an unknown name, and for CUDA or the extension where there is none.
+    Args:
+        on_gpu: is the model or some of the data on a GPU?
+
+    Raises:
+        ValueError: the name is unknown, or the backend needs a GPU or an extension that is missing
     """
     if backend not in ("auto", "cpu", "cuda", "reference"):
         raise ValueError(
@@ -82,13 +89,18 @@ def resolve(backend: str, on_gpu: bool) -> str:
 
 
 def instruction_set(backend: str) -> str:
-    """That the kernels of backend "cpu" use."""
+    """The instruction set that the kernels use: empty unless the backend is "cpu"."""
     return str(extension().active_instruction_set()) if backend == "cpu" else ""
 
 
 def show_config() -> None:
-    """Prints version, compiler, instruction sets, CUDA, threads and torch, for bug reports."""
+    """Prints version, compiler, instruction sets, CUDA, threads and torch, for bug reports.
 
+    Example:
+        >>> import greedyprune
+        >>> greedyprune.show_config()  # doctest: +ELLIPSIS
+        greedyprune ...
+    """
     lines = {
         "greedyprune": _version(),
         "python": sys.version.split()[0],

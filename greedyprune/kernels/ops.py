@@ -1,60 +1,66 @@
-"""The kernels: every tensor is checked here, once, and handed to the compiled extension.
+"""The kernels' one door: every argument is checked here, once, and goes to the chosen backend.
 
-Shapes: N units, m samples, C outputs. features (N, m) float32 or float64, each row contiguous;
-outgoing (N, C) float64, the consumer's weights times N, so that phi_j = features[j] * outgoing[j].
-`reference` says the same in plain torch.
+Backends: "cpu" (cpu.py, the compiled extension), "cuda" (cuda.py, the same on a GPU) and
+"reference" (reference.py, plain torch in float64, which judges the other two).
+
+Shapes: N units, m samples, C outputs. features (N, m), each row contiguous; outgoing (N, C), the
+consumer's weights times N, so that phi_j = features[j] * outgoing[j]. All functions raise
+ValueError or TypeError for shapes, types or backends that do not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.losses import Target
 from ..runtime.distributed import ALONE, Ranks
-from . import cuda as _cuda
-from . import reference
+from . import cpu, cuda, reference
 from .backend import extension
-from .checks import check, check_features, check_target, checked_units
-from .path import Moments, Path, Refit, Rule, Step
-from .structs import Extent, Run, Struct, features_struct, quadratic_struct, target_struct
+from .checks import (
+    check,
+    check_backend,
+    check_features,
+    check_spread,
+    check_starts,
+    check_target,
+    checked_units,
+)  # fmt: skip
+from .path import Exact, Moments, Path, Refit, Rule, Step
+from .products import columns_rounding, float64_rounding
+from .structs import Extent
 
-RANK = 128  # of the approximation by which coming picks are foreseen
-
-
-@dataclass(frozen=True)
-class Exact:
-    """What decides between units that a rough Gram matrix can't tell apart: the features.
-
-    rounding: how well the Gram matrix is known, as a share of |phi_i| |phi_j|
-    features: (N, m); outgoing: (N, C); target: (C, m) float64, the target less the bias
-    """
-
-    rounding: float
-    features: Tensor
-    outgoing: Tensor
-    target: Tensor
+__all__ = [
+    "Exact", "Extent", "candidate_loss", "candidate_slope", "collect_features", "columns_rounding",
+    "gram_columns", "greedy_columns", "greedy_gram", "greedy_pointwise", "greedy_refit",
+    "measure_features", "swap_gains",
+]  # fmt: skip
 
 
 def collect_features(
     features: Tensor, hidden: Tensor, at: int, extent: Extent | None = None
 ) -> Extent:
-    """Writes a layer's activations hidden (b, N) into features[:, at : at + b], features (N, m).
+    """Writes a layer's activations into features[:, at : at + b], unit by unit, and measures them.
 
     Args:
-        features: (N, m) float32 or float64, each row contiguous
-        hidden: (b, N) of the same type
-        extent: of what is in `features` already, and gets what is added; None: nothing is
+        features: (N, m) float32 or float64
+        hidden: (b, N) of the same type, the activations
+        at: the column that the first sample goes to
+        extent: that of what is in `features` already, changed in place; None: nothing is
 
     Returns:
-        the extent, its `largest` NaN or inf for a unit with such an activation
+        the extent with the new samples; `largest` is NaN or inf for a unit with such an activation
 
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels import ops
+        >>> features = torch.zeros(2, 3)
+        >>> ops.collect_features(features, torch.tensor([[1.0, -4.0]]), at=2).largest.tolist()
+        [1.0, 4.0]
+        >>> features.tolist()
+        [[0.0, 0.0, 1.0], [0.0, 0.0, -4.0]]
     """
     check_features(features)
     check("hidden", hidden, (len(hidden), len(features)), features.dtype)
@@ -63,23 +69,14 @@ def collect_features(
             f"at: found {at} for {len(hidden)} samples, expected room in {features.shape[1]}"
         )
     extent = Extent.zeros(len(features)) if extent is None else extent
-    hidden = hidden.contiguous()
-    extension().collect_features(
-        features_struct(Struct(), features), extent.squares.data_ptr(), extent.largest.data_ptr(),
-        hidden.data_ptr(), len(hidden), at, torch.get_num_threads(),
-    )  # fmt: skip
+    cpu.collect_features(features, hidden.contiguous(), at, extent)
     return extent
 
 
 def measure_features(features: Tensor) -> Extent:
-    """The extent of features (N, m) float32 or float64, each row contiguous."""
+    """The extent of features (N, m) float32 or float64: sum of squares and largest magnitude."""
     check_features(features)
-    extent = Extent.zeros(len(features))
-    extension().measure_features(
-        extent.squares.data_ptr(), extent.largest.data_ptr(),
-        features_struct(Struct(), features), torch.get_num_threads(),
-    )  # fmt: skip
-    return extent
+    return cpu.measure_features(features)
 
 
 def candidate_loss(
@@ -98,24 +95,31 @@ def candidate_loss(
     """mass * L(outputs + shrink * phi_j) for each unit j, without an (N, m, C) temporary.
 
     Args:
-        features: (N, m) float32 or float64
+        features: (N, m) float32 or float64, or for "cuda" and "reference" bfloat16 or float16
         outgoing: (N, C)
-        outputs: (C, m) float64, what the units add to
+        outputs: (C, m) float64, to which the units add
         target: what the outputs are compared with
-        units: (n,) int64, which units; None: all
-        extent: of the features, as `measure_features` gives it; None: measured here
-        dtype: what the kernel computes in, float32 or float64; sums are float64
-        errors: (n,) float64, gets by how much rounding can have moved each at most; "cpu" only
-        backend: "cpu", "cuda" (also for features in bfloat16 and float16) or "reference"
+        shrink: factor of phi, 1 / k at step k
+        units: (n,) int64, the units to score; None: all
+        extent: that of the features, as `measure_features` gives it; None: it is measured here
+        dtype: the type that the kernel computes in, float32 or float64; its sums are float64
+        errors: (n,) float64, written by "cpu" alone: a bound on the rounding error of each loss
 
     Returns:
         (n,) float64: sums, to be divided by `target.mass`
 
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
-
     Source: README eq. 1.
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.data.losses import Criterion
+        >>> from greedyprune.kernels import ops
+        >>> target = Criterion("mse").target(torch.tensor([[3.0]]), (1, 1))
+        >>> features, outgoing = torch.tensor([[1.0], [2.0]]), torch.ones(2, 1)
+        >>> ops.candidate_loss(features, outgoing, torch.ones(1, 1).double(), target).tolist()
+        [1.0, 0.0]
     """
+    check_backend(backend, "cpu", "cuda", "reference")
     check_features(features, outgoing, backend)
     check("outputs", outputs, (outgoing.shape[1], features.shape[1]))
     units = checked_units(units, features)
@@ -127,21 +131,13 @@ def candidate_loss(
     base = target.relative(outputs).to(dtype).contiguous()
     weights = outgoing.to(dtype).contiguous()
     if backend == "cuda":
-        losses = _cuda.candidate_loss(features, weights, base, target, shrink, units, extent, dtype)
+        losses = cuda.candidate_loss(features, weights, base, target, shrink, units, extent, dtype)
     else:
-        keep = Struct()
-        losses = torch.empty(len(units), dtype=torch.float64)
         if errors is not None:
             check("errors", errors, (len(units),), torch.float64)
-        _C = extension()
-        launch = _C.candidate_loss_f64 if dtype == torch.float64 else _C.candidate_loss_f32
-        launch(
-            losses.data_ptr(), 0 if errors is None else errors.data_ptr(),
-            units.data_ptr(), len(units),
-            features_struct(keep, features, extent or measure_features(features)),
-            weights.data_ptr(), shrink, base.data_ptr(),
-            target_struct(keep, target, dtype, scale=1.0), torch.get_num_threads(),
-        )  # fmt: skip
+        losses = cpu.candidate_loss(
+            features, weights, base, target, shrink, units, extent, dtype, errors
+        )
     if target.linear is not None:
         losses += (target.linear * outputs).sum()
         losses += shrink * candidate_slope(
@@ -151,169 +147,111 @@ def candidate_loss(
 
 
 def candidate_slope(
-    features: Tensor,
-    outgoing: Tensor,
-    gradient: Tensor,
-    *,
-    units: Tensor | None = None,
+    features: Tensor, outgoing: Tensor, gradient: Tensor, *, units: Tensor | None = None,
     backend: str = "cpu",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """<gradient, phi_j> for each unit j, summed over samples and outputs: (n,) float64.
 
     Args:
-        features: (N, m) float32 or float64; outgoing: (N, C); gradient: (C, m) float64
-        units: (n,) int64, which units; None: all
-
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
+        features: (N, m); outgoing: (N, C); gradient: (C, m) float64
+        units: (n,) int64, the units to score; None: all
     """
+    check_backend(backend, "cpu", "cuda", "reference")
     check_features(features, outgoing, backend)
     check("gradient", gradient, (outgoing.shape[1], features.shape[1]))
     units = checked_units(units, features)
     if backend == "reference":
         return reference.candidate_slope(features, outgoing, gradient, units=units)
+    launch = cuda.candidate_slope if backend == "cuda" else cpu.candidate_slope
     weights, slope = outgoing.double().contiguous(), gradient.double().contiguous()
-    if backend == "cuda":
-        return _cuda.candidate_slope(features, weights, slope, units)
-    keep = Struct()
-    slopes = torch.empty(len(units), dtype=torch.float64)
-    extension().candidate_slope_f64(
-        slopes.data_ptr(), 0, units.data_ptr(), len(units), features_struct(keep, features),
-        weights.data_ptr(), slope.data_ptr(), outgoing.shape[1], torch.get_num_threads(),
-    )  # fmt: skip
-    return slopes
+    return launch(features, weights, slope, units)
 
 
 def gram_columns(
     features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor, spread: bool = False
 ) -> None:
-    """Columns of the Gram matrix: out[i, j] = <phi_units[i], phi_j>, README eq. 2.
+    """Writes columns of the Gram matrix: out[i, j] = <phi_units[i], phi_j>, README eq. 2.
 
-    Each is off by at most `columns_rounding(features.dtype)` |phi_i| |phi_j|.
+    The error of an entry is at most `columns_rounding(features.dtype)` |phi_i| |phi_j|.
 
     Args:
-        features: (N, m) float32 or float64; outgoing: (N, C) float64
+        features: (N, m) float32 or float64; outgoing: (N, C)
         units: (n,) int64; out: (n, N) float64
-        spread: are samples on other ranks, too, and perhaps none on this one?
-
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
+        spread: the samples are spread over processes, so that this one may have none
     """
     check_features(features, outgoing, spread=spread)
     units = checked_units(units, features)
     check("out", out, (len(units), len(features)), torch.float64)
-    weights = outgoing.double().contiguous()
-    extension().gram_columns(
-        out.data_ptr(), units.data_ptr(), len(units), features_struct(Struct(), features),
-        weights.data_ptr(), weights.shape[1], torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def columns_rounding(dtype: torch.dtype) -> float:
-    """How far `gram_columns` may be off, as a share of |phi_i| |phi_j|."""
-    terms = extension().product_tile * dtype.itemsize / 16  # of the longest sum in that type
-    return (terms + 4) * torch.finfo(dtype).eps / 2
+    cpu.gram_columns(features, outgoing.double().contiguous(), units, out)
 
 
 def greedy_gram(
-    gram: Tensor,
-    moments: Moments,
-    rule: Rule,
-    *,
-    exact: Exact | None = None,
-    with_gap: bool = True,
-    step: Step | None = None,
-    ranks: Ranks = ALONE,
-    backend: str = "cpu",
-) -> Path:
+    gram: Tensor, moments: Moments, rule: Rule, *, exact: Exact | None = None,
+    with_gap: bool = True, step: Step | None = None, ranks: Ranks = ALONE, backend: str = "cpu",
+) -> Path:  # fmt: skip
     """All greedy steps for squared error on a Gram matrix, O(N) a step.
 
     Args:
         gram: (N, N) float64, G_ij = <phi_i, phi_j>
-        moments: norm and beta (N,), and the sums of the targets
-        exact: what makes every pick exact where the Gram matrix is not; not with "cuda"
-        ranks: that the samples of `exact` are spread over; Gram matrix and moments are of all
-
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
+        moments: the sums over the samples
+        exact: for "cpu": the features, which make every pick exact where the matrix is rounded
+        ranks: the processes that the samples of `exact` are spread over; Gram matrix and moments
+            are those of all samples
 
     Source: README eq. 2.
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels import ops
+        >>> from greedyprune.kernels.path import Moments, Rule
+        >>> phi, target = torch.tensor([1.0, 3.0]).double(), 2.0
+        >>> moments = Moments(1, 1.0, phi**2, phi * target, target**2, 0.0, 0.0, 4.0)
+        >>> path = ops.greedy_gram(phi[:, None] * phi, moments, Rule(2, 2, replacement=True))
+        >>> path.order.tolist(), path.losses.tolist()
+        ([0, 1], [1.0, 0.0])
     """
+    check_backend(backend, "cpu", "cuda", "reference")
     units = len(moments.norm)
     check("gram", gram, (units, units), torch.float64)
+    _check_exact(exact, moments, backend, ranks)
     gram = gram.contiguous()
     if backend == "reference":
         return reference.greedy_gram(gram, moments, rule, with_gap=with_gap, step=step)
+    rounding = _rounding(moments, exact)
     if backend == "cuda":
-        _check_exact(exact)
-        return _cuda.greedy_gram(gram, moments, rule, with_gap, step, _rounding(moments, exact))
-    run = Run(rule, units, with_gap, ranks=ranks)
-    quadratic = _quadratic(run, moments, exact)
-    extension().greedy_gram(
-        run.path, gram.data_ptr(), quadratic, run.rule, run.workspace,
-        torch.get_num_threads(), step, run.sum,
-    )  # fmt: skip
-    return run.result()
+        return cuda.greedy_gram(gram, moments, rule, with_gap, step, rounding)
+    return cpu.greedy_gram(gram, moments, rule, exact, with_gap, step, ranks, rounding)
 
 
 def greedy_columns(
-    columns: Callable[[Tensor, Tensor], None],
-    moments: Moments,
-    rule: Rule,
-    *,
-    exact: Exact | None = None,
-    block: int = 16,
-    capacity: int = 2**62,
-    with_gap: bool = True,
-    step: Step | None = None,
-    ranks: Ranks = ALONE,
-    backend: str = "cpu",
-) -> Path:
-    """The same on columns of the Gram matrix, fetched `block` at a time when a pick's is missing.
+    columns: Callable[[Tensor, Tensor], None], moments: Moments, rule: Rule, *,
+    exact: Exact | None = None, block: int = 16, capacity: int = 2**62, with_gap: bool = True,
+    step: Step | None = None, ranks: Ranks = ALONE, backend: str = "cpu",
+) -> Path:  # fmt: skip
+    """`greedy_gram` on columns of the Gram matrix, fetched when the column of a pick is missing.
 
     Args:
-        columns: called with units (n,) int64 and out (n, N) float64, to fill with those columns
-        exact, ranks: as for greedy_gram
-        capacity: how many columns are kept at a time
+        columns: called with units (n,) int64 and out (n, N) float64, to write their columns there
+        exact, ranks: as for `greedy_gram`
+        block: the most columns that are fetched at a time
+        capacity: the most columns that are kept
+        backend: "cpu" or "cuda"
 
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
-
-    Source: README eq. 2; which columns are at hand changes no number.
+    Source: README eq. 2. Which columns are fetched together changes no number.
     """
-    units = len(moments.norm)
+    check_backend(backend, "cpu", "cuda")
+    _check_exact(exact, moments, backend, ranks)
+    units, rounding = len(moments.norm), _rounding(moments, exact)
     block = min(block, units)
-    capacity = max(block, min(capacity, units + block))  # N: no column is ever dropped
+    # No column is ever dropped where there is room for N, and a block that may lie across the end.
+    capacity = max(block, min(capacity, units + block))
     if backend == "cuda":
-        _check_exact(exact)
-        return _cuda.greedy_columns(
-            columns, moments, rule, block, capacity, with_gap, step, _rounding(moments, exact)
+        return cuda.greedy_columns(
+            columns, moments, rule, block, capacity, with_gap, step, rounding
         )
-    run = Run(rule, units, with_gap, ranks=ranks)
-    cache = torch.empty(capacity, units, dtype=torch.float64)
-    wanted = torch.zeros(block, dtype=torch.int64)
-
-    def fetch(slot: int, count: int) -> None:
-        columns(wanted[:count], cache[slot : slot + count])
-
-    described = run.fill(
-        extension().ColumnCache(),
-        columns=cache,
-        slot_of=torch.full((units,), -1),
-        unit_in=torch.full((capacity,), -1),
-        wanted=wanted,
-        capacity=capacity,
-        block=block,
-        factor=torch.empty(RANK, units),
-        rank=RANK,
-        ahead=torch.empty(units, dtype=torch.float64),
-        taken=torch.empty(units, dtype=torch.int64),
+    return cpu.greedy_columns(
+        columns, moments, rule, exact, block, capacity, with_gap, step, ranks, rounding
     )
-    extension().greedy_columns(
-        run.path, described, _quadratic(run, moments, exact), run.rule, run.workspace,
-        torch.get_num_threads(), step, run.sum, fetch,
-    )  # fmt: skip
-    return run.result()
 
 
 def greedy_pointwise(
@@ -332,221 +270,121 @@ def greedy_pointwise(
     ranks: Ranks = ALONE,
     backend: str = "cpu",
 ) -> Path:
-    """All greedy steps by the candidates' losses themselves.
+    """All greedy steps for any loss of `Target`, by the candidates' losses themselves.
 
     Args:
-        features: (N, m) float32 or float64; outgoing: (N, C); bias: (C,)
-        extent: of the features, as `measure_features` gives it; None: measured here
-        starts: (steps,) int64; step k scores on samples [starts[k - 1], starts[k - 1] + batch)
-            (Wolfe et al. 2021's stochastic form); the losses reported are always those of all
+        features: (N, m) float32 or float64, or for "cuda" bfloat16 or float16
+        outgoing: (N, C); bias: (C,)
+        extent: that of the features, as `measure_features` gives it; None: it is measured here
+        starts: (steps,) int64: step k scores on samples [starts[k - 1], starts[k - 1] + batch)
+            alone (Wolfe et al. 2021's stochastic form); the reported losses are those of all
         mass: what sums over the samples are divided by; None: target.mass
-        ranks: that the samples are spread over, none perhaps on this one; not with `starts` or
-            "cuda"; mass is that of all
-
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
+        ranks: for "cpu" without `starts`: the processes that the samples are spread over, of which
+            this one may have none; mass is that of all samples
+        backend: "cpu" or "cuda"
 
     Source: README eq. 1.
     """
+    check_backend(backend, "cpu", "cuda")
     check_features(features, outgoing, backend, spread=ranks.size > 1)
     check_target(target, features, outgoing)
-    (units, samples), outputs = features.shape, outgoing.shape[1]
-    check("bias", bias, (outputs,))
-    if ranks.size > 1 and (starts is not None or backend == "cuda"):
-        what = "backend='cuda'" if starts is None else "starts"
-        raise ValueError(f"ranks: found {ranks.size} with {what}, expected one")
-    if ranks.size > 1 and mass is None:
-        raise ValueError(f"mass: found None with {ranks.size} ranks, expected that of all samples")
-    mass = target.mass if mass is None else mass
-    if starts is not None and (
-        starts.dtype != torch.int64
-        or starts.dim() != 1
-        or len(starts) < rule.steps
-        or not (int(starts.min()) >= 0 and int(starts.max()) + batch <= samples)
-    ):
-        raise ValueError(
-            f"starts: found {starts.dtype} {tuple(starts.shape)}, expected int64 "
-            f"({rule.steps},) in [0, {samples} - {batch}]"
-        )
-    with_gap = with_gap and starts is None
-    if backend == "cuda":
-        return _cuda.greedy_pointwise(
-            features, outgoing.double().contiguous(), bias.double().contiguous(), target, rule,
-            extent, starts, batch, with_gap, step,
-        )  # fmt: skip
-    run = Run(rule, units, with_gap, ranks=ranks)
-    single, double = torch.float32, torch.float64
-    scratch = {
-        "sum": torch.zeros(outputs, samples, dtype=double),
-        "outputs64": torch.empty(outputs, samples, dtype=double),
-        "outputs32": torch.empty(outputs, samples, dtype=single),
-        "outgoing32": torch.empty(units, outputs, dtype=single),
-        "weight32": torch.empty(outputs, samples, dtype=single),
-        "value32": torch.empty(outputs, samples, dtype=single),
-        "linear_unit": torch.empty(units, dtype=double),
-        "slopes": torch.empty(units, dtype=double),
-        "slope_errors": torch.empty(units, dtype=double),
-    }
+    check("bias", bias, (outgoing.shape[1],))
+    if ranks.size > 1:
+        check_spread(ranks.size, starts, mass, backend)
     if starts is not None:
-        scratch |= {
-            "starts": starts.contiguous(),
-            "weight_batch": torch.empty(outputs, batch, dtype=double),
-            "value_batch": torch.empty(outputs, batch, dtype=double),
-            "linear_batch": torch.empty(outputs, batch, dtype=double),
-        }
-    linear = None if target.linear is None else target.linear / mass
-    pointwise = run.fill(
-        extension().Pointwise(),
-        features=features_struct(run, features, extent or measure_features(features)),
-        outgoing=outgoing.double().contiguous(),
-        bias=bias.double().contiguous(),
-        target=target_struct(run, target, torch.float64, scale=1 / mass),
-        linear=linear,
-        batch=0 if starts is None else batch,
-        **scratch,
-    )
-    extension().greedy_pointwise(
-        run.path, pointwise, run.rule, run.workspace, torch.get_num_threads(), step, run.sum
-    )
-    return run.result()
+        check_starts(starts, batch, rule.steps, features.shape[1])
+    with_gap = with_gap and starts is None
+    weights, bias = outgoing.double().contiguous(), bias.double().contiguous()
+    if backend == "cuda":
+        return cuda.greedy_pointwise(
+            features, weights, bias, target, rule, extent, starts, batch, with_gap, step
+        )
+    return cpu.greedy_pointwise(
+        features, weights, bias, target, rule, extent, starts, batch,
+        target.mass if mass is None else mass, with_gap, step, ranks,
+    )  # fmt: skip
 
 
 def greedy_refit(
-    gram: Tensor,
-    right: Tensor,
-    target_norm: float,
-    rule: Rule,
-    *,
-    width: int = 1,
-    scale: float = 1.0,
-    step: Step | None = None,
-    backend: str = "cpu",
-) -> tuple[Path, Refit]:
+    gram: Tensor, right: Tensor, target_norm: float, rule: Rule, *, width: int = 1,
+    scale: float = 1.0, step: Step | None = None, backend: str = "cpu",
+) -> tuple[Path, Refit]:  # fmt: skip
     """All greedy steps of least squares that is refitted in every step.
 
-    Each step adds the unit with the largest drop of min_B |t - B x_S|^2, a unit being `width`
-    features side by side.
+    Each step adds the unit with the largest drop of min_B |t - B x_S|^2, where S are the picked
+    units and a unit is `width` features side by side.
 
     Args:
-        gram: (N w, N w) float64, <x_i, x_j>, with any damping on its diagonal
+        gram: (N w, N w) float64, <x_i, x_j>, with any ridge on its diagonal
         right: (N w, C) float64, <x_i, t>
         target_norm: |t|^2
-        scale: of the losses, which are what is left of |t|^2
+        width: w, the features of a unit
+        scale: factor of the losses; 1 gives the squared errors
+        backend: "cuda" computes on the processor, as "cpu" does: no kernel is written for a GPU
 
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
-
-    Source: README, "Refit"; Cholesky, a column when its unit is picked.
+    Source: README, "Refit": a Cholesky factor, of which a column is formed when its unit is picked.
     """
+    check_backend(backend, "cpu", "cuda", "reference")
     features = len(gram)
     check("gram", gram, (features, features), torch.float64)
     check("right", right, (features, right.shape[-1]), torch.float64)
     if features % width:
         raise ValueError(f"width: found {width} for {features} features, expected a divisor")
-    if width > extension().most_width:
-        raise ValueError(f"width: found {width}, expected at most {extension().most_width}")
     if backend == "reference":
         return reference.greedy_refit(
             gram, right, target_norm, rule, width=width, scale=scale, step=step
         )
-    units, outputs = features // width, right.shape[1]
-    run, most = Run(rule, units, False), rule.most(units)
-    double = torch.float64
-    factor = torch.zeros(features, most * width, dtype=double)
-    solved = torch.zeros(most * width, outputs, dtype=double)
-    place = torch.empty(units, dtype=torch.int64)
-    problem = run.fill(
-        extension().LeastSquares(),
-        units=units, width=width, outputs=outputs, most=most, scale=scale, target_norm=target_norm,
-        gram=gram.contiguous(), right=right.clone().contiguous(), factor=factor, solved=solved,
-        place=place, rest=torch.empty(units, width, width, dtype=double),
-        root=torch.empty(units, width, width, dtype=double),
-        gain=torch.empty(units, dtype=double),
-    )  # fmt: skip
-    extension().greedy_refit(
-        run.path, problem, run.rule, run.workspace, torch.get_num_threads(), step
-    )
-    path = run.result()
-    picked = torch.tensor(list(dict.fromkeys(path.order.tolist())), dtype=torch.int64)
-    size = len(picked) * width
-    rows = (picked[:, None] * width + torch.arange(width)).flatten()
-    root = factor[rows, :size].contiguous()
-    diagonal = root.diagonal()
-    diagonal[diagonal == 0] = 1  # of a feature that is spanned by others, which is left out
-    return path, Refit(picked, root, solved[:size].clone())
+    if width > extension().most_width:
+        raise ValueError(f"width: found {width}, expected at most {extension().most_width}")
+    return cpu.greedy_refit(gram, right, target_norm, rule, width, scale, step)
 
 
 def swap_gains(
-    swept: Tensor,
-    right: Tensor,
-    norms: Tensor,
-    kept: Tensor,
-    dropped: Tensor,
-    inner: Tensor,
-    pull: Tensor,
-    costs: Tensor,
-) -> Tensor:
-    """By what each exchange of a kept for a dropped unit lowers a squared error: (p, d) float64.
+    swept: Tensor, right: Tensor, norms: Tensor, kept: Tensor, dropped: Tensor, inner: Tensor,
+    pull: Tensor, costs: Tensor, *, backend: str = "cpu",
+) -> Tensor:  # fmt: skip
+    """By how much exchanging a kept for a dropped unit lowers a squared error: (p, d) float64.
+
+    exchange.py says what A, B and P are.
 
     Args:
-        swept: (N w, N w) float64, the Gram matrix swept on all kept units; right: (N w, C) float64,
-            the right side swept along; norms: (N w,), the Gram matrix's diagonal
-        kept: (p,) int64, which of them are tried; dropped: (d,) int64
-        inner: (p, w, w) float64, (-A_pp)^-1; pull: (p, w, C), that times the weights
-        costs: (p,) float64, what dropping each costs
+        swept: (N w, N w) float64, A, the Gram matrix swept on all kept units
+        right: (N w, C) float64, B, the right side swept with it
+        norms: (N w,) float64, the Gram matrix's diagonal
+        kept: (p,) int64, the kept units that are tried; dropped: (d,) int64
+        inner: (p, w, w) float64, P = (-A_pp)^-1; pull: (p, w, C) float64, P B_p
+        costs: (p,) float64, by how much dropping each raises the error
+        backend: "cuda" computes on the processor, as "cpu" does: no kernel is written for a GPU
 
-    Raises:
-        ValueError, TypeError: shapes or types that do not fit
-
-    Source: csrc/cpu/swap_gains.cpp.
+    Source: csrc/cpu/swap_gains.cpp has the formula.
     """
+    check_backend(backend, "cpu", "cuda", "reference")
     size, outputs = right.shape
     check("swept", swept, (size, size), torch.float64)
     width = inner.shape[-1]
-    if width > extension().most_swap_width:
-        raise ValueError(
-            f"width: found {width}, expected at most {extension().most_swap_width} for exchanges"
-        )
     check("inner", inner, (len(kept), width, width), torch.float64)
     check("pull", pull, (len(kept), width, outputs), torch.float64)
     check("costs", costs, (len(kept),), torch.float64)
     check("norms", norms, (size,), torch.float64)
-    keep, gains = Struct(), torch.empty(len(kept), len(dropped), dtype=torch.float64)
-    problem = keep.fill(
-        extension().Swaps(),
-        units=size // width, width=width, outputs=outputs, kept_count=len(kept),
-        dropped_count=len(dropped), swept=swept.contiguous(), right=right.contiguous(),
-        norms=norms.contiguous(), kept=kept.contiguous(), dropped=dropped.contiguous(),
-        inner=inner.contiguous(), pull=pull.contiguous(), costs=costs.contiguous(),
-    )  # fmt: skip
-    extension().swap_gains(gains.data_ptr(), problem, torch.get_num_threads())
-    return gains
+    if backend == "reference":
+        return reference.swap_gains(swept, right, norms, kept, dropped, inner, pull, costs)
+    if width > extension().most_swap_width:
+        raise ValueError(
+            f"width: found {width}, expected at most {extension().most_swap_width} for exchanges"
+        )
+    return cpu.swap_gains(swept, right, norms, kept, dropped, inner, pull, costs)
 
 
-def _quadratic(run: Run, moments: Moments, exact: Exact | None) -> Any:
-    quadratic = quadratic_struct(run, moments, _rounding(moments, exact))
+def _check_exact(exact: Exact | None, moments: Moments, backend: str, ranks: Ranks) -> None:
     if exact is None:
-        return quadratic
-    check_features(exact.features, exact.outgoing, spread=run.ranks.size > 1)
+        return
+    if backend != "cpu":
+        raise ValueError(f"exact: found features for backend={backend!r}, expected None")
+    check_features(exact.features, exact.outgoing, spread=ranks.size > 1)
     shape = (exact.outgoing.shape[1], exact.features.shape[1])
     check("target", exact.target, shape, torch.float64)
-    return run.fill(
-        quadratic,
-        features=features_struct(run, exact.features),
-        outgoing=exact.outgoing.double().contiguous(),
-        target=exact.target.contiguous(),
-        sum=torch.zeros(shape, dtype=torch.float64),
-        residual=torch.empty(shape, dtype=torch.float64),
-        outputs=shape[0],
-        all_units=torch.arange(len(exact.features)),
-    )
-
-
-def _check_exact(exact: Exact | None) -> None:
-    if exact is not None:
-        raise ValueError("exact: found features for backend='cuda', expected None")
 
 
 def _rounding(moments: Moments, exact: Exact | None) -> float:
-    """Without `exact` the sums count as float64's, 1024 at a time."""
-    return (1024 + moments.samples / 1024) * 2.0**-53 if exact is None else exact.rounding
+    """A bound on the error of the Gram matrix's entries, relative to |phi_i| |phi_j|."""
+    return float64_rounding(moments.samples) if exact is None else exact.rounding

@@ -1,6 +1,7 @@
-"""What the kernels compute, in plain torch and float64: clear rather than fast, and the judge.
+"""What the kernels compute, in plain torch and float64: clear, not fast. It judges the kernels.
 
-The names and signatures are those of `ops`; `greedy` is the loop that every backend runs.
+The names and signatures are those of `ops`, whose docstrings say what they mean. `ops` calls these
+functions for backend="reference"; nothing else in the package does.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..data.losses import Target
+from .least_squares import on_units
 from .loop import greedy
 from .path import Moments, Path, Refit, Rule, Step
+
+CHUNK_ENTRIES = 2**24  # the most entries of a temporary
 
 
 def candidate_loss(
@@ -22,16 +26,16 @@ def candidate_loss(
     shrink: float = 1.0,
     units: Tensor | None = None,
 ) -> Tensor:
-    """mass * L(outputs + shrink * phi_j) for each unit j; see `ops.candidate_loss`.
+    """mass * L(outputs + shrink * phi_j) for each unit j: (n,) float64.
 
-    features: (N, m); outgoing: (N, C); outputs: (C, m); returns (n,) float64
+    features: (N, m); outgoing: (N, C); outputs: (C, m)
     """
     units = torch.arange(len(features)) if units is None else units
     losses = torch.empty(len(units), dtype=torch.float64, device=features.device)
-    chunk = max(1, 2**24 // max(1, outputs.numel()))
+    chunk = max(1, CHUNK_ENTRIES // max(1, outputs.numel()))
     for i in range(0, len(units), chunk):
-        some = units[i : i + chunk].to(features.device)
-        phi = features[some].double()[:, None, :] * outgoing[some].double()[:, :, None]
+        part = units[i : i + chunk].to(features.device)
+        phi = features[part].double()[:, None, :] * outgoing[part].double()[:, :, None]
         losses[i : i + chunk] = target.loss_sum(outputs + shrink * phi)
     return losses
 
@@ -39,18 +43,21 @@ def candidate_loss(
 def candidate_slope(
     features: Tensor, outgoing: Tensor, gradient: Tensor, *, units: Tensor | None = None
 ) -> Tensor:
-    """<gradient, phi_j> for each unit j: features (N, m), outgoing (N, C), gradient (C, m)."""
+    """<gradient, phi_j> for each unit j: (n,) float64.
+
+    features: (N, m); outgoing: (N, C); gradient: (C, m)
+    """
     units = torch.arange(len(features)) if units is None else units
     slopes = torch.empty(len(units), dtype=torch.float64, device=features.device)
-    chunk = max(1, 2**24 // max(1, features.shape[1]))
+    chunk = max(1, CHUNK_ENTRIES // max(1, features.shape[1]))
     for i in range(0, len(units), chunk):
-        some = units[i : i + chunk].to(features.device)
-        slopes[i : i + chunk] = ((features[some].double() @ gradient.T) * outgoing[some]).sum(1)
+        part = units[i : i + chunk].to(features.device)
+        slopes[i : i + chunk] = ((features[part].double() @ gradient.T) * outgoing[part]).sum(1)
     return slopes
 
 
 class QuadraticObjective:
-    """Squared error by README eq. 2, on the Gram matrix."""
+    """Squared error by README eq. 2 on the Gram matrix, for `loop.greedy`."""
 
     def __init__(self, gram: Tensor, moments: Moments, with_gap: bool = True) -> None:
         self.units = len(gram)
@@ -81,8 +88,56 @@ class QuadraticObjective:
 def greedy_gram(
     gram: Tensor, moments: Moments, rule: Rule, *, with_gap: bool = True, step: Step | None = None
 ) -> Path:
-    """All greedy steps on a Gram matrix (N, N) float64; see `ops.greedy_gram`."""
+    """All greedy steps for squared error on a Gram matrix (N, N) float64."""
     return greedy(QuadraticObjective(gram, moments, with_gap), rule, step)
+
+
+class RefitObjective:
+    """Least squares refitted in every step, for `loop.greedy`, by its definition.
+
+    The Gram matrix and the right side are those of what the picked units leave of all features and
+    of the target (the Schur complement, kept whole).
+    """
+
+    def __init__(
+        self, gram: Tensor, right: Tensor, target_norm: float, width: int, scale: float
+    ) -> None:
+        self.units, self._width, self._scale = len(gram) // width, width, scale
+        self._gram, self._right, self._error = gram.clone(), right.clone(), target_norm
+        self._picked: set[int] = set()
+
+    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
+        gains = torch.tensor([self._gain(int(j)) for j in candidates], dtype=torch.float64)
+        return self._scale * (self._error - gains)
+
+    def add(self, k: int, unit: int) -> None:
+        if unit in self._picked:
+            return
+        self._error -= self._gain(unit)
+        self._picked.add(unit)
+        rows = self._rows(unit)
+        across = torch.linalg.solve(self._gram[rows, rows], self._gram[rows])
+        weights = torch.linalg.solve(self._gram[rows, rows], self._right[rows])
+        columns = self._gram[:, rows].clone()
+        self._gram -= columns @ across
+        self._right -= columns @ weights
+
+    def loss(self, k: int) -> float:
+        return self._scale * self._error
+
+    def gap(self, k: int) -> float | None:
+        return None
+
+    def _gain(self, unit: int) -> float:
+        """By how much the unit lowers the squared error."""
+        if unit in self._picked:
+            return 0.0
+        rows = self._rows(unit)
+        right = self._right[rows]
+        return float((right * torch.linalg.lstsq(self._gram[rows, rows], right).solution).sum())
+
+    def _rows(self, unit: int) -> slice:
+        return slice(unit * self._width, (unit + 1) * self._width)
 
 
 def greedy_refit(
@@ -95,15 +150,10 @@ def greedy_refit(
     scale: float = 1.0,
     step: Step | None = None,
 ) -> tuple[Path, Refit]:
-    """Least squares refitted in each step, the Schur complement kept whole; see `ops`."""
-    objective = RefitObjective(gram, right, target_norm, width, scale)
-    path = greedy(objective, rule, step)
+    """All greedy steps of least squares that is refitted in every step."""
+    path = greedy(RefitObjective(gram, right, target_norm, width, scale), rule, step)
     picked = torch.tensor(list(dict.fromkeys(path.order.tolist())))
-    rows = (picked[:, None] * width + torch.arange(width)).flatten()
-    factor = torch.linalg.cholesky(gram[rows][:, rows])
-    return path, Refit(
-        picked, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False)
-    )
+    return path, on_units(gram, right, picked, width)
 
 
 def swap_gains(
@@ -116,57 +166,14 @@ def swap_gains(
     pull: Tensor,
     costs: Tensor,
 ) -> Tensor:
-    """By what each exchange lowers a squared error; see `ops.swap_gains`."""
+    """By how much each exchange of a kept for a dropped unit lowers a squared error: (p, d)."""
     width = inner.shape[-1]
     rows = torch.arange(len(right)).view(-1, width)
     gains = torch.empty(len(kept), len(dropped), dtype=torch.float64)
     for i, p in enumerate(kept.tolist()):
         for k, j in enumerate(dropped.tolist()):
             across = swept[rows[p]][:, rows[j]]
-            left = swept[rows[j]][:, rows[j]] + across.T @ inner[i] @ across
-            own = right[rows[j]] + across.T @ pull[i]
-            gains[i, k] = (own * torch.linalg.lstsq(left, own).solution).sum() - costs[i]
+            gram_j = swept[rows[j]][:, rows[j]] + across.T @ inner[i] @ across
+            right_j = right[rows[j]] + across.T @ pull[i]
+            gains[i, k] = (right_j * torch.linalg.lstsq(gram_j, right_j).solution).sum() - costs[i]
     return gains
-
-
-class RefitObjective:
-    """What is left of |t|^2 once the picked units' weights are solved for again."""
-
-    def __init__(
-        self, gram: Tensor, right: Tensor, target_norm: float, width: int, scale: float
-    ) -> None:
-        self.units, self._width, self._scale = len(gram) // width, width, scale
-        self._rest, self._right, self._left = gram.clone(), right.clone(), target_norm
-        self._picked: set[int] = set()
-
-    def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
-        gains = torch.tensor([self._gain(int(j)) for j in candidates], dtype=torch.float64)
-        return self._scale * (self._left - gains)
-
-    def add(self, k: int, unit: int) -> None:
-        if unit in self._picked:
-            return
-        self._left -= self._gain(unit)
-        self._picked.add(unit)
-        own = self._features(unit)
-        solved = torch.linalg.solve(self._rest[own, own], self._rest[own])
-        right = torch.linalg.solve(self._rest[own, own], self._right[own])
-        columns = self._rest[:, own].clone()
-        self._rest -= columns @ solved
-        self._right -= columns @ right
-
-    def loss(self, k: int) -> float:
-        return self._scale * self._left
-
-    def gap(self, k: int) -> float | None:
-        return None
-
-    def _gain(self, unit: int) -> float:
-        if unit in self._picked:
-            return 0.0
-        own = self._features(unit)
-        right = self._right[own]
-        return float((right * torch.linalg.lstsq(self._rest[own, own], right).solution).sum())
-
-    def _features(self, unit: int) -> slice:
-        return slice(unit * self._width, (unit + 1) * self._width)

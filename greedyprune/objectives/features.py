@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.losses import Target, Targets
 from ..graph.groups import Group
 from ..kernels import ops
-from ..kernels.products import BLOCK
+from ..kernels.products import FLOAT64_ENTRIES
 from ..kernels.structs import Extent
 from ..runtime.resume import Pass
 from .job import Job
@@ -62,7 +62,9 @@ class LayerFeatures(ABC):
 
     def _small(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The same samples in smaller blocks."""
-        entries = BLOCK if self.device.type == "cpu" else 8 * BLOCK  # a GPU launches for each block
+        entries = (
+            FLOAT64_ENTRIES if self.device.type == "cpu" else 8 * FLOAT64_ENTRIES
+        )  # a GPU launches for each block
         size = max(64, entries // max(self.units, self.outputs))
         for block in blocks:
             samples = block.features.shape[1]
@@ -116,7 +118,7 @@ class InMemory(LayerFeatures):
     def shuffle(self, order: Tensor) -> None:
         """Puts the samples in another order, (m,) int64; in place, a few units at a time."""
         order = order.to(self.device)
-        height = max(1, BLOCK // max(1, len(order)))
+        height = max(1, FLOAT64_ENTRIES // max(1, len(order)))
         for i in range(0, self.units, height):
             rows = self.features[i : i + height]
             rows.copy_(rows[:, order])

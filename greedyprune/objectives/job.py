@@ -62,6 +62,11 @@ class Job:
     def ranks(self) -> Ranks:
         return self.batches.ranks
 
+    @property
+    def solver_backend(self) -> str:
+        """The backend for what is computed from sums over the data, which lie on the CPU."""
+        return "reference" if self.backend == "reference" else "cpu"
+
     def rule(self, group: Group) -> Rule:
         return self.rules[group.producer]
 

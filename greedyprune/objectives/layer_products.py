@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
 from ..graph.groups import Group
-from ..graph.unfold import parts, unit_major, weight_of
+from ..graph.unfold import unfolded_parts, unit_major, weight_of
 from ..kernels import exchange, ops
 from ..kernels.least_squares import on_units, ridge
 from ..kernels.path import Moments, Path, Refit, Rule, Step
@@ -146,7 +146,7 @@ class ConsumerProducts(Products):
                 "numbers"
             )
         bias, double = getattr(self._module, "bias", None), torch.float64
-        for columns, target in parts(self._module, inputs, outputs):
+        for columns, target in unfolded_parts(self._module, inputs, outputs):
             taps, positions = columns.shape[1:]
             rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
             rows = rows.transpose(0, 1).reshape(self.features, positions)

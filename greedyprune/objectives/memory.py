@@ -14,9 +14,9 @@ from torch import nn
 
 from ..graph.groups import Group
 from ..graph.unfold import outputs_of, weight_of
-from ..kernels.exchange import FEWEST
+from ..kernels.exchange import ELIMINATION_FEATURES
 from ..kernels.path import Rule
-from ..kernels.products import BLOCK
+from ..kernels.products import FLOAT64_ENTRIES
 from .job import Job
 
 WORD = 8  # bytes of a float64
@@ -63,7 +63,7 @@ def bytes_of(
     steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
     exchanges = 0
     if swaps and width <= WIDEST:  # a swept matrix; for elimination an inverse too
-        exchanges = whole + kept**2 if features > FEWEST else 2 * (whole + kept**2)
+        exchanges = whole + kept**2 if features > ELIMINATION_FEATURES else 2 * (whole + kept**2)
         sides += 4 * kept * outputs
     side_by_side = whole + kept**2 if len(shapes) > 1 else 0
     return Bytes(WORD * sums, WORD * (side_by_side + sides + max(steps, exchanges)))
@@ -108,7 +108,7 @@ def least_squares_bytes(picks: int) -> int:
 def check_least_squares(layer: str, picks: int, limit: int) -> None:
     """ValueError where least squares on so many units takes more than `limit` bytes."""
     needed = least_squares_bytes(picks)
-    if needed > max(limit, WORD * BLOCK):  # a block of samples takes so much anyway
+    if needed > max(limit, WORD * FLOAT64_ENTRIES):  # a block of samples takes so much anyway
         raise ValueError(
             f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
             f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"

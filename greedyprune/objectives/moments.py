@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..kernels.path import Moments
-from ..kernels.products import SOME, add_upper_product, mirror
+from ..kernels.products import COPIED_ROWS, add_upper_product, mirror
 from ..runtime.resume import Tensors
 from .features import InMemory, Streamed
+from .source import Block
 
 
 def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = None) -> Moments:
@@ -17,7 +18,7 @@ def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = N
 
     gram: (N, N) float64 zeros, that receive G_ij = <phi_i, phi_j>; None: not wanted
     """
-    outgoing, bias, units = features.outgoing, features.bias, features.units
+    outgoing, units = features.outgoing, features.units
     streamed = isinstance(features, Streamed)
     sums = Tensors(
         norm=torch.zeros(units, dtype=torch.float64, device=features.device),  # |h_j|^2
@@ -31,42 +32,15 @@ def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = N
         features.resumed.hold(sums)
     known = features.extent  # the squares were added up while the features were collected
     for block in features.blocks():
-        h, target = block.features, block.target
-        dense, empty, target_norm, mean_norm = 0.0, 0.0, 0.0, 0.0
+        squares = None
         if known is None:
-            if block.extent is not None:
-                squares = block.extent.squares
-            else:
-                squares = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64).square()
+            squares = _squares(block)
             norm += squares
-        if backend == "reference":
-            h = h.double()
-        if target.kind != "custom":
-            # A GPU may round float32 products to 11 bits.
-            wide = h if backend == "cpu" else h.double()
-            mean_phi = (outgoing.T / units).to(wide.dtype) @ wide
-            outputs = bias[:, None] + mean_phi
-            dense = float(target.loss_sum(outputs))
-            empty = float(target.loss_sum(bias[:, None].expand_as(outputs)))
-            if target.weight is None:
-                if known is None:
-                    variance += squares[:, None]
-                mean_norm = float(mean_phi.double().square().sum())
-            else:
-                weight = target.weight.expand_as(mean_phi)
-                variance += h.double().square() @ weight.T
-                mean_norm = float((weight * mean_phi.square()).sum())
-        if target.kind == "mse":
-            assert target.value is not None
-            t = target.value - bias[:, None]
-            target_norm = float(t.square().sum())
-            beta += ops.candidate_slope(h, outgoing, t, backend=backend)
+        numbers = _add_outputs(features, block, backend, squares, beta, variance)
+        sums.numbers += torch.tensor(numbers, dtype=torch.float64)
         if gram is not None and streamed:
+            h = block.features.double() if backend == "reference" else block.features
             add_upper_product(gram, h, torch.float64)
-        sums.numbers += torch.tensor(
-            [target.samples, target.mass, dense, empty, target_norm, mean_norm],
-            dtype=torch.float64,
-        )
     if known is not None:
         norm += known.squares
         if isinstance(features, InMemory) and features.target.weight is None:
@@ -90,7 +64,48 @@ def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = N
     return Moments(int(count), mass, norm, beta, target_norm, dense, spread, empty)
 
 
+def _squares(block: Block) -> Tensor:
+    """|h_j|^2 over a block, (N,) float64."""
+    if block.extent is not None:
+        return block.extent.squares
+    return torch.linalg.vector_norm(block.features, dim=1, dtype=torch.float64).square()
+
+
+def _add_outputs(
+    features: InMemory | Streamed, block: Block, backend: str, squares: Tensor | None,
+    beta: Tensor, variance: Tensor,
+) -> list[float]:  # fmt: skip
+    """Adds a block to beta and variance, in place.
+
+    Returns samples, mass, the sums of losses with all units and without any, |t|^2 and the weighted
+    |mean phi|^2.
+    """
+    outgoing, bias, target = features.outgoing, features.bias, block.target
+    h = block.features.double() if backend == "reference" else block.features
+    dense, empty, target_norm, mean_norm = 0.0, 0.0, 0.0, 0.0
+    if target.kind != "custom":
+        wide = h if backend == "cpu" else h.double()  # a GPU may round float32 products to 11 bits
+        mean_phi = (outgoing.T / features.units).to(wide.dtype) @ wide
+        outputs = bias[:, None] + mean_phi
+        dense = float(target.loss_sum(outputs))
+        empty = float(target.loss_sum(bias[:, None].expand_as(outputs)))
+        if target.weight is None:
+            if squares is not None:
+                variance += squares[:, None]
+            mean_norm = float(mean_phi.double().square().sum())
+        else:
+            weight = target.weight.expand_as(mean_phi)
+            variance += h.double().square() @ weight.T
+            mean_norm = float((weight * mean_phi.square()).sum())
+    if target.kind == "mse":
+        assert target.value is not None
+        t = target.value - bias[:, None]
+        target_norm = float(t.square().sum())
+        beta += ops.candidate_slope(h, outgoing, t, backend=backend)
+    return [target.samples, target.mass, dense, empty, target_norm, mean_norm]
+
+
 def _weigh(gram: Tensor, outgoing: Tensor) -> None:
     """From sums of h_i h_j to G_ij = (w_i . w_j) (h_i . h_j), the upper half."""
-    for i in range(0, len(gram), SOME):
-        gram[i : i + SOME, i:] *= outgoing[i : i + SOME] @ outgoing[i:].T
+    for i in range(0, len(gram), COPIED_ROWS):
+        gram[i : i + COPIED_ROWS, i:] *= outgoing[i : i + COPIED_ROWS] @ outgoing[i:].T

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import alike, main_output, run_model, target_of
 from ..data.losses import Criterion, Target, loss_of_function, slope_in
-from ..graph.executor import OverwrittenError, Program, Programs, bytes_held, tensors_of
+from ..graph.executor import (
+    GraphExecutor,
+    GraphExecutors,
+    OverwrittenError,
+    bytes_held,
+    tensors_of,
+)
 from ..graph.groups import Group
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
@@ -30,22 +36,22 @@ LAYERS = 16  # at most so many values as large as the layer's output are in memo
 
 
 class State:
-    """A batch in the network, run up to a node; without a program it is run from its inputs."""
+    """A batch in the network, run up to a node; without a executor it is run from its inputs."""
 
-    def __init__(self, batch: Batch, programs: Programs | None) -> None:
+    def __init__(self, batch: Batch, executors: GraphExecutors | None) -> None:
         self.batch, self.at = batch, 0
-        self.program = None if programs is None else programs.find(batch)
-        self.values = {} if self.program is None else self.program.inputs(batch)
+        self.executor = None if executors is None else executors.find(batch)
+        self.values = {} if self.executor is None else self.executor.inputs(batch)
         self._target: Target | None = None
 
     def advance(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
-        if self.program is not None:
-            self.program.run(self.values, tensors, self.at, self.program.place[layer])
-            self.at = self.program.place[layer]
+        if self.executor is not None:
+            self.executor.run(self.values, tensors, self.at, self.executor.place[layer])
+            self.at = self.executor.place[layer]
 
     def outputs(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
-        if self.program is not None:
-            return main_output(self.program.outputs(self.values, tensors, self.at))
+        if self.executor is not None:
+            return main_output(self.executor.outputs(self.values, tensors, self.at))
         args, kwargs = self.batch.args, self.batch.kwargs
         return main_output(torch.func.functional_call(model, dict(tensors), args, kwargs))
 
@@ -112,9 +118,9 @@ class Network:
         self.model, self.criterion = model, criterion
         self._batches, self._limit, self._bar = batches, limit, bar
         self._tensors = tensors_of(model)
-        self._programs: Programs | None = Programs(model) if traced else None
+        self._executors: GraphExecutors | None = GraphExecutors(model) if traced else None
         self._layer: str | None = None
-        self._suffixes: dict[Program, NetworkSuffix] = {}
+        self._suffixes: dict[GraphExecutor, NetworkSuffix] = {}
         self._states: list[State] | None = None  # None: run from the inputs every time
         self._changed: dict[str, Tensor] = {}
         self._traced, self._vmaps = traced, True
@@ -126,11 +132,11 @@ class Network:
         self._nothing = outputs[:0], None if targets is None else targets[:0]
         on_cpu = traced and batches.device.type == "cpu"
         self._splits = on_cpu and _is_separate(model, first, outputs)
-        if self._programs is not None:
+        if self._executors is not None:
             try:
-                self._programs.of(self._parts(first)[0])
+                self._executors.of(self._parts(first)[0])
             except OverwrittenError:
-                self._programs, self._splits = None, False
+                self._executors, self._splits = None, False
 
     def exact(self) -> Network | None:
         """The same in float64; None where the model cannot run in float64, as with a `.float()`."""
@@ -154,9 +160,9 @@ class Network:
 
     def first_of(self, layers: Sequence[str]) -> tuple[int, str]:
         """The place and name of the layer that runs first."""
-        if self._programs is None:
+        if self._executors is None:
             return 0, layers[0]
-        place = self._programs.of(self._parts(self._batches.first())[0]).place
+        place = self._executors.of(self._parts(self._batches.first())[0]).place
         return min((place[name], name) for name in layers)
 
     def stop_before(self, layer: str) -> None:
@@ -193,7 +199,7 @@ class Network:
 
     def states_of(self, batch: Batch) -> list[State]:
         """The samples of a batch, run up to the layer."""
-        states = [State(part, self._programs) for part in self._parts(batch)]
+        states = [State(part, self._executors) for part in self._parts(batch)]
         for state in states:
             assert self._layer is not None
             state.advance(self._layer, self._tensors)
@@ -260,7 +266,7 @@ class Network:
         self, state: State, group: Group, factors: Tensor, candidates: Sequence[int | None],
         one: float,
     ) -> Iterator[Tensor]:  # fmt: skip
-        if state.program is not None and len(group.consumers) == 1:
+        if state.executor is not None and len(group.consumers) == 1:
             yield from self._through_suffix(state, group, factors, candidates, one)
             return
         for unit in candidates:
@@ -273,23 +279,23 @@ class Network:
         self, state: State, group: Group, factors: Tensor, candidates: Sequence[int | None],
         one: float,
     ) -> Iterator[Tensor]:  # fmt: skip
-        program, name = state.program, group.consumer
-        assert program is not None
-        if program not in self._suffixes:
-            self._suffixes[program] = NetworkSuffix(program, name, self._tensors)
-        suffix, layer = self._suffixes[program], program.layers[name]
+        executor, name = state.executor, group.consumer
+        assert executor is not None
+        if executor not in self._suffixes:
+            self._suffixes[executor] = NetworkSuffix(executor, name, self._tensors)
+        suffix, layer = self._suffixes[executor], executor.layers[name]
         at = group.slices[layer.weight]
         weight, bias = self.weight(name), self._tensors.get(layer.bias or "")
-        prepared, inputs = suffix.prepare(state.values), program.operands(state.values, name, True)
+        prepared, inputs = suffix.prepare(state.values), executor.input_of(name, state.values, True)
         weight, bias = suffix.scaled(weight, bias, layer.out_dim)
-        base = program.linear_map(name, inputs, scaled_weight(weight, at, factors), bias)
+        base = executor.linear_map(name, inputs, scaled_weight(weight, at, factors), bias)
 
         def output_of(unit: int | None) -> Tensor:
             if unit is None:
                 return base.clone()
             entries = at.entries(torch.tensor([unit]), group.units).to(inputs.device)
-            added = program.linear_map(
-                name, inputs.index_select(layer.axis, entries),
+            added = executor.linear_map(
+                name, inputs.index_select(layer.channel_dim, entries),
                 weight.index_select(at.dim, entries) * one, None,
             )  # fmt: skip
             return base + added

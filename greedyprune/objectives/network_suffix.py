@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from ..graph.executor import Program, Values, in_place
-from ..graph.propagate import CONVOLUTIONS, LINEAR, RESHAPING, operation, shape_of
+from ..graph.executor import GraphExecutor, Values
+from ..graph.propagate import RESHAPING
+from ..graph.tracing import CONVOLUTIONS, LINEAR, in_place, operation, shape_of
 
 FRESH = CONVOLUTIONS | LINEAR | {"add", "batch_norm"}  # whose result no other node shares
 Step = tuple[fx.Node, Callable[[Values], Any], tuple[fx.Node, ...]]
@@ -24,20 +25,20 @@ Step = tuple[fx.Node, Callable[[Values], Any], tuple[fx.Node, ...]]
 class NetworkSuffix:
     """The nodes after a layer, with given weights."""
 
-    def __init__(self, program: Program, layer: str, tensors: Mapping[str, Tensor]) -> None:
-        self._program, start = program, program.place[layer]
-        self.entry = program.nodes[start]
+    def __init__(self, executor: GraphExecutor, layer: str, tensors: Mapping[str, Tensor]) -> None:
+        self._executor, start = executor, executor.place[layer]
+        self.entry = executor.nodes[start]
         self._channels_last = self.entry.meta["val"].device.type == "cpu"
-        self._tensors = {node: self.laid_out(t) for node, t in program.own(tensors).items()}
+        self._tensors = {node: self.laid_out(t) for node, t in executor.constants(tensors).items()}
         self._scale: Tensor | None = None  # (C,) each, of a normalisation right after the layer
         self._shift: Tensor | None = None
-        later = program.nodes[start + 1 : -1]
+        later = executor.nodes[start + 1 : -1]
         self._after: set[fx.Node] = set()
         for node in later:
             if any(s in self._after or s is self.entry for s in node.all_input_nodes):
                 self._after.add(node)
         self._once = [n for n in later if n not in self._after and n.op != "placeholder"]
-        last_user = {source: node for node in program.nodes for source in node.all_input_nodes}
+        last_user = {source: node for node in executor.nodes for source in node.all_input_nodes}
         self._steps: list[Step] = []
         folded = self._folded()
         for node in later:
@@ -62,7 +63,7 @@ class NetworkSuffix:
         for node in self._once:
             shared[node] = self._call(node)(shared)
         needed = {source for node, _, _ in self._steps for source in node.all_input_nodes}
-        needed |= set(self._program.nodes[-1].all_input_nodes)
+        needed |= set(self._executor.nodes[-1].all_input_nodes)
         return {n: self.laid_out(v) for n, v in shared.items() if n in needed}
 
     def __call__(self, output: Tensor, prepared: Values) -> Any:
@@ -73,7 +74,7 @@ class NetworkSuffix:
             values[node] = run(values)
             for source in gone:
                 values.pop(source, None)
-        return self._program.returned(values)
+        return self._executor.returned(values)
 
     def _step(self, node: fx.Node, folded: Mapping[fx.Node, tuple[Tensor, Tensor]]) -> Any:
         source, op = node.all_input_nodes[0], operation(node)
@@ -101,7 +102,7 @@ class NetworkSuffix:
     def _call(self, node: fx.Node) -> Callable[[Values], Any]:
         target: Any = node.target
         if node.op != "call_function" or in_place(node):
-            return lambda values: self._program.evaluate(node, values)
+            return lambda values: self._executor.evaluate(node, values)
         return lambda values: target(
             *map_arg(node.args, values.__getitem__), **map_arg(node.kwargs, values.__getitem__)
         )

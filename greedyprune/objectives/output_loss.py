@@ -69,25 +69,16 @@ def _selected(job: Job, rule: Rule, features: InMemory | Streamed) -> LayerSelec
             "'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
         )
     weights = "counts" if job.weights == "auto" else job.weights
-    batches = None
-    if job.loss.batch_size is not None and not features.imitation:
-        if not isinstance(features, InMemory) or not features.in_memory:
-            raise ValueError(
-                f"batch_size: the activations do not fit in memory_limit={job.memory_limit} bytes, "
-                "expected them to: raise the limit or give fewer samples"
-            )
-        batches = mini_batches(job, rule.steps, features.samples)
-        assert batches is not None
-        features.shuffle(batches.order)
+    batches = _shuffled_batches(job, rule, features)
     solver = Solver(job, features, rule, batches)
     dense_loss, empty_loss = solver.moments.dense_loss, solver.moments.empty_loss
     if isinstance(features, InMemory) and kind == "custom":
         dense_loss = CustomObjective(features).dense_loss()
     goal = -math.inf
-    if job.tolerance is not None:
+    if job.tolerance is not None and features.imitation:
+        goal = job.tolerance * empty_loss
+    elif job.tolerance is not None:
         goal = dense_loss + job.tolerance * abs(dense_loss)
-        if features.imitation:
-            goal = job.tolerance * empty_loss
     as_picked = loop_has_kept_weights(weights, rule)
     all_candidates = rule.draws is None and batches is None
     reweighting = Reweighting(features, weights, solver.moments.mass, job.memory_limit)
@@ -125,6 +116,21 @@ def _selected(job: Job, rule: Rule, features: InMemory | Streamed) -> LayerSelec
         slices=dict(group.slices), outputs={group.consumer: features.outputs}, loss=kind,
         objective="imitation" if features.imitation else "loss",
     )  # fmt: skip
+
+
+def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> MiniBatches | None:
+    """The mini-batches of each step, after shuffling the features to match; None: all samples."""
+    if job.loss.batch_size is None or features.imitation:
+        return None
+    if not isinstance(features, InMemory) or not features.in_memory:
+        raise ValueError(
+            f"batch_size: the activations do not fit in memory_limit={job.memory_limit} bytes, "
+            "expected them to: raise the limit or give fewer samples"
+        )
+    batches = mini_batches(job, rule.steps, features.samples)
+    assert batches is not None
+    features.shuffle(batches.order)
+    return batches
 
 
 def columns_are_cheaper(units: int, picks: int, backend: str = "cpu") -> bool:

@@ -40,14 +40,14 @@ def select_from(
         stop = until(goal, shown)
         if gram is None or moments is None:
             path, fitted = products.refit_path(
-                rule, job.backend, stop, swaps=swaps, damping=damping
+                rule, job.solver_backend, stop, swaps=swaps, damping=damping
             )
         elif weights == "none" and not rule.replacement:
-            path = unscaled_path(gram, moments, rule, job.backend, until(-math.inf, shown))
+            path = unscaled_path(gram, moments, rule, job.solver_backend, until(-math.inf, shown))
         else:
             path = ops.greedy_gram(
                 gram, moments, rule, with_gap=as_picked,
-                step=stop if as_picked else until(-math.inf, shown), backend=job.backend,
+                step=stop if as_picked else until(-math.inf, shown), backend=job.solver_backend,
             )  # fmt: skip
     if gram is not None and moments is not None and not as_picked:
         along = reweighted_losses(first_picks(path.order), weights, gram, moments)

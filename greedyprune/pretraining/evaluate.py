@@ -1,4 +1,4 @@
-"""Losses and metrics of whole networks, without a trace on whatever training draws from."""
+"""The loss and the metric of a whole network over batches of data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..data.batches import Batch
 from ..data.forward import evaluating, main_output, run_model
 from ..data.losses import Criterion, Metric, number
 
-ACCURACY = "accuracy"  # the metric that needs no outputs to be kept
+ACCURACY = "accuracy"  # counted batch by batch; a function of the user's needs all outputs at once
 
 
 def metric_of(metric: object, criterion: Criterion) -> str | Metric | None:
-    """The metric that the argument `metric` of `PretrainingMonitor` means, for this loss."""
+    """The metric that `PretrainingMonitor(metric=...)` means for this loss."""
     if metric == "auto":
         return ACCURACY if criterion.kind in ("cross_entropy", "bce_with_logits") else None
     if metric is None or callable(metric):
@@ -23,15 +23,20 @@ def metric_of(metric: object, criterion: Criterion) -> str | Metric | None:
     raise TypeError(f"metric: found {metric!r}, expected 'auto', a function or None")
 
 
-def measure(
+def loss_and_metric(
     model: nn.Module, batches: Iterable[Batch], criterion: Criterion, metric: str | Metric | None
 ) -> tuple[float, float | None]:
-    """The loss over all batches, as torch defines it on all samples at once, and the metric.
+    """The loss over all samples, reduced as torch reduces it, and the metric (None: there is none).
 
-    A metric of the user's own gets the outputs and targets of all batches, joined.
+    A loss or metric that is a function of the user's is called once, with the outputs and targets
+    of all batches concatenated. The model is left as it was (see `evaluating`).
+
+    Raises:
+        ValueError: data without targets, or that the model or the loss does not take
+        TypeError: a function of the user's that returns no number
     """
-    loss, mass, hits, seen = 0.0, 0.0, 0, 0
-    kept: list[tuple[Tensor, Tensor]] = []
+    loss_sum, mass, correct, labelled = 0.0, 0.0, 0, 0
+    pairs: list[tuple[Tensor, Tensor]] = []  # outputs and targets, for the user's functions
     with evaluating(model):
         for batch in batches:
             outputs = main_output(run_model(model, batch))
@@ -40,27 +45,28 @@ def measure(
                     "data: found inputs without targets, expected both, to measure the loss"
                 )
             if criterion.function is not None or callable(metric):
-                kept.append((outputs, targets))
+                pairs.append((outputs, targets))
             if criterion.function is None:
                 target = criterion.target(targets, tuple(outputs.shape) or (1,))
-                flat = outputs.reshape(-1, target.outputs).T
-                loss, mass = loss + float(target.loss_sum(flat.double())), mass + target.mass
+                columns = outputs.reshape(-1, target.outputs).T  # (C, m)
+                loss_sum += float(target.loss_sum(columns.double()))
+                mass += target.mass
             if metric == ACCURACY:
-                right, known = _hits(outputs, targets, criterion)
-                hits, seen = hits + right, seen + known
-        joined = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+                batch_correct, batch_labelled = _correct(outputs, targets, criterion)
+                correct, labelled = correct + batch_correct, labelled + batch_labelled
+        concatenated = [torch.cat(tensors) for tensors in zip(*pairs, strict=True)]
         if criterion.function is not None:
-            loss, mass = number("loss", criterion.function(*joined)), 1.0
+            loss_sum, mass = number("loss", criterion.function(*concatenated)), 1.0
         if callable(metric):
-            return loss / mass, number("metric", metric(*joined))
-    return loss / mass, hits / seen if metric == ACCURACY else None
+            return loss_sum / mass, number("metric", metric(*concatenated))
+    return loss_sum / mass, correct / labelled if metric == ACCURACY else None
 
 
-def _hits(outputs: Tensor, targets: Tensor, criterion: Criterion) -> tuple[int, int]:
-    """How many predictions are right, and of how many."""
+def _correct(outputs: Tensor, targets: Tensor, criterion: Criterion) -> tuple[int, int]:
+    """How many predictions are correct, and how many predictions have a label."""
     if criterion.kind == "bce_with_logits":
         return int(((outputs > 0) == (targets > 0.5)).sum()), targets.numel()
     if targets.is_floating_point():  # class probabilities
         targets = targets.argmax(-1)
-    known = targets != criterion.ignore_index
-    return int(((outputs.argmax(-1) == targets) & known).sum()), int(known.sum())
+    labelled = targets != criterion.ignore_index
+    return int(((outputs.argmax(-1) == targets) & labelled).sum()), int(labelled.sum())

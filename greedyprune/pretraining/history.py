@@ -1,4 +1,4 @@
-"""What a `PretrainingMonitor` records at each check."""
+"""The records that a `PretrainingMonitor` keeps: one `Check` for each time it pruned on trial."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from ..surgery.selection import LayerSelection
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """The greedy path of one layer at a check, its losses on `data` (not on `held_out`).
+    """The greedy path of one layer at a check. Its losses are on `data`, never on `held_out`.
 
-    units, kept: units of the layer, and distinct ones kept
+    name:        the layer's name in the model
+    objective:   the objective that the layer was selected by: "loss", "imitation" or "fisher"
+    units, kept: how many units the layer has, and how many distinct units were kept
     order:       the picks in sequence
-    losses:      the objective after each step: where that is "loss", the model's with this layer
-                 pruned, and those before it; else ("imitation", say) this layer's own
-    dense_loss:  the same of the dense layer
+    losses:      the objective after each step. For "loss" that is the loss of the model with this
+                 layer pruned, and with the layers that were pruned before it. For the other
+                 objectives it is the layer's own error.
+    dense_loss:  the objective of the dense layer
     gap, bound:  the Frank-Wolfe gap and README eq. 3 at the last step; None where not known
     """
 
@@ -33,24 +36,28 @@ class LayerCheck:
 
     @classmethod
     def of(cls, name: str, layer: LayerSelection) -> LayerCheck:
-        last = [None if each is None else float(each[-1]) for each in (layer.gap, layer.bound)]
         return cls(
-            name, layer.objective, len(layer.counts), len(layer.kept),
-            tuple(layer.order.tolist()), tuple(layer.losses.tolist()), float(layer.dense_loss),
-            *last,
+            name=name, objective=layer.objective, units=len(layer.counts), kept=len(layer.kept),
+            order=tuple(layer.order.tolist()), losses=tuple(layer.losses.tolist()),
+            dense_loss=float(layer.dense_loss),
+            gap=None if layer.gap is None else float(layer.gap[-1]),
+            bound=None if layer.bound is None else float(layer.bound[-1]),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found at one iteration.
+    """What the monitor measured at one iteration of training.
 
-    Losses and metrics are of the whole networks, dense and pruned, run on `held_out` where that was
-    given, else on `data`; the metrics None where there is none.
+    Losses and metrics are those of whole networks. They are measured on `held_out` where the
+    monitor has it, else on `data`. A metric is None where the monitor has none.
 
-    iteration:        calls of `step` until then
-    seconds:          that the check took
-    training_seconds: since the first `step`, without the checks
+    iteration:        how often `step` had been called
+    seconds:          how long the check took
+    training_seconds: time since the first `step`, without the checks
+    dense_loss, dense_metric: of the network in training
+    loss, metric:     of the pruned network
+    layers:           the greedy path of each layer
     """
 
     iteration: int
@@ -64,41 +71,51 @@ class Check:
 
     @property
     def units(self) -> int:
-        """Of all layers that are selected from."""
+        """The number of units in all layers that were selected from."""
         return sum(layer.units for layer in self.layers)
 
     @property
     def kept(self) -> int:
-        """Distinct units kept, of all layers."""
+        """The number of distinct units kept, over all layers."""
         return sum(layer.kept for layer in self.layers)
 
     @property
     def gap(self) -> float | None:
-        """The Frank-Wolfe gap of the model's loss on `data`; None where layers imitate."""
-        return self._of_the_loss("gap")
+        """The Frank-Wolfe gap of the model's loss on `data`.
+
+        None unless exactly one layer was selected from, by the objective "loss".
+        """
+        layer = self._layer_by_loss()
+        return None if layer is None else layer.gap
 
     @property
     def bound(self) -> float | None:
-        """README eq. 3 for the model's loss on `data`; None where layers imitate."""
-        return self._of_the_loss("bound")
+        """The bound of README eq. 3 on the model's loss on `data`; None where `gap` is None."""
+        layer = self._layer_by_loss()
+        return None if layer is None else layer.bound
 
     def scalars(self) -> dict[str, float]:
-        """What a logger is given, by tag."""
-        found = {name: getattr(self, name) for name in (
-            "dense_loss", "loss", "dense_metric", "metric", "gap", "bound", "kept", "seconds",
-        )}  # fmt: skip
-        return {f"greedyprune/{n}": float(v) for n, v in found.items() if v is not None}
+        """The numbers for a logger, by tag ("greedyprune/loss", ...); unknown ones are left out."""
+        values: dict[str, float | None] = {
+            "dense_loss": self.dense_loss, "loss": self.loss, "dense_metric": self.dense_metric,
+            "metric": self.metric, "gap": self.gap, "bound": self.bound, "kept": self.kept,
+            "seconds": self.seconds,
+        }  # fmt: skip
+        return {f"greedyprune/{n}": float(v) for n, v in values.items() if v is not None}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Check:
-        """From what `dataclasses.asdict` made of one, tuples perhaps as lists."""
-        layers = (
-            LayerCheck(**{**each, "order": tuple(each["order"]), "losses": tuple(each["losses"])})
-            for each in state["layers"]
+        """The inverse of `dataclasses.asdict`; JSON may have turned tuples into lists."""
+        layers = tuple(
+            LayerCheck(
+                **{**layer, "order": tuple(layer["order"]), "losses": tuple(layer["losses"])}
+            )
+            for layer in state["layers"]
         )
-        return cls(**{**state, "layers": tuple(layers)})
+        return cls(**{**state, "layers": layers})
 
-    def _of_the_loss(self, name: str) -> float | None:
+    def _layer_by_loss(self) -> LayerCheck | None:
+        """The layer whose objective is the loss of the whole model, if there is only this layer."""
         if len(self.layers) != 1 or self.layers[0].objective != "loss":
             return None
-        return getattr(self.layers[0], name)
+        return self.layers[0]

@@ -1,33 +1,43 @@
-"""A monitor's history as a table and as a picture."""
+"""A monitor's history as a table and as a figure."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
+from .stopping import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from .monitor import PretrainingMonitor
 
+def summary(history: History, metric_name: str, measured_on: str, notes: Iterable[str]) -> Table:
+    """A table of the history, with a row for each check; see `PretrainingMonitor.summary`.
 
-def summary(monitor: PretrainingMonitor, where: str) -> Table:
-    """See `PretrainingMonitor.summary`; where: what losses and metrics were measured on."""
+    Args:
+        history: the checks
+        metric_name: the name for the metric in the column titles
+        measured_on: the data of the losses and metrics, in words
+        notes: lines for below the table
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    history, name = monitor.history, monitor.metric_name
     titles = {
-        "dense_loss": "dense loss", "loss": "pruned loss", "dense_metric": f"dense {name}",
-        "metric": f"pruned {name}", "gap": "gap", "bound": "bound",
+        "dense_loss": "dense loss", "loss": "pruned loss", "dense_metric": f"dense {metric_name}",
+        "metric": f"pruned {metric_name}", "gap": "gap", "bound": "bound",
     }  # fmt: skip
     known = [key for key in titles if any(getattr(check, key) is not None for check in history)]
+    losses_note = "what each layer loses by itself: monitor.selection.summary()"
+    if "gap" in known:
+        losses_note = "gap and bound are the selection's, on data"
     table = Table(
-        title=f"pruned on trial: whole networks on {where}",
-        caption="\n".join(_caption(monitor, "gap" in known)),
+        title=f"pruned on trial: whole networks on {measured_on}",
+        caption="\n".join([losses_note, *notes]),
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), min_width=64,
     )  # fmt: skip
     units = f" of {history[0].units}" if history else ""
@@ -36,58 +46,43 @@ def summary(monitor: PretrainingMonitor, where: str) -> Table:
     columns[f"kept{units}"] = [str(check.kept) for check in history]
     columns["s"] = [f"{check.seconds:.1f}" for check in history]
     for title, cells in columns.items():
-        widest = max(map(len, [*title.split(), *cells]))  # titles may take more lines, numbers not
+        # A title may wrap between words; a number may not wrap.
+        widest = max(map(len, [*title.split(), *cells]))
         table.add_column(title, justify="right", min_width=widest)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
 
 
-def _caption(monitor: PretrainingMonitor, with_gap: bool) -> Iterator[str]:
-    if with_gap:
-        yield "gap and bound are the selection's, on data"
-    else:
-        yield "what each layer loses by itself: monitor.selection.summary()"
-    spent = sum(check.seconds for check in monitor.history)
-    share = f": {monitor.overhead:.1%}" if monitor.iteration else ""
-    yield (
-        f"checks: {len(monitor.history)}, left out: {monitor.skipped}; {spent:.1f} s beside "
-        f"{monitor.training_seconds:.1f} s of training{share}"
-    )
-    yield f"stop: {monitor.reason}" if monitor.reason else f"iteration {monitor.iteration}: go on"
+def plot(history: History, metric_name: str, measured_on: str, reason: str | None) -> Figure:
+    """Curves of the history: a panel for the loss, and one for the metric where there is one.
 
+    See `PretrainingMonitor.plot`.
 
-def plot(monitor: PretrainingMonitor, where: str) -> Figure:
-    """See `PretrainingMonitor.plot`; where: what losses and metrics were measured on."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
-
+    """
     names = ["loss"]
-    if any(check.metric is not None for check in monitor.history):
+    if any(check.metric is not None for check in history):
         names.append("metric")
-    figure = Figure(figsize=(5.5 * len(names), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    figure, panels = panels_of(len(names))
     for panel, name in zip(panels, names, strict=True):
-        _curves(panel, monitor, name)
+        _curves(panel, history, name, stopped=reason is not None)
         panel.set_xlabel("iterations of pre-training")
-        panel.set_ylabel(f"{monitor.metric_name if name == 'metric' else name} on {where}")
-    panels[0].legend()
-    title = f"stop: {monitor.reason}" if monitor.reason else "pre-training goes on"
+        panel.set_ylabel(f"{metric_name if name == 'metric' else name} on {measured_on}")
+    legend_below(figure)
+    title = f"stop: {reason}" if reason else "pre-training goes on"
     figure.suptitle(textwrap.fill(title, 60 * len(names)), fontsize="medium")
     return figure
 
 
-def _curves(panel: Axes, monitor: PretrainingMonitor, name: str) -> None:
-    history = monitor.history
+def _curves(panel: Axes, history: History, name: str, stopped: bool) -> None:
+    """Draws the dense and the pruned network's `name` ("loss" or "metric") over the iterations."""
     iterations = [check.iteration for check in history]
     dense = [getattr(check, f"dense_{name}") for check in history]
     pruned = [getattr(check, name) for check in history]
     units = f", {history[-1].kept} of {history[-1].units} units" if history else ""
-    panel.plot(iterations, dense, "--", color="black", linewidth=1, label="dense")
-    panel.plot(iterations, pruned, marker="o", markersize=3, label=f"pruned{units}")
-    if monitor.reason:
-        panel.axvline(iterations[-1], color="gray", linestyle=":", label="stop")
+    panel.plot(iterations, dense, "--", color=BLACK, linewidth=1, label="dense")
+    panel.plot(iterations, pruned, marker="o", markersize=4, color=BLUE, label=f"pruned{units}")
+    if stopped:
+        panel.axvline(iterations[-1], color=GREY, linestyle=":", label="stop")
     if name == "loss" and history and 0 < 10 * min(dense + pruned) < max(dense + pruned):
         panel.set_yscale("log")

@@ -1,4 +1,8 @@
-"""Files of ours: written whole or not at all, and checked when they are read."""
+"""The package's own files: written completely or not at all, and verified when they are read.
+
+A file is written under a temporary name and renamed once it is on the disk. It holds a checksum of
+its content, so that a damaged file is noticed.
+"""
 
 from __future__ import annotations
 
@@ -21,46 +25,49 @@ CHECKSUM = "checksum"
 def write_tensors(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> None:
-    """One safetensors file, in the place of any before it once it is complete on the disk."""
+    """Writes a safetensors file. It replaces a file at `path` once it is complete on the disk."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(whole, part, {**header, CHECKSUM: _checksum(whole, header)})
-        _replace(part, path)
+        save_file(contiguous, temporary, {**header, CHECKSUM: _checksum(contiguous, header)})
+        _replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The same for what JSON can hold."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes a value that JSON can hold, in the same way as `write_tensors`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    content = json.dumps({CHECKSUM: _json_checksum(value), "value": value}, indent=1)
     try:
-        part.write_text(json.dumps({CHECKSUM: _json_checksum(value), "value": value}, indent=1))
-        _replace(part, path)
+        temporary.write_text(content)
+        _replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
-    """ValueError where it is not as it was written."""
+    """The value that `write_json` wrote; ValueError where the file is damaged."""
     try:
-        found = json.loads(path.read_bytes())
-        whole = found[CHECKSUM] == _json_checksum(found["value"])
+        content = json.loads(path.read_bytes())
+        intact = content[CHECKSUM] == _json_checksum(content["value"])
     except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not fit")
-    return found["value"]
+    return content["value"]
 
 
-def _replace(part: Path, path: Path) -> None:
-    _sync(part)
-    os.replace(part, path)
-    _sync(path.parent)  # its new name
+def _replace(temporary: Path, path: Path) -> None:
+    """Renames a file, so that a crash leaves either the old file or the new one, complete."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)  # the folder holds the name
 
 
 def _sync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -71,7 +78,12 @@ def _sync(path: Path) -> None:
 def read_tensors(
     path: str | PathLike[str], form: str, what: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header's texts of a file of ours; an error naming `path` for others."""
+    """The tensors and the header of a file that `write_tensors` wrote.
+
+    form: what the header's entry "format" has to be; what: the content, in words, for the error
+
+    FileNotFoundError where there is no file; ValueError for a damaged file or one of another format
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file at {str(path)!r}")
     try:
@@ -82,8 +94,8 @@ def read_tensors(
         raise ValueError(f"path: {str(path)!r} is not a safetensors file ({error})") from None
     if metadata.get("format") != form:
         raise ValueError(f"path: {str(path)!r} holds no {what} of this format ({form})")
-    found = metadata.pop(CHECKSUM, None)
-    if found is not None and found != _checksum(tensors, metadata):
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(tensors, metadata):
         raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not fit")
     return tensors, metadata
 

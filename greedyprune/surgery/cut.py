@@ -1,4 +1,8 @@
-"""Cutting: from a model and a selection to a physically smaller model."""
+"""`prune`: a model and a selection give a physically smaller model, in two steps.
+
+`masked` writes the new weights into a copy of the model, with zeros for the units that are dropped.
+`cut` then removes these zeros from every tensor that has entries for the units.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,29 @@ from .selection import LayerSelection, Selection
 
 
 def prune(model: nn.Module, selection: Selection) -> nn.Module:
-    """A new, physically smaller model with only the selected units; `model` is untouched.
-
-    Of a model in DistributedDataParallel or DataParallel, that is the module inside.
+    """Returns a new, physically smaller model with only the selected units; `model` is untouched.
 
     Equivalent to: masking the units that were not kept and multiplying the kept units' outgoing
     weights by `selection.layers[name].weights` (after weights="refit": replacing them by it). Only
     the structure and those weights change; biases and everything else stay.
 
-    The config of a Hugging Face model is edited where it can say what is left: one width for the
-    feed-forward blocks of all layers, or one number of heads where that does not follow from the
-    hidden size (Llama's and ViT's, not BERT's or GPT-2's). Then `save_pretrained` works as always.
-    It is left as it is where it can't; `save_pruned` keeps any model.
+    The config of a Hugging Face model is edited where it can describe the smaller model: where the
+    feed-forward blocks of all layers have one width, or all attention layers have one number of
+    heads and the width of a head does not follow from the hidden size (so in Llama and ViT, not in
+    BERT or GPT-2). Then `save_pretrained` works as always. Otherwise the config is left as it is;
+    `save_pruned` saves any model.
+
+    Args:
+        model: the dense model that the selection was made for. For a model in
+            DistributedDataParallel or DataParallel, the module inside is pruned
+        selection: from `select`
+
+    Returns:
+        a new nn.Module, with the parameters' dtypes and devices of `model`
 
     Raises:
-        TypeError: no Selection, or no nn.Module
-        ValueError: a selection for another model
+        TypeError: `selection` is no Selection, or `model` no nn.Module
+        ValueError: the selection was made for another model
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -45,35 +56,43 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         torch.Size([3, 4])
     """
     model = unwrapped(model)
-    check_fits(model, selection)
+    check_made_for(model, selection)
     small = cut(masked(model, selection), selection)
     describe(small, selection)
     return small
 
 
 def recalibrate(model: nn.Module, data: object) -> nn.Module:
-    """Estimates the statistics of a model's batch normalisation again, in place; returns the model.
+    """Estimates a model's batch-normalisation statistics again, in place, and returns the model.
 
-    What `prune` leaves gives other means and variances than the dense network did. One pass over
-    the data in training mode (torch.optim.swa_utils.update_bn); nothing else of the model changes.
+    Pruning changes the means and variances of the activations. This makes one pass over the data in
+    training mode (torch.optim.swa_utils.update_bn). Nothing else of the model changes.
 
     Args:
-        model: any nn.Module, in eval or training mode, in which it stays
+        model: any nn.Module; it stays in eval or training mode as it was
         data: as for `select`; targets are not used
 
     Raises:
-        TypeError: no nn.Module, or no data; ValueError: data without samples
+        TypeError: `model` is no nn.Module, or `data` no data
+        ValueError: the data have no samples
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        >>> inputs = torch.randn(32, 4)
+        >>> model = greedyprune.recalibrate(model, inputs)
+        >>> torch.allclose(model[1].running_mean, model[0](inputs).mean(0), atol=1e-5)
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     batches = Batches(data, model)
-    batches.first()
-    update_bn(batches, _OfBatch(model))
+    batches.first()  # raises where there are no samples
+    update_bn(batches, _OnBatches(model))
     return model
 
 
-class _OfBatch(nn.Module):
-    """A model as a function of a Batch."""
+class _OnBatches(nn.Module):
+    """A model as a function of one Batch, in the model's mode."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -85,44 +104,49 @@ class _OfBatch(nn.Module):
 
 
 def masked(model: nn.Module, selection: Selection) -> nn.Module:
-    """What `prune` gives, at the dense model's size: zeros where a unit is dropped."""
+    """A copy of the model with the new weights, and with zeros for the units that are dropped."""
     full = copy.deepcopy(model)
     with torch.no_grad():
         for layer in selection.layers.values():
-            _mask(full, layer)
+            for consumer in layer.outputs:
+                weight = full.get_parameter(f"{consumer}.weight")
+                weight.copy_(masked_weight(weight, layer, consumer))
     return full
 
 
-def with_units(model: nn.Module, kept: Iterable[tuple[Group, Tensor]]) -> Selection:
-    """Groups with given units (K,) int64 kept, their weights as they are."""
-    nothing = torch.zeros(1, dtype=torch.float64)
+def cut(full: nn.Module, selection: Selection) -> nn.Module:
+    """Removes the dropped units from a model that `masked` gives, in place; returns the model."""
+    with torch.no_grad():
+        for layer in selection.layers.values():
+            _cut_layer(full, layer)
+    return full
+
+
+def selection_of_units(model: nn.Module, group_units: Iterable[tuple[Group, Tensor]]) -> Selection:
+    """A Selection that keeps given units (K,) int64 of each group, with their weights as they are.
+
+    Its losses are all 0: nothing was scored.
+    """
+    zero = torch.zeros(1, dtype=torch.float64)
     return Selection({
         group.producer: LayerSelection.of_path(
-            group.units, units, "none", None, losses=nothing.expand(len(units)),
-            dense_loss=nothing[0], bound=None, gap=None, slices=group.slices, loss="mse",
+            group.units, units, "none", None, losses=zero.expand(len(units)),
+            dense_loss=zero[0], bound=None, gap=None, slices=group.slices, loss="mse",
             objective="loss",
             outputs={name: outputs_of(model, group, name) for name in group.consumers},
         )
-        for group, units in kept
+        for group, units in group_units
     })  # fmt: skip
 
 
 def cut_to(model: nn.Module, groups: Iterable[Group], widths: Mapping[str, int]) -> nn.Module:
-    """A new model with the first so many units of each group."""
-    selection = with_units(model, ((g, torch.arange(widths[g.producer])) for g in groups))
+    """A new model with the first widths[producer] units of each group."""
+    selection = selection_of_units(model, ((g, torch.arange(widths[g.producer])) for g in groups))
     return cut(masked(model, selection), selection)
 
 
-def cut(full: nn.Module, selection: Selection) -> nn.Module:
-    """Cuts what `masked` gives, in place; returns it."""
-    with torch.no_grad():
-        for layer in selection.layers.values():
-            _cut(full, layer)
-    return full
-
-
-def check_fits(model: nn.Module, selection: Selection) -> None:
-    """TypeError or ValueError where the selection was not made for this model."""
+def check_made_for(model: nn.Module, selection: Selection) -> None:
+    """Raises TypeError or ValueError unless the selection was made for this model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     if not isinstance(selection, Selection):
@@ -136,27 +160,20 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
     for tensor, at in layer.slices.items():
         if tensor not in tensors:
             raise ValueError(f"selection: layer {name!r} needs {tensor!r}, which the model lacks")
-        found = tensors[tensor].shape[at.dim]
-        if found != at.width * len(layer.counts):
+        size = tensors[tensor].shape[at.dim]
+        if size != at.width * len(layer.counts):
             raise ValueError(
                 f"selection: made for {len(layer.counts)} units in layer {name!r}, but the model's "
-                f"{tensor!r} has {found / at.width:g}"
+                f"{tensor!r} has {size / at.width:g}"
             )
 
     for consumer, outputs in layer.outputs.items():
         at = layer.slices[f"{consumer}.weight"]
-        found = tensors[f"{consumer}.weight"].shape[0 if at.dim else 1]
-        if outputs != found:
+        size = tensors[f"{consumer}.weight"].shape[0 if at.dim else 1]
+        if outputs != size:
             raise ValueError(
-                f"selection: made for {outputs} outputs of {consumer!r}, but the model's "
-                f"has {found}"
+                f"selection: made for {outputs} outputs of {consumer!r}, but the model's has {size}"
             )
-
-
-def _mask(model: nn.Module, layer: LayerSelection) -> None:
-    for consumer in layer.outputs:
-        weight = model.get_parameter(f"{consumer}.weight")
-        weight.copy_(masked_weight(weight, layer, consumer))
 
 
 def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tensor:
@@ -167,46 +184,55 @@ def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tenso
         return scaled_weight(weight, at, torch.zeros(units).double().index_copy_(
             0, layer.kept, layer.weights
         ))  # fmt: skip
-    here = at.entries(layer.kept, units).to(weight.device)
+    kept_entries = at.entries(layer.kept, units).to(weight.device)
     changed = module_weight(new, at, weight).to(weight)
-    return torch.zeros_like(weight).index_copy_(at.dim, here, changed)
+    return torch.zeros_like(weight).index_copy_(at.dim, kept_entries, changed)
 
 
 def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:
-    """A consumer's weight with each unit's entries times its factor, (N,) float64."""
+    """A consumer's weight with each unit's entries times the unit's factor, (N,) float64."""
     shape = [1] * weight.dim()
     shape[at.dim] = -1
-    every = factors.expand(at.outer, -1)[:, :, None].expand(-1, -1, at.inner)
-    scale = every.reshape(shape).to(weight.device)
+    entry_factors = factors.expand(at.outer, -1)[:, :, None].expand(-1, -1, at.inner)
+    scale = entry_factors.reshape(shape).to(weight.device)
     return (weight.detach().double() * scale).to(weight.dtype)
 
 
-def _cut(model: nn.Module, layer: LayerSelection) -> None:
+def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
+    """Cuts all tensors with entries of the layer's units, and the attributes with their sizes."""
     units, kept = len(layer.counts), len(layer.kept)
-    heads = {
-        name.rpartition(".")[0].rpartition(".")[0] for name, at in layer.slices.items()
-        if at.inner > 1 and name.rpartition(".")[0] not in layer.outputs
-    }  # fmt: skip
-    for name in heads:
-        module = model.get_submodule(name)
+    for attention in _attention_modules(layer):
+        module = model.get_submodule(attention)
         for attribute in HEADS:
             size = getattr(module, attribute, None)
             if isinstance(size, int):
                 setattr(module, attribute, size * kept // units)
-    for tensor, at in layer.slices.items():
-        module_name, _, attribute = tensor.rpartition(".")
+    for name, at in layer.slices.items():
+        module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
-        old: Tensor = getattr(module, attribute)
-        new = old.index_select(at.dim, at.entries(layer.kept, units).to(old.device))
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(module, attribute, new)
-        size = SIZES.get((type(module), attribute, at.dim))
-        if size is not None:
-            setattr(module, size, new.shape[at.dim])
+        dense: Tensor = getattr(module, attribute)
+        small = dense.index_select(at.dim, at.entries(layer.kept, units).to(dense.device))
+        if isinstance(dense, nn.Parameter):
+            small = nn.Parameter(small, requires_grad=dense.requires_grad)
+        setattr(module, attribute, small)
+        size_name = SIZES.get((type(module), attribute, at.dim))
+        if size_name is not None:
+            setattr(module, size_name, small.shape[at.dim])
         if attribute == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if module.groups > 1:  # each has its own units
+            if module.groups > 1:  # each group of the convolution has its own units
                 module.in_channels = module.in_channels * kept // units
                 module.groups = module.groups * kept // units
         elif attribute == "weight" and type(module).__name__ == "Conv1D":
-            setattr(module, CONV1D[at.dim], new.shape[at.dim])
+            setattr(module, CONV1D[at.dim], small.shape[at.dim])
+
+
+def _attention_modules(layer: LayerSelection) -> set[str]:
+    """The modules that hold projections whose outputs are the units, where a unit is a head.
+
+    Where a unit has several entries in a row of a tensor, it is a head (or several features of a
+    consumer, which do not count here).
+    """
+    projections = {
+        name.rpartition(".")[0] for name, at in layer.slices.items() if at.inner > 1
+    } - layer.outputs.keys()
+    return {name.rpartition(".")[0] for name in projections}

@@ -1,13 +1,14 @@
-"""All layers of a pruned network tuned at once, towards what the dense one's hand on.
+"""All layers of a pruned network trained together, towards the outputs of the dense one's layers.
 
-Least squares fits a layer to the inputs that it gets, and can't change those. Here gradients go
-through the whole pruned network, to lower
+Least squares fits one layer to the inputs that it receives, and can't change these. Here gradients
+go through the whole pruned network, to lower
 
-    sum over layers of  |a - a_dense|^2 / |a_dense|^2,
+    sum over layers of  |a - a_dense|^2 / |a_dense|^2
 
-a what goes on from a layer's output: past its normalisation and its sum with a shortcut, and only
-the positive part where a ReLU follows (program.py). What the dense network gives is the only
-target.
+a is a layer's output after the linear operations that follow it: its normalisation and its sum with
+a shortcut. Where a ReLU follows, a is only the positive part (graph/executor.py). The dense
+network's values are the only targets. This is the regression of intermediate layers in knowledge
+distillation (Romero et al. 2015, arXiv:1412.6550), for all layers at once.
 """
 
 from __future__ import annotations
@@ -21,88 +22,100 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import evaluating
-from ..graph.executor import Programs, tensors_of
-from ..graph.propagate import Layer, Slice
+from ..graph.executor import GraphExecutors, tensors_of
+from ..graph.propagate import Slice
+from ..graph.tracing import Layer
 from .selection import Selection
 
 RATE = 1e-3  # Adam's (Kingma and Ba 2015), falling to 0 along a cosine
-SAMPLES = 128  # a step
-SEED = 0  # of their order
-TINY = 1e-12  # where the dense network gives nothing
+SAMPLES = 128  # in one step of Adam
+SEED = 0  # of the order of the samples
+TINY = 1e-12  # the least |a_dense|^2 to divide by
 
 
-def tune(
+def distill(
     model: nn.Module, small: nn.Module, selection: Selection, layers: Sequence[Layer],
     batches: Batches, epochs: int, bar: Callable[..., Any],
 ) -> None:  # fmt: skip
     """Changes the weights of `small`, in place.
 
-    layers: whose outputs are compared, by their names in the dense model
+    Args:
+        model: the dense model
+        small: the pruned model
+        selection: the selection that `small` was cut by
+        layers: the layers whose outputs are compared
+        epochs: passes over the batches
+        bar: draws a progress bar
     """
-    kept = _kept_outputs(selection, layers)
-    dense, pruned = Programs(model), Programs(small)
-    leaves = {id(p): p.detach().clone().requires_grad_() for p in small.parameters()}
+    kept_outputs = _kept_outputs(selection, layers)
+    dense, pruned = GraphExecutors(model), GraphExecutors(small)
+    trained = {id(p): p.detach().clone().requires_grad_() for p in small.parameters()}
     dense_tensors = tensors_of(model)
-    tensors = {name: leaves.get(id(t), t) for name, t in tensors_of(small).items()}
-    optimiser = torch.optim.Adam(leaves.values(), RATE)
+    tensors = {name: trained.get(id(t), t) for name, t in tensors_of(small).items()}
+    optimiser = torch.optim.Adam(trained.values(), RATE)
     count = len(batches) or sum(1 for _ in batches)
-    torch.manual_seed(SEED)  # `evaluating` has forked the generators
+    torch.manual_seed(SEED)  # `evaluating` restores torch's random state
     with evaluating(small):
-        for epoch in bar(range(epochs), "tuning"):
-            for place, batch in enumerate(batches):
+        for epoch in bar(range(epochs), "distilling"):
+            for i, batch in enumerate(batches):
                 parts = _parts(batch)
-                for i, part in enumerate(parts):
-                    done = (epoch + (place + i / len(parts)) / count) / epochs
+                for j, part in enumerate(parts):
+                    done = (epoch + (i + j / len(parts)) / count) / epochs
                     optimiser.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * done)) / 2
                     with torch.no_grad():
-                        goals = dense.of(part).ahead_of(part, dense_tensors, kept)
+                        targets = dense.of(part).path_ends(part, dense_tensors, kept_outputs)
                     with torch.enable_grad():
-                        found = pruned.of(part).ahead_of(part, tensors, kept)
-                        lacks = [_lack(found[name], goals[name], kept[name]) for name in found]
+                        outputs = pruned.of(part).path_ends(part, tensors, kept_outputs)
+                        errors = [
+                            _relative_error(outputs[name], targets[name], kept_outputs[name])
+                            for name in outputs
+                        ]
                         optimiser.zero_grad()
-                        torch.stack(lacks).sum().backward()
+                        torch.stack(errors).sum().backward()
                     optimiser.step()
     for parameter in small.parameters():
-        parameter.data.copy_(leaves[id(parameter)].detach())
+        parameter.data.copy_(trained[id(parameter)].detach())
 
 
 def _parts(batch: Batch) -> list[Batch]:
-    """A batch in parts of at most SAMPLES samples, in another order each time."""
+    """The batch in parts of at most SAMPLES samples, which are drawn anew in every call."""
     samples = samples_of(batch)
     if samples is None:
         return [batch]
-    return [batch.take(some) for some in torch.randperm(samples).split(SAMPLES)]
+    return [batch.take(drawn) for drawn in torch.randperm(samples).split(SAMPLES)]
 
 
-class _Kept(NamedTuple):
-    """Which of a layer's outputs are left: units (K,) int64 of so many."""
+class _KeptOutputs(NamedTuple):
+    """The units (K,) int64 of a layer's outputs that are kept, of `total` units."""
 
-    at: Slice
+    at: Slice  # where the layer's weight has them
     units: Tensor
     total: int
 
-    def of(self, goal: Tensor, like: Tensor) -> Tensor:
-        """The dense values that `like` has."""
-        for dim, size in enumerate(goal.shape):
+    def of(self, target: Tensor, like: Tensor) -> Tensor:
+        """The dense network's values of the outputs that `like` has."""
+        for dim, size in enumerate(target.shape):
             if size != like.shape[dim]:
-                whole = size == self.at.width * self.total  # else in heads, or the like
-                at = self.at if whole else Slice(dim, 1, size // self.total)
-                return goal.index_select(dim, at.entries(self.units, self.total).to(goal.device))
-        return goal
+                unsplit = size == self.at.width * self.total  # otherwise a dimension of heads, say
+                at = self.at if unsplit else Slice(dim, 1, size // self.total)
+                entries = at.entries(self.units, self.total)
+                return target.index_select(dim, entries.to(target.device))
+        return target
 
 
-def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _Kept | None]:
-    """For each layer; None: all are left."""
-    kept: dict[str, _Kept | None] = {layer.name: None for layer in layers}
+def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _KeptOutputs | None]:
+    """The kept outputs of each layer, by its name in the dense model; None: all."""
+    kept_outputs: dict[str, _KeptOutputs | None] = {layer.name: None for layer in layers}
     for layer in layers:
-        for cut in selection.layers.values():
-            at = cut.slices.get(layer.weight)
+        for selected in selection.layers.values():
+            at = selected.slices.get(layer.weight)
             if at is not None and at.dim == layer.out_dim:
-                kept[layer.name] = _Kept(at, cut.kept, len(cut.counts))
-    return kept
+                units = _KeptOutputs(at, selected.kept, len(selected.counts))
+                kept_outputs[layer.name] = units
+    return kept_outputs
 
 
-def _lack(found: Tensor, goal: Tensor, kept: _Kept | None) -> Tensor:
-    """The relative squared error."""
-    goal = goal if kept is None else kept.of(goal, found)
-    return (found - goal).square().mean() / goal.square().mean().clamp(min=TINY)
+def _relative_error(output: Tensor, target: Tensor, kept: _KeptOutputs | None) -> Tensor:
+    """|output - target|^2 / |target|^2, a scalar."""
+    target = target if kept is None else kept.of(target, output)
+    return (output - target).square().mean() / target.square().mean().clamp(min=TINY)

@@ -1,4 +1,8 @@
-"""A Hugging Face model's config, edited to describe what pruning leaves, where its class can."""
+"""The config of a Hugging Face model, edited so that it describes the pruned model.
+
+A config has one width for the feed-forward blocks of all layers and one number of heads for all
+attention layers. Where the pruned layers have several, the config stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import nn
 from .module_sizes import sizes_of
 from .selection import Selection
 
-# What configs call the width of feed-forward blocks, and the numbers of heads.
+# The names in configs for the width of feed-forward blocks, and for the numbers of heads.
 _WIDTHS = (
     "intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff",
     "hidden_dim",
@@ -21,10 +25,10 @@ _ENTRIES = (*_WIDTHS, *_HEADS, "head_dim")
 
 
 def describe(small: nn.Module, selection: Selection) -> None:
-    """Edits the pruned model's config, so that its class builds modules of the same sizes from it.
+    """Edits the pruned model's config so that the model's class builds the same sizes from it.
 
-    Left as it is where that fails: where layers of one kind have several widths, or have widths
-    that follow from the hidden size.
+    The config stays as it is where no edit does that: where layers of one kind have several widths,
+    or where their width follows from the hidden size. A model without a config stays, too.
     """
     config: Any = getattr(small, "config", None)
     if not hasattr(config, "from_dict"):
@@ -35,21 +39,21 @@ def describe(small: nn.Module, selection: Selection) -> None:
             return
         with torch.device("meta"):
             built = type(small)(config.from_dict(config.to_dict() | edits))
-    except Exception:  # whatever a class has against such sizes, or its config lacks
+    except Exception:  # of any kind: the class refuses these sizes, or the config lacks an entry
         return
     if _shapes(built) == _shapes(small):
         apply_sizes(small, edits)
 
 
 def config_sizes(model: nn.Module) -> dict[str, int]:
-    """The entries of the model's config that `describe` may have edited; none without a config."""
+    """The entries of the model's config that `describe` may edit; empty without a config."""
     config = getattr(model, "config", None)
-    found = {name: getattr(config, name, None) for name in _ENTRIES}
-    return {name: size for name, size in found.items() if isinstance(size, int)}
+    sizes = {name: getattr(config, name, None) for name in _ENTRIES}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def apply_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
-    """Gives the model a config with these entries; the one that it was made from stays."""
+    """Gives the model a copy of its config with these entries; the original is not changed."""
     config = getattr(model, "config", None)
     if config is None or config_sizes(model) | sizes == config_sizes(model):
         return
@@ -62,7 +66,7 @@ def apply_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
 
 
 def _edits(config: Any, selection: Selection) -> dict[str, int]:
-    """What the config would have to say of the layers that were cut."""
+    """The entries that describe the layers that were cut."""
     edits = {}
     for name, layer in selection.layers.items():
         units, kept = len(layer.counts), len(layer.kept)
@@ -70,7 +74,7 @@ def _edits(config: Any, selection: Selection) -> dict[str, int]:
             for entry in _WIDTHS:
                 if getattr(config, entry, 0) in (units, None):  # None: GPT-2's default
                     edits[entry] = kept
-        elif config.num_attention_heads % units == 0:  # a unit: heads with one key and value
+        elif config.num_attention_heads % units == 0:  # a unit: the heads that share a key
             heads = config.num_attention_heads
             edits["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
             for entry in _HEADS:
@@ -80,6 +84,7 @@ def _edits(config: Any, selection: Selection) -> dict[str, int]:
 
 
 def _shapes(model: nn.Module) -> dict[str, object]:
+    """The shapes of all tensors and the sizes of all modules, by their names."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.shape for name, tensor in tensors.items()} | {
         f"{name}.": sizes_of(module) for name, module in model.named_modules()

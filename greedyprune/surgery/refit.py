@@ -1,20 +1,20 @@
-"""Least squares once more, for every layer of a pruned network, towards what the dense one gives.
+"""`refit`: least squares for each layer of a pruned network, towards the dense network's outputs.
 
-A selection gives new weights to the layers that take its units. All the others, too, get inputs
-that differ from the dense network's: convolutions and projections on the way, the classifier at the
-end. In the order in which they run, each layer's weights are solved for again on the inputs that
-the layers before it leave:
+A selection gives new weights only to the layers that take the selected units as inputs. The layers
+after them also receive inputs that differ from the dense network's. `refit` visits all these layers
+in the order in which they run. It solves for each one's weights on the inputs that the layer
+receives from the layers refitted before it:
 
-    min_D  |t - (W + D) x|^2 + ridge |D|^2,      t the layer's output in the dense network
+    min over D of  |t - (W + D) x|^2 + ridge |D|^2
 
-where the output is added to a shortcut, corrected for what that lacks (replay.py).
+x is the layer's input in the pruned network, W its weights there, D their change, and t the layer's
+output in the dense network. Where the output is added to a shortcut, t also compensates for the
+shortcut's error (graph/replay.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +22,24 @@ from torch.distributed import ProcessGroup
 
 from ..data.batches import Batches
 from ..data.forward import evaluating
-from ..graph.propagate import Layer, Slice
+from ..graph.propagate import Slice
 from ..graph.replay import Replay
-from ..graph.unfold import module_weight, parts
+from ..graph.tracing import Layer
+from ..graph.unfold import module_weight, unfolded_parts
+from ..kernels.least_squares import ridge
 from ..kernels.products import add_right, add_upper_product, mirror
+from ..runtime.arguments import is_int, positive_int
 from ..runtime.distributed import Ranks, ranks_of, unwrapped
 from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
-from ..runtime.progress import bars
-from .cut import check_fits, cut, masked
-from .distill import tune
+from ..runtime.progress import Bar, bars
+from .cut import check_made_for, cut, masked
+from .distill import distill
 from .hf_config import describe
 from .selection import Selection
 
-DAMPING = 1e-3  # of the features' mean square: what a change of the weights costs
-Bar = Callable[..., Any]
-ROUNDS = 4  # where a ReLU follows: each makes a target of what the last one gave
+DAMPING = 1e-3  # the ridge, as a share of the features' mean square
+ROUNDS = 4  # of least squares before a ReLU: each takes its target from the last one's outputs
 
 
 def refit(
@@ -50,33 +52,36 @@ def refit(
     progress: bool | None = None,
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """What `prune` gives, with the weights of its layers solved for again, one after the other.
+    """Returns a pruned model like `prune`'s, in which the layers' weights are solved for again.
 
-    Every Linear and convolution that runs after the first cut is given, by least squares on the
-    pruned network's inputs, the weights with which it comes closest to its output in the dense
-    network; no labels, and without `epochs` no gradients. A layer without a bias before a
-    normalisation that has one changes that; else none is added. Grouped convolutions and weights
-    that are shared with others stay.
+    Every Linear and convolution that runs after the first cut gets the weights with which its
+    outputs come closest to those in the dense network, by least squares on the pruned network's
+    inputs. Layers are solved in the order in which they run. This takes no labels and, without
+    `epochs`, no gradients. Where a layer has a bias, the bias is solved for, too. Where it has none
+    but a normalisation with a bias follows, that bias is solved for. No bias is added. Grouped
+    convolutions and weights that several layers share stay as they are.
 
     Args:
-        model: the dense model that the selection was made on; it is not changed
+        model: the dense model that the selection was made for; it is not changed
         selection: from `select`
         data: as for `select`, and best the same; targets are not used
-        epochs: tune all layers together afterwards, by gradients through the pruned network towards
-            what the dense one's layers hand on, so many times over the data; 20 are a point of
-            accuracy or more where much was cut, 0 none
-        memory_limit: bytes for the activations between two layers; where they do not fit, they are
-            computed again for every layer; None: half the memory that is free
+        epochs: passes over the data in which all layers are then trained together, by gradients,
+            towards the outputs of the dense network's layers. 0: none. 20 gain a point of accuracy
+            or more where much was cut
+        memory_limit: bytes for the activations between two layers. Where they do not fit, they are
+            computed again for every layer. None: half the memory that is free
         progress: False: no progress bars
-        process_group: as for `select`; all processes get the same model; not with epochs
+        process_group: of torch.distributed. Each rank brings its own part of the data, and all
+            ranks get the same model. None: the default group, where it is initialised
 
     Returns:
-        a new, physically smaller nn.Module, of the same shapes as `prune`'s
+        a new, physically smaller nn.Module, with the same shapes as `prune`'s
 
     Raises:
-        TypeError, ValueError: no model, a selection for another model, data without samples, NaN
-            or inf in a layer's inputs, epochs that are no count or with several ranks, or a model
-            that torch.export can't trace
+        TypeError: `model` is no nn.Module, `selection` no Selection, `data` no data
+        ValueError: a selection for another model, data without samples or an iterator, NaN or inf
+            in a layer's inputs, `epochs` that are no count or that are given to several ranks, a
+            `memory_limit` below 1, or a model that torch.export can't trace
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -88,79 +93,100 @@ def refit(
     ranks = ranks_of(process_group)
     with ranks.together():
         model = unwrapped(model)
-        check_fits(model, selection)
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
-        if epochs and ranks.size > 1:
-            raise ValueError(
-                f"epochs: found {epochs} on {ranks.size} ranks, expected 0: one process tunes"
-            )
-        batches = Batches(data, model, ranks)
-        batches.share_first()
-        if batches.once:
-            raise ValueError(
-                "data: found an iterator, but every layer takes a pass; expected a list, Dataset "
-                "or DataLoader"
-            )
+        check_made_for(model, selection)
+        _check_epochs(epochs, ranks)
+        memory_limit = positive_int("memory_limit", memory_limit)
+        batches = _batches_of(data, model, ranks)
         bar = bars(progress if ranks.rank == 0 else False)
         shared = memory_limit is None and not batches.on_gpu
         limit = ranks.memory(memory_limit or room(batches.device), shared)
-        kept = {f"kept of {n!r}": repr(e.kept.tolist()) for n, e in selection.layers.items()}
+        selected = selection.layers.items()
+        kept = {f"kept of {name!r}": repr(layer.kept.tolist()) for name, layer in selected}
         with same_on_all(ranks, model, kept):
-            return _refitted(model, selection, batches, epochs, limit, bar)
+            return _refit(model, selection, batches, epochs, limit, bar)
 
 
-def _refitted(
+def _check_epochs(epochs: int, ranks: Ranks) -> None:
+    if not is_int(epochs) or epochs < 0:
+        raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
+    if epochs and ranks.size > 1:
+        raise ValueError(
+            f"epochs: found {epochs} with {ranks.size} ranks, expected 0, or a process_group of "
+            "one process"
+        )
+
+
+def _batches_of(data: object, model: nn.Module, ranks: Ranks) -> Batches:
+    """The data as batches that can be read once for each layer."""
+    batches = Batches(data, model, ranks)
+    batches.share_first()
+    if batches.once:
+        raise ValueError(
+            "data: found an iterator, but every layer takes a pass; expected a list, Dataset or "
+            "DataLoader"
+        )
+    return batches
+
+
+def _refit(
     model: nn.Module, selection: Selection, batches: Batches, epochs: int, limit: int, bar: Bar
 ) -> nn.Module:
     full = masked(model, selection)
-    cuts = {name: layer for layer in selection.layers.values() for name in layer.outputs}
+    cut_inputs = {name: layer for layer in selection.layers.values() for name in layer.outputs}
     with evaluating(model):
         replay = Replay(model, batches, limit)
-        place = replay.order(list(cuts))
-        for name in sorted(cuts, key=place.__getitem__):
+        place = replay.order(list(cut_inputs))
+        for name in sorted(cut_inputs, key=place.__getitem__):
             replay.change(name, weight=full.get_parameter(f"{name}.weight"))
         layers = replay.after_changes()
         for layer in layers:
-            own, channels = cuts.get(layer.name), None
-            if own is not None:
-                channels = own.slices[layer.weight].entries(own.kept, len(own.counts))
-            _solve(full, layer, channels, replay, bar)
-        del replay  # and what it holds in memory
+            channels = None
+            if layer.name in cut_inputs:
+                inputs = cut_inputs[layer.name]
+                at = inputs.slices[layer.weight]
+                channels = at.entries(inputs.kept, len(inputs.counts))
+            _refit_layer(full, layer, channels, replay, bar)
+        del replay  # and the activations that it holds
         small = cut(full, selection)
         if epochs and layers:
-            tune(model, small, selection, layers, batches, epochs, bar)
+            distill(model, small, selection, layers, batches, epochs, bar)
     describe(small, selection)
     return small
 
 
-def _solve(
+def _refit_layer(
     full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Bar
 ) -> None:
     """Changes one layer of `full` and of the replay's pruned network.
 
-    channels: of the layer's inputs, those that are left; None: all
+    channels: those of the layer's input channels that are kept; None: all
     """
-    ahead, scale, shifted = replay.ahead(layer.name), None, None
+    path, scale, shifted = replay.linear_path(layer.name), None, None
     if layer.bias is not None:
         shifted = layer.name
-    elif ahead.norm is not None:
-        shifted, scale = ahead.norm, ahead.scale
+    elif path.norm is not None:
+        shifted, scale = path.norm, path.scale
     bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
-    sums = _Sums(full.get_submodule(layer.name), layer, channels, bias, scale)
-    for _ in range(ROUNDS if ahead.rectified else 1):
+    problem = _LeastSquares(full.get_submodule(layer.name), layer, channels, bias, scale)
+    for _ in range(ROUNDS if path.rectified else 1):
         for inputs, error in replay.errors(layer.name, bar):
-            sums.add(inputs, error)
-        sums.solve(replay.ranks)
+            problem.add(inputs, error)
+        problem.solve(replay.ranks)
         replay.change(layer.name, weight=full.get_parameter(layer.weight))
         if shifted is not None and bias is not None:
             replay.change(shifted, bias=bias)
 
 
-class _Sums:
-    """One layer's least squares, over all data.
+class _LeastSquares:
+    """One layer's least squares: sums over all data, in float64, and their solution.
 
-    bias: what a constant is added to, times `scale`: the layer's own, or its normalisation's
+    A row of the sums is a feature: an input channel, for a convolution one of its taps, and last a
+    constant 1, where there is a bias.
+
+    channels: those of the layer's input channels that are kept; None: all
+    bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
+        normalisation's; None: there is no constant
+    scale: (outputs,), the normalisation's factors of the layer's outputs; None: 1
     """
 
     def __init__(
@@ -179,29 +205,30 @@ class _Sums:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
         self._gram, self._right = zeros(rows, rows), zeros(rows, outputs)
         self._factor: Tensor | None = None
-        self._again = False  # the inputs are the same in every round
+        self._gram_is_whole = False  # the inputs are the same in every round
 
     def add(self, inputs: Tensor, error: Tensor) -> None:
+        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
         if not inputs.isfinite().all():
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
             )
-        for columns, target in parts(self._module, inputs, error):
+        for columns, target in unfolded_parts(self._module, inputs, error):
             assert target is not None
             rows = columns[self._channels].flatten(0, 1)
-            if self._bias is not None:  # the weight of a feature that is always 1
+            if self._bias is not None:
                 rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
             add_right(self._right, rows, target, rows.dtype)
-            if not self._again:
+            if not self._gram_is_whole:
                 add_upper_product(self._gram, rows, rows.dtype)
 
     def solve(self, ranks: Ranks) -> None:
-        """Changes the layer's weight and the bias, in place."""
+        """Changes the layer's weight and the bias, in place, for the sums over all ranks."""
         ranks.sum(f"right side {self._name!r}", self._right)
-        if not self._again:
+        if not self._gram_is_whole:
             ranks.sum_upper(f"products {self._name!r}", self._gram)
-        self._again = True
-        change = ranks.on_first(f"weights {self._name!r}", lambda: self._change().cpu())
+        self._gram_is_whole = True
+        change = ranks.on_first(f"weights {self._name!r}", lambda: self._solution().cpu())
         change = change.to(self._right)
         self._right.zero_()
         if self._bias is not None:
@@ -212,11 +239,12 @@ class _Sums:
         shaped = module_weight(shaped, Slice(self._dim), self._weight)
         self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
 
-    def _change(self) -> Tensor:
-        """The least squares, (outputs, rows)."""
+    def _solution(self) -> Tensor:
+        """The change of the weights, (outputs, rows); the ridge leaves the constant free."""
         if self._factor is None:
             mirror(self._gram)
-            squares = self._gram.diagonal()[: len(self._gram) - (self._bias is not None)]
-            squares += DAMPING * float(squares.mean()) or 1.0  # 1: all are dead
+            features = len(self._gram) - (self._bias is not None)
+            inputs = self._gram[:features, :features]
+            inputs.diagonal().add_(ridge(inputs, DAMPING))
             self._factor = torch.linalg.cholesky(self._gram)
         return torch.cholesky_solve(self._right, self._factor).T

@@ -1,4 +1,4 @@
-"""A pruned model as one safetensors file, and back on top of the dense architecture."""
+"""A pruned model as one safetensors file, and a model of the dense architecture cut to match it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from ..graph.executor import tensors_of
 from ..runtime.files import read_tensors, write_tensors
 from .hf_config import apply_sizes, config_sizes
 from .module_sizes import can_be_cut, sizes_of
@@ -17,22 +18,27 @@ FORMAT = "greedyprune-pruned-1"
 
 
 def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Writes a pruned model as one safetensors file, for `load_pruned`; no pickle.
+    """Writes a pruned model as one safetensors file, for `load_pruned`; it contains no pickle.
 
-    It holds all parameters and buffers, tied ones once, under their names in the state dict, and in
-    its header, as JSON, the modules' sizes. Not kept: the modules' code, their mode, and which
-    parameters require gradients.
+    The file has all parameters and buffers under their names in the state dict, tied ones once. Its
+    header has the modules' sizes, as JSON. It has neither the modules' code nor their mode, nor
+    which parameters require gradients.
 
     Args:
-        model: what `prune` gave, before or after tuning; any other nn.Module will do, too
-        path: the file to write
+        model: a model that `prune` or `refit` returned, trained since or not; or any nn.Module
+        path: the file to write; it replaces any file of this name once it is complete
 
     Raises:
-        TypeError: no nn.Module, or one with a state that is not in parameters and buffers
+        TypeError: `model` is no nn.Module, has a state outside of its parameters and buffers, or is
+            on the meta device
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> greedyprune.save_pruned(model, "small.safetensors")
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     for name in model.state_dict():
         if name not in tensors:
             raise TypeError(f"model: found {name!r} in its state, expected parameters and buffers")
@@ -43,38 +49,41 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
     header = {
-        "sizes": {name: found for name, m in model.named_modules() if (found := sizes_of(m))},
+        "sizes": {name: sizes for name, m in model.named_modules() if (sizes := sizes_of(m))},
         "tied": {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
         "config": config_sizes(model),
     }
-    # A copy where one tensor is a view of another: the format has no shared memory.
-    kept = {name: tensors[name].detach() for name in first.values()}
-    shared = len({t.untyped_storage().data_ptr() for t in kept.values()}) < len(kept)
-    write_tensors(
-        path,
-        {name: t.clone(memory_format=torch.contiguous_format) if shared else t
-         for name, t in kept.items()},
-        {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()},
-    )  # fmt: skip
+    untied = {name: tensors[name].detach() for name in first.values()}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
+    if len(storages) < len(untied):  # tensors share memory, which the format does not allow
+        untied = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in untied.items()
+        }
+    entries = {key: json.dumps(value) for key, value in header.items()}
+    write_tensors(path, untied, {"format": FORMAT} | entries)
 
 
 def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module]) -> nn.Module:
-    """Reads what `save_pruned` wrote into a model of the dense architecture, whose layers it cuts.
+    """Reads a file from `save_pruned` into a model of the dense architecture; returns the model.
 
-    Every parameter and buffer comes from the file, with its dtype; tensors that are tied in the
-    file are tied again.
+    The layers of that model are cut to the sizes in the file. Every parameter and buffer comes from
+    the file, with its dtype. Tensors that are tied in the file are tied again.
 
     Args:
         path: the file
-        model_factory: called once, without arguments; returns the model that was pruned, with any
-            weights, or made under `torch.device("meta")`, which takes no time and memory
+        model_factory: a function without arguments, which is called once. It returns a model of the
+            architecture that was pruned, with any weights. A model under `torch.device("meta")`
+            takes no time and memory
 
     Returns:
         the factory's model, its tensors on the devices where they were (meta: on the CPU)
 
     Raises:
-        FileNotFoundError: no file; ValueError: another file, or a factory of another architecture;
-        TypeError: no factory
+        FileNotFoundError: there is no such file
+        ValueError: the file is no pruned model, or is damaged, or the factory's model has another
+            architecture
+        TypeError: `model_factory` is no function, or does not return an nn.Module
 
     Example:
         >>> def dense():
@@ -102,64 +111,61 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
         raise TypeError(
             f"model_factory: found that it returns {type(model).__name__}, expected an nn.Module"
         )
-    _check_same(model, sizes, tensors)
+    _check_architecture(model, sizes, tensors)
     for name, attributes in sizes.items():
         for attribute, size in attributes.items():
             setattr(model.get_submodule(name), attribute, size)
-    new: dict[int, Tensor] = {}
-    for name, old in _tensors(model).items():
+    placed: dict[int, Tensor] = {}
+    for name, dense in tensors_of(model).items():
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, _placed(tensors[name], old, new))
+        setattr(model.get_submodule(module), attribute, _placed(tensors[name], dense, placed))
     apply_sizes(model, config)
     return model
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers under all of their names, also what the state dict leaves out."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+def _placed(tensor: Tensor, dense: Tensor, placed: dict[int, Tensor]) -> Tensor:
+    """A tensor of the file, as what stands in the place of the dense model's tensor.
+
+    placed: by the identity of the file's tensors: those that have a place, for others tied to them
+    """
+    if id(tensor) not in placed:
+        new = tensor if dense.is_meta else tensor.to(dense.device)
+        if isinstance(dense, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=dense.requires_grad)
+        placed[id(tensor)] = new
+    return placed[id(tensor)]
 
 
-def _placed(tensor: Tensor, old: Tensor, known: dict[int, Tensor]) -> Tensor:
-    """A tensor of the file in the place of an old one; the same one wherever it is tied."""
-    if id(tensor) not in known:
-        placed = tensor if old.is_meta else tensor.to(old.device)
-        if isinstance(old, nn.Parameter):
-            placed = nn.Parameter(placed, requires_grad=old.requires_grad)
-        known[id(tensor)] = placed
-    return known[id(tensor)]
-
-
-def _check_same(
+def _check_architecture(
     model: nn.Module, sizes: dict[str, dict[str, int]], tensors: dict[str, Tensor]
 ) -> None:
     """ValueError unless pruning could have made the file's model of this one."""
-    own, modules = _tensors(model), dict(model.named_modules())
+    dense, modules = tensors_of(model), dict(model.named_modules())
     for name in tensors:
-        if name not in own:
+        if name not in dense:
             raise ValueError(f"model_factory: its model lacks {name!r}, which the file has")
-    for name in own:
+    for name in dense:
         if name not in tensors:
             raise ValueError(f"model_factory: its model has {name!r}, which the file lacks")
-    found = {name: sizes_of(module) for name, module in modules.items()}
-    for name in sorted(sizes.keys() | {name for name, each in found.items() if each}):
-        expected = sizes.get(name, {})
-        if name not in found or found[name].keys() != expected.keys():
+    dense_sizes = {
+        name: module_sizes for name, module in modules.items() if (module_sizes := sizes_of(module))
+    }
+    for name in sorted(sizes.keys() | dense_sizes.keys()):
+        attributes = sizes.get(name, {}).keys()
+        if name not in modules or dense_sizes.get(name, {}).keys() != attributes:
             kind = type(modules[name]).__name__ if name in modules else "no module"
             raise ValueError(
                 f"model_factory: found {kind} at {name!r}, expected a module with "
-                f"{sorted(expected) or 'no sizes'}"
+                f"{sorted(attributes) or 'no sizes'}"
             )
-    for name, tensor in own.items():
+    for name, tensor in dense.items():
         module = modules[name.rpartition(".")[0]]
-        was, now = tuple(tensor.shape), tuple(tensors[name].shape)
-        if len(was) != len(now) or not all(
-            b == a or (b < a and can_be_cut(module, dim))
-            for dim, (a, b) in enumerate(zip(was, now, strict=True))
+        before, after = tuple(tensor.shape), tuple(tensors[name].shape)
+        if len(before) != len(after) or not all(
+            size == full or (size < full and can_be_cut(module, dim))
+            for dim, (full, size) in enumerate(zip(before, after, strict=True))
         ):
             raise ValueError(
-                f"model_factory: found {name!r} of shape {was}, expected one that pruning cuts to "
-                f"the file's {now}"
+                f"model_factory: found {name!r} of shape {before}, expected one that pruning cuts "
+                f"to the file's {after}"
             )

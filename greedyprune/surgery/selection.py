@@ -1,10 +1,10 @@
-"""The result of `select`: a frozen record that can be cut, saved, loaded, shown and plotted."""
+"""The result of `select`: a frozen record that can be pruned with, shortened, saved and shown."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from types import MappingProxyType
@@ -16,54 +16,50 @@ from torch import Tensor
 from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
 from ..kernels.path import Refit
-from ..runtime.arguments import is_int
+from ..runtime.arguments import is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
+from . import selection_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
 FORMAT = "greedyprune-selection-2"
-_TENSORS = (
-    "order",
-    "counts",
-    "kept",
-    "weights",
-    "losses",
-    "dense_loss",
-    "bound",
-    "gap",
-    "distinct",
-)
-
-
-_REFIT = dataclasses.fields(Refit)
+TENSORS = (
+    "order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct",
+)  # fmt: skip
+REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(Refit))
+MOST_NAMES = 8  # of layers in an error message
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSelection:
-    """The greedy path of one layer with N units, k steps, K distinct units kept.
+    """The greedy path of one layer with N units: k steps, which keep K distinct units.
 
     All tensors are on the CPU.
 
     order:      (k,) int64, the picks in sequence
     counts:     (N,) int64, how often each unit was picked
     kept:       (K,) int64, the distinct units, ascending
-    weights:    (K,) float64, what multiplies the kept units' outgoing weights; after
-                weights="refit" with objective "loss" or "imitation": (C, K) float64, the consumer's
-                new weights, for a consumer with C outputs; (C, K, w) for one that takes w features
-                of each unit, as a convolution its taps; those of the first of several consumers
-    losses:     (k,) float64, the objective after each step, for the network so weighted
+    weights:    (K,) float64, the factors that multiply the kept units' outgoing weights. After
+                weights="refit" with objective "loss" or "imitation" these are the new outgoing
+                weights themselves: (C, K) float64 for a consumer with C outputs, or (C, K, w) for
+                a consumer that takes w features of each unit, such as a convolution's taps. Where
+                there are several consumers, they are the first one's
+    losses:     (k,) float64, the objective after each step, of the network with these weights
     dense_loss: () float64, the objective of the dense layer
     bound:      (k,) float64, README eq. 3; None where its conditions do not hold
     gap:        (k,) float64, the Frank-Wolfe gap: losses - gap is at most the loss of any convex
-                reweighting of all units; None where that is not known
-    distinct:   (k,) int64, distinct units after each step
-    outputs:    the layers that take the units' outputs, and how many outputs those have
-    slices:     parameters and buffers with entries of the units, and where
-    fitted:     after weights="refit": the least squares of each consumer, for every size
-    gates:      the same of one gate a unit, what multiplies its outgoing weights
-    weighting, loss, objective: the arguments `weights`, `loss`, `objective` of `select`, resolved
+                reweighting of all units; None where it is not known
+    distinct:   (k,) int64, the number of distinct units after each step
+    outputs:    the consumers, which are the layers that take the units' outputs as inputs, each
+                with its number of outputs
+    slices:     the parameters and buffers that have entries for each unit, and where these are
+    fitted:     after weights="refit": each consumer's least squares, for every number of units
+    gates:      after weights="refit" with objective "fisher": the least squares of one factor for
+                each unit's outgoing weights
+    weighting, loss, objective: the arguments `weights`, `loss` and `objective` of `select`, with
+                "auto" replaced by what it meant
     """
 
     order: Tensor
@@ -88,15 +84,18 @@ class LayerSelection:
         cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, Refit] | None,
         gates: Refit | None = None, **fields: Any,
     ) -> LayerSelection:  # fmt: skip
-        """The record of the picks `order` (k,) among `units` units."""
+        """The record of the picks `order` (k,) among `units` units.
+
+        fields: the attributes that do not follow from the picks and the least squares
+        """
         counts = torch.bincount(order, minlength=units)
         kept = counts.nonzero().flatten()
         if gates is not None:
-            weights = _sorted_outgoing(gates, len(kept)).flatten()
+            weights = _outgoing_ascending(gates, len(kept)).flatten()
         elif fitted is None:
             weights = factors(weighting, counts, kept)
         else:
-            weights = _sorted_outgoing(next(iter(fitted.values())), len(kept))
+            weights = _outgoing_ascending(next(iter(fitted.values())), len(kept))
             weights = weights[..., 0] if weights.shape[2] == 1 else weights
         return cls(
             order=order, counts=counts, kept=kept, weights=weights.contiguous(),
@@ -105,45 +104,49 @@ class LayerSelection:
         )  # fmt: skip
 
     def at(self, k: int) -> LayerSelection:
-        """The same path after k steps; ValueError if it has fewer, TypeError for no int."""
+        """The same path after k steps; ValueError if it has fewer, TypeError if k is no int."""
         expected = f"expected an int from 1 to {len(self.order)}, the path's steps"
         if not is_int(k):
             raise TypeError(f"k: found {k!r}, {expected}")
         if not 1 <= k <= len(self.order):
             raise ValueError(f"k: found {k}, {expected}")
 
-        def cut(tensor: Tensor | None) -> Tensor | None:
+        def first(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[:k].clone()
 
         return LayerSelection.of_path(
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
-            losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=cut(self.bound),
-            gap=cut(self.gap), slices=self.slices, outputs=self.outputs, loss=self.loss,
+            losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
+            gap=first(self.gap), slices=self.slices, outputs=self.outputs, loss=self.loss,
             objective=self.objective,
         )  # fmt: skip
 
     def new_weights(self, consumer: str) -> Tensor | None:
-        """After weights="refit": a consumer's weights (C, K, w) on the kept units' features."""
+        """A consumer's new weights on the kept units' features, (C, K, w) float64.
+
+        None unless weights="refit" has found new weights.
+        """
         if self.fitted is None:
             return None
-        return _sorted_outgoing(self.fitted[consumer], len(self.kept))
+        return _outgoing_ascending(self.fitted[consumer], len(self.kept))
 
 
-def _sorted_outgoing(fitted: Refit, kept: int) -> Tensor:
-    """The least squares on the first `kept` units, those in ascending order."""
-    return fitted.outgoing(kept)[:, fitted.units[:kept].argsort()]
+def _outgoing_ascending(fitted: Refit, distinct: int) -> Tensor:
+    """The least squares on the first `distinct` units, with these units in ascending order."""
+    return fitted.outgoing(distinct)[:, fitted.units[:distinct].argsort()]
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What `select` found: `layers` maps a layer's name to its LayerSelection.
+    """The result of `select`: `layers` maps a layer's name to its LayerSelection.
 
-    For a model with one selected layer, that layer's attributes (`order`, `kept`, `losses`, ...)
-    are also attributes of the Selection.
+    Where the model has one selected layer, the Selection has that layer's tensors, too: `order`,
+    `counts`, `kept`, `weights`, `losses`, `dense_loss`, `bound`, `gap` and `distinct`. With several
+    layers these raise AttributeError; write `selection.layers[name].order`.
 
     costs:  what the model costs for any widths of the layers: "params", and "flops" of the first
-            batch; None where the selection is not of `select`
-    budget: how the widths were chosen for a budget; None where they were not
+            batch; None where the selection is not from `select`
+    budget: how the widths were chosen for a budget; None where there was no budget
     """
 
     layers: Mapping[str, LayerSelection]
@@ -153,154 +156,155 @@ class Selection:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "layers":
-            raise AttributeError(name)
-        if len(self.layers) == 1:
-            return getattr(next(iter(self.layers.values())), name)
-        raise AttributeError(
-            f"a Selection of {len(self.layers)} layers has no {name!r}: use "
-            f"selection.layers[name].{name}"
-        )
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Selection, (dict(self.layers), self.costs, self.budget)
 
-    def change(self, what: str) -> tuple[int, int] | None:
-        """The dense model's "params" or "flops", and the pruned one's; None where not known.
+    @property
+    def order(self) -> Tensor:
+        """(k,) int64, the picks in sequence."""
+        return self._only_layer("order").order
 
-        FLOPs are torch.utils.flop_counter's, of the first batch of the data.
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64, how often each unit was picked."""
+        return self._only_layer("counts").counts
+
+    @property
+    def kept(self) -> Tensor:
+        """(K,) int64, the distinct units, ascending."""
+        return self._only_layer("kept").kept
+
+    @property
+    def weights(self) -> Tensor:
+        """float64, see LayerSelection."""
+        return self._only_layer("weights").weights
+
+    @property
+    def losses(self) -> Tensor:
+        """(k,) float64, the objective after each step."""
+        return self._only_layer("losses").losses
+
+    @property
+    def dense_loss(self) -> Tensor:
+        """() float64, the objective of the dense layer."""
+        return self._only_layer("dense_loss").dense_loss
+
+    @property
+    def bound(self) -> Tensor | None:
+        """(k,) float64, README eq. 3; None where its conditions do not hold."""
+        return self._only_layer("bound").bound
+
+    @property
+    def gap(self) -> Tensor | None:
+        """(k,) float64, the Frank-Wolfe gap; None where it is not known."""
+        return self._only_layer("gap").gap
+
+    @property
+    def distinct(self) -> Tensor:
+        """(k,) int64, the number of distinct units after each step."""
+        return self._only_layer("distinct").distinct
+
+    def _only_layer(self, attribute: str) -> LayerSelection:
+        """The layer, where there is one; AttributeError says what to write where there are more."""
+        if len(self.layers) == 1:
+            return next(iter(self.layers.values()))
+        names = [repr(name) for name in self.layers]
+        listed = ", ".join(names[:MOST_NAMES] + ["..."] * (len(names) > MOST_NAMES))
+        raise AttributeError(
+            f"{attribute}: found a Selection of {len(names)} layers, expected "
+            f"selection.layers[name].{attribute}, with a name among {listed}"
+        )
+
+    def change(self, what: str) -> tuple[int, int] | None:
+        """The cost of the dense model and of the pruned one; None where they are not known.
+
+        Args:
+            what: "params", or "flops": torch.utils.flop_counter's, of the data's first batch
+
+        Raises:
+            ValueError: another `what`
         """
         if self.costs is None:
             return None
+        one_of("what", what, tuple(self.costs))
         widths = {name: len(layer.kept) for name, layer in self.layers.items()}
         return self.costs[what].dense, self.costs[what].at(widths)
 
     def at(self, k: int) -> Selection:
-        """The path cut after k steps, in every layer: one run serves every size.
+        """The paths of all layers after k steps: one run of `select` serves every size.
 
-        ValueError if k is not between 1 and the shortest path's steps.
+        ValueError if k is not between 1 and the number of steps of the shortest path.
         """
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
         return Selection({name: layer.at(k) for name, layer in self.layers.items()}, self.costs)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes one safetensors file, with what is no tensor as JSON in its header."""
+        """Writes one safetensors file; what is not a tensor goes into its header, as JSON."""
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
         for i, (name, layer) in enumerate(self.layers.items()):
-            for key in _TENSORS:
+            for key in TENSORS:
                 if (tensor := getattr(layer, key)) is not None:
                     tensors[f"{i}.{key}"] = tensor
-            solved = {f"fitted.{name}": each for name, each in (layer.fitted or {}).items()}
-            for key, each in (solved | ({"gates": layer.gates} if layer.gates else {})).items():
-                for item in _REFIT:
-                    tensors[f"{i}.{key}.{item.name}"] = getattr(each, item.name)
+            refits = {f"fitted.{consumer}": fit for consumer, fit in (layer.fitted or {}).items()}
+            if layer.gates is not None:
+                refits["gates"] = layer.gates
+            for key, refit in refits.items():
+                for item in REFIT_FIELDS:
+                    tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
                 "slices": {key: dataclasses.astuple(at) for key, at in layer.slices.items()},
                 "loss": layer.loss, "objective": layer.objective,
             })  # fmt: skip
+        costs = {what: cost.as_json() for what, cost in (self.costs or {}).items()}
         header = {
-            "format": FORMAT, "layers": json.dumps(layers),
+            "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
-            "costs": json.dumps({n: each.as_json() for n, each in (self.costs or {}).items()}),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
     @staticmethod
     def load(path: str | PathLike[str]) -> Selection:
-        """Reads what `save` wrote; ValueError for any other file."""
-        tensors, metadata = read_tensors(path, FORMAT, "selection")
+        """Reads a file that `save` wrote; ValueError for any other file."""
+        tensors, header = read_tensors(path, FORMAT, "selection")
         layers = {}
-        for i, about in enumerate(json.loads(metadata["layers"])):
-            fields: dict[str, Any] = {key: tensors.get(f"{i}.{key}") for key in _TENSORS}
-            about["slices"] = {key: Slice(*at) for key, at in about["slices"].items()}
-            solved = {
-                key: Refit(**{f.name: tensors[f"{i}.{key}.{f.name}"] for f in _REFIT})
-                for key in ("gates", *(f"fitted.{consumer}" for consumer in about["outputs"]))
+        for i, fields in enumerate(json.loads(header["layers"])):
+            fields |= {key: tensors.get(f"{i}.{key}") for key in TENSORS}
+            fields["slices"] = {key: Slice(*at) for key, at in fields["slices"].items()}
+            refits = {
+                key: Refit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
+                for key in ("gates", *(f"fitted.{consumer}" for consumer in fields["outputs"]))
                 if f"{i}.{key}.units" in tensors
             }
-            gates, name = solved.pop("gates", None), about.pop("name")
-            fitted = {key.removeprefix("fitted."): each for key, each in solved.items()}
-            layers[name] = LayerSelection(**fields, **about, fitted=fitted or None, gates=gates)
-        costs = json.loads(metadata.get("costs", "{}"))
-        budget = json.loads(metadata.get("budget", "null"))
+            gates, name = refits.pop("gates", None), fields.pop("name")
+            fitted = {key.removeprefix("fitted."): refit for key, refit in refits.items()}
+            layers[name] = LayerSelection(**fields, fitted=fitted or None, gates=gates)
+        costs = json.loads(header.get("costs", "{}"))
+        budget = json.loads(header.get("budget", "null"))
         return Selection(
             layers,
-            {n: Cost.of_json(each) for n, each in costs.items()} or None,
+            {what: Cost.of_json(cost) for what, cost in costs.items()} or None,
             None if budget is None else BudgetReport(**budget),
         )
 
     def summary(self) -> Table:
-        """A rich table, a row a layer: `rich.print(selection.summary())`.
+        """A rich table with one row for each layer: `rich.print(selection.summary())`.
 
-        gap and bound are those of the last step: the loss is at most `gap` above that of any convex
-        reweighting of all units, and `bound` is what is proved of greedy selection. Below it,
-        parameters and FLOPs (of the first batch) before and after.
+        loss, gap and bound are those of the last step: the loss is at most `gap` above that of any
+        convex reweighting of all units, and at most `bound`, which is proved. Below the table are
+        the parameters and FLOPs (of the first batch) before and after.
         """
-        from rich.table import Table
-
-        what = sorted({f"{layer.objective}: {layer.loss}" for layer in self.layers.values()})
-        table = Table(title=f"greedy forward selection ({', '.join(what)})")
-        for column in ("layer", "kept", "steps", "weights", "loss", "dense loss", "gap", "bound"):
-            table.add_column(column, justify="left" if column in ("layer", "weights") else "right")
-        for name, layer in self.layers.items():
-            last = [
-                None if t is None else float(t[-1]) for t in (layer.losses, layer.gap, layer.bound)
-            ]
-            table.add_row(
-                name, f"{len(layer.kept)} of {len(layer.counts)}", str(len(layer.order)),
-                layer.weighting, _number(last[0]), _number(float(layer.dense_loss)),
-                _number(last[1]), _number(last[2]),
-            )  # fmt: skip
-        table.caption = "\n".join(self._caption()) or None
-        return table
-
-    def _caption(self) -> Iterator[str]:
-        for what, unit in (("params", "parameters"), ("flops", "FLOPs of the first batch")):
-            if change := self.change(what):
-                before, after = change
-                yield f"{before:,} {unit} before, {after:,} after ({after / max(1, before):.1%})"
-        if self.budget is not None:
-            found = self.budget
-            yield (
-                f"{found.what} {found.reached:.4g} for a budget of {found.share:.4g}; loss of the "
-                f"widths {found.objective:.4g}, at most {found.gap:.2g} above the best"
-            )
+        params, flops = self.change("params"), self.change("flops")
+        return selection_report.summary(self.layers, params, flops, self.budget)
 
     def plot(self) -> Figure:
-        """A figure with a panel a layer: loss against k, the dense loss, the bound.
+        """A matplotlib figure with one panel for each layer: loss against k, dense loss, bound.
 
         ImportError without matplotlib (`pip install greedyprune[plot]`).
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
-
-        figure = Figure(figsize=(5.5 * len(self.layers), 3.6), layout="constrained")
-        axes = figure.subplots(1, len(self.layers), squeeze=False)[0]
-        for panel, (name, layer) in zip(axes, self.layers.items(), strict=True):
-            k = torch.arange(1, len(layer.order) + 1)
-            panel.plot(k, layer.losses, label="pruned")
-            if layer.bound is not None:
-                panel.plot(k, layer.bound, ":", color="gray", label="proved bound (eq. 3)")
-            dense = float(layer.dense_loss)
-            lowest, highest = float(layer.losses.min()), float(layer.losses.max())
-            if layer.bound is not None:
-                highest = max(highest, float(layer.bound.max()))
-            if layer.objective == "loss":
-                panel.axhline(dense, linestyle="--", color="black", linewidth=1, label="dense")
-                lowest = min(lowest, dense)
-            if 0 < 10 * lowest < highest:
-                panel.set_yscale("log")
-            panel.set_xlabel("greedy steps k")
-            panel.set_ylabel(f"{layer.objective} ({layer.loss})")
-            panel.set_title(f"layer {name}: {len(layer.kept)} of {len(layer.counts)} units kept")
-            panel.legend()
-        return figure
+        return selection_report.plot(self.layers)
 
     def __repr__(self) -> str:
         layers = ", ".join(
@@ -310,17 +314,13 @@ class Selection:
         return f"Selection({{{layers}}})"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
 def first_picks(order: Tensor) -> Tensor:
-    """The distinct units of `order` (k,), in the order of their first picks."""
+    """The distinct units of `order` (k,) int64, in the order of their first picks."""
     return torch.tensor(list(dict.fromkeys(order.tolist())), dtype=torch.int64)
 
 
 def distinct_counts(order: Tensor) -> Tensor:
-    """How many distinct units order[:i + 1] has, (k,) int64."""
+    """The number of distinct units in order[:i + 1], for each i: (k,) int64."""
     seen: set[int] = set()
     counts = []
     for unit in order.tolist():
@@ -330,7 +330,10 @@ def distinct_counts(order: Tensor) -> Tensor:
 
 
 def factors(weights: str, counts: Tensor, kept: Tensor) -> Tensor:
-    """What multiplies the kept units' outgoing weights: (K,) float64."""
+    """The factors of the kept units' outgoing weights: (K,) float64.
+
+    weights: "counts", "uniform" or "none", as for `select`
+    """
     if weights == "counts":
         return counts[kept].double() * len(counts) / counts.sum()
     value = len(counts) / len(kept) if weights == "uniform" else 1.0
