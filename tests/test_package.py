@@ -152,7 +152,9 @@ model = nn.Sequential(nn.Linear(4, 4096), nn.ReLU(), nn.Linear(4096, 50))
 inputs, targets = torch.randn(40000, 4), torch.randint(50, (40000,))
 print("start", flush=True)
 try:
-    greedyprune.select(model, (inputs, targets), steps={steps}, progress=False, objective={objective})
+    greedyprune.select(
+        model, (inputs, targets), steps={steps}, progress=False, objective={objective}
+    )
 except KeyboardInterrupt:
     assert not model[2]._forward_pre_hooks and model.training
     print("interrupted", flush=True)
