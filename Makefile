@@ -30,10 +30,11 @@ demo: .venv/installed  ## train, prune and fine-tune on digits: a table and out/
 docs: .venv/installed  ## the documentation site, strictly: out/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-lint: .venv/installed  ## formatting, ruff, mypy, clang-format
+lint: .venv/installed  ## formatting, ruff, mypy, the order of the rooms, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: .venv/installed  ## rewrite the sources as lint wants them
