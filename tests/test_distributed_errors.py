@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import alone, batches_of, check_same, cnn, mlp, part, select, tensors
 from processes import TIMEOUT, Raised, Team, group_of
-from test_distributed import alone, batches_of, check_same, cnn, mlp, part, select, tensors
 from torch import Tensor, nn
 
 import greedyprune
