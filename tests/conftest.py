@@ -1,16 +1,30 @@
 """Fixtures that all tests share."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import emulated
+import numpy as np
 import pytest
 import torch
 from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 
 from greedyprune.kernels import backend as _backend
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

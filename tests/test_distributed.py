@@ -17,7 +17,10 @@ import greedyprune
 from greedyprune import Selection
 from greedyprune.runtime import distributed, files, resume
 
-pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:loss. a function of your own"),
+    pytest.mark.xdist_group("processes"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from greedyprune import Selection
 from greedyprune.kernels.backend import extension
 from greedyprune.runtime.distributed import Ranks
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module")
 def team() -> Iterator[Team]:

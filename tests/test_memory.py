@@ -25,7 +25,10 @@ BATCH = 32
 # Beside what is counted: what libraries keep, and a batch.
 SLACK = 3 * 2**24 + 5 * BATCH * UNITS * 4
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-pytestmark = pytest.mark.skipif(not RESET.exists(), reason="the system has no peak to reset")
+pytestmark = [
+    pytest.mark.skipif(not RESET.exists(), reason="the system has no peak to reset"),
+    pytest.mark.xdist_group("processes"),
+]
 
 
 def one_layer(units: int = UNITS, outputs: int = 10) -> nn.Module:
