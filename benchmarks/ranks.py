@@ -29,7 +29,7 @@ import greedyprune
 from greedyprune.data.losses import Criterion
 from greedyprune.kernels import ops
 from greedyprune.objectives.output_loss import COLUMNS_PER_PICK, THIN_RATE, columns_are_cheaper
-from greedyprune.runtime.distributed import ROWS, Ranks
+from greedyprune.runtime.distributed import PANEL_ROWS, Ranks
 
 BATCH = 512  # samples per forward pass
 EXCHANGES = 200
@@ -92,7 +92,9 @@ class Work:
                 found["sums"] += self.steps * 1.2 * machine.sum(0.0, ranks)
         elif self.loss == "mse":
             found["products"] = m * n * n / machine.products
-            found["sums"] = (n / ROWS) * machine.sum(0.0, ranks) + machine.sum(4.0 * n * n, ranks)
+            found["sums"] = (n / PANEL_ROWS) * machine.sum(0.0, ranks) + machine.sum(
+                4.0 * n * n, ranks
+            )
         else:
             found["candidates"] = self.steps * m * n * self.outputs / machine.pairs
             found["slopes"] = self.steps * 2 * m * n * self.outputs / machine.products

@@ -16,7 +16,7 @@ from typing import Any
 
 from goals import allowed, goals, loss_ratio, stochastic
 from results import OURS, Results, Row, ratio, read
-from scaling import Point, draw
+from scaling import Point, picture
 
 HERE = Path(__file__).parent
 Table = list[list[str]]
@@ -33,12 +33,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     points = scaling_points(results)
     if points:
-        draw(points, args.out / "scaling.png")
+        picture(points).savefig(args.out / "scaling.png", dpi=120)
     (args.out / "RESULTS.md").write_text("\n".join(report(results, bool(points))) + "\n")
     print(args.out / "RESULTS.md")
 
 
-def report(results: Results, picture: bool) -> list[str]:
+def report(results: Results, scaling: bool) -> list[str]:
     lines = ["# Results", ""]
     if results.quick:
         lines += ["**Tiny sizes, one round each (`--quick`): no number here says anything.**", ""]
@@ -76,7 +76,7 @@ def report(results: Results, picture: bool) -> list[str]:
         *memory(results),
         *overhead(results),
     ]  # fmt: skip
-    if picture:
+    if scaling:
         lines += ["## Scaling", "", "![time against sizes](scaling.png)", "", *slopes(results)]
     return lines + left_out(results)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from greedyprune.runtime.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_above
 
 LABELS = {
     "m": "samples m",
@@ -21,18 +22,18 @@ TITLES = {
     "m": "one step's candidates",
     "N": "one step's candidates",
     "C": "one step's candidates",
-    "steps": "the greedy loop, features at hand",
+    "steps": "greedy loop, features at hand",
     "threads": "one step's candidates",
     "select": "select, from inputs to Selection",
 }
-COLOURS = {
-    "cross_entropy": "C0",
-    "bce_with_logits": "C1",
-    "mse": "C2",
-    "mse, on the Gram matrix": "C3",
-    "mse, 200 steps": "C2",
-    "mse, half the units": "C3",
-    "cross_entropy, 50 steps": "C0",
+STYLES = {  # a colour for each loss, a mark for each way to compute with it
+    "cross_entropy": (BLUE, "o"),
+    "bce_with_logits": (ORANGE, "s"),
+    "mse": (GREEN, "^"),
+    "mse, on the Gram matrix": (GREEN, "v"),
+    "mse, 200 steps": (GREEN, "^"),
+    "mse, half the units": (PURPLE, "D"),
+    "cross_entropy, 50 steps": (BLUE, "o"),
 }
 
 
@@ -47,17 +48,16 @@ class Point:
     seconds: float
 
 
-def draw(points: list[Point], path: Path) -> None:
+def picture(points: list[Point]) -> Figure:
     """A panel for each sweep, on logarithmic axes. A dotted line has slope 1 (-1 for threads)."""
     sweeps = [sweep for sweep in LABELS if any(point.sweep == sweep for point in points)]
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    grid = figure.subplots(-(-len(sweeps) // 3), 3, squeeze=False)
+    figure = Figure(figsize=(9, 3.3 * -(-len(sweeps) // 2)), layout="constrained")
+    grid = figure.subplots(-(-len(sweeps) // 2), 2, squeeze=False)
     for axes in grid.flat[len(sweeps) :]:
         axes.remove()
     for sweep, axes in zip(sweeps, grid.flat, strict=False):
         _panel(axes, sweep, [point for point in points if point.sweep == sweep])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _panel(axes: Axes, sweep: str, points: list[Point]) -> None:
@@ -65,16 +65,17 @@ def _panel(axes: Axes, sweep: str, points: list[Point]) -> None:
     for point in sorted(points, key=lambda point: point.x):
         lines.setdefault(point.line, []).append(point)
     for name, line in lines.items():
+        colour, mark = STYLES[name]
         axes.plot(
-            [p.x for p in line], [1e3 * p.seconds for p in line], "o-", color=COLOURS.get(name),
-            markersize=4, label=name,
+            [p.x for p in line], [1e3 * p.seconds for p in line], f"{mark}-", color=colour,
+            markersize=5, label=name,
         )  # fmt: skip
     # The dotted line begins at the first point of the slowest line.
     start = max((line[0] for line in lines.values()), key=lambda point: point.seconds)
     xs = sorted({point.x for point in points})
     slope = -1 if sweep == "threads" else 1
     guide = [1e3 * start.seconds * (x / start.x) ** slope for x in xs]
-    axes.plot(xs, guide, ":", color="0.5", label=f"slope {slope}")
+    axes.plot(xs, guide, ":", color=GREY, label=f"slope {slope}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
@@ -84,7 +85,6 @@ def _panel(axes: Axes, sweep: str, points: list[Point]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(LABELS[sweep])
     axes.set_ylabel("ms")
-    axes.set_title(f"{TITLES[sweep]}\n{points[0].fixed}", fontsize=9)
     axes.grid(color="0.9")
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7)
+    title = f"{TITLES[sweep]}, {points[0].fixed}"
+    legend_above(axes, title=title, title_fontsize=9, alignment="left", ncols=2)

@@ -16,7 +16,7 @@ from greedyprune.data.batches import Batches
 from greedyprune.data.losses import Criterion
 from greedyprune.graph.groups import Group, group_of
 from greedyprune.graph.tracing import Graph
-from greedyprune.objectives.network_loss import Network
+from greedyprune.objectives.network import Network
 from greedyprune.surgery.cut import scaled_weight
 
 SHARE = 0.5  # the share of a layer's units that is already picked

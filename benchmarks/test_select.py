@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from watching import Watched, watched_select
 
 import greedyprune
+from greedyprune import Loss
 
 FORWARD = "dense forward pass"
 # Options for the stochastic steps of Wolfe et al. and the random candidates of Ye et al.
-STOCHASTIC: dict[str, dict[str, Any]] = {
-    "batch_size=1024": {"batch_size": 1024},
-    "batch_size=256, shortlist=256": {"batch_size": 256, "shortlist": 256},
-    "batch_size=512, shortlist=256": {"batch_size": 512, "shortlist": 256},
-    "batch_size=2048, shortlist=256": {"batch_size": 2048, "shortlist": 256},
-    "candidates=512": {"candidates": 512},
+STOCHASTIC = {
+    "batch_size=1024": Loss(batch_size=1024),
+    "batch_size=256, shortlist=256": Loss(batch_size=256, shortlist=256),
+    "batch_size=512, shortlist=256": Loss(batch_size=512, shortlist=256),
+    "batch_size=2048, shortlist=256": Loss(batch_size=2048, shortlist=256),
+    "candidates=512": Loss(candidates=512),
 }
 
 
@@ -147,12 +148,21 @@ def time_ours(bench: Bench, limits: Limits, case: Case, net: Network, seconds: f
         bench.note(floor=floor.seconds, limit=floor.limit)
 
 
-def time_stochastic(bench: Bench, case: Case, net: Network, options: dict[str, Any]) -> None:
+def time_stochastic(bench: Bench, case: Case, net: Network, objective: Loss) -> None:
     """The recorded final loss is that of all samples, also where the steps use a part of them."""
-    most = {"batch_size": case.m, "candidates": case.N, "shortlist": case.N}
-    options = {name: min(value, most[name]) for name, value in options.items()}
+
+    def at_most(asked: int | None, most: int) -> int | None:
+        return None if asked is None else min(asked, most)
+
+    objective = Loss(
+        candidates=at_most(objective.candidates, case.N),
+        batch_size=at_most(objective.batch_size, case.m),
+        shortlist=at_most(objective.shortlist, case.N),
+    )
     found = bench.time(
-        lambda: greedyprune.select(net.model, net.data, progress=False, **case.options, **options),
+        lambda: greedyprune.select(
+            net.model, net.data, objective=objective, progress=False, **case.options
+        ),
         lambda found: check_selection(net, found),
     )
     bench.note(final_loss=float(found.losses[-1]))

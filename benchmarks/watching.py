@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import greedyprune
 from greedyprune import Selection
 from greedyprune.kernels.path import Path
-from greedyprune.objectives import paths
+from greedyprune.objectives import output_loss
 from greedyprune.objectives.output_loss import Solver
 
 
@@ -47,7 +47,7 @@ def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             _, seen["preparing"] = clocked(lambda: Solver.__init__(self, *args, **kwargs))
             seen["by"] = "losses"
-            if self.data.criterion.kind == "mse" and self.backend == "cpu":
+            if self.features.criterion.kind == "mse" and self.features.backend == "cpu":
                 seen["by"] = "columns" if _gram_of(self) is None else "Gram matrix"
 
         def run(self, *args: Any, **kwargs: Any) -> Path:
@@ -55,7 +55,7 @@ def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
             seen.update(scored=path.scored, rescored=path.rescored)
             return path
 
-    with patch.object(paths, "Solver", Watching):
+    with patch.object(output_loss, "Solver", Watching):
         selection = greedyprune.select(model, data, progress=False, **options)
     return Watched(selection, **seen)
 
@@ -69,7 +69,7 @@ def gram_builder(model: nn.Module, data: object) -> Callable[[], Tensor]:
             super().__init__(*args, **kwargs)
             build.append(lambda: Solver(*args, **kwargs))
 
-    with patch.object(paths, "Solver", Kept):
+    with patch.object(output_loss, "Solver", Kept):
         greedyprune.select(model, data, size=0.5, progress=False)
 
     def gram() -> Tensor:

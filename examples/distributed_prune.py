@@ -100,10 +100,12 @@ def show(rows: list[Row], processes: int) -> None:
     rich.print(table)
 
 
-def compare(model: nn.Module, data: Data, steps: int, found: Selection) -> None:
+def compare(
+    model: nn.Module, data: Data, steps: int, found: Selection, group: dist.ProcessGroup | None
+) -> None:
     """Compares the selection of all processes with that of one process on all the data."""
     begun = time.perf_counter()
-    alone = greedyprune.select(model, data, steps=steps, parallel="none")
+    alone = greedyprune.select(model, data, steps=steps, process_group=group)
     same = "the same picks" if torch.equal(alone.order, found.order) else "OTHER PICKS"
     apart = float((alone.losses / found.losses - 1).abs().max())
     print(f"one process by itself: {same}, losses within {apart:.1g}, "
@@ -143,11 +145,12 @@ def main() -> None:
     tuned = small if processes == 1 else DistributedDataParallel(small)
     seconds = train(tuned, own, args.iterations // 4, rank)
     rows.append(("greedy + tuning", small, accuracy(small, own), accuracy(small, unseen), seconds))
+    first = dist.new_group([0]) if dist.is_initialized() else None  # a group of one process
     if rank == 0:
         show(rows, processes)
         if args.check:
             order = [torch.cat([t[r::processes] for r in range(processes)]) for t in whole]
-            compare(model, (order[0], order[1]), args.steps, selection)
+            compare(model, (order[0], order[1]), args.steps, selection, first)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from mnist_mlp import binary, evenly, read_mnist
-from pretraining_figure import Curve, Panel, draw, show
+from pretraining_figure import Curve, Panel, picture, show
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Data, outputs_of, sign_accuracy, train
@@ -247,7 +247,7 @@ def main() -> None:
         raise SystemExit(f"--samples: found {max(args.samples)}, there are {len(images)} images")
     images = images.to(args.device)
     results = Results(args.out / "mnist_pretraining.csv")
-    picture = args.out / f"mnist_pretraining{'_quick' if args.quick else ''}.png"
+    path = args.out / f"mnist_pretraining{'_quick' if args.quick else ''}.png"
     iterations = range(0, args.iterations + 1, args.every)
     trainings = [each for seed in args.seeds for each in trainings_of(args, seed)]
     left = sum(len(results.missing(training, iterations)) for training in trainings)
@@ -258,8 +258,8 @@ def main() -> None:
     for panel in panels:
         show(panel)
     about = f"MNIST, labels binarised: pruned to {args.steps} greedy steps (seeds {args.seeds})"
-    draw(panels, about, picture)
-    print(f"picture: {picture}, results: {results.path}")
+    picture(panels, about).savefig(path, dpi=120)
+    print(f"picture: {path}, results: {results.path}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from greedyprune.pretraining.theory import Growth, crossing, growth
+from greedyprune.runtime.figures import BLACK, MARKS, VERMILLION, legend_above
 
 
 class Curve(NamedTuple):
@@ -44,6 +44,7 @@ class Line(NamedTuple):
 
     label: str
     color: str
+    mark: str
     points: list[tuple[int, float]]
 
     @property
@@ -77,21 +78,26 @@ class Panel(NamedTuple):
         return float(np.floor(200 * lowest) / 200) if self.wanted is None else self.wanted
 
     @property
+    def lowest(self) -> float:
+        """Where the pictures' scales begin: nearly all is above, but for untrained networks."""
+        return float(np.quantile([c.pruned[1:] or c.pruned for c in self.curves], 0.05))
+
+    @property
     def lines(self) -> list[Line]:
         """When the pruned networks reach the level, and when they pass the dense network's best."""
         level = self.level
         best = [max(curve.dense) for curve in self.curves]
         return [
-            self._line(f"pruned reaches {level:.1%}", "black", [level] * len(self.curves)),
-            self._line("pruned passes the dense network's best", "C3", best),
+            self._line(f"pruned reaches {level:.1%}", BLACK, "o", [level] * len(self.curves)),
+            self._line("pruned passes the dense network's best", VERMILLION, "s", best),
         ]
 
-    def _line(self, label: str, color: str, goals: list[float]) -> Line:
+    def _line(self, label: str, color: str, mark: str, goals: list[float]) -> Line:
         reached = [
             (curve.samples, curve.reaches(goal))
             for curve, goal in zip(self.curves, goals, strict=True)
         ]
-        return Line(label, color, [(m, at) for m, at in reached if at is not None])
+        return Line(label, color, mark, [(m, at) for m, at in reached if at is not None])
 
     def mean(self, samples: int, points: list[tuple[int, float]]) -> float:
         """The mean iteration over the seeds of a size; NaN unless every seed has a point."""
@@ -105,54 +111,60 @@ def _heat_map(axes: Axes, panel: Panel) -> QuadMesh:
         np.mean([curve.pruned for curve in panel.of_size(m)], axis=0) for m in panel.samples
     ])  # fmt: skip
     iterations, rows = panel.curves[0].iterations, range(len(panel.samples))
-    mesh = axes.pcolormesh(iterations, rows, accuracy, vmin=np.quantile(accuracy, 0.1))
+    mesh = axes.pcolormesh(iterations, rows, accuracy, vmin=panel.lowest)
     for line in panel.lines:
         axes.plot(
-            [panel.mean(m, line.points) for m in panel.samples], rows, "o-", color=line.color,
-            markersize=4, label=f"{line.label} ({len(line.points)} of {len(panel.curves)})",
+            [panel.mean(m, line.points) for m in panel.samples], rows, f"{line.mark}-",
+            color=line.color,
+            label=f"{line.label.removeprefix('pruned ')} "
+            f"({len(line.points)} of {len(panel.curves)})",
             path_effects=[withStroke(linewidth=4, foreground="white")],
         )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_yticks(rows, [f"{m:,}" for m in panel.samples])
     axes.set_xlabel("iterations of pre-training")
     axes.set_ylabel("training images m")
-    axes.legend(title=panel.title, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    legend_above(axes, title=f"{panel.title}, pruned:", alignment="left")
     return mesh
 
 
 def _curves(axes: Axes, panel: Panel) -> None:
     """The accuracies of the dense and the pruned network for some sizes, for the first seed."""
     some = np.unique(np.linspace(0, len(panel.samples) - 1, 4).round().astype(int))
-    for i, color in zip(some, ("C0", "C1", "C2", "C4"), strict=False):
+    for i, (color, mark) in zip(some, MARKS, strict=False):
         curve = panel.of_size(panel.samples[i])[0]
-        axes.plot(curve.iterations, curve.pruned, color=color, label=f"m = {curve.samples:,}")
-        axes.plot(curve.iterations, curve.dense, ":", color=color)
-    axes.plot([], [], color="black", label="pruned")
-    axes.plot([], [], ":", color="black", label="dense")
+        axes.plot(
+            curve.iterations, curve.pruned, f"{mark}-", color=color, markersize=4,
+            label=f"m = {curve.samples:,}",
+        )  # fmt: skip
+        axes.plot(curve.iterations, curve.dense, f"{mark}:", color=color, markersize=4, mfc="white")
+    axes.plot([], [], color=BLACK, label="pruned")
+    axes.plot([], [], ":", color=BLACK, label="dense")
     axes.set_xlim(left=0)
-    axes.set_ylim(np.quantile([c.pruned for c in panel.curves], 0.1), 1.002)
+    margin = 0.05 * (1 - panel.lowest)
+    axes.set_ylim(panel.lowest - margin, 1 + margin)
     axes.set_xlabel("iterations of pre-training")
     axes.set_ylabel("training accuracy")
     axes.grid(color="0.9")
-    axes.legend(fontsize=8, loc="lower right")
+    legend_above(axes, ncols=3)
 
 
 def _growth(axes: Axes, panel: Panel) -> None:
     """The iterations of each line over m, a point for each seed, with both fitted laws."""
     m = np.geomspace(panel.samples[0], panel.samples[-1], 100)
     for line in panel.lines:
-        axes.plot(*np.reshape(line.points, (-1, 2)).T, "o", color=line.color, markersize=4)
+        axes.plot(*np.reshape(line.points, (-1, 2)).T, line.mark, color=line.color, markersize=5)
         if line.fit is None:
             continue
         log, power = line.fit.log, line.fit.power
-        axes.plot(
-            m, log.a + log.b * np.log(m), color=line.color,
-            label=f"a + b log m: b = {log.b:.0f} ± {log.b_error:.0f}, residual {log.residual:.0f}",
-        )  # fmt: skip
-        axes.plot(
-            m, power.a * m**power.b, "--", color=line.color,
-            label=f"a m^b: b = {power.b:.2f} ± {power.b_error:.2f}, residual {power.residual:.0f}",
-        )  # fmt: skip
+        axes.plot(m, log.a + log.b * np.log(m), color=line.color)
+        axes.plot(m, power.a * m**power.b, "--", color=line.color)
+        for dash, text in (
+            ("-", f"a + b log m: b = {log.b:.0f} ± {log.b_error:.0f}, residual {log.residual:.0f}"),
+            ("--", f"a m^b: b = {power.b:.2f} ± {power.b_error:.2f}, "
+                   f"residual {power.residual:.0f}"),
+        ):  # fmt: skip
+            axes.plot([], [], line.mark + dash, color=line.color, markersize=5, label=text)
     axes.set_xscale("log")
     axes.set_xticks(panel.samples, [f"{size:,}" for size in panel.samples], rotation=45)
     axes.minorticks_off()
@@ -161,19 +173,22 @@ def _growth(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel("iterations of pre-training")
     axes.grid(color="0.9")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        legend_above(axes, handlelength=3)
 
 
-def draw(panels: list[Panel], title: str, path: Path) -> None:
-    figure = Figure(figsize=(5.4 * len(panels), 11), layout="constrained")
+def picture(panels: list[Panel], title: str) -> Figure:
+    figure = Figure(figsize=(4.5 * len(panels), 12), layout="constrained")
     grid = figure.subplots(3, len(panels), squeeze=False)
     for panel, top, middle, bottom in zip(panels, *grid, strict=True):
         mesh = _heat_map(top, panel)
-        figure.colorbar(mesh, ax=top, label="training accuracy, pruned", extend="min")
+        figure.colorbar(
+            mesh, ax=top, location="bottom", aspect=40, extend="min",
+            label="training accuracy of the pruned network",
+        )  # fmt: skip
         _curves(middle, panel)
         _growth(bottom, panel)
-    figure.suptitle("\n".join(wrap(title, 48 * len(panels))))
-    figure.savefig(path, dpi=100)
+    figure.suptitle("\n".join(wrap(title, 40 * len(panels))))
+    return figure
 
 
 def show(panel: Panel) -> None:

@@ -24,17 +24,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import Imitation, Loss
 
 HOW: dict[str, dict[str, Any]] = {
-    "counts, by itself": {"weights": "counts", "sequential": False},
-    "counts, in sequence": {"weights": "counts"},
-    "refit, by itself": {"sequential": False, "swaps": 0},
-    "refit, in sequence": {"swaps": 0},
-    "refit, in sequence, exchanges": {},
-    "the same, metric='fisher'": {"metric": "fisher"},
+    "counts, by itself": {"weights": "counts", "objective": Imitation(sequential=False)},
+    "counts, in sequence": {"weights": "counts", "objective": "imitation"},
+    "refit, by itself": {"objective": Imitation(sequential=False, swaps=0)},
+    "refit, in sequence": {"objective": Imitation(swaps=0)},
+    "refit, in sequence, exchanges": {"objective": "imitation"},
+    "the same, metric='fisher'": {"objective": Imitation(metric="fisher")},
     "gates": {"objective": "fisher"},
-    "true loss": {"objective": "loss", "weights": "none", "batch_size": 128, "screen": 8},
-}
+    "true loss": {
+        "objective": Loss(candidates=8, draw="gradient", batch_size=128), "weights": "none"
+    },
+}  # fmt: skip
 REFIT = {name: [0] for name in list(HOW)[-4:]}  # epochs of greedyprune.refit after the selection
 REFIT["refit, in sequence, exchanges"] += [20]
 
@@ -69,9 +72,7 @@ def main() -> None:
     for keep in args.keep:
         for name, options in HOW.items():
             start = time.perf_counter()
-            selection = greedyprune.select(
-                model, data, layers=inner, size=keep, **({"objective": "imitation"} | options)
-            )
+            selection = greedyprune.select(model, data, layers=inner, size=keep, **options)
             seconds = time.perf_counter() - start
             row(table, keep, name, greedyprune.prune(model, selection), held_out, seconds)
             for epochs in REFIT.get(name, []):

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from greedyprune.runtime.figures import BLACK, MARKS, legend_below, panels_of
+
 METHODS = ("none", "imitation", "loss")  # of pruning
 
 
@@ -112,15 +114,17 @@ def label(cell: Cell) -> str:
     return "dense" if cell.prune == "none" else f"{cell.prune} {cell.keep:g}"
 
 
-def picture(results: Mapping[Cell, Result], file: Path) -> None:
+def picture(results: Mapping[Cell, Result]) -> Figure:
     """A figure of the accuracy over the iterations of pre-training, averaged over the seeds.
 
     It has a panel for each network and number of images. Dashed lines are before fine-tuning, solid
     lines after it. Methods with fewer points than others are only in the table.
     """
     panels = sorted({(cell.network, cell.images) for cell in results})
-    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure, axes = panels_of(len(panels))
+    for panel in axes[1:]:
+        panel.sharey(axes[0])
+    styles = {"dense": (BLACK, "x")}  # of each method, in all panels
     for panel, key in zip(axes, panels, strict=True):
         curves: dict[str, dict[int, list[Result]]] = {}
         for cell in sorted(results, key=lambda cell: (how(cell), cell.pretrained)):
@@ -131,16 +135,16 @@ def picture(results: Mapping[Cell, Result], file: Path) -> None:
         for name, points in curves.items():
             if len(points) < longest:
                 continue
-            colour = "black" if name == "dense" else None
-            for field, line, what in (("accuracy", "--", ""), ("tuned", "-", ", fine-tuned")):
+            colour, mark = styles.setdefault(name, MARKS[(len(styles) - 1) % len(MARKS)])
+            for field, dash, what in (("accuracy", "--", ""), ("tuned", "-", ", fine-tuned")):
                 means = [100 * mean(getattr(r, field) for r in each) for each in points.values()]
-                (drawn,) = panel.plot(
-                    list(points), means, line, marker=".", color=colour, label=name + what
-                )
-                colour = drawn.get_color()
-        panel.set_title(f"{key[0]}, {key[1]:,} training images")
+                panel.plot(
+                    list(points), means, dash, marker=mark, markersize=5, color=colour,
+                    label=name + what, zorder=3 if name == "dense" else 2,
+                )  # fmt: skip
+        panel.set_title(f"{key[0]}, {key[1]:,} images", fontsize="medium")
         panel.set_xlabel("iterations of pre-training")
-        panel.grid(alpha=0.3)
-        panel.legend()
-    axes[0].set_ylabel("accuracy on held-out images, %")
-    figure.savefig(file, dpi=120)
+        panel.set_ylabel("held-out accuracy, %")
+        panel.grid(color="0.9")
+    legend_below(figure, 2)
+    return figure

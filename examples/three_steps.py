@@ -1,7 +1,8 @@
 """What the convolutional examples share: pre-training, pruning and fine-tuning that can resume.
 
 They run on one process, or on several that torchrun starts. Then training is torch's
-DistributedDataParallel, all processes share the work of a selection, and rank 0 writes the files.
+DistributedDataParallel, each process brings a part of the images to a selection, and rank 0 writes
+the files.
 """
 
 from __future__ import annotations
@@ -195,6 +196,14 @@ def flops(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def part_of(data: Data) -> Data:
+    """This process's part of the data to select on: so many images in a row."""
+    if not dist.is_initialized():
+        return data
+    images, labels = (tensor.tensor_split(dist.get_world_size()) for tensor in data)
+    return images[rank()], labels[rank()]
+
+
 def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
     """The pruned model; for "none", `model` itself.
 
@@ -208,13 +217,14 @@ def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
         return model
     if cell.prune == "imitation":
         selection = greedyprune.select(
-            model, task.data, objective="imitation", size=cell.keep, parallel="units"
+            model, part_of(task.data), objective="imitation", size=cell.keep
         )
         return greedyprune.prune(model, selection)
     for name, layer in greedyprune.layers(model, image_for(model, task)).items():
+        objective = greedyprune.Loss(candidates=min(50, layer.units), batch_size=128)
         selection = greedyprune.select(
-            model, task.data, layers=name, objective="loss", tolerance=cell.keep, batch_size=128,
-            candidates=min(50, layer.units), seed=cell.seed, parallel="units",
+            model, part_of(task.data), layers=name, objective=objective, tolerance=cell.keep,
+            seed=cell.seed,
         )  # fmt: skip
         model = greedyprune.prune(model, selection)
         train(model, task.training, task.layer_tune, 0.01, f"tuning after {name}")
@@ -287,7 +297,7 @@ def run(tasks: Iterable[tuple[Cell, Task]], file: Path) -> None:
     if rank() == 0:
         results = read_results(file)
         rich.print(*tables(results))
-        picture(results, file.with_suffix(".png"))
+        picture(results).savefig(file.with_suffix(".png"), dpi=120)
         print(f"results: {file}, picture: {file.with_suffix('.png')}")
     if dist.is_initialized():
         dist.barrier()  # without it, torch may abort the last process to leave

@@ -18,6 +18,7 @@ from test_kernels import CRITERIA, Problem, moments_of
 from torch import nn
 
 import greedyprune
+from greedyprune import Imitation
 from greedyprune.kernels import ops, reference
 from greedyprune.kernels.backend import has_cuda
 from greedyprune.kernels.path import Exact, Rule
@@ -229,7 +230,7 @@ def test_deep_networks_on_a_gpu(name: str) -> None:
     else:
         on_gpu = inputs.to(gpu)
     data = inputs if isinstance(inputs, dict) else [inputs]  # `select` moves it to the GPU
-    selection = greedyprune.select(model, data, objective="imitation", metric="fisher")
+    selection = greedyprune.select(model, data, objective=Imitation(metric="fisher"))
     small = greedyprune.prune(model, selection)
     expected = outputs_of(masked(model, selection), on_gpu)
     error = outputs_of(small, on_gpu) - expected

@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import plan
+from greedyprune import Imitation
 from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import Group, analyse, find_groups
 from greedyprune.graph.propagate import NotPrunableError
 from greedyprune.graph.replay import Replay
 from greedyprune.graph.tracing import LAYER_TYPES
+from greedyprune.objectives import imitation
 from greedyprune.surgery.cut import masked
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -91,7 +92,7 @@ def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
     last."""
     model, inputs = network(name)
     selection = greedyprune.select(
-        model, data_of(inputs), objective="imitation", weights=weights, sequential=False
+        model, data_of(inputs), objective=Imitation(sequential=False), weights=weights
     )
     for producer, layer in selection.layers.items():
         for k in {1, len(layer.order)}:
@@ -168,11 +169,12 @@ def test_layers_compensate_for_those_before_them(
     """
     model, inputs = network(name)
     batches = [inputs] if isinstance(inputs, dict) else list(inputs.split(4))
-    options = {"objective": "imitation", "weights": weights}
     if not fits:
-        monkeypatch.setattr(plan, "Replay", lambda model, data, _: Replay(model, data, 0))
-    sequential = greedyprune.select(model, batches, **options)
-    apart = greedyprune.select(model, batches, **options, sequential=False)
+        monkeypatch.setattr(imitation, "Replay", lambda model, data, _: Replay(model, data, 0))
+    sequential = greedyprune.select(model, batches, objective="imitation", weights=weights)
+    apart = greedyprune.select(
+        model, batches, objective=Imitation(sequential=False), weights=weights
+    )
     first = next(iter(NETWORKS[name][1]))
     assert sequential.layers[first].order.equal(apart.layers[first].order)
     done: dict[str, greedyprune.selection.LayerSelection] = {}
@@ -228,7 +230,8 @@ def test_batches_of_many_shapes() -> None:
     sizes = [torch.randn(1, 3, n, 12) for n in range(6, 25)]
     with pytest.raises(ValueError, match=r"data: found batches of more than 16 shapes"):
         greedyprune.select(model, sizes)
-    assert set(greedyprune.select(model, sizes, sequential=False).layers) == set(few.layers)
+    apart = greedyprune.select(model, sizes, objective=Imitation(sequential=False))
+    assert set(apart.layers) == set(few.layers)
 
 
 def test_in_place_operations_do_not_reach_the_other_network() -> None:
@@ -416,8 +419,6 @@ def test_bad_activations_name_the_layer() -> None:
         greedyprune.select(model, [inputs])
     with pytest.raises(ValueError, match="memory_limit: found 100 bytes, but layer '0' needs"):
         greedyprune.select(model, [torch.randn(4, 3, 5, 5)], memory_limit=100)
-    with pytest.raises(ValueError, match="batch_size: layer '0' imitates"):
-        greedyprune.select(model, [torch.randn(4, 3, 5, 5)], batch_size=2)
 
 
 def test_a_tolerance_stops_each_layer() -> None:
@@ -425,7 +426,9 @@ def test_a_tolerance_stops_each_layer() -> None:
     nothing = copy.deepcopy(model)
     for parameter in nothing.parameters():
         nn.init.zeros_(parameter)
-    selection = greedyprune.select(model, [inputs], tolerance=1e-4, sequential=False)
+    selection = greedyprune.select(
+        model, [inputs], tolerance=1e-4, objective=Imitation(sequential=False)
+    )
     for layer in selection.layers.values():
         errors = consumer_errors(model, inputs, list(layer.outputs), nothing)
         enough = 1e-4 * float(errors.square().mean())

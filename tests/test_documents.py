@@ -35,7 +35,7 @@ def blocks(document: Path) -> list[str]:
 
 
 class Printing:
-    """`print` for a document: numbers have to be near those of the line's comment, "# about 0.9"."""
+    """`print` for a document: its numbers have to be near those of the comment, "# about 0.9"."""
 
     def __init__(self, document: Path) -> None:
         self.lines = document.read_text().split("\n")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import greedyprune
+from greedyprune import Imitation
 
 each_network = pytest.mark.parametrize("name", ["resnet", "mobilenet", "attention", "gpt2"])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +35,7 @@ def pruned(name: str) -> tuple[nn.Module, Tensor]:
     """All layers of a network cut to half, and inputs for it."""
     model, inputs = network(name)
     data = inputs if isinstance(inputs, dict) else [inputs]
-    selection = greedyprune.select(model, data, objective="imitation", sequential=False)
+    selection = greedyprune.select(model, data, objective=Imitation(sequential=False))
     x = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
     return Plain(greedyprune.prune(model, selection), inputs).eval(), x
 

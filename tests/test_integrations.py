@@ -14,6 +14,7 @@ from networks import network, outputs_of
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import Imitation
 
 tp = pytest.importorskip("torch_pruning")
 from greedyprune.integrations import torch_pruning  # noqa: E402
@@ -40,7 +41,7 @@ def test_the_pruner_keeps_the_units_that_select_keeps(name: str) -> None:
     """In the layers that select can prune; the two pruned networks compute the same."""
     model, inputs = network(name)
     selection = greedyprune.select(
-        model, [inputs], objective="imitation", weights="none", sequential=False
+        model, [inputs], objective=Imitation(sequential=False), weights="none"
     )
     expected = outputs_of(greedyprune.prune(model, selection), inputs)
     pruned = {

@@ -1,9 +1,9 @@
-"""Every kernel against the float64 reference, for each instruction set, dtype, shape and loss."""
+"""Every kernel against the float64 reference, for each instruction set, dtype, shape and loss.
 
-import doctest
-from collections.abc import Callable
+All in one file: the problems and the brute force defined here serve every test.
+"""
+
 from functools import partial
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from conftest import TOLERANCE, Kernels
 from torch import Tensor, nn
 
 from greedyprune.data.losses import Target, criterion_of
-from greedyprune.kernels import backend, least_squares, ops, products, reference
+from greedyprune.kernels import ops, reference
 from greedyprune.kernels.backend import extension
 from greedyprune.kernels.loop import greedy
 from greedyprune.kernels.path import Exact, Moments, Path, Rule
@@ -415,46 +415,6 @@ def test_the_number_of_threads_changes_no_bit(instruction_set: str, threads: Non
         assert path.gap.equal(paths[0].gap)
 
 
-def loss_with(**changes: Callable[[Problem], object]) -> Callable[[Problem], object]:
-    """candidate_loss on a problem with changed arguments."""
-
-    def call(p: Problem) -> object:
-        names = ("features", "outgoing", "outputs", "target")
-        arguments = {name: getattr(p, name) for name in names}
-        return ops.candidate_loss(**arguments | {n: change(p) for n, change in changes.items()})
-
-    return call
-
-
-def bad_gram(p: Problem, backend: str = "cpu") -> object:
-    return ops.greedy_gram(torch.ones(3, 3), moments_of(p)[1], Rule(1, 1, True), backend=backend)
-
-
-def bad_bias(p: Problem) -> object:
-    return ops.greedy_pointwise(p.features, p.outgoing, p.bias[:1], p.target, Rule(1, 1, True))
-
-
-BAD: list[tuple[str, Callable[[Problem], object], type[Exception]]] = [
-    ("features", loss_with(features=lambda p: p.features.half()), TypeError),
-    ("features", loss_with(features=lambda p: p.features.T), ValueError),
-    ("outgoing", loss_with(outgoing=lambda p: p.outgoing[1:]), ValueError),
-    ("outputs", loss_with(outputs=lambda p: p.outputs.T), ValueError),
-    ("target", loss_with(target=lambda p: p.target[:5]), ValueError),
-    ("units", loss_with(units=lambda p: torch.tensor([9])), ValueError),
-    ("units", loss_with(units=lambda p: torch.tensor([0.5])), TypeError),
-    ("gradient", lambda p: ops.candidate_slope(p.features, p.outgoing, p.outputs[:1]), ValueError),
-    ("gram", bad_gram, ValueError),
-    ("backend", partial(bad_gram, backend="gpu"), ValueError),
-    ("bias", bad_bias, ValueError),
-]
-
-
-@pytest.mark.parametrize(("name", "call", "error"), BAD)
-def test_bad_tensors(name: str, call: Callable[[Problem], object], error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"^{name}: found .* expected"):
-        call(Problem(6, 30, 2, "mse"))
-
-
 def test_quadratic_objective_by_hand() -> None:
     """Two units, one sample: phi = (1, 3), t = 2. The mean of both is exact."""
     gram = torch.tensor([[1.0, 3.0], [3.0, 9.0]]).double()
@@ -467,79 +427,3 @@ def test_quadratic_objective_by_hand() -> None:
         # At u = 1: L' = 2 (1 - 2) = -2, <L', u> = -2, min over phi: -6. At u = 2 it is optimal.
         assert path.gap.tolist() == [4.0, 0.0]
     assert QuadraticObjective(gram, sums, with_gap=False).gap(1) is None
-
-
-def test_a_struct_is_made_with_all_its_fields_or_not_at_all() -> None:
-    """A field that csrc/kernels.h gains is missed at once, and so is one that it loses."""
-    rule = {"steps": 3, "size": 2, "replacement": True, "candidates": 0, "draws": None}
-    with pytest.raises(TypeError, match=r"^Rule: .*: shortlist$"):
-        Structs().make(extension().Rule, **rule)
-    with pytest.raises(TypeError, match=r"^Rule: .*: unknown$"):
-        Structs().make(extension().Rule, **rule, shortlist=0, unknown=1)
-    made = Structs().make(extension().Rule, **rule, shortlist=5)
-    assert (made.steps, made.size, made.replacement, made.shortlist) == (3, 2, True, 5)
-    assert made.draws == 0
-
-
-def test_structs_keep_their_tensors_alive() -> None:
-    structs, seen = Structs(), []
-    for _ in range(3):  # memory that was freed would be used again
-        draws = torch.rand(1, 1000, dtype=torch.float64)
-        rule = structs.make(
-            extension().Rule, steps=1, size=1, replacement=True, candidates=1000, draws=draws,
-            shortlist=0,
-        )  # fmt: skip
-        seen.append(rule.draws)
-        del draws
-    assert len(set(seen)) == 3
-
-
-def test_an_empty_tensor_is_not_null() -> None:
-    """torch gives it the address 0, which would mean that there is none."""
-    empty = torch.empty(0, dtype=torch.float64)
-    path = Structs().make(
-        extension().Path, order=empty, losses=empty, gap=empty, length=0, scored=0, rescored=0
-    )
-    assert empty.data_ptr() == 0
-    assert path.gap != 0
-
-
-def test_constants_that_are_in_c_and_in_python() -> None:
-    assert extension().product_tile == products.PRODUCT
-    assert extension().dependent == least_squares.DEPENDENT
-
-
-@pytest.mark.parametrize("module", [ops, least_squares, backend])
-def test_examples_in_docstrings(module: ModuleType) -> None:
-    failed, tried = doctest.testmod(module)
-    assert tried > 0
-    assert failed == 0
-
-
-def test_a_ridge_scales_as_the_features_do() -> None:
-    gram = torch.diag(torch.tensor([1.0, 2.0, 6.0])).double()
-    assert least_squares.ridge(gram, 1e-2) == pytest.approx(3e-2)
-    assert least_squares.ridge(100 * gram, 1e-2) == pytest.approx(3.0)
-    assert least_squares.ridge(0 * gram, 1e-2) == 1.0  # all features are dead
-
-
-def test_dependent_features_get_a_row_of_the_identity() -> None:
-    """Of six features the third is dead, and the fifth is the sum of the first two."""
-    torch.manual_seed(0)
-    x = torch.randn(6, 40, dtype=torch.float64)
-    x *= torch.tensor([1.0, 1e3, 1.0, 1e-3, 1.0, 1.0]).double()[:, None]
-    x[2], x[4] = 0, x[0] + x[1]
-    factor, dependent = least_squares.factored(x @ x.T)
-    assert dependent.tolist() == [False, False, True, False, True, False]
-    assert factor[dependent].equal(torch.eye(6, dtype=torch.float64)[dependent])
-    kept = ~dependent
-    torch.testing.assert_close((factor @ factor.T)[kept][:, kept], (x @ x.T)[kept][:, kept])
-    assert (factor[kept][:, dependent] == 0).all()
-
-
-def test_independent_features_are_factored_as_by_cholesky() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5, 30, dtype=torch.float64) * torch.tensor([1e-6, 1, 1e6, 1, 1])[:, None]
-    factor, dependent = least_squares.factored(x @ x.T)
-    assert not dependent.any()
-    torch.testing.assert_close(factor, torch.linalg.cholesky(x @ x.T))

@@ -437,6 +437,6 @@ def test_docstring_example() -> None:
 
 def test_arguments_for_several_processes_are_refused() -> None:
     model, data = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(9, 4)
-    for options in ({"parallel": "data"}, {"process_group": None}, {"checkpoint": "a"}):
+    for options in ({"process_group": None}, {"checkpoint": "a"}):
         with pytest.raises(ValueError, match=r"expected none: the first process alone"):
             PretrainingMonitor(model, (data, data[:, :1]), **options)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
+from greedyprune import Loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +84,7 @@ def test_random_forms_are_seeded_and_report_the_whole_loss(
     backend: str, loss: str, option: str
 ) -> None:
     model, x, y = problem(loss, n=20, m=100)
-    options = {"steps": 10, "loss": loss, "backend": backend, option: 3}
+    options = {"steps": 10, "loss": loss, "backend": backend, "objective": Loss(**{option: 3})}
     first = select(model, (x, y), seed=1, **options)
     torch.manual_seed(99)  # torch's own random state does not matter
     assert same(first, select(model, (x, y), seed=1, **options))
@@ -100,11 +101,11 @@ def test_random_forms_agree_with_the_full_one_where_every_draw_is_alike(
 ) -> None:
     model, x, y = problem(loss, n=12, c=5)
     options = {"steps": 8, "loss": loss, "backend": backend}
-    all_drawn = select(model, (x, y), candidates=12, **options)
+    all_drawn = select(model, (x, y), objective=Loss(candidates=12), **options)
     assert torch.equal(all_drawn.order, select(model, (x, y), **options).order)
     row = int((model[:2](x) > 0).sum(1).argmax())  # one sample, repeated: mini-batches are alike
     x, y = x[row].repeat(30, 1), y[row : row + 1].repeat_interleave(30, 0)
-    batched = select(model, (x, y), batch_size=4, **options)
+    batched = select(model, (x, y), objective=Loss(batch_size=4), **options)
     assert Dense(model, x, y, loss).follow(batched.order) >= 2
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
 from .stopping import History
 
 if TYPE_CHECKING:
@@ -58,27 +59,16 @@ def plot(history: History, metric_name: str, measured_on: str, reason: str | Non
 
     See `PretrainingMonitor.plot`.
 
-    Args:
-        history: the checks
-        metric_name: the name for the metric on its axis
-        measured_on: the data of the losses and metrics, in words
-        reason: why pre-training should stop; None while it should go on
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
-
     names = ["loss"]
     if any(check.metric is not None for check in history):
         names.append("metric")
-    figure = Figure(figsize=(5.5 * len(names), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    figure, panels = panels_of(len(names))
     for panel, name in zip(panels, names, strict=True):
         _curves(panel, history, name, stopped=reason is not None)
         panel.set_xlabel("iterations of pre-training")
         panel.set_ylabel(f"{metric_name if name == 'metric' else name} on {measured_on}")
-    panels[0].legend()
+    legend_below(figure)
     title = f"stop: {reason}" if reason else "pre-training goes on"
     figure.suptitle(textwrap.fill(title, 60 * len(names)), fontsize="medium")
     return figure
@@ -90,9 +80,9 @@ def _curves(panel: Axes, history: History, name: str, stopped: bool) -> None:
     dense = [getattr(check, f"dense_{name}") for check in history]
     pruned = [getattr(check, name) for check in history]
     units = f", {history[-1].kept} of {history[-1].units} units" if history else ""
-    panel.plot(iterations, dense, "--", color="black", linewidth=1, label="dense")
-    panel.plot(iterations, pruned, marker="o", markersize=3, label=f"pruned{units}")
+    panel.plot(iterations, dense, "--", color=BLACK, linewidth=1, label="dense")
+    panel.plot(iterations, pruned, marker="o", markersize=4, color=BLUE, label=f"pruned{units}")
     if stopped:
-        panel.axvline(iterations[-1], color="gray", linestyle=":", label="stop")
+        panel.axvline(iterations[-1], color=GREY, linestyle=":", label="stop")
     if name == "loss" and history and 0 < 10 * min(dense + pruned) < max(dense + pruned):
         panel.set_yscale("log")

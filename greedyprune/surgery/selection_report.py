@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph.costs import BudgetReport
+from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,33 +87,31 @@ def _caption(params: Change, flops: Change, budget: BudgetReport | None) -> Iter
 
 def plot(layers: Mapping[str, LayerPath]) -> Figure:
     """A figure with one panel for each layer; ImportError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
-
-    figure = Figure(figsize=(5.5 * len(layers), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    figure, panels = panels_of(len(layers))
     for panel, (name, layer) in zip(panels, layers.items(), strict=True):
         _draw(panel, layer)
-        panel.set_title(f"layer {name}: {len(layer.kept)} of {len(layer.counts)} units kept")
-        panel.legend()
+        title = [*textwrap.wrap(f"layer {name}", 30)]
+        title.append(f"{len(layer.kept)} of {len(layer.counts)} units kept")
+        panel.set_title("\n".join(title), fontsize="medium")
+    legend_below(figure)
     return figure
 
 
 def _draw(panel: Axes, layer: LayerPath) -> None:
     """The loss against the steps, the proved bound and the dense loss, where they are known."""
     steps = torch.arange(1, len(layer.order) + 1)
-    panel.plot(steps, layer.losses, label="pruned")
+    marker = "o" if len(steps) < 10 else ""
+    panel.plot(steps, layer.losses, marker=marker, markersize=4, color=BLUE, label="pruned")
     lowest, highest = float(layer.losses.min()), float(layer.losses.max())
     if layer.bound is not None:
-        panel.plot(steps, layer.bound, ":", color="gray", label="proved bound (eq. 3)")
+        panel.plot(steps, layer.bound, ":", color=GREY, label="proved bound (eq. 3)")
         highest = max(highest, float(layer.bound.max()))
     if layer.objective == "loss":
         dense = float(layer.dense_loss)
-        panel.axhline(dense, linestyle="--", color="black", linewidth=1, label="dense")
+        panel.axhline(dense, linestyle="--", color=BLACK, linewidth=1, label="dense")
         lowest = min(lowest, dense)
     if 0 < 10 * lowest < highest:
         panel.set_yscale("log")
+    panel.locator_params(axis="x", integer=True, min_n_ticks=1)
     panel.set_xlabel("greedy steps k")
     panel.set_ylabel(f"{layer.objective} ({layer.loss})")
