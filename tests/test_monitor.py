@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import greedyprune
-from greedyprune import Check, PretrainingMonitor
+from greedyprune import Check, Loss, PretrainingMonitor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMED = {"0": "2"}  # the layers of `problem`, named so that select need not search for them
@@ -216,7 +216,7 @@ def test_a_check_of_one_hidden_layer(loss: str, separate: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "objectives"),
     [({}, ["imitation", "loss"]), ({"objective": "fisher"}, ["fisher", "fisher"]),
-     ({"objective": "loss", "candidates": 3, "batch_size": 16}, ["loss", "loss"])],
+     ({"objective": Loss(candidates=3, batch_size=16)}, ["loss", "loss"])],
 )  # fmt: skip
 def test_a_check_of_a_deep_network(options: dict, objectives: list[str]) -> None:
     """The layers' losses are those of select; the network's loss is that of the pruned network."""

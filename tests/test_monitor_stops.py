@@ -1,7 +1,6 @@
 """The monitor's stopping rules, its share of the time, resuming, and bad input."""
 
 import copy
-import functools
 import io
 import re
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-import greedyprune
 from greedyprune import Check, PretrainingMonitor
 from greedyprune.pretraining.history import LayerCheck
 from greedyprune.pretraining.stopping import stopping_rule
+from greedyprune.selector import select_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,12 +113,10 @@ def test_the_first_reason_to_stop_stays() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock for the monitor that only this test moves. Each check takes `clock.check` seconds."""
     clock = SimpleNamespace(now=100.0, check=5.0)
-    select = greedyprune.select
 
-    @functools.wraps(select)
     def timed_select(*args, **kwargs):
         clock.now += clock.check
-        return select(*args, **kwargs)
+        return select_on(*args, **kwargs)
 
     monkeypatch.setattr("greedyprune.pretraining.monitor.select_on", timed_select)
     monkeypatch.setattr(
