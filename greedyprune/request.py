@@ -73,12 +73,12 @@ class Request:
         if not by_loss:
             return Rule(steps, size, self.replacement)
         draws, candidates = None, self.loss.candidates
+        if candidates is not None and candidates > units:
+            raise ValueError(
+                f"candidates: found {candidates}, but layer {layer!r} has {units} units; "
+                f"expected at most {units}"
+            )
         if candidates is not None and self.loss.draw == "random":
-            if candidates > units:
-                raise ValueError(
-                    f"candidates: found {candidates}, but layer {layer!r} has {units} units; "
-                    f"expected at most {units}"
-                )
             draws = torch.empty(steps, candidates, dtype=torch.float64, device="cpu")
             draws.uniform_(generator=generator(self.seed, 1))
         return Rule(steps, size, self.replacement, draws, self.loss.shortlist or 0)

@@ -18,16 +18,17 @@ from .path import Refit
 DEPENDENT = 1e-10
 
 
-def ridge(gram: Tensor, damping: float) -> float:
+def ridge(squares: Tensor, damping: float) -> float:
     """The number to add to the diagonal of a Gram matrix before it is factored.
 
-    damping times the mean of the diagonal, so that it scales as the features do. 1.0 where the
-    diagonal is zero, that is where all features are dead: the weights are zero then, whatever the
-    number. Minimising |T - B X|^2 + ridge |B|^2 instead of |T - B X|^2 bounds the weights on
-    features that are nearly dependent.
+    damping times the mean of the features' squared norms, so that it scales as the features do. 1.0
+    where all features are dead: the weights are zero then, whatever the number. Minimising
+    |T - B X|^2 + ridge |B|^2 instead of |T - B X|^2 bounds the weights on features that are nearly
+    dependent. All features of a layer count, picked or not, so that a path has the same ridge at
+    every length.
 
     Args:
-        gram: (F, F) float64
+        squares: (F,) float64, the squared norms of all features: the Gram matrix's diagonal
         damping: above 0
 
     Source: Hoerl and Kennard 1970; relative to the diagonal's mean as in Frantar et al. 2022
@@ -36,12 +37,12 @@ def ridge(gram: Tensor, damping: float) -> float:
     Example:
         >>> import torch
         >>> from greedyprune.kernels.least_squares import ridge
-        >>> ridge(torch.tensor([[2.0, 1.0], [1.0, 4.0]]), damping=0.5)
+        >>> ridge(torch.tensor([2.0, 4.0]), damping=0.5)
         1.5
-        >>> ridge(torch.zeros(2, 2), damping=0.5)
+        >>> ridge(torch.zeros(2), damping=0.5)
         1.0
     """
-    return damping * float(gram.diagonal().mean()) or 1.0
+    return damping * float(squares.mean()) or 1.0
 
 
 def factored(gram: Tensor) -> tuple[Tensor, Tensor]:

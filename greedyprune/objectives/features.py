@@ -88,12 +88,12 @@ class InMemory(LayerFeatures):
 
     def __init__(
         self, source: Source, features: Tensor, target: Target, extent: Extent | None,
-        targets: Tensor | None, output_shape: tuple[int, ...], largest: float, bytes_held: int,
+        targets: Tensor | None, output_shape: tuple[int, ...], largest: float, sample_bytes: int,
     ) -> None:  # fmt: skip
         super().__init__(source)
         self.features, self.target, self.extent = features, target, extent
         self.targets, self.output_shape = targets, output_shape
-        self.largest, self._bytes_held = largest, bytes_held
+        self.largest, self.sample_bytes = largest, sample_bytes
 
     @property
     def samples(self) -> int:
@@ -101,7 +101,7 @@ class InMemory(LayerFeatures):
 
     @property
     def bytes_held(self) -> int:
-        return self._bytes_held
+        return self.sample_bytes * self.samples
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -144,13 +144,13 @@ class Streamed(LayerFeatures):
         self.resumed = resumed
         self._collected, self._rest = collected, rest
         self._first = True  # is the first pass still to come?
-        self._bytes_a_sample = bytes_a_sample
+        self.sample_bytes = bytes_a_sample
         self._total = 0  # samples in the first pass
 
     def release(self, limit: int) -> None:
         """Begins the first pass anew where the collected blocks take more than `limit` bytes."""
         held = sum(block.features.shape[1] for block in self._collected[:-1])  # the last: a batch
-        if not self._first or self.source.job.batches.once or self._bytes_a_sample * held <= limit:
+        if not self._first or self.source.job.batches.once or self.sample_bytes * held <= limit:
             return
         self._rest.close()
         self.resumed, self._collected = Pass(self.source.job.checkpoint, self.group.producer), []
@@ -245,11 +245,9 @@ def _collected(
     while block is not None:
         if store.filled + block.features.shape[1] > store.most:
             if source.criterion.kind == "custom":
-                end = store.filled + block.features.shape[1]
-                raise ValueError(
-                    f"memory_limit: {limit} bytes do not hold the features that a loss of your own "
-                    f"needs: more than {end * size} bytes"
-                )
+                rest = sum(block.features.shape[1] for block in blocks)
+                samples = store.filled + block.features.shape[1] + rest
+                raise source.too_large(size, samples, "a loss of your own")
             return Streamed(source, resumed, [*store.blocks(), block], blocks, size)
         store.append(block)
         block = next(blocks, None)
@@ -257,7 +255,7 @@ def _collected(
     targets = None if raw.targets is None else torch.cat(raw.targets)
     return InMemory(
         source, store.features, target, store.extent, targets, raw.output_shape, store.largest,
-        size * store.filled,
+        size,
     )  # fmt: skip
 
 

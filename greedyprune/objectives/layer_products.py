@@ -229,7 +229,7 @@ class LayerProducts:
         gram, right, slices = self._side_by_side()
         target_norm = sum(consumer.target_norm() for consumer in self.consumers)
         widths = torch.tensor([consumer.width for consumer in self.consumers])
-        ridges = [ridge(consumer.gram, damping) for consumer in self.consumers]
+        ridges = [ridge(consumer.gram.diagonal(), damping) for consumer in self.consumers]
         width, undamped = int(widths.sum()), gram.diagonal().clone()
         ridge_of = torch.tensor(ridges).double().repeat_interleave(widths)
         gram.diagonal().add_(ridge_of.repeat(self.group.units))
@@ -268,7 +268,7 @@ class LayerProducts:
         return {
             consumer.name: on_units(
                 consumer.gram, consumer.right(), units, consumer.width,
-                ridge(consumer.gram, damping),
+                ridge(consumer.gram.diagonal(), damping),
             )
             for consumer in self.consumers
         }  # fmt: skip

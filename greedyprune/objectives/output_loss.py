@@ -123,10 +123,8 @@ def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> Mi
     if job.loss.batch_size is None or features.imitation:
         return None
     if not isinstance(features, InMemory) or not features.in_memory:
-        raise ValueError(
-            f"batch_size: the activations do not fit in memory_limit={job.memory_limit} bytes, "
-            "expected them to: raise the limit or give fewer samples"
-        )
+        samples = sum(block.features.shape[1] for block in features.blocks())
+        raise features.source.too_large(features.sample_bytes, samples, "batch_size")
     batches = mini_batches(job, rule.steps, features.samples)
     assert batches is not None
     features.shuffle(batches.order)

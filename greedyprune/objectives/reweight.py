@@ -53,15 +53,18 @@ class Reweighting:
         rows_of = units.to(features.device)
         gram = torch.zeros(len(units), len(units), dtype=torch.float64, device=features.device)
         right = gram.new_zeros(len(units), features.outputs)
+        squares = gram.new_zeros(features.units)
         for block in features.blocks():
             rows = block.features[rows_of].double()
             wanted = block.target.value if block.target.kind == "mse" else None
             if wanted is None:
                 wanted = features.dense_outputs(block.features)
             gram.addmm_(rows, rows.T)
+            norms = torch.linalg.vector_norm(block.features, dim=1, dtype=torch.float64)
+            squares += norms.square()
             right.addmm_(rows, (wanted - features.bias[:, None]).T)
-        features.ranks.sum("least squares", gram, right)
-        gram.diagonal().add_(ridge(gram, DAMPING))
+        features.ranks.sum("least squares", gram, right, squares)
+        gram.diagonal().add_(ridge(squares, DAMPING))
         factor, dropped = factored(gram)
         solved = torch.linalg.solve_triangular(factor, right, upper=False)
         solved[dropped] = 0

@@ -17,6 +17,7 @@ from ..kernels import backend as backends
 from ..kernels.structs import Extent
 from ..runtime.resume import Pass
 from .job import Job
+from .memory import least_squares_bytes, refitted_units
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,21 @@ class Source:
                 f"layer {self.group.producer!r}: NaN or inf in its activations on the data, "
                 "expected finite numbers"
             )
+
+    def too_large(self, sample_bytes: int, samples: int, what: str) -> ValueError:
+        """The error for features that do not fit in memory, where something needs all of them.
+
+        sample_bytes: what a sample takes; samples: how many this rank has
+        """
+        needed = sample_bytes * samples
+        if not len(self.job.batches) and self.criterion.kind == "mse":
+            needed += 8 * self.group.units**2 + sample_bytes  # left free for the Gram matrix
+        reserved = least_squares_bytes(refitted_units(self.job, self.group, self.imitation))
+        return ValueError(
+            f"memory_limit: found {self.job.memory_limit + reserved} bytes, but {what} needs all "
+            f"features of layer {self.group.producer!r} in memory, with what they are compared "
+            f"with; expected at least {needed + reserved} bytes, or fewer samples"
+        )
 
     def bytes_a_sample(self, block: Block) -> int:
         """What one sample's features take, with its targets and what squared error needs."""

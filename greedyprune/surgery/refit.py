@@ -245,6 +245,6 @@ class _LeastSquares:
             mirror(self._gram)
             features = len(self._gram) - (self._bias is not None)
             inputs = self._gram[:features, :features]
-            inputs.diagonal().add_(ridge(inputs, DAMPING))
+            inputs.diagonal().add_(ridge(inputs.diagonal(), DAMPING))
             self._factor = torch.linalg.cholesky(self._gram)
         return torch.cholesky_solve(self._right, self._factor).T
