@@ -9,14 +9,14 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/
 
 CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard benchmarks/*.cpp tests/emulated/*.h tests/emulated/*.cpp)
 
-.PHONY: help test demo lint format bench bench-quick gpu-check clean install
+.PHONY: help test demo docs lint format bench bench-quick gpu-check clean install
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,examples]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,examples]'
 	touch $@
 
 install: .venv/installed  ## .venv with the package (editable) and what developing it needs
@@ -26,6 +26,9 @@ test: .venv/installed  ## the whole test suite
 
 demo: .venv/installed  ## train, prune and fine-tune on digits: a table and out/digits_mlp.png
 	$(BIN)/python examples/digits_mlp.py
+
+docs: .venv/installed  ## the documentation site, strictly: out/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: .venv/installed  ## formatting, ruff, mypy, clang-format
 	$(BIN)/ruff check

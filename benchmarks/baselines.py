@@ -1,8 +1,9 @@
-"""What a user would write in plain torch, each in the best form that we know of.
+"""What a user would write in plain torch, each in the fastest form known.
 
-Candidates, one greedy step: candidate by candidate, vectorised, compiled, by matrix products
-(squared error only). Whole greedy loops: vectorised, matrix-vector, on the Gram matrix. Then the
-checks that they and greedyprune say the same.
+For the candidates of one greedy step there are four baselines: candidate by candidate, vectorised,
+compiled, and by matrix products (squared error only). For whole greedy loops there are three:
+vectorised, by matrix-vector products, and on the Gram matrix. The last functions check that the
+baselines and greedyprune agree.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from greedyprune import reference
-from greedyprune.losses import Criterion
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import reference
 
 CHUNKS = (1, 4, 16, 64, 256, 1024)
-LARGEST = 2**28  # bytes of one temporary: the best chunks are far smaller
+LARGEST = 2**28  # bytes of the largest temporary tensor; the fastest chunks are far smaller
 LAYOUTS = ("outputs last", "samples last")
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """One greedy step: candidate j has the outputs base + phi_j.
+    """The candidates of one greedy step: with unit j, the outputs are base + phi_j.
 
-    features: (N, m); outgoing: (N, C), times N and the step's 1 / k; base: (m, C); all float32
+    features: (N, m) float32
+    outgoing: (N, C) float32, the consumer's weights times N / k in step k
+    base: (m, C) float32, the outputs without a candidate
     targets: (m,) int64 for cross_entropy, else (m, C)
     """
 
@@ -43,9 +46,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Layer:
-    """A hidden layer on its data: as Candidates, with the bias (C,).
+    """A hidden layer and its data. The fields are those of Candidates, except for two.
 
-    outgoing: (N, C) float64, times N, as greedyprune has it
+    outgoing: (N, C) float64, the consumer's weights times N, as in greedyprune
+    bias: (C,)
     """
 
     kind: str
@@ -55,11 +59,11 @@ class Layer:
     targets: Tensor
 
     def nothing(self) -> Tensor:
-        """The outputs of no unit at all, (m, C)."""
+        """The sum of no units: zeros (m, C)."""
         return torch.zeros(self.features.shape[1], len(self.bias))
 
     def candidates(self, z: Tensor, k: int) -> Candidates:
-        """Those of step k, where the units picked so far add up to z (m, C)."""
+        """The candidates of step k; z: (m, C), the sum over the units picked so far."""
         base = self.bias + z / k
         outgoing = (self.outgoing / k).float()
         return Candidates(self.kind, self.features, outgoing, base, self.targets)
@@ -67,10 +71,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Form:
-    """How to vectorise: where the outputs' dimension lies, and how many units at a time.
+    """How to vectorise: the order of the dimensions, and how many units to compute at a time.
 
-    "outputs last" is (units, m, C), as a model returns them; "samples last" is (units, C, m), which
-    is faster where there are few classes.
+    "outputs last" is (units, m, C), the order of a model's outputs. "samples last" is (units, C,
+    m), which is faster for few outputs.
     """
 
     layout: str
@@ -85,8 +89,8 @@ def by_candidate(p: Candidates) -> Tensor:
         "cross_entropy": functional.cross_entropy,
     }
     loss = losses[p.kind]
-    # Not a list of small tensors: each would be put into the room that the last outputs left, the
-    # next outputs would no longer fit there, and the heap would grow by as much for each candidate.
+    # A list of small tensors would make the heap grow: each would be allocated where the last
+    # candidate's outputs were, and the next candidate's outputs would no longer fit there.
     found = torch.empty(len(p.features))
     for j, (h, w) in enumerate(zip(p.features, p.outgoing, strict=True)):
         found[j] = loss(torch.addcmul(p.base, h[:, None], w), p.targets)
@@ -97,7 +101,7 @@ Part = Callable[[Tensor, Tensor], Tensor]
 
 
 def part_of(p: Candidates, layout: str) -> Part:
-    """The losses (n,) of n candidates, from their features (n, m) and outgoing weights (n, C)."""
+    """A function from the features (n, m) and outgoing weights (n, C) of n units to losses (n,)."""
     base = p.base - p.targets if p.kind == "mse" else p.base
     targets = p.targets
     if layout == "samples last":
@@ -138,9 +142,9 @@ def vectorised(p: Candidates, form: Form) -> Tensor:
 
 
 def best_form(p: Candidates, layouts: tuple[str, ...] = LAYOUTS) -> Form:
-    """The fastest layout and chunk size here, by trying them all on some of the units."""
+    """The fastest layout and chunk size on this machine, from a trial of each on a few units."""
     timed = []
-    one = 4 * p.base.numel()  # bytes of a candidate's outputs
+    one = 4 * p.base.numel()  # bytes of one candidate's outputs
     some = max(1, LARGEST // one)
     for layout in layouts:
         for chunk in CHUNKS:
@@ -156,15 +160,15 @@ def best_form(p: Candidates, layouts: tuple[str, ...] = LAYOUTS) -> Form:
 
 
 def compiled(p: Candidates, chunks: list[int]) -> tuple[Callable[[], Tensor], Form]:
-    """torch.compile of the vectorised form: the fastest of these chunk sizes and both layouts.
+    """torch.compile of the vectorised form, and the fastest of these chunk sizes and both layouts.
 
-    Chunk sizes must divide the number of units.
+    The chunk sizes must divide the number of units.
     """
     timed = []
     for form in [Form(layout, chunk) for layout in LAYOUTS for chunk in chunks]:
         torch._dynamo.reset()
         part = torch.compile(part_of(p, form.layout), dynamic=False)
-        in_chunks(p, part, form.chunk)  # compiles
+        in_chunks(p, part, form.chunk)  # the first call compiles
         start = time.perf_counter()
         in_chunks(p, part, form.chunk)
         timed.append((time.perf_counter() - start, form, part))
@@ -173,7 +177,7 @@ def compiled(p: Candidates, chunks: list[int]) -> tuple[Callable[[], Tensor], Fo
 
 
 def by_products(p: Candidates) -> Tensor:
-    """Squared error: |r + phi_j|^2 = |r|^2 + 2 <r, phi_j> + |phi_j|^2, two passes over h."""
+    """Squared error, in two passes over h: |r + phi_j|^2 = |r|^2 + 2 <r, phi_j> + |phi_j|^2."""
     assert p.kind == "mse"
     r = p.base - p.targets
     along = ((p.features @ r) * p.outgoing).sum(1)
@@ -182,7 +186,7 @@ def by_products(p: Candidates) -> Tensor:
 
 
 def greedy_vectorised(layer: Layer, steps: int, form: Form) -> list[int]:
-    """README eq. 1 as it stands: every candidate's outputs in every step."""
+    """README eq. 1, literally: computes every candidate's outputs in every step."""
     z, order = layer.nothing(), []
     for k in range(1, steps + 1):
         i = int(vectorised(layer.candidates(z, k), form).argmin())
@@ -192,7 +196,7 @@ def greedy_vectorised(layer: Layer, steps: int, form: Form) -> list[int]:
 
 
 def greedy_matrix_vector(layer: Layer, steps: int) -> list[int]:
-    """README eq. 2 with one column of the Gram matrix a step, H @ h_i."""
+    """README eq. 2; each step computes one column of the Gram matrix, H @ h_i."""
     norm, beta = sums(layer)
     c, order = torch.zeros_like(norm), []
     for k in range(1, steps + 1):
@@ -219,7 +223,7 @@ def gram_matrix(layer: Layer) -> Tensor:
 def greedy_on_gram(
     gram: Tensor, norm: Tensor, beta: Tensor, steps: int, replacement: bool = True
 ) -> list[int]:
-    """README eq. 2 on the whole Gram matrix, (N,) work a step."""
+    """README eq. 2 on the whole Gram matrix, in O(N) per step."""
     base, c, order = norm / 2, torch.zeros_like(norm), []
     for k in range(1, steps + 1):
         i = int((base + c - k * beta).argmin())
@@ -231,17 +235,17 @@ def greedy_on_gram(
 
 
 def same_losses(found: Tensor, ours: Tensor, rtol: float = 2e-5) -> None:
-    """Both (N,): a baseline in float32 sums less carefully than the kernels."""
+    """Both (N,). The tolerance is for a baseline that sums in float32, as the kernels do not."""
     torch.testing.assert_close(found.double(), ours, rtol=rtol, atol=0)
 
 
 def same_picks(layer: Layer, found: list[int], ours: Tensor, rtol: float = 1e-4) -> int:
-    """Both paths pick the same units, up to the first step that float32 can't decide.
+    """Checks that both paths pick the same units, up to the first near tie.
 
-    There the exact float64 losses of the two picks differ by less than `rtol`, and ours is the
-    lower one. Returns the number of steps before it.
+    At a near tie float32 cannot decide: the float64 losses of the two picks differ by less than
+    `rtol`. There our pick has to be the better one. Returns the number of steps before it.
     """
-    # The features of another batch size are rounded otherwise: that is all that `mine` may lose.
+    # Features computed with another batch size are rounded differently: hence the 1e-6 below.
     path = ours[: len(found)].tolist()
     same = next((k for k, (a, b) in enumerate(zip(path, found, strict=True)) if a != b), len(found))
     if same < len(found):
@@ -252,7 +256,7 @@ def same_picks(layer: Layer, found: list[int], ours: Tensor, rtol: float = 1e-4)
 
 
 def exact_losses(layer: Layer, picked: list[int], units: list[int]) -> list[float]:
-    """The float64 losses after picking one of `units` next, by the reference."""
+    """The reference's float64 losses after picking each of `units` next."""
     k = len(picked) + 1
     z = layer.outgoing[picked].T @ layer.features[picked].double()
     shape = (layer.features.shape[1], len(layer.bias))

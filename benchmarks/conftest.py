@@ -1,4 +1,4 @@
-"""The option --quick, the cases of each benchmark, and what the JSON gets beside the times."""
+"""Settings of the benchmarks: the option --quick, the cases, and additions to the JSON results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))  # they know how to read MNIST and to train
+sys.path.insert(0, str(HERE.parent / "examples"))  # for reading MNIST and training
 
 from harness import Bench, Notes, machine  # noqa: E402
 from limits import Limits, measure  # noqa: E402
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All ways of one case come one after the other, so that their ratios are of one time."""
+    """Runs all ways to compute one case in succession, so that their ratios are comparable."""
     marker = metafunc.definition.get_closest_marker("cases")
     if marker is None:
         return

@@ -1,4 +1,4 @@
-"""The figures to reach, each computed from the results of one run."""
+"""The performance goals, each judged by the results of one run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from results import OURS, Results, Row, ratio
 
-AT_THE_LIMIT = 0.7  # a share of the limit that counts as being at it
+AT_THE_LIMIT = 0.7  # the share of a limit that counts as reaching it
 FORWARD = "dense forward pass"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """reached: None where it was not measured."""
+    """One goal. reached: None where the run did not measure it."""
 
     work: str
     wanted: str
@@ -117,7 +117,7 @@ def loss_ratio(row: Row, full: Row) -> float:
 
 
 def allowed(row: Row) -> float:
-    """Bytes that the memory of one select may grow by."""
+    """The bytes by which one select may increase the memory of its process."""
     return float(min(1.1 * (row.info["features"] + row.info["gram"]), row.info["limit_bytes"]))
 
 

@@ -1,9 +1,9 @@
-"""Benchmarks on a GPU: kernels and whole selections beside plain torch and the device's limits.
+"""Benchmarks on a GPU: kernels and whole selections, compared with torch and the device's limits.
 
     python benchmarks/gpu_bench.py --out RESULTS     # gpu.json and gpu.md
     python benchmarks/gpu_bench.py --small           # every kernel once, for compute-sanitizer
 
-Each case checks its answer before it is timed. Times are medians, by events on the device.
+Each case checks its answer before it is timed. Times are medians, measured with CUDA events.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from baselines import (
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import _cuda, ops, reference
-from greedyprune._backend import extension
-from greedyprune._structs import Struct, features_struct, target_struct
-from greedyprune.losses import Criterion
-from greedyprune.moments import add_upper_product
-from greedyprune.reference import Moments, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import cuda as _cuda
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.backend import extension
+from greedyprune.kernels.path import Moments, Rule
+from greedyprune.kernels.products import add_upper_product
+from greedyprune.kernels.structs import Structs
 
 DEVICE = torch.device("cuda")
 CANDIDATES = ((1024, 8192, 10, 45e-6), (4096, 16384, 100, None))  # m, N, C and a goal in seconds
@@ -57,7 +58,11 @@ SPECIAL = """template <typename T> T chain(T x) {
 
 @dataclass(frozen=True)
 class Row:
-    """One timing. `limit`: no way to do it takes less, in seconds, and why; `goal` in seconds."""
+    """One timing, in seconds.
+
+    goal:  the time to reach
+    limit: a lower bound on the time of every method; why: what limits it
+    """
 
     case: str
     how: str
@@ -75,7 +80,7 @@ def timed(work: Callable[[], object], seconds: float = 1.0) -> float:
     work()
     torch.cuda.synchronize()
     once = time.perf_counter() - start
-    together = max(1, int(1e-3 / once))  # so that launches wait for the device, not it for them
+    together = max(1, int(1e-3 / once))  # enough to keep the device busy
     times = []
     for _ in range(max(3, min(50, int(seconds / once / together)))):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -89,7 +94,7 @@ def timed(work: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def limits() -> dict[str, float]:
-    """Rates that this device reaches: bytes, exponentials and multiply-adds (two operations)."""
+    """The device's measured rates. A multiply-add counts as two operations."""
     source = torch.ones(2**28, device=DEVICE)
     target = torch.empty_like(source)
     found = {"copy, bytes/s": 2 * source.nbytes / timed(lambda: target.copy_(source))}
@@ -116,8 +121,8 @@ def candidates(kind: str, m: int, n: int, c: int) -> Candidates:
 
 
 def prepared(p: Candidates, dtype: torch.dtype) -> tuple[Callable[[], None], Tensor]:
-    """One call of the float32 kernel without anything around it, and the losses it writes."""
-    keep, n = Struct(), len(p.features)
+    """A function that calls the float32 kernel and nothing else, and the losses it writes."""
+    structs, n = Structs(), len(p.features)
     features = p.features.to(dtype)
     m, c = p.base.shape
     target = Criterion(p.kind).target(p.targets, (m, c))
@@ -131,12 +136,12 @@ def prepared(p: Candidates, dtype: torch.dtype) -> tuple[Callable[[], None], Ten
     with _cuda.stream_of(DEVICE) as current:
         stream = current
     arguments = (
-        losses.data_ptr(), partial.data_ptr(), units.data_ptr(), n, features_struct(keep, features),
+        losses.data_ptr(), partial.data_ptr(), units.data_ptr(), n, structs.features(features),
         reach.data_ptr(), p.outgoing.data_ptr(), 1.0, base.data_ptr(),
-        target_struct(keep, target, torch.float32, 1 / target.mass),
+        structs.target(target, torch.float32, 1 / target.mass),
         stream,
     )  # fmt: skip
-    held = (keep, reach, base, partial, units, p)
+    held = (structs, reach, base, partial, units, p)
 
     def call(held: object = held) -> None:
         extension().cuda_candidate_loss_f32(*arguments)
@@ -192,10 +197,12 @@ def reference_candidates(p: Candidates, case: str) -> Row:
 
 
 def torch_candidates(p: Candidates, case: str) -> Row:
-    """Eager torch in the layout and chunk size that are fastest."""
-    one = 4 * p.base.numel()  # bytes of a candidate's outputs
+    """Eager torch, in the fastest layout and chunk size."""
+    one = 4 * p.base.numel()  # bytes of one candidate's outputs
     chunks = [chunk for chunk in CHUNKS if chunk * one <= LARGEST]
-    chunks = [chunk for chunk in chunks if chunk * one >= 2**22] or chunks  # not only launches
+    chunks = [
+        chunk for chunk in chunks if chunk * one >= 2**22
+    ] or chunks  # smaller ones would time the launches
     forms = [Form(layout, chunk) for layout in LAYOUTS for chunk in chunks]
     times = [(timed(partial(vectorised, p, form), 0.3), form) for form in forms]
     seconds, form = min(times, key=lambda each: each[0])
@@ -203,7 +210,7 @@ def torch_candidates(p: Candidates, case: str) -> Row:
 
 
 def compiled_candidates(p: Candidates, case: str) -> Row:
-    chunk = 1  # one that divides the units
+    chunk = 1  # has to divide the number of units
     while 2 * chunk <= len(p.features) and 8 * chunk * p.base.numel() <= LARGEST:
         chunk *= 2
     part = torch.compile(part_of(p, "samples last"), dynamic=False)
@@ -232,7 +239,7 @@ def bench_gram(rows: list[Row]) -> None:
 
 
 def bench_accumulation(rows: list[Row], rates: dict[str, float]) -> None:
-    """The Gram matrix of float32 features: in float64, and split into three bfloat16 parts."""
+    """The Gram matrix of float32 features, in float64 and as three products of bfloat16 parts."""
     n, m = GRAM
     h = torch.randn(n, m, device=DEVICE).relu_()
     exact = torch.zeros(n, n, dtype=torch.float64, device=DEVICE)
@@ -243,7 +250,7 @@ def bench_accumulation(rows: list[Row], rates: dict[str, float]) -> None:
     high = h.bfloat16()
     low = (h - high).bfloat16()
 
-    def split() -> Tensor:  # both halves: symmetry would halve it
+    def split() -> Tensor:  # computes both halves; using the symmetry would halve the time
         product = torch.mm(high, high.T, out_dtype=torch.float32)
         cross = torch.mm(high, low.T, out_dtype=torch.float32)
         return product + cross + cross.T
@@ -282,7 +289,7 @@ def bench_select(rows: list[Row]) -> None:
 
 
 def small() -> None:
-    """Every kernel once, at sizes with remainders everywhere."""
+    """Runs every kernel once, at sizes that no block or vector length divides."""
     torch.manual_seed(0)
     hows: list[dict[str, Any]] = [
         {"steps": 6},
@@ -299,7 +306,7 @@ def small() -> None:
     for criterion in criteria:
         for how in hows:
             _select_small(45, torch.float32, criterion, how)
-        # Columns of the Gram matrix; more candidates than are scored before any is ruled out.
+        # 700 units: selects by columns of the Gram matrix, and rules out candidates by bounds.
         _select_small(700, torch.float32, criterion, {"steps": 2})
         _select_small(45, torch.bfloat16, criterion, {"steps": 3})
     print("every kernel ran")
@@ -350,10 +357,10 @@ def main() -> None:
     for bench in benches:
         try:
             bench()
-        except Exception:  # the others' figures count, too
+        except Exception:  # the other benchmarks still run
             failed.append(traceback.format_exc())
         text = markdown(rows, rates, machine)
-        if args.out:  # after each: the run may be cut off
+        if args.out:  # after each benchmark, since the run may be interrupted
             (args.out / "gpu.md").write_text(text)
             found = {"machine": machine, "limits": rates, "rows": [asdict(row) for row in rows]}
             (args.out / "gpu.json").write_text(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""What every benchmark shares: how often it runs, and what it notes for the report."""
+"""What the benchmarks share: how often each one runs, and what it records for the report."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import greedyprune
-from greedyprune import _backend
+from greedyprune.kernels import backend as _backend
 
 T = TypeVar("T")
-BUDGET = 2.0  # seconds that the rounds of one benchmark take together, about
-LONG = 3.0  # seconds: what takes longer is timed once
+BUDGET = 2.0  # seconds, approximately, for all rounds of one benchmark
+LONG = 3.0  # seconds: work that takes longer is timed once
 TOO_LONG = 12.0  # seconds: a baseline that takes longer is left out
 
 
 @dataclass
 class Notes:
-    """What a whole run notes beside the times."""
+    """What a whole run records besides the times."""
 
     quick: bool
     limits: Limits | None = None
@@ -44,7 +44,7 @@ class Notes:
 
 
 class Bench:
-    """Times one way (`how`) to compute one case (a dataclass that names its `table`)."""
+    """Times one way (`how`) to compute one case: a dataclass with the name of its table."""
 
     def __init__(self, benchmark: BenchmarkFixture, notes: Notes, case: Any, how: str) -> None:
         self._benchmark, self._notes = benchmark, notes
@@ -54,7 +54,7 @@ class Bench:
         benchmark.extra_info |= self._about
 
     def note(self, **info: Any) -> None:
-        """Keeps something for the report; must be fit for JSON."""
+        """Records values for the report; JSON has to be able to hold them."""
         self._benchmark.extra_info |= info
 
     def skip(self, reason: str) -> NoReturn:
@@ -66,9 +66,9 @@ class Bench:
             self.skip(f"one run would take about {seconds:.0f} s")
 
     def time(self, work: Callable[[], T], check: Callable[[T], object], seconds: float = 0.0) -> T:
-        """Checks the answer, then times the work; returns the last round's answer, checked too.
+        """Checks the answer, then times the work; returns the last answer, which is checked, too.
 
-        seconds: how long a run is known to take; what is long is not run beforehand
+        seconds: how long one run takes, if that is known. Long work has no run before the timing.
         """
         if seconds <= LONG:
             result, seconds = clocked(work)
@@ -80,14 +80,14 @@ class Bench:
 
 
 def clocked(work: Callable[[], T]) -> tuple[T, float]:
-    """The answer, and the seconds it took."""
+    """The answer, and how long it took, in seconds."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
 
 
 def predicted(work: Callable[[int], object], units: int) -> float:
-    """Seconds that `work` takes for so many units, from a run on the first few of them."""
+    """The expected seconds of `work` for this many units, from a run on a few of them."""
     some = min(units, 4)
     work(some)
     while True:
@@ -100,15 +100,15 @@ def predicted(work: Callable[[int], object], units: int) -> float:
 def time_vectorised(
     bench: Bench, layer: Layer, order: Tensor, steps: int, before: float = 0.0
 ) -> None:
-    """Times a few steps of the vectorised baseline at its best form; notes what all would take.
+    """Times a few steps of the vectorised baseline in its fastest form, to extrapolate from.
 
-    order: our picks; before: seconds that it takes to get the features
+    order: our picks; before: the seconds that computing the features takes
     """
     form = baselines.best_form(layer.candidates(layer.nothing(), 1))
     timed = min(2, steps)
     _, seconds = clocked(lambda: baselines.greedy_vectorised(layer, 1, form))
     bench.note(chunk=form.chunk, layout=form.layout, timed=timed, steps=steps, before=before)
-    bench.skip_if_long(timed * seconds, 5 * TOO_LONG)  # all of it is judged by these few steps
+    bench.skip_if_long(timed * seconds, 5 * TOO_LONG)  # the report extrapolates from these steps
     bench.time(
         lambda: baselines.greedy_vectorised(layer, timed, form),
         lambda found: bench.note(same_picks=baselines.same_picks(layer, found, order)),
@@ -117,7 +117,7 @@ def time_vectorised(
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """The hardware and versions that the results depend on."""
     extension = _backend.extension()
     gigabytes = psutil.virtual_memory().total / 2**30
     return {
@@ -134,7 +134,7 @@ def machine() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Linux says it in a file; platform.processor() often says nothing."""
+    """The processor's name: from a file on Linux, where platform.processor() is often empty."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run as everything else."""
+"""The limits of this machine, measured in the same run as the benchmarks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COMPILE = ["c++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates on all threads, the best of several tries.
+    """Rates with all threads, each the best of several tries.
 
-    exponentials: float32 exponentials a second, of data in the cache
-    exponentials_by: which code was fastest at that
-    bandwidth: bytes a second that a large copy reads and writes
-    gemm: float32 operations a second in a large matrix product
+    exponentials: float32 exponentials per second, of data in the cache
+    exponentials_by: the code that was fastest
+    bandwidth: bytes per second that a large copy reads and writes
+    gemm: float32 operations per second of a large matrix product
     """
 
     exponentials: float
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Floor:
-    """No way to compute it can take less than so many seconds, because of `limit`."""
+    """A lower bound on the seconds of every method, and the limit that it comes from."""
 
     seconds: float
     limit: str
@@ -48,7 +48,7 @@ def measure(quick: bool) -> Limits:
 
 
 def exp_rate(quick: bool) -> tuple[float, str]:
-    """Exponentials a second, and by what: code of our own (two ways) or torch.exp."""
+    """Exponentials per second, and the fastest code: one of two C++ loops or torch.exp."""
     repeats = 200 if quick else 20_000
     rates = {"torch.exp": _torch_exp_rate(repeats // 10)}
     library = _compiled()
@@ -60,7 +60,7 @@ def exp_rate(quick: bool) -> tuple[float, str]:
 
 
 def copy_bandwidth(quick: bool) -> float:
-    source = torch.ones(2**22 if quick else 2**26)  # many times any cache, if not quick
+    source = torch.ones(2**22 if quick else 2**26)  # larger than any cache, unless quick
     target = torch.zeros_like(source)
     return 2 * source.nbytes / best_time(lambda: target.copy_(source))
 
@@ -72,7 +72,7 @@ def gemm_rate(quick: bool) -> float:
 
 
 def best_time(work: Callable[[], object], tries: int = 7) -> float:
-    """Seconds of the fastest of several runs, after one to warm up."""
+    """The seconds of the fastest of several runs, after a warm-up run."""
     work()
     times = []
     for _ in range(tries):
@@ -83,7 +83,7 @@ def best_time(work: Callable[[], object], tries: int = 7) -> float:
 
 
 def candidates_floor(kind: str, m: int, n: int, c: int, limits: Limits) -> Floor:
-    """One step's candidate losses: every feature is read, and every logit exponentiated."""
+    """The candidates of one step: every feature is read, and every logit is exponentiated."""
     reading = Floor(4 * m * n / limits.bandwidth, "bandwidth")
     if kind == "mse":
         return reading
@@ -92,18 +92,18 @@ def candidates_floor(kind: str, m: int, n: int, c: int, limits: Limits) -> Floor
 
 
 def steps_floor(m: int, n: int, c: int, steps: int, scored: int, limits: Limits) -> Floor:
-    """Greedy steps by the losses: features read for each step's gap, candidates exponentiated."""
+    """Greedy steps by the losses: each reads the features for the gap, and scores candidates."""
     reading = steps * 4 * m * n / limits.bandwidth
     return Floor(reading + scored * m * c / limits.exponentials, "bandwidth, then exponentials")
 
 
 def gram_floor(m: int, n: int, limits: Limits) -> Floor:
-    """A symmetric Gram matrix: half the square's multiplications."""
+    """A Gram matrix: half the multiplications of a full product, by symmetry."""
     return Floor(n * n * m / limits.gemm, "GEMM")
 
 
 def _torch_exp_rate(repeats: int) -> float:
-    x = torch.rand(2**17) * 20 - 10  # with the results 1 MiB: in the second-level caches
+    x = torch.rand(2**17) * 20 - 10  # 1 MiB with the results: fits the second-level caches
     out = torch.empty_like(x)
 
     def work() -> None:
@@ -114,7 +114,7 @@ def _torch_exp_rate(repeats: int) -> float:
 
 
 def _loop_rate(library: ctypes.CDLL, scaling: int, repeats: int) -> float:
-    x = _aligned(4096).uniform_(-10, 10)  # 16 KiB: in the first-level cache
+    x = _aligned(4096).uniform_(-10, 10)  # 16 KiB: fits the first-level cache
     threads = torch.get_num_threads()
     found = 0.0
 
@@ -129,20 +129,20 @@ def _loop_rate(library: ctypes.CDLL, scaling: int, repeats: int) -> float:
 
 
 def _aligned(n: int) -> Tensor:
-    """n floats that begin at a multiple of 64 bytes."""
+    """n floats; the first one is at a multiple of 64 bytes."""
     whole = torch.empty(n + 16)
     return whole[-(whole.data_ptr() // 4) % 16 :][:n]
 
 
 def _compiled() -> ctypes.CDLL | None:
-    """The C++ loops; None where they can't be compiled, and torch.exp has to do."""
+    """The C++ loops; None where they cannot be compiled."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exp_throughput.so"
         try:
             subprocess.run([*COMPILE, "-o", path, SOURCE], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-        library = ctypes.CDLL(str(path))  # stays mapped when the file is gone
+        library = ctypes.CDLL(str(path))  # stays loaded when the file is deleted
     library.sum_of_powers.restype = ctypes.c_double
     library.sum_of_powers.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int,

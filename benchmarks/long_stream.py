@@ -2,9 +2,9 @@
 
     python benchmarks/long_stream.py [--rows 50000000] [--units 4096] [--checkpoint FOLDER]
 
-One pass, squared error, 200 greedy steps. Prints, and appends to OUT/long_stream.csv, the rows so
-far and the bytes that the process holds. With --checkpoint the same call goes on after it was
-stopped; rows are made anew from their number.
+One pass, squared error, 200 greedy steps. Prints the rows so far and the resident bytes of the
+process, and appends both to OUT/long_stream.csv. With --checkpoint the same command resumes after
+an interruption; the rows are generated from their numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 import greedyprune
 
 BATCH, INPUTS, OUTPUTS = 8192, 64, 8
-SECONDS = 20.0  # between two looks
+SECONDS = 20.0  # between two measurements of the memory
 
 
 class Stream:
-    """Inputs and targets, batch after batch, with no length."""
+    """Batches of inputs and targets, without a length; measures the memory on the way."""
 
     def __init__(self, rows: int, out: Path) -> None:
         self._rows, self._out = rows, out
@@ -73,7 +73,9 @@ def main() -> None:
         model, iter(stream), steps=args.steps, memory_limit=2**30, progress=False,
         checkpoint=args.checkpoint,
     )  # fmt: skip
-    held = [each for rows, each in stream.seen if rows > args.rows // 50]  # once all is allocated
+    held = [
+        each for rows, each in stream.seen if rows > args.rows // 50
+    ]  # after all has been allocated
     print(
         f"{args.rows:,} rows, {len(selection.kept)} units kept, {time.monotonic() - begun:.0f} s; "
         f"between {min(held) / 2**20:.1f} and {max(held) / 2**20:.1f} MiB"

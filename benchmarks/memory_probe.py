@@ -1,9 +1,9 @@
-"""Run in a process of its own by test_memory.py: what one `select` adds to the resident memory.
+"""Measures how much one `select` adds to the resident memory; test_memory.py runs it.
 
     python memory_probe.py KIND N m C STEPS MEMORY_LIMIT    (STEPS 0: half the units)
 
-Prints one line of JSON. The data and the model are there before, and so is everything that the
-first `select` of a process imports: a tiny one runs first.
+Prints one line of JSON. What is there before `select` does not count: the data, the model, and the
+modules that the first `select` of a process imports (a small selection runs first).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import greedyprune
 
 STATUS = Path("/proc/self/status")
-INPUTS = 64  # features of a sample: few, so that the units' activations dominate
+INPUTS = 64  # numbers per sample: few, so that the activations of the units dominate
 
 
 def problem(kind: str, units: int, samples: int, outputs: int) -> tuple[nn.Module, Any]:
@@ -37,11 +37,11 @@ def problem(kind: str, units: int, samples: int, outputs: int) -> tuple[nn.Modul
 
 
 def peak_bytes() -> int:
-    """The most that was ever resident; since the last reset, where the system can."""
+    """The peak of the resident memory since the last reset, or since the start of the process."""
     if STATUS.is_file():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    # Elsewhere since the start: some systems count what the parent process had, too.
+    # No reset is possible here, and some systems include the peak of the parent process.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -61,6 +61,6 @@ if __name__ == "__main__":
     gc.collect()
     reset_peak()
     before = psutil.Process().memory_info().rss
-    highest = peak_bytes()  # if above `before`, what is found is an upper bound
+    highest = peak_bytes()  # where it is above `before`, the result is only an upper bound
     greedyprune.select(model, data, memory_limit=limit, progress=False, **options)
     print(json.dumps({"grown": peak_bytes() - before, "uncertain": max(0, highest - before)}))

@@ -1,4 +1,4 @@
-"""What is measured: random candidates, and networks trained on MNIST or on data of its shape."""
+"""The inputs of the benchmarks: random candidates, and networks trained on images of digits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from training import train
 
-BATCH = 1024  # of the dense forward pass that selections are compared with
+BATCH = 1024  # samples per batch of the dense forward pass that selections are compared with
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": functional.mse_loss,
     "cross_entropy": functional.cross_entropy,
@@ -24,7 +24,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Network:
-    """A two-layer network and what it is selected on; `source` says which data."""
+    """A two-layer network and its data; source: where the data are from."""
 
     kind: str
     model: nn.Sequential
@@ -45,7 +45,7 @@ class Network:
         return float(LOSSES[self.kind](self.forward(), self.targets))
 
     def layer(self) -> Layer:
-        """Its hidden layer on the data, for the baselines."""
+        """The hidden layer and its features, for the baselines."""
         consumer = self.model[2]
         assert isinstance(consumer, nn.Linear)
         features = torch.empty(consumer.in_features, len(self.inputs))
@@ -57,7 +57,7 @@ class Network:
 
 
 def candidates(kind: str, m: int, n: int, c: int) -> Candidates:
-    """Random features as of a ReLU, and outputs of the size that they change."""
+    """Random features of a ReLU layer, and outputs of the same magnitude as their contributions."""
     torch.manual_seed(0)
     features, outgoing, base = torch.randn(n, m).relu_(), torch.randn(n, c), torch.randn(m, c)
     targets = {
@@ -69,7 +69,7 @@ def candidates(kind: str, m: int, n: int, c: int) -> Candidates:
 
 
 def network(kind: str, units: int, samples: int, iterations: int = 300) -> Network:
-    """784 -> units -> 1 on binarised labels (mse) or -> 10 on the digits (cross_entropy)."""
+    """A network 784 -> units -> 1 for binary labels (mse), or -> 10 for digits (cross_entropy)."""
     images, digits, source = _digits()
     torch.manual_seed(0)
     at = evenly(digits, samples)
@@ -80,12 +80,12 @@ def network(kind: str, units: int, samples: int, iterations: int = 300) -> Netwo
 
 @lru_cache(maxsize=2)
 def _trained(kind: str, units: int, iterations: int) -> nn.Sequential:
-    """Trained on all data for so many batches of 128: what it learns is no longer noise."""
+    """A network trained on all data, for this many batches of 128."""
     images, digits, _ = _digits()
     torch.manual_seed(0)
     outputs, targets = (1, binary(digits)) if kind == "mse" else (10, digits)
     model = nn.Sequential(nn.Linear(784, units), nn.ReLU(), nn.Linear(units, outputs))
-    # The outputs move with the number of units: a wider network needs smaller steps.
+    # A step changes the outputs in proportion to the number of units; hence the smaller rate.
     lr = min(0.01, 40 / units)
     train(model, (images, targets), LOSSES[kind], iterations, lr, momentum=0.9)
     return model
@@ -93,7 +93,7 @@ def _trained(kind: str, units: int, iterations: int) -> nn.Sequential:
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Tensor, Tensor, str]:
-    """Images (60000, 784) in [0, 1], digits, and where they are from."""
+    """Images (60000, 784) in [0, 1], digits (60000,), and where they are from."""
     folder = Path(os.environ.get("GREEDYPRUNE_DATA", "")) / "MNIST" / "raw"
     if "GREEDYPRUNE_DATA" in os.environ and folder.is_dir():
         return *read_mnist(folder, "train"), "MNIST"

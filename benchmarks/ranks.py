@@ -1,9 +1,9 @@
-"""What `select` costs on several processes: a model of it, beside what can be measured here.
+"""The time of `select` on several processes: predictions of a model, and measurements.
 
-    python benchmarks/ranks.py            # measures 1, 2 and 4 processes of a thread each
-    python benchmarks/ranks.py --predict  # the model for 1 to 1024 GPUs, nothing is run
+    python benchmarks/ranks.py            # measures 1, 2 and 4 processes of one thread each
+    python benchmarks/ranks.py --predict  # only predicts, for 1 to 1024 GPUs
 
-docs/scaling.md says what the letters are and has both tables.
+docs/scaling.md explains the model and has both tables.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from rich.table import Table
 from torch import distributed, multiprocessing, nn
 
 import greedyprune
-from greedyprune import ops
-from greedyprune.distributed import ROWS, Ranks
-from greedyprune.losses import Criterion
-from greedyprune.objectives import COLUMNS_PER_PICK, THIN_RATE, columns_are_cheaper
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops
+from greedyprune.objectives.output_loss import COLUMNS_PER_PICK, THIN_RATE, columns_are_cheaper
+from greedyprune.runtime.distributed import PANEL_ROWS, Ranks
 
-BATCH = 512  # samples a forward pass
+BATCH = 512  # samples per forward pass
 EXCHANGES = 200
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank does a second.
+    """The rates of one rank, per second.
 
     backend: "cpu" or "cuda"
-    forward, products: operations of matrix products in a forward pass, and for Gram matrices
-        (float32 on a CPU, whose features decide what that leaves open; float64 on a GPU)
-    pairs: losses of one candidate, sample and output, cross-entropy
-    bytes: that a ring of ranks sums up, each, and can't do faster however many there are
-    latency: seconds of an exchange of some 4000 numbers between two ranks, the others being about
-        as late; it grows with log2 of the ranks
+    forward: operations in the matrix products of a forward pass
+    products: operations in the matrix products of a Gram matrix: in float32 on a CPU, where the
+        features then decide near ties; in float64 on a GPU
+    pairs: terms of cross-entropy, one for each candidate, sample and output
+    bytes: bytes per rank that a ring of ranks sums, however many ranks there are
+    latency: seconds for two ranks to exchange some 4000 numbers; grows with log2 of the ranks
     memory: bytes
     """
 
@@ -58,7 +58,7 @@ class Machine:
     memory: float
 
     def sum(self, size: float, ranks: int) -> float:
-        """Seconds to add up so many bytes."""
+        """The seconds to sum `size` bytes over the ranks."""
         if ranks == 1:
             return 0.0
         steps = max(1.0, math.log2(ranks))
@@ -67,7 +67,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """One hidden layer: N units on D inputs, C outputs, m samples, k steps."""
+    """Selecting from one hidden layer: N units, D inputs, C outputs, m samples, k steps."""
 
     loss: str
     samples: int
@@ -77,7 +77,7 @@ class Work:
     steps: int
 
     def columns(self, machine: Machine, ranks: int) -> bool:
-        """Are columns of the Gram matrix fetched as they are needed, not all of it computed?"""
+        """Does `select` compute only the columns of the Gram matrix that it needs?"""
         fits = 4.0 * self.units * self.samples / ranks <= machine.memory / 2
         return fits and columns_are_cheaper(self.units, self.steps, machine.backend)
 
@@ -88,11 +88,13 @@ class Work:
             columns, block = COLUMNS_PER_PICK[machine.backend] * self.steps, 16 if cpu else 64
             found["products"] = 2 * m * n * columns / machine.products / THIN_RATE
             found["sums"] = columns / block * 2 * machine.sum(4.0 * n * block, ranks)
-            if cpu:  # what float32 leaves open, the loss and the gap
+            if cpu:  # near ties that float32 cannot decide, the loss and the gap
                 found["sums"] += self.steps * 1.2 * machine.sum(0.0, ranks)
         elif self.loss == "mse":
             found["products"] = m * n * n / machine.products
-            found["sums"] = (n / ROWS) * machine.sum(0.0, ranks) + machine.sum(4.0 * n * n, ranks)
+            found["sums"] = (n / PANEL_ROWS) * machine.sum(0.0, ranks) + machine.sum(
+                4.0 * n * n, ranks
+            )
         else:
             found["candidates"] = self.steps * m * n * self.outputs / machine.pairs
             found["slopes"] = self.steps * 2 * m * n * self.outputs / machine.products
@@ -101,15 +103,15 @@ class Work:
         return found
 
     def memory(self, machine: Machine, ranks: int) -> float:
-        """Bytes a rank: the features of its samples; or the Gram matrix and one batch."""
+        """Bytes per rank: the features of its samples, or the Gram matrix and one batch."""
         if self.loss == "mse" and not self.columns(machine, ranks):
             return 8.0 * self.units**2 + 4.0 * self.units * BATCH
         return 4.0 * self.units * self.samples / ranks
 
 
-# From the hardware's numbers, not measured: float32 on plain cores, float64 on tensor cores, both
-# at some 80 %; candidates in float64 at a tenth of what NOTES.md expects in float32; a link of
-# 400 Gb/s.
+# From data sheets, not measured. Matrix products run at about 80 % of the peak: float32 on plain
+# cores, float64 on tensor cores. Candidates in float64 run at a tenth of the float32 rate in
+# NOTES.md. The link has 400 Gb/s.
 H100 = Machine("cuda", 50e12, 50e12, 2.5e11, 40e9, 40e-6, 80e9)
 WORKS = [
     Work("mse", 60_000, 10_000, 1, 784, 200),
@@ -133,7 +135,7 @@ def best(work: Callable[[], object], tries: int = 5) -> float:
 
 
 def machine_here(ranks: Ranks) -> Machine:
-    """The rates, while the other ranks compute, too."""
+    """The measured rates of one rank while the other ranks compute, too."""
     single = torch.rand(2048, 2048)
     features, outgoing = torch.rand(1024, 1024), torch.rand(1024, 10, dtype=torch.float64)
     outputs = torch.rand(10, 1024, dtype=torch.float64)
@@ -147,7 +149,7 @@ def machine_here(ranks: Ranks) -> Machine:
     moved = best(lambda: ranks.sum("large", large))
     with ranks.loop(len(small)):
         begun = time.perf_counter()
-        for _ in range(EXCHANGES):  # some take ten times as long as others, so not the best
+        for _ in range(EXCHANGES):  # a mean: some take ten times as long as others
             ranks.sum("small", small)
         latency = (time.perf_counter() - begun) / EXCHANGES
     rate = 2 * 2048**3 / best(lambda: single @ single)
@@ -159,7 +161,7 @@ def machine_here(ranks: Ranks) -> Machine:
 
 
 def seconds_of(work: Work, ranks: Ranks) -> float:
-    """`select`, tracing, forward passes and all."""
+    """The seconds of a whole `select`, with tracing and forward passes."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(work.inputs, work.units), nn.ReLU(), nn.Linear(work.units, work.outputs)
@@ -178,7 +180,7 @@ def seconds_of(work: Work, ranks: Ranks) -> float:
         )
         return time.perf_counter() - begun
 
-    run(8 * ranks.size)  # what only the first call takes
+    run(8 * ranks.size)  # a warm-up: the first call takes longer
     return run(work.samples)
 
 

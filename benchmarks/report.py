@@ -2,8 +2,8 @@
 
     python benchmarks/report.py RESULTS.json ... [--out FOLDER]
 
-Every number in it is computed here from the JSON; results of --quick say nothing about speed and go
-to another folder.
+Every number in the report is computed here from the JSON. Results of --quick say nothing about
+speed, so they have to go to another folder.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def scaling_points(results: Results) -> list[Point]:
 
 
 def slopes(results: Results) -> list[str]:
-    """The exponent of each line, between its first and its last point."""
+    """The exponent of each line of the scaling figure, from its first to its last point."""
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in scaling_points(results):
         lines.setdefault((point.sweep, point.line), []).append(point)
@@ -240,7 +240,7 @@ def comparison(
     text: str,
     hide: Sequence[str] = (),
 ) -> list[str]:
-    """A row for each case: our time, the share of the limit, then every other way's time."""
+    """A table with a row for each case: our time, its share of the limit, the others' times."""
     cases = results.cases(table)
     hows = list(dict.fromkeys(how for case in cases for how in case if how not in [OURS, *hide]))
     limited = any(row.share is not None for case in cases for row in case.values())
@@ -295,7 +295,7 @@ def duration(seconds: float) -> str:
 
 
 def section(title: str, text: str, table: Table) -> list[str]:
-    """Nothing at all where the table has no rows but its head."""
+    """A section with a text and a table; no lines at all for a table without rows."""
     if len(table) < 2:
         return []
     return [f"## {title}", "", *([text, ""] if text else []), *markdown(table), ""]

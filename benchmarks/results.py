@@ -1,4 +1,4 @@
-"""pytest-benchmark's JSON as the report reads it."""
+"""Reads pytest-benchmark's JSON files into rows for the report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ OURS = "greedyprune"
 
 @dataclass(frozen=True)
 class Row:
-    """One benchmark: a case computed in one way (`how`).
+    """One benchmark: a case that was computed in one way (`how`).
 
-    median: seconds of a round; info: what else the benchmark noted
+    median: seconds of one round; info: what else the benchmark recorded
     """
 
     table: str
@@ -27,26 +27,30 @@ class Row:
 
     @property
     def extrapolated(self) -> str:
-        """From how much of the work, where it was not all of it; else empty."""
+        """How much of the work was timed, where that was not all of it; else empty."""
         timed, steps = self.info.get("timed", 0), self.info.get("steps", 0)
         return f"{timed} of {steps} steps" if timed < steps else ""
 
     @property
     def seconds(self) -> float:
-        """The median, for all of the work."""
+        """The seconds of all of the work: the median, extrapolated where necessary."""
         if "timed" not in self.info:
             return self.median
         return self.info["before"] + self.median * self.info["steps"] / self.info["timed"]
 
     @property
     def share(self) -> float | None:
-        """Of what the machine can do: the floor below any way to compute it, over the time."""
+        """The lower bound on any method's time, over the time taken; None without a bound."""
         return self.info["floor"] / self.seconds if "floor" in self.info else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """limits: as limits.Limits; skipped: what was left out, each with its reason."""
+    """All results of one or more runs.
+
+    limits:  the fields of limits.Limits
+    skipped: the benchmarks that did not run, and why
+    """
 
     quick: bool
     machine: dict[str, str]
@@ -55,7 +59,7 @@ class Results:
     rows: list[Row]
 
     def cases(self, table: str) -> list[dict[str, Row]]:
-        """The rows of a table, for each case a dict from `how`."""
+        """The rows of a table: for each case a dict from `how` to the row."""
         found: dict[str, dict[str, Row]] = {}
         for row in self.rows:
             if row.table == table:
@@ -63,7 +67,7 @@ class Results:
         return list(found.values())
 
     def goal(self, table: str, **case: Any) -> list[dict[str, Row]]:
-        """The cases of a table with these entries that our time is known of."""
+        """The cases of a table that have these entries and for which our time is known."""
         return [
             hows
             for hows in self.cases(table)
@@ -72,7 +76,7 @@ class Results:
 
 
 def read(paths: list[Path]) -> Results:
-    """The results of one or more runs, each measured beside limits of its own; the first's show."""
+    """The results of one or more runs. The limits and the machine are those of the first run."""
     contents = [json.loads(path.read_text()) for path in paths]
     rows, skipped = [], []
     for content in contents:
@@ -89,7 +93,7 @@ def read(paths: list[Path]) -> Results:
 
 
 def ratio(hows: dict[str, Row], how: str) -> float | None:
-    """How many times our time another way takes; None where either is not known."""
+    """Another way's time as a multiple of ours; None where one of them is not known."""
     if OURS not in hows or how not in hows:
         return None
     return hows[how].seconds / hows[OURS].seconds

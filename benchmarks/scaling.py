@@ -1,4 +1,4 @@
-"""The picture of how time grows: drawn from the results of test_scaling.py by report.py."""
+"""Draws how the time grows; report.py calls it with the results of test_scaling.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from greedyprune.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_above
+from greedyprune.runtime.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_above
 
 LABELS = {
     "m": "samples m",
@@ -39,7 +39,7 @@ STYLES = {  # a colour for each loss, a mark for each way to compute with it
 
 @dataclass(frozen=True)
 class Point:
-    """Seconds at `x` of one sweep (a panel); `line` is what was computed, `fixed` the rest."""
+    """The seconds at size `x` of one sweep (a panel). fixed: the sizes that stay the same."""
 
     sweep: str
     line: str
@@ -49,7 +49,7 @@ class Point:
 
 
 def picture(points: list[Point]) -> Figure:
-    """Small multiples on logarithmic axes, with a guide of slope one (minus one for threads)."""
+    """A panel for each sweep, on logarithmic axes. A dotted line has slope 1 (-1 for threads)."""
     sweeps = [sweep for sweep in LABELS if any(point.sweep == sweep for point in points)]
     figure = Figure(figsize=(9, 3.3 * -(-len(sweeps) // 2)), layout="constrained")
     grid = figure.subplots(-(-len(sweeps) // 2), 2, squeeze=False)
@@ -70,7 +70,7 @@ def _panel(axes: Axes, sweep: str, points: list[Point]) -> None:
             [p.x for p in line], [1e3 * p.seconds for p in line], f"{mark}-", color=colour,
             markersize=5, label=name,
         )  # fmt: skip
-    # The guide begins at the slowest line's first point.
+    # The dotted line begins at the first point of the slowest line.
     start = max((line[0] for line in lines.values()), key=lambda point: point.seconds)
     xs = sorted({point.x for point in points})
     slope = -1 if sweep == "threads" else 1

@@ -1,4 +1,4 @@
-"""One greedy step's candidates: the fused kernel beside what plain torch can do."""
+"""The candidates of one greedy step: the fused kernel compared with plain torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from limits import Limits, candidates_floor
 from problems import candidates
 from torch import Tensor
 
-from greedyprune import ops, reference
-from greedyprune.losses import Criterion, Target
+from greedyprune.data.losses import Criterion, Target
+from greedyprune.kernels import ops, reference
 
 
 @dataclass(frozen=True)
 class Case:
-    """goal: whether its ratios are among the figures to reach."""
+    """The sizes of one step. goal: does a performance goal concern this case?"""
 
     kind: str
     m: int
@@ -46,7 +46,7 @@ class Case:
 
 
 def cases(sizes: list[tuple[int, int, int]], goal: tuple[int, int]) -> list[Case]:
-    """All three losses of each size; the cross-entropy of one class is always zero."""
+    """All three losses at each size, but no cross-entropy of one class, which is always zero."""
     return [
         Case(kind, *size, goal=size[:2] == goal)
         for size in sizes
@@ -82,7 +82,7 @@ def problem_of(case: Case) -> tuple[Candidates, Tensor]:
 
 
 def ours(p: Candidates) -> Callable[[], Tensor]:
-    """A step as `select` makes it: how large the features are it knows from collecting them."""
+    """A step as in `select`, which has measured the features when it collected them."""
     target, extent = target_of(p), ops.measure_features(p.features)
     outgoing, outputs = p.outgoing.double(), p.base.T.double().contiguous()
 
@@ -109,7 +109,7 @@ def in_float64(p: Candidates) -> Tensor:
 def baseline(
     bench: Bench, case: Case, how: str, p: Candidates
 ) -> tuple[Callable[[], Tensor], float]:
-    """The work to be timed and about the seconds that it takes; skips what takes too long."""
+    """The work to time and its approximate seconds; skips work that takes too long."""
     plain = {
         "candidate by candidate": baselines.by_candidate,
         "matrix products": baselines.by_products,
@@ -156,5 +156,5 @@ def test_candidate_loss(bench: Bench, limits: Limits, case: Case, how: str) -> N
         bench.time(ours(problem), lambda found: baselines.same_losses(found[:some], expected, 2e-6))
         return
     work, seconds = baseline(bench, case, how, problem)
-    rtol = 1e-4 if how == "matrix products" else 2e-5  # which sums large terms that cancel
+    rtol = 1e-4 if how == "matrix products" else 2e-5  # it sums large terms that cancel
     bench.time(work, lambda found: baselines.same_losses(found, losses, rtol), seconds)

@@ -1,4 +1,4 @@
-"""The Gram matrix, and whole greedy loops over units and steps on data at hand."""
+"""Computing the Gram matrix, and whole greedy loops on features or matrices in memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from problems import candidates, network
 from torch import Tensor
 from watching import gram_builder
 
-from greedyprune import ops, reference
-from greedyprune.losses import Criterion
-from greedyprune.reference import Moments, Path, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Moments, Path, Rule
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class GramCase:
 
 @dataclass(frozen=True)
 class LoopCase:
-    """Steps on a Gram matrix at hand: with repeats, or each unit once."""
+    """Greedy steps on a Gram matrix in memory. repeats: may a unit be picked again?"""
 
     N: int
     steps: int
@@ -54,7 +54,7 @@ class LoopCase:
 
 @dataclass(frozen=True)
 class PointwiseCase:
-    """Steps by the candidates' losses, on features at hand."""
+    """Greedy steps by the candidates' losses, on features in memory."""
 
     kind: str
     m: int
@@ -110,12 +110,12 @@ def test_gram(bench: Bench, limits: Limits, case: GramCase, how: str) -> None:
 
 @lru_cache(maxsize=1)
 def matrix_of(units: int) -> tuple[Tensor, Moments]:
-    """A Gram matrix of 512 samples, and the moments for a target that some units make up."""
+    """A Gram matrix of 512 samples, and the moments for a noisy mean of some of the units."""
     p = candidates("mse", 512, units, 1)
     phi = p.features.double() * p.outgoing.double()
     target = phi[: units // 8].mean(0) + 0.1 * torch.randn(512, dtype=torch.float64)
     gram = phi @ phi.T
-    # The last three are for the certificate, which the loop does not look at.
+    # The last three numbers are for the certificate; the loop does not use them.
     moments = Moments(
         512, 512.0, gram.diag().clone(), phi @ target, float(target @ target), 0.0, 0.0, 0.0
     )

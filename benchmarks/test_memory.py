@@ -1,4 +1,4 @@
-"""Peak resident memory of `select`, each in a fresh process, beside features + Gram matrix."""
+"""The peak memory of `select`, in a fresh process, compared with features and Gram matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Case:
-    """steps: None for half the units; limit: memory_limit in MiB."""
+    """One selection. steps: None for half the units; limit: memory_limit in MiB."""
 
     kind: str
     N: int
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def gram(self) -> int:
-        """Squared error's, whether or not `select` wanted it."""
+        """Bytes of the Gram matrix for squared error, whether or not `select` computes it."""
         return 8 * self.N**2 if self.kind == "mse" else 0
 
 
@@ -69,7 +69,7 @@ QUICK = [
 def test_memory(bench: Bench, case: Case, how: str) -> None:
     numbers = [case.N, case.m, case.C, case.steps or 0, case.limit * MIB]
     command = [sys.executable, str(PROBE), case.kind, *map(str, numbers)]
-    # The probe runs as this process does, not as a machine's default says.
+    # The probe runs with as many threads as this process.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def probe() -> dict[str, Any]:

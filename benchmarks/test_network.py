@@ -1,4 +1,4 @@
-"""Candidates by the loss of a whole network, `objective="loss"` inside it."""
+"""Candidates scored by the loss of a whole network, as `objective="loss"` does in inner layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from harness import Bench
 from torch import Tensor, nn
 from torch.nn import functional
 
-from greedyprune.data import Batches
-from greedyprune.graph import Graph, Group
-from greedyprune.losses import Criterion
-from greedyprune.network import Network
-from greedyprune.surgery import scaled_weight
+from greedyprune.data.batches import Batches
+from greedyprune.data.losses import Criterion
+from greedyprune.graph.groups import Group, group_of
+from greedyprune.graph.tracing import Graph
+from greedyprune.objectives.network import Network
+from greedyprune.surgery.cut import scaled_weight
 
-SHARE = 0.5  # of a layer's units that are picked already
+SHARE = 0.5  # the share of a layer's units that is already picked
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,19 @@ QUICK = [Case("7.conv1", images=8, candidates=2)]
 
 @lru_cache(maxsize=1)
 def problem_of(case: Case) -> tuple[nn.Sequential, Group, tuple[Tensor, Tensor], Network, Tensor]:
-    """The network with statistics as if trained, the layer's group, and the factors so far."""
+    """The model, the layer's group, the data, the network to score with, and the units' factors.
+
+    One forward pass in training mode gives the batch norms their statistics.
+    """
     torch.manual_seed(0)
     model = resnet20()
     data = torch.randn(case.images, 3, 32, 32), torch.randint(10, (case.images,))
     model(data[0])
     model.eval().requires_grad_(False)
     graph = Graph(model, (data[0][:2],), {})
-    group = next(graph.group(name, node) for name, node in graph.producers() if name == case.layer)
+    group = next(
+        group_of(graph, node) for node, layer in graph.layers.items() if layer.name == case.layer
+    )
     batches, criterion = Batches(data, model), Criterion("cross_entropy")
     network = Network(model, batches, criterion, 2**32, lambda source, _: source, traced=True)
     network.stop_before(group.consumer)
@@ -61,7 +67,7 @@ def problem_of(case: Case) -> tuple[nn.Sequential, Group, tuple[Tensor, Tensor],
 def plain_losses(
     model: nn.Module, group: Group, data: tuple[Tensor, Tensor], factors: Tensor, units: list[int]
 ) -> Tensor:
-    """As a user would write it: the whole network, masked, for each candidate."""
+    """As a user would write it: runs the whole masked network for each candidate."""
     weight = model.get_parameter(f"{group.consumer}.weight")
     dense, at, losses = weight.clone(), group.slices[f"{group.consumer}.weight"], []
     for unit in units:

@@ -1,4 +1,4 @@
-"""`select` on a small layer, where all that is not arithmetic shows."""
+"""`select` on a small layer, where the time is overhead rather than arithmetic."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [Case("mse"), Case("cross_entropy")]
 
 @lru_cache(maxsize=1)
 def problem_of(case: Case) -> tuple[nn.Sequential, Data, Selection, float]:
-    """Model, data, and the first selection on that model with the seconds it took."""
+    """The model, the data, the first selection from the model, and its seconds."""
     torch.manual_seed(0)
     outputs = 1 if case.kind == "mse" else 10
     model = nn.Sequential(nn.Linear(16, case.N), nn.ReLU(), nn.Linear(case.N, outputs))
@@ -55,7 +55,7 @@ def problem_of(case: Case) -> tuple[nn.Sequential, Data, Selection, float]:
 def test_overhead(bench: Bench, case: Case, how: str) -> None:
     model, data, first, seconds = problem_of(case)
     if how == "greedyprune":
-        bench.note(first=seconds)  # it also looks the model's structure up
+        bench.note(first=seconds)  # includes the analysis of the model's structure
         expected = first.order.tolist()
 
         def check(found: Selection) -> None:

@@ -1,4 +1,4 @@
-"""How our time grows with samples, units, outputs, steps and threads; scaling.py draws it."""
+"""How greedyprune's time grows with samples, units, outputs, steps and threads; see scaling.py."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from problems import candidates, network
 from torch import Tensor
 
 import greedyprune
-from greedyprune import ops
-from greedyprune.losses import Criterion
-from greedyprune.reference import Moments, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import ops
+from greedyprune.kernels.path import Moments, Rule
 
 KINDS = ("cross_entropy", "bce_with_logits", "mse")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point of a line in a panel (`sweep`); threads=0: as many as torch uses."""
+    """One point of a line in a panel (`sweep`). threads: 0 stands for torch's default."""
 
     sweep: str
     line: str
@@ -50,19 +50,19 @@ class Case:
 
     @property
     def fixed(self) -> str:
-        """What does not change along the line."""
+        """The sizes that stay the same along the line."""
         names = {"select": ("N",), "steps": ("m", "N", "C")}.get(self.sweep, ("m", "N", "C"))
         return ", ".join(f"{name}={getattr(self, name)}" for name in names if name != self.sweep)
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4, ... and all of them."""
+    """1, 2, 4, ... and the number of all processors."""
     most = os.cpu_count() or 1
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
 def sweeps(m: int, n: int, c: int, doublings: int, steps: list[int]) -> list[Case]:
-    """Every sweep, doubling or quadrupling one size from a quarter of the base's on."""
+    """All sweeps. Each one quadruples one size several times; m and N start at a quarter."""
     cases = []
     for i in range(doublings):
         for kind in KINDS:
@@ -95,7 +95,7 @@ QUICK = sweeps(64, 128, 4, 2, [1, 4]) + selects(128, [250, 1000])
 
 
 def nothing_to_check(found: object) -> None:
-    """The other benchmarks and the tests check these answers; here only time is of interest."""
+    """No check: the other benchmarks and the tests check these answers."""
 
 
 @pytest.mark.cases(full=FULL, quick=QUICK)
@@ -128,7 +128,7 @@ def work_of(case: Case) -> Callable[[], object]:
 
 @lru_cache(maxsize=1)
 def gram_of(m: int, n: int, c: int) -> tuple[Tensor, Moments]:
-    """G_ij = (h_i . h_j) (w_i . w_j) and the sums of squared error, without the bias."""
+    """G_ij = (h_i . h_j) (w_i . w_j), and the moments of squared error for a bias of zero."""
     p = candidates("mse", m, n, c)
     h, w, t = p.features.double(), p.outgoing.double(), p.targets.double()
     gram = (h @ h.T) * (w @ w.T)

@@ -1,8 +1,8 @@
 """`select` from a model and its inputs to the Selection, at the sizes of arXiv:2108.00259.
 
-Two-layer networks 784 -> N -> 1 (binarised labels, squared error) and 784 -> N -> 10
-(cross-entropy), briefly trained; beside one dense forward pass over the same data, the baselines,
-and stochastic forms of the selection itself.
+The networks have two layers, 784 -> N -> 1 (binarised labels, squared error) or 784 -> N -> 10
+(cross-entropy), and are trained briefly. The times are compared with one dense forward pass over
+the same data, with the baselines, and with stochastic forms of the selection.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from torch import Tensor, nn
 from watching import Watched, watched_select
 
 import greedyprune
+from greedyprune import Loss
 
 FORWARD = "dense forward pass"
-# How Wolfe et al.'s stochastic form and Ye et al.'s random candidates are asked for.
-STOCHASTIC: dict[str, dict[str, Any]] = {
-    "batch_size=1024": {"batch_size": 1024},
-    "batch_size=256, shortlist=256": {"batch_size": 256, "shortlist": 256},
-    "batch_size=512, shortlist=256": {"batch_size": 512, "shortlist": 256},
-    "batch_size=2048, shortlist=256": {"batch_size": 2048, "shortlist": 256},
-    "candidates=512": {"candidates": 512},
+# Options for the stochastic steps of Wolfe et al. and the random candidates of Ye et al.
+STOCHASTIC = {
+    "batch_size=1024": Loss(batch_size=1024),
+    "batch_size=256, shortlist=256": Loss(batch_size=256, shortlist=256),
+    "batch_size=512, shortlist=256": Loss(batch_size=512, shortlist=256),
+    "batch_size=2048, shortlist=256": Loss(batch_size=2048, shortlist=256),
+    "candidates=512": Loss(candidates=512),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """So many greedy steps with repeats, or half the units; goal: a row of the figures to reach."""
+    """One selection. steps: with repeats; None: half the units. goal: a goal's name in goals.py."""
 
     kind: str
     N: int
@@ -86,7 +87,7 @@ def network_of(case: Case) -> Network:
 
 @lru_cache(maxsize=1)
 def ours_of(case: Case) -> tuple[Watched, float]:
-    """Our selection, which the baselines are checked against, and the seconds it took."""
+    """Our selection, which the baselines are checked against, and its seconds."""
     net = network_of(case)
     return clocked(lambda: watched_select(net.model, net.data, **case.options))
 
@@ -147,12 +148,21 @@ def time_ours(bench: Bench, limits: Limits, case: Case, net: Network, seconds: f
         bench.note(floor=floor.seconds, limit=floor.limit)
 
 
-def time_stochastic(bench: Bench, case: Case, net: Network, options: dict[str, Any]) -> None:
-    """The loss reached is that of all samples, whatever the steps looked at."""
-    most = {"batch_size": case.m, "candidates": case.N, "shortlist": case.N}
-    options = {name: min(value, most[name]) for name, value in options.items()}
+def time_stochastic(bench: Bench, case: Case, net: Network, objective: Loss) -> None:
+    """The recorded final loss is that of all samples, also where the steps use a part of them."""
+
+    def at_most(asked: int | None, most: int) -> int | None:
+        return None if asked is None else min(asked, most)
+
+    objective = Loss(
+        candidates=at_most(objective.candidates, case.N),
+        batch_size=at_most(objective.batch_size, case.m),
+        shortlist=at_most(objective.shortlist, case.N),
+    )
     found = bench.time(
-        lambda: greedyprune.select(net.model, net.data, progress=False, **case.options, **options),
+        lambda: greedyprune.select(
+            net.model, net.data, objective=objective, progress=False, **case.options
+        ),
         lambda found: check_selection(net, found),
     )
     bench.note(final_loss=float(found.losses[-1]))
@@ -180,7 +190,7 @@ def _same(found: Tensor, expected: Tensor) -> int:
 
 
 def check_selection(net: Network, selection: greedyprune.Selection) -> None:
-    """The loss that it promises is the loss of the smaller model."""
+    """Checks that the selection's last loss is the loss of the pruned model."""
     small = greedyprune.prune(net.model, selection)
     assert isinstance(small, nn.Sequential)
     loss = replace(net, model=small).loss()

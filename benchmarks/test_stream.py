@@ -1,7 +1,8 @@
-"""`select` on activations that do not fit in `memory_limit`, beside the same with those that do.
+"""`select` where the activations exceed `memory_limit`, compared with the same in memory.
 
-Random inputs of 64 numbers, a layer of N units. Cross-entropy takes a pass a step, squared error
-one pass, or one for every fetch of columns where the Gram matrix does not fit either.
+Random inputs of 64 numbers, and a layer of N units. Cross-entropy needs one pass over the data for
+each step. Squared error needs one pass; where the Gram matrix exceeds the limit, too, it needs one
+for every block of columns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ INPUTS, OUTPUTS, BATCH = 64, 10, 2048
 
 @dataclass(frozen=True)
 class Case:
-    """limit: memory_limit in MiB, below what the features take."""
+    """One selection. limit: memory_limit in MiB, smaller than the features."""
 
     kind: str
     N: int

@@ -1,6 +1,6 @@
-"""Looks into `select`: what its phases take and how often a candidate was scored again.
+"""Measures the phases inside `select`, and how often candidates are scored again.
 
-The only file of the benchmarks that knows how the package works inside.
+No other file of the benchmarks depends on the internals of `select`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from harness import clocked
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import Selection, paths
-from greedyprune.objectives import Solver
-from greedyprune.reference import Path
+from greedyprune import Selection
+from greedyprune.kernels.path import Path
+from greedyprune.objectives import output_loss
+from greedyprune.objectives.output_loss import Solver
 
 
 @dataclass
 class Watched:
-    """One select of one layer.
+    """One call of `select` for one layer.
 
-    by: "Gram matrix", "columns" or "losses"
-    scored: candidates whose loss was computed; bounds ruled the others out
-    rescored: candidates that were scored again because rounding could have decided
-    preparing, looping: seconds for the sums over samples (and the Gram matrix), for the steps
+    by: what the candidates were scored with: "Gram matrix", "columns" or "losses"
+    scored: the number of candidates whose loss was computed; bounds ruled out the others
+    rescored: the number that was scored again because rounding could have decided
+    preparing: seconds for the sums over samples, the Gram matrix included
+    looping: seconds for the greedy steps
     """
 
     selection: Selection
@@ -38,14 +40,14 @@ class Watched:
 
 
 def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
-    """`greedyprune.select`, and what went on in it."""
+    """`greedyprune.select`, with the measurements."""
     seen: dict[str, Any] = {}
 
     class Watching(Solver):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             _, seen["preparing"] = clocked(lambda: Solver.__init__(self, *args, **kwargs))
             seen["by"] = "losses"
-            if self.data.criterion.kind == "mse" and self.backend == "cpu":
+            if self.features.criterion.kind == "mse" and self.features.backend == "cpu":
                 seen["by"] = "columns" if _gram_of(self) is None else "Gram matrix"
 
         def run(self, *args: Any, **kwargs: Any) -> Path:
@@ -53,13 +55,13 @@ def watched_select(model: nn.Module, data: object, **options: Any) -> Watched:
             seen.update(scored=path.scored, rescored=path.rescored)
             return path
 
-    with patch.object(paths, "Solver", Watching):
+    with patch.object(output_loss, "Solver", Watching):
         selection = greedyprune.select(model, data, progress=False, **options)
     return Watched(selection, **seen)
 
 
 def gram_builder(model: nn.Module, data: object) -> Callable[[], Tensor]:
-    """What `select` does to get the Gram matrix from features at hand, to be timed by itself."""
+    """A function that computes the Gram matrix from features in memory, as `select` does."""
     build: list[Callable[[], Solver]] = []
 
     class Kept(Solver):
@@ -67,7 +69,7 @@ def gram_builder(model: nn.Module, data: object) -> Callable[[], Tensor]:
             super().__init__(*args, **kwargs)
             build.append(lambda: Solver(*args, **kwargs))
 
-    with patch.object(paths, "Solver", Kept):
+    with patch.object(output_loss, "Solver", Kept):
         greedyprune.select(model, data, size=0.5, progress=False)
 
     def gram() -> Tensor:

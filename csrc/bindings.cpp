@@ -1,4 +1,4 @@
-// The module, and the CPU's kernels.
+// The module and the CPU's kernels.
 #include "bindings.h"
 
 #include <chrono>
@@ -8,13 +8,14 @@
 #include <string>
 
 using namespace greedyprune;
+using namespace pybind11::literals;
 
 namespace {
 
 const char* active_name = instruction_sets()[0];
 const Kernels* active = kernels_for(active_name);
 
-// Python callbacks behind the plain Caller. An exception ends the kernel and is raised after it.
+// The Python callbacks behind a Caller. An exception ends the kernel and is raised after its end.
 class PythonCaller {
  public:
   PythonCaller(int threads, py::object step, py::object fetch, py::object sum)
@@ -52,7 +53,7 @@ class PythonCaller {
 
   static int step(void* self, int64_t k, int64_t unit, double loss) {
     auto* caller = static_cast<PythonCaller*>(self);
-    if (caller->step_.is_none()) {  // still look for Ctrl-C, but not at every microsecond's step
+    if (caller->step_.is_none()) {  // look for Ctrl-C, but not at every step of a microsecond
       const auto now = std::chrono::steady_clock::now();
       if (now - caller->asked_ < std::chrono::milliseconds(50)) return 0;
       caller->asked_ = now;
@@ -108,153 +109,55 @@ void run(int threads, const Kernel& kernel) {
 template <class Real>
 void bind_target(py::module_& m, const char* name) {
   using T = Target<Real>;
-  py::class_<T> target(m, name, py::module_local());
-  target.def(py::init<>())
-      .def_property(
-          "loss", [](const T& t) { return static_cast<int>(t.loss); },
-          [](T& t, int loss) { t.loss = static_cast<Loss>(loss); })
-      .def_readwrite("outputs", &T::outputs)
-      .def_readwrite("scale", &T::scale);
-  pointer(target, "value", &T::value);
-  pointer(target, "label", &T::label);
-  pointer(target, "weight", &T::weight);
+  bind_struct(m, name, FIELD(T, loss), FIELD(T, outputs), FIELD(T, value), FIELD(T, label),
+              FIELD(T, weight), FIELD(T, scale));
 }
 
 void bind_structs(py::module_& m) {
-  py::class_<Features> features(m, "Features", py::module_local());
-  features.def(py::init<>())
-      .def_property(
-          "type", [](const Features& f) { return static_cast<int>(f.type); },
-          [](Features& f, int type) { f.type = static_cast<Type>(type); })
-      .def_readwrite("units", &Features::units)
-      .def_readwrite("samples", &Features::samples)
-      .def_readwrite("stride", &Features::stride);
-  pointer(features, "data", &Features::data);
-  pointer(features, "squares", &Features::squares);
-  pointer(features, "largest", &Features::largest);
-
+  m.attr("TYPES") = py::dict("float32"_a = static_cast<int>(Type::float32),
+                             "float64"_a = static_cast<int>(Type::float64),
+                             "bfloat16"_a = static_cast<int>(Type::bfloat16),
+                             "float16"_a = static_cast<int>(Type::float16));
+  m.attr("LOSSES") = py::dict("squared_error"_a = static_cast<int>(Loss::squared_error),
+                              "cross_entropy"_a = static_cast<int>(Loss::cross_entropy),
+                              "logistic"_a = static_cast<int>(Loss::logistic));
+  bind_struct(m, "Features", FIELD(Features, data), FIELD(Features, type), FIELD(Features, units),
+              FIELD(Features, samples), FIELD(Features, stride), FIELD(Features, squares),
+              FIELD(Features, largest));
   bind_target<float>(m, "TargetF32");
   bind_target<double>(m, "TargetF64");
-
-  py::class_<Rule> rule(m, "Rule", py::module_local());
-  rule.def(py::init<>())
-      .def_readwrite("steps", &Rule::steps)
-      .def_readwrite("size", &Rule::size)
-      .def_readwrite("replacement", &Rule::replacement)
-      .def_readwrite("candidates", &Rule::candidates)
-      .def_readwrite("shortlist", &Rule::shortlist);
-  pointer(rule, "draws", &Rule::draws);
-
-  py::class_<Path> path(m, "Path", py::module_local());
-  path.def(py::init<>())
-      .def_readonly("length", &Path::length)
-      .def_readonly("scored", &Path::scored)
-      .def_readonly("rescored", &Path::rescored);
-  pointer(path, "order", &Path::order);
-  pointer(path, "losses", &Path::losses);
-  pointer(path, "gap", &Path::gap);
-
-  py::class_<Workspace> workspace(m, "Workspace", py::module_local());
-  workspace.def(py::init<>());
-  pointer(workspace, "available", &Workspace::available);
-  pointer(workspace, "scores", &Workspace::scores);
-  pointer(workspace, "errors", &Workspace::errors);
-  pointer(workspace, "contenders", &Workspace::contenders);
-  pointer(workspace, "picked", &Workspace::picked);
-  pointer(workspace, "exchange", &Workspace::exchange);
-  workspace.def_readwrite("ranks", &Workspace::ranks);
-
-  py::class_<Quadratic> quadratic(m, "Quadratic", py::module_local());
-  quadratic.def(py::init<>())
-      .def_readwrite("units", &Quadratic::units)
-      .def_readwrite("outputs", &Quadratic::outputs)
-      .def_readwrite("scale", &Quadratic::scale)
-      .def_readwrite("target_norm", &Quadratic::target_norm)
-      .def_readwrite("rounding", &Quadratic::rounding)
-      .def_property(
-          "features", [](const Quadratic& q) { return q.features; },
-          [](Quadratic& q, const Features* seen) { q.features = seen; },
-          py::return_value_policy::reference);
-  pointer(quadratic, "norm", &Quadratic::norm);
-  pointer(quadratic, "size", &Quadratic::size);
-  pointer(quadratic, "beta", &Quadratic::beta);
-  pointer(quadratic, "state", &Quadratic::state);
-  pointer(quadratic, "outgoing", &Quadratic::outgoing);
-  pointer(quadratic, "target", &Quadratic::target);
-  pointer(quadratic, "sum", &Quadratic::sum);
-  pointer(quadratic, "residual", &Quadratic::residual);
-  pointer(quadratic, "all_units", &Quadratic::all_units);
-
-  py::class_<ColumnCache> cache(m, "ColumnCache", py::module_local());
-  cache.def(py::init<>())
-      .def_readwrite("capacity", &ColumnCache::capacity)
-      .def_readwrite("block", &ColumnCache::block)
-      .def_readwrite("rank", &ColumnCache::rank);
-  pointer(cache, "columns", &ColumnCache::columns);
-  pointer(cache, "slot_of", &ColumnCache::slot_of);
-  pointer(cache, "unit_in", &ColumnCache::unit_in);
-  pointer(cache, "wanted", &ColumnCache::wanted);
-  pointer(cache, "factor", &ColumnCache::factor);
-  pointer(cache, "ahead", &ColumnCache::ahead);
-  pointer(cache, "taken", &ColumnCache::taken);
-
-  using S = LeastSquares;
-  py::class_<S> squares(m, "LeastSquares", py::module_local());
-  squares.def(py::init<>())
-      .def_readwrite("units", &S::units)
-      .def_readwrite("width", &S::width)
-      .def_readwrite("outputs", &S::outputs)
-      .def_readwrite("most", &S::most)
-      .def_readwrite("scale", &S::scale)
-      .def_readwrite("target_norm", &S::target_norm);
-  pointer(squares, "gram", &S::gram);
-  pointer(squares, "right", &S::right);
-  pointer(squares, "factor", &S::factor);
-  pointer(squares, "solved", &S::solved);
-  pointer(squares, "place", &S::place);
-  pointer(squares, "rest", &S::rest);
-  pointer(squares, "root", &S::root);
-  pointer(squares, "gain", &S::gain);
-
-  using W = Swaps;
-  py::class_<W> swaps(m, "Swaps", py::module_local());
-  swaps.def(py::init<>())
-      .def_readwrite("units", &W::units)
-      .def_readwrite("width", &W::width)
-      .def_readwrite("outputs", &W::outputs)
-      .def_readwrite("kept_count", &W::kept_count)
-      .def_readwrite("dropped_count", &W::dropped_count);
-  pointer(swaps, "swept", &W::swept);
-  pointer(swaps, "right", &W::right);
-  pointer(swaps, "norms", &W::norms);
-  pointer(swaps, "kept", &W::kept);
-  pointer(swaps, "dropped", &W::dropped);
-  pointer(swaps, "inner", &W::inner);
-  pointer(swaps, "pull", &W::pull);
-  pointer(swaps, "costs", &W::costs);
-
+  bind_struct(m, "Rule", FIELD(Rule, steps), FIELD(Rule, size), FIELD(Rule, replacement),
+              FIELD(Rule, candidates), FIELD(Rule, draws), FIELD(Rule, shortlist));
+  bind_struct(m, "Path", FIELD(Path, order), FIELD(Path, losses), FIELD(Path, gap),
+              FIELD(Path, length), FIELD(Path, scored), FIELD(Path, rescored));
+  bind_struct(m, "Workspace", FIELD(Workspace, available), FIELD(Workspace, scores),
+              FIELD(Workspace, errors), FIELD(Workspace, contenders), FIELD(Workspace, picked),
+              FIELD(Workspace, exchange), FIELD(Workspace, ranks));
+  bind_struct(m, "Quadratic", FIELD(Quadratic, units), FIELD(Quadratic, scale),
+              FIELD(Quadratic, gram_diagonal), FIELD(Quadratic, phi_norm), FIELD(Quadratic, beta),
+              FIELD(Quadratic, target_norm), FIELD(Quadratic, rounding), FIELD(Quadratic, state),
+              FIELD(Quadratic, features), FIELD(Quadratic, outgoing), FIELD(Quadratic, target),
+              FIELD(Quadratic, sum), FIELD(Quadratic, residual), FIELD(Quadratic, outputs),
+              FIELD(Quadratic, all_units));
+  bind_struct(m, "ColumnCache", FIELD(ColumnCache, columns), FIELD(ColumnCache, slot_of),
+              FIELD(ColumnCache, unit_in), FIELD(ColumnCache, wanted), FIELD(ColumnCache, capacity),
+              FIELD(ColumnCache, block), FIELD(ColumnCache, factor), FIELD(ColumnCache, rank),
+              FIELD(ColumnCache, ahead), FIELD(ColumnCache, taken));
   using P = Pointwise;
-  py::class_<P> pointwise(m, "Pointwise", py::module_local());
-  pointwise.def(py::init<>())
-      .def_readwrite("features", &P::features)
-      .def_readwrite("target", &P::target)
-      .def_readwrite("batch", &P::batch);
-  pointer(pointwise, "outgoing", &P::outgoing);
-  pointer(pointwise, "bias", &P::bias);
-  pointer(pointwise, "linear", &P::linear);
-  pointer(pointwise, "sum", &P::sum);
-  pointer(pointwise, "starts", &P::starts);
-  pointer(pointwise, "outputs64", &P::outputs64);
-  pointer(pointwise, "outputs32", &P::outputs32);
-  pointer(pointwise, "outgoing32", &P::outgoing32);
-  pointer(pointwise, "weight32", &P::weight32);
-  pointer(pointwise, "value32", &P::value32);
-  pointer(pointwise, "linear_unit", &P::linear_unit);
-  pointer(pointwise, "slopes", &P::slopes);
-  pointer(pointwise, "slope_errors", &P::slope_errors);
-  pointer(pointwise, "weight_batch", &P::weight_batch);
-  pointer(pointwise, "value_batch", &P::value_batch);
-  pointer(pointwise, "linear_batch", &P::linear_batch);
+  bind_struct(m, "Pointwise", FIELD(P, features), FIELD(P, outgoing), FIELD(P, bias),
+              FIELD(P, target), FIELD(P, linear), FIELD(P, sum), FIELD(P, starts), FIELD(P, batch),
+              FIELD(P, outputs64), FIELD(P, outputs32), FIELD(P, outgoing32), FIELD(P, weight32),
+              FIELD(P, value32), FIELD(P, linear_unit), FIELD(P, slopes), FIELD(P, slope_errors),
+              FIELD(P, weight_batch), FIELD(P, value_batch), FIELD(P, linear_batch));
+  using S = LeastSquares;
+  bind_struct(m, "LeastSquares", FIELD(S, units), FIELD(S, width), FIELD(S, outputs),
+              FIELD(S, most), FIELD(S, scale), FIELD(S, target_norm), FIELD(S, gram),
+              FIELD(S, right), FIELD(S, factor), FIELD(S, solved), FIELD(S, place), FIELD(S, rest),
+              FIELD(S, root), FIELD(S, gain));
+  bind_struct(m, "Swaps", FIELD(Swaps, units), FIELD(Swaps, width), FIELD(Swaps, outputs),
+              FIELD(Swaps, swept), FIELD(Swaps, right), FIELD(Swaps, norms), FIELD(Swaps, kept),
+              FIELD(Swaps, dropped), FIELD(Swaps, kept_count), FIELD(Swaps, dropped_count),
+              FIELD(Swaps, inner), FIELD(Swaps, pull), FIELD(Swaps, costs));
 }
 
 // One binding for both types of Real; `kernel` is the table's entry.
@@ -286,11 +189,13 @@ void bind_candidate_kernels(py::module_& m, const std::string& suffix, Entry los
 }
 
 void bind_features(py::module_& m) {
-  m.def("collect_features", [](const Features& features, Address squares, Address largest,
-                               Address hidden, int64_t n, int64_t at_sample, int threads) {
+  m.def("collect_features", [](Address data, Address squares, Address largest, Address hidden,
+                               int type, int64_t units, int64_t n, int64_t stride,
+                               int64_t first_sample, int threads) {
     run(threads, [&](const Caller& caller) {
-      return active->collect_features(features, at<double>(squares), at<double>(largest),
-                                      at<const void>(hidden), n, at_sample, caller);
+      return active->collect_features(at<void>(data), at<double>(squares), at<double>(largest),
+                                      at<const void>(hidden), static_cast<Type>(type), units, n,
+                                      stride, first_sample, caller);
     });
   });
   m.def("measure_features", [](Address squares, Address largest, const Features& features,
@@ -331,6 +236,7 @@ void bind_greedy(py::module_& m) {
             return active->greedy_pointwise(path, objective, rule, workspace, caller);
           });
         });
+  m.attr("dependent") = kDependent;
   m.attr("most_width") = kMostWidth;
   m.attr("most_swap_width") = kMostSwapWidth;
   m.def("swap_gains", [](Address gains, const Swaps& problem, int threads) {
@@ -349,7 +255,7 @@ void bind_greedy(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "greedyprune's compiled kernels; use them through greedyprune.ops";
+  m.doc() = "greedyprune's compiled kernels; use them through greedyprune.kernels.ops";
   bind_structs(m);
   bind_features(m);
   bind_candidate_kernels<float>(m, "f32", &Kernels::candidate_loss_f32,

@@ -1,11 +1,16 @@
 // The CUDA half's kernels. Nothing here waits for the device.
+#include <cstddef>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "bindings.h"
 #include "cuda/plan.h"
 
 namespace greedyprune {
+
+using namespace pybind11::literals;
+
 namespace {
 
 void check(Status status) {
@@ -33,34 +38,24 @@ void bind_candidates(py::module_& m, const std::string& suffix, Loss loss, Slope
 
 void bind_pointwise(py::module_& m) {
   using P = cuda::Pointwise;
-  py::class_<P> pointwise(m, "CudaPointwise", py::module_local());
-  pointwise.def(py::init<>())
-      .def_readwrite("features", &P::features)
-      .def_readwrite("target", &P::target)
-      .def_readwrite("weights_norm", &P::weights_norm)
-      .def_readwrite("linear_norm", &P::linear_norm)
-      .def_readwrite("batch", &P::batch);
-  pointer(pointwise, "outgoing", &P::outgoing);
-  pointer(pointwise, "outgoing32", &P::outgoing32);
-  pointer(pointwise, "w_largest", &P::w_largest);
-  pointer(pointwise, "w_sum", &P::w_sum);
-  pointer(pointwise, "w_squares", &P::w_squares);
-  pointer(pointwise, "reach", &P::reach);
-  pointer(pointwise, "bias", &P::bias);
-  pointer(pointwise, "weight32", &P::weight32);
-  pointer(pointwise, "value32", &P::value32);
-  pointer(pointwise, "linear", &P::linear);
-  pointer(pointwise, "linear_unit", &P::linear_unit);
-  pointer(pointwise, "linear_bias", &P::linear_bias);
-  pointer(pointwise, "sum", &P::sum);
-  pointer(pointwise, "starts", &P::starts);
-  pointer(pointwise, "outputs64", &P::outputs64);
-  pointer(pointwise, "outputs32", &P::outputs32);
-  pointer(pointwise, "partial", &P::partial);
-  pointer(pointwise, "slopes", &P::slopes);
-  pointer(pointwise, "bounds", &P::bounds);
-  pointer(pointwise, "sums", &P::sums);
-  pointer(pointwise, "counts", &P::counts);
+  bind_struct(m, "CudaPointwise", FIELD(P, features), FIELD(P, outgoing), FIELD(P, outgoing32),
+              FIELD(P, w_largest), FIELD(P, w_sum), FIELD(P, w_squares), FIELD(P, reach),
+              FIELD(P, bias), FIELD(P, target), FIELD(P, weight32), FIELD(P, value32),
+              FIELD(P, weights_norm), FIELD(P, linear), FIELD(P, linear_unit),
+              FIELD(P, linear_bias), FIELD(P, linear_norm), FIELD(P, sum), FIELD(P, starts),
+              FIELD(P, batch), FIELD(P, outputs64), FIELD(P, outputs32), FIELD(P, partial),
+              FIELD(P, slopes), FIELD(P, bounds), FIELD(P, sums), FIELD(P, counts));
+}
+
+// Where in a Progress, taken as 64-bit integers, the ones are that Python reads.
+py::dict progress_places() {
+  using P = cuda::Progress;
+  static_assert(std::is_standard_layout_v<P> && sizeof(P) % sizeof(int64_t) == 0);
+  const auto place = [](size_t offset) { return static_cast<int64_t>(offset / sizeof(int64_t)); };
+  return py::dict("length"_a = place(offsetof(P, length)),
+                  "missing"_a = place(offsetof(P, missing)), "done"_a = place(offsetof(P, done)),
+                  "scored"_a = place(offsetof(P, scored)),
+                  "rescored"_a = place(offsetof(P, rescored)));
 }
 
 }  // namespace
@@ -68,6 +63,7 @@ void bind_pointwise(py::module_& m) {
 void bind_cuda(py::module_& m) {
   using cuda::Progress;
   m.attr("cuda_progress_size") = static_cast<int64_t>(sizeof(Progress));
+  m.attr("cuda_progress_places") = progress_places();
   m.attr("cuda_sums") = cuda::kSums;
   m.def("cuda_candidate_pieces", cuda::candidate_pieces);
   bind_candidates<float>(m, "f32", cuda::candidate_loss_f32, cuda::candidate_slope_f32);

@@ -1,4 +1,4 @@
-// How functions are marked that kernels of either device inline.
+// Marks functions that kernels of both devices inline.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,8 +1,8 @@
 // The losses and their derivatives, one source for every instruction set and for CUDA.
 //
-// Nothing here calls a library on the hot path, so that a compiler can turn the loops that
-// use it into vector code: exp and log are written as polynomials, exact to about one unit in
-// the last place of the type. On a GPU float32 takes the hardware's exp and division instead.
+// Nothing here calls a library on the hot path, so that a compiler can turn the loops that use it
+// into vector code. exp and log are polynomials, good to about one unit in the last place of the
+// type. On a GPU, float32 takes the hardware's exp and division instead.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {  // each instruction set has its own copy: the linker must not mix them
 
-// What a type of numbers is made of; cpu/lanes.h adds the vectors of them.
+// The constants of a floating type. cpu/lanes.h adds the types of vectors.
 template <class V>
 struct Number;
 
@@ -97,6 +97,24 @@ GREEDYPRUNE_INLINE V exp2_reduced(V r, double) {
   return p * x + 1.0;
 }
 
+// Cross-entropy subtracts each sample's highest output from all of them, so that no exponential
+// overflows. Where no candidate moves an output further than 2^reach, the highest output of base is
+// subtracted instead, once for all candidates, and base is cut off at 2^floor. Then
+//   no exponential is subnormal:       floor - reach is above the lowest exponent;
+//   no product of two sums overflows:  each is at most C 2^reach;
+//   what is cut off is below rounding: at most 2^(floor + reach), beside a sum of at least
+//   2^-reach.
+template <class Real>
+struct ExponentRange;
+template <>
+struct ExponentRange<float> {
+  static constexpr float reach = 28, floor = -97;
+};
+template <>
+struct ExponentRange<double> {
+  static constexpr double reach = 100, floor = -900;
+};
+
 constexpr double kLog2E = 1.44269504088896340736;
 constexpr double kLn2 = 0.69314718055994530942;
 
@@ -110,8 +128,8 @@ GREEDYPRUNE_INLINE V exp2_normal(V y) {
   return bits_of<V>(bits_of<Unsigned>(power) + (bits_of<Unsigned>(shifted) << F::mantissa));
 }
 
-// Of y and `lowest` < 0 the larger. As bits, of two negative numbers the smaller is the larger:
-// a comparison of integers, which every instruction set has and no NaN complicates.
+// The larger of y and `lowest` < 0. Of two negative numbers the larger one has the smaller bits, so
+// integers are compared: every instruction set can, and no NaN complicates it.
 template <class V>
 GREEDYPRUNE_INLINE V at_least(V y, typename Number<V>::Real lowest) {
   using Unsigned = typename Number<V>::Unsigned;
@@ -120,7 +138,7 @@ GREEDYPRUNE_INLINE V at_least(V y, typename Number<V>::Real lowest) {
   return bits_of<V>(bits < limit ? bits : limit);
 }
 
-// 2^y for y up to the highest exponent; what would be subnormal becomes the smallest normal number.
+// 2^y for y up to the highest exponent. A subnormal result becomes the smallest normal number.
 template <class V>
 GREEDYPRUNE_INLINE V exp2_upto(V y) {
 #ifdef __CUDA_ARCH__
@@ -133,7 +151,7 @@ GREEDYPRUNE_INLINE V exp2_upto(V y) {
   return exp2_normal(at_least(y, Number<V>::lowest_exponent));
 }
 
-// exp(x) for x <= 0, the same for what is subnormal.
+// exp(x) for x <= 0, with subnormal results as above.
 template <class V>
 GREEDYPRUNE_INLINE V exp_nonpositive(V x) {
   return exp2_upto(x * static_cast<typename Number<V>::Real>(kLog2E));
@@ -143,7 +161,7 @@ GREEDYPRUNE_INLINE V exp_nonpositive(V x) {
 template <class V>
 GREEDYPRUNE_INLINE V ratio(V a, V b) {
 #ifdef __CUDA_ARCH__
-  if constexpr (sizeof(V) == sizeof(float)) {  // 2 ulp; no branch for what b never is
+  if constexpr (sizeof(V) == sizeof(float)) {  // 2 ulp; no branch for values that b never has
     float quotient;
     asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
     return quotient;
@@ -215,7 +233,7 @@ GREEDYPRUNE_INLINE V minus_magnitude(V x) {
 
 // Elementwise losses l(x, y) of one output x with target y, and dl/dx.
 
-struct SquaredError {  // the caller subtracts the target from the outputs: y is not used
+struct SquaredError {  // the caller subtracts the target from the outputs, and y is not used
   template <class V>
   static GREEDYPRUNE_INLINE V loss(V x, V) {
     return x * x;
@@ -238,11 +256,11 @@ struct Logistic {  // log(1 + e^x) - x y, as torch's binary_cross_entropy_with_l
   }
 };
 
-// Cross-entropy of C logits is  highest + log(sum of exp(x_c - highest)) - x_label; its loop over
-// the classes belongs to the kernels, which choose what they keep in registers.
+// Cross-entropy of C logits is  highest + log(sum of exp(x_c - highest)) - x_label. The kernels
+// loop over the classes themselves, because they choose what they keep in registers.
 template <class Real>
-GREEDYPRUNE_INLINE Real cross_entropy(Real highest, Real sum, Real own) {
-  return (highest - own) + log_normal(sum);
+GREEDYPRUNE_INLINE Real cross_entropy(Real highest, Real sum, Real of_label) {
+  return (highest - of_label) + log_normal(sum);
 }
 
 }  // namespace GREEDYPRUNE_ISA

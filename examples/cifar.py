@@ -2,9 +2,10 @@
 
     python examples/cifar.py --data DIR [--network resnet20 | resnet34 | mobilenetv2 | vgg]
 
-trains a ResNet-20 (16-32-64 channels; He et al. 2016, section 4.2, with 1x1 convolutions where a
-shortcut changes size), a ResNet-34, a MobileNetV2 or a small VGG (eight convolutions, 24 to 192
-channels, no shortcuts) on DIR/cifar-10-batches-py and keeps it in float16 beside this file.
+trains a network on DIR/cifar-10-batches-py and saves it in float16 next to this file. The networks:
+a ResNet-20 (16-32-64 channels; He et al. 2016, section 4.2, with 1x1 convolutions where a shortcut
+changes the size), a ResNet-34, a MobileNetV2, and a small VGG (eight convolutions of 24 to 192
+channels, no shortcuts).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions and a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Block(nn.Module):
 
 
 def resnet(blocks: tuple[int, ...], widths: tuple[int, ...], classes: int = 10) -> nn.Sequential:
-    """Stages of so many blocks; each but the first halves the image."""
+    """A stage for each entry of `blocks` and `widths`; all but the first halve the image."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
     ]  # fmt: skip
@@ -61,12 +62,12 @@ def resnet20() -> nn.Sequential:
 
 
 def resnet34() -> nn.Sequential:
-    """In its CIFAR form: 3x3 at the start, no pooling there."""
+    """The form for CIFAR: the first convolution is 3x3, without pooling after it."""
     return resnet((3, 4, 6, 3), (64, 128, 256, 512))
 
 
 def vgg() -> nn.Sequential:
-    """Pairs of 3x3 convolutions, each pair at half the size of the one before; one Linear."""
+    """Pairs of 3x3 convolutions and one Linear; pooling halves the image after each pair."""
     layers: list[nn.Module] = []
     width = 3
     for wide in (24, 48, 96, 192):
@@ -79,7 +80,10 @@ def vgg() -> nn.Sequential:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to more channels, a 3x3 on each by itself, 1x1 back; beside a shortcut where it fits."""
+    """A 1x1 convolution to more channels, a depthwise 3x3 one, and a 1x1 one back.
+
+    With a shortcut around them where the input and the output have the same shape.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -99,9 +103,9 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenetv2(width: float = 1.0) -> nn.Sequential:
-    """Sandler et al. 2018, table 2, in its CIFAR form: the image is halved three times, not five.
+    """Sandler et al. 2018, table 2, for CIFAR: the image is halved three times, not five times.
 
-    width: times as many channels, in multiples of eight
+    width: a factor on the numbers of channels, which are rounded to multiples of eight
     """
 
     def wide(channels: int) -> int:
@@ -148,7 +152,7 @@ def read_cifar(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Each image shifted by up to four pixels, half of them mirrored."""
+    """Shifts each image by up to four pixels, and mirrors each with probability 1/2."""
     padded = functional.pad(images, (4, 4, 4, 4))
     where = images.device
     rows, columns = torch.randint(9, (2, len(images)), device=where)
@@ -168,7 +172,7 @@ def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
 def train(
     model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, lr: float = 0.1, size: int = 128
 ) -> None:
-    """SGD with momentum and a learning rate that rises and falls once."""
+    """SGD with momentum; the learning rate rises once and falls once."""
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -202,7 +206,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def kept(network: str = "resnet20") -> nn.Sequential:
-    """A network that this file trained."""
+    """A network that this script has trained and saved."""
     model = NETWORKS[network]()
     state = load_file(Path(__file__).with_name(f"{network}.safetensors"))
     model.load_state_dict({name: t.float() for name, t in state.items()}, strict=False)

@@ -1,18 +1,19 @@
-"""How much pre-training is enough on CIFAR-10: pre-train, prune on the way, fine-tune what is left.
+"""How much pre-training is enough on CIFAR-10? Pre-trains, prunes on the way, and fine-tunes.
 
     python examples/cifar_cnn.py --data DIR --quick       # ResNet-20, some 20 minutes on two cores
     python examples/cifar_cnn.py --data DIR               # ResNet-34 and MobileNetV2, on a GPU
 
-The second setting of arXiv:2108.00259. DIR has CIFAR-10's Python batches. Networks are trained on
-parts of the training images, drawn evenly over the classes: SGD with momentum, batches of 128, a
-learning rate along a cosine from 0.1. At several iterations on the way the network is pruned and
-what is left is fine-tuned, along a cosine from 0.01; "--prune none" is the dense network with the
-same fine-tuning, for comparison. Stop it whenever you like: the same command goes on from there,
-and cells that --out/cifar_cnn.csv has are skipped. Prints a table and writes a picture.
+This is the second setting of arXiv:2108.00259. DIR has CIFAR-10's Python batches. Each network is
+trained on a part of the training images, drawn evenly over the classes, by SGD with momentum and
+batches of 128; the learning rate follows a cosine from 0.1. At several iterations a copy is pruned
+and fine-tuned, with a learning rate along a cosine from 0.01. For comparison, "--prune none"
+fine-tunes the dense network in the same way. An interrupted run resumes with the same command, and
+results that are already in --out/cifar_cnn.csv are not computed again. Prints a table and writes a
+figure.
 
-examples/results/cifar_cnn_quick.csv is what --quick gave, and the same call with --prune loss
---prune-at 600 2400, and with --prune imitation at the sizes that this led to. Its seconds are those
-of a machine with other work.
+examples/results/cifar_cnn_quick.csv has the results of --quick, of the same command with --prune
+loss --prune-at 600 2400, and of --prune imitation at the sizes that --prune loss led to. The
+machine had other work meanwhile, so the seconds say little.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def batches_of(data: Data, seed: int, size: int = 128) -> Callable[[int], Iterator[Data]]:
-    """Passes over the data, each in an order of its own."""
+    """A function from a first iteration to the batches from there on; no two passes are alike."""
     images, labels = data
     size = min(size, len(images))
 

@@ -2,8 +2,8 @@
 
     python examples/digits_mlp.py
 
-Prints a table (dense; greedy, random and magnitude pruning at the same size, before and after the
-same fine-tuning) and writes a picture of the greedy path. `make demo` runs it.
+Prints a table of the dense network and of greedy, random and magnitude pruning at the same size,
+before and after the same fine-tuning. Writes a figure of the greedy path. `make demo` runs it.
 """
 
 from __future__ import annotations

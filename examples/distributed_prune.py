@@ -1,13 +1,13 @@
-"""Several processes train a network together, and select from it together.
+"""Several processes train a network together, and prune it together.
 
     torchrun --nproc-per-node=4 examples/distributed_prune.py
     torchrun --nproc-per-node=8 examples/distributed_prune.py --data DIR --units 10000 --steps 200
 
-Each process has its own part of scikit-learn's digits, or of MNIST (DIR as for mnist_mlp.py), and
-training is torch's DistributedDataParallel. Every one ends with the same Selection, which is what
-one process finds on all the data: --check selects once more on the first, by itself, and compares.
-With --checkpoint FOLDER a job that is killed goes on where it was. GPUs are used where there are
-some (NCCL), else processors (gloo); without torchrun it is one process.
+Each process has its own part of scikit-learn's digits, or of MNIST (DIR as for mnist_mlp.py).
+Training is torch's DistributedDataParallel. All processes get the same Selection, and one process
+with all the data would get it, too: with --check, the first process selects once more by itself,
+and compares. With --checkpoint FOLDER, a job that was killed resumes. The processes use GPUs and
+NCCL where there are GPUs, else gloo. Without torchrun there is one process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ import greedyprune
 from greedyprune import Selection
 
 Data = tuple[Tensor, Tensor]
-Row = tuple[str, nn.Module, float, float, float]  # both accuracies, seconds
+Row = tuple[
+    str, nn.Module, float, float, float
+]  # name, network, accuracy on the training and the held-out data, seconds
 
 
 def start() -> tuple[int, int, torch.device]:
-    """This process's rank, how many there are, and its device."""
+    """This process's rank, the number of processes, and this process's device."""
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
@@ -47,7 +49,7 @@ def start() -> tuple[int, int, torch.device]:
 
 
 def read(folder: Path | None) -> tuple[Data, Data]:
-    """Images (m, pixels) in [0, 1] and digits (m,): to train and select on, and held out."""
+    """Images (m, pixels) in [0, 1] and digits (m,): the training data and the held-out data."""
     if folder is not None:
         from mnist_mlp import read_mnist
 
@@ -61,7 +63,7 @@ def read(folder: Path | None) -> tuple[Data, Data]:
 
 
 def train(model: nn.Module, data: Data, iterations: int, rank: int) -> float:
-    """SGD on 128 samples of each process's part; the seconds it took."""
+    """SGD with batches of 128 samples on each process; returns the seconds."""
     begun = time.perf_counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(rank)
@@ -75,7 +77,7 @@ def train(model: nn.Module, data: Data, iterations: int, rank: int) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    """On the parts of all processes together."""
+    """The accuracy over the data of all processes."""
     model.eval()
     right = (model(data[0]).argmax(1) == data[1]).sum().double()
     counts = torch.stack([right, torch.tensor(len(data[1])).to(right)])
@@ -98,10 +100,12 @@ def show(rows: list[Row], processes: int) -> None:
     rich.print(table)
 
 
-def compare(model: nn.Module, data: Data, steps: int, found: Selection) -> None:
-    """What one process finds on all the data, beside what all found."""
+def compare(
+    model: nn.Module, data: Data, steps: int, found: Selection, group: dist.ProcessGroup | None
+) -> None:
+    """Compares the selection of all processes with that of one process on all the data."""
     begun = time.perf_counter()
-    alone = greedyprune.select(model, data, steps=steps, parallel="none")
+    alone = greedyprune.select(model, data, steps=steps, process_group=group)
     same = "the same picks" if torch.equal(alone.order, found.order) else "OTHER PICKS"
     apart = float((alone.losses / found.losses - 1).abs().max())
     print(f"one process by itself: {same}, losses within {apart:.1g}, "
@@ -123,7 +127,7 @@ def main() -> None:
     rank, processes, device = start()
     whole, held_out = ((x.to(device), y.to(device)) for x, y in read(args.data))
     own, unseen = ((x[rank::processes], y[rank::processes]) for x, y in (whole, held_out))
-    torch.manual_seed(0)  # the same network everywhere
+    torch.manual_seed(0)  # the same network on every process
     model = nn.Sequential(
         nn.Linear(whole[0].shape[1], args.units), nn.ReLU(), nn.Linear(args.units, 10)
     ).to(device)
@@ -141,11 +145,12 @@ def main() -> None:
     tuned = small if processes == 1 else DistributedDataParallel(small)
     seconds = train(tuned, own, args.iterations // 4, rank)
     rows.append(("greedy + tuning", small, accuracy(small, own), accuracy(small, unseen), seconds))
+    first = dist.new_group([0]) if dist.is_initialized() else None  # a group of one process
     if rank == 0:
         show(rows, processes)
         if args.check:
             order = [torch.cat([t[r::processes] for r in range(processes)]) for t in whole]
-            compare(model, (order[0], order[1]), args.steps, selection)
+            compare(model, (order[0], order[1]), args.steps, selection, first)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

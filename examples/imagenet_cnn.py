@@ -1,16 +1,17 @@
-"""ImageNet, or images in folders like its: a trained network pruned and fine-tuned.
+"""Prunes and fine-tunes a trained network on ImageNet, or on images in folders like ImageNet's.
 
     torchrun --nproc-per-node 8 examples/imagenet_cnn.py --data DIR --weights resnet50/
     torchrun --nproc-per-node 8 examples/imagenet_cnn.py --data DIR --weights FILE.pth \\
         --network mobilenet_v2 --prune loss --tolerance 0.02
 
-DIR has train/CLASS/IMAGE and val/CLASS/IMAGE; nothing is downloaded. Trained weights are a folder
-that transformers' save_pretrained wrote (ResNetForImageClassification,
-MobileNetV2ForImageClassification), or a file of torchvision's for --network, where torchvision is
-installed. Without --weights, a network of transformers is trained first: --iterations 450000 is 90
-passes over ImageNet; --prune-at says where to prune on the way. On one process: python for
-torchrun. Stop it whenever you like: the same command goes on from there, and cells that
---out/imagenet_cnn.csv has are skipped. Prints a table and writes a picture.
+DIR has train/CLASS/IMAGE and val/CLASS/IMAGE; nothing is downloaded. --weights is a folder that
+transformers' save_pretrained wrote (ResNetForImageClassification,
+MobileNetV2ForImageClassification), or a file of torchvision's weights for --network, for which
+torchvision has to be installed. Without --weights, a network of transformers is trained first;
+--iterations 450000 is 90 passes over ImageNet, and --prune-at says at which iterations to prune.
+For one process, replace torchrun by python. An interrupted run resumes with the same command, and
+results that are already in --out/imagenet_cnn.csv are not computed again. Prints a table and writes
+a figure.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ NETWORKS = {
         layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[3, 4, 6, 3]
     ),
     "mobilenet_v2": transformers.MobileNetV2Config(tf_padding=False),
-}  # by torchvision's names
+}  # with torchvision's names
 QUICK = {"resolution": 64, "batch": 32, "select_images": 64, "tune": 20, "layer_tune": 2}
 
 
 class Folder(Dataset[tuple[Tensor, int]]):
-    """Images (3, side, side) float32, normalised, of folder/CLASS/*, and their classes' places.
+    """The images folder/CLASS/*, (3, side, side) float32, normalised, and their class numbers.
 
-    An item is named by its place, for the middle of the image, or by its place and a seed, for a
-    random part of 8 to 100 % of the area, half of them mirrored (Szegedy et al. 2015).
+    images[i] is the middle of image i. images[i, seed] is a random part of it, of 8 to 100 % of the
+    area, mirrored with probability 1/2 (Szegedy et al. 2015).
     """
 
     def __init__(self, folder: Path, side: int) -> None:
@@ -81,7 +82,7 @@ class Folder(Dataset[tuple[Tensor, int]]):
 
 
 def middle(width: int, height: int) -> tuple[float, float, float, float]:
-    """The 224 of 256 pixels of the shorter side, in the middle of both."""
+    """The square in the middle, of 224/256 of the shorter side: left, top, right, bottom."""
     half = min(width, height) * 224 / 256 / 2
     return width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half
 
@@ -95,7 +96,7 @@ def some_part(width: int, height: int, rng: random.Random) -> tuple[float, float
 
 
 def network(args: argparse.Namespace, classes: int) -> nn.Module:
-    """With the weights that were given, or new ones."""
+    """The network of --network, with the given weights or with new ones."""
     if args.weights is None:
         config = copy.deepcopy(NETWORKS[args.network])
         config.num_labels = classes
@@ -116,7 +117,10 @@ def network(args: argparse.Namespace, classes: int) -> nn.Module:
 def batches_of(
     images: Folder, args: argparse.Namespace, device: torch.device
 ) -> Callable[[int], Iterator[Data]]:
-    """Passes over the images, each in an order of its own; to every process its part of a batch."""
+    """A function from a first iteration to the batches from there on.
+
+    Each pass over the images has its own order. Every process gets its part of each batch.
+    """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     size = min(args.batch, len(images))
     a_pass = len(images) // size
@@ -143,7 +147,7 @@ def batches_of(
 def accuracy(
     model: nn.Module, images: Folder, args: argparse.Namespace, device: torch.device
 ) -> float:
-    """Every process looks at its part of the images."""
+    """The accuracy over all images; every process takes a part of them."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     mine = Subset(images, range(rank(), len(images), processes))
     hits = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,10 +1,10 @@
-"""The first setting of arXiv:2108.00259: a two-layer network on MNIST, pruned to 200 greedy steps.
+"""The first setting of arXiv:2108.00259: a two-layer network on MNIST, pruned in 200 greedy steps.
 
     python examples/mnist_mlp.py --data DIR [--units 10000] [--samples 60000]
 
-DIR holds MNIST's IDX files (train-images-idx3-ubyte.gz and so on), or has them in MNIST/raw. Labels
-are binarised (0-4 against 5-9, at -1 and 1) and the loss is the squared error, as in the paper;
-sub-datasets are drawn evenly over the ten digits. Prints a table and writes a picture.
+DIR or DIR/MNIST/raw has MNIST's IDX files (train-images-idx3-ubyte.gz and so on). As in the paper,
+the labels are binary (-1 for the digits 0-4, 1 for 5-9) and the loss is the squared error. Smaller
+training sets are drawn evenly over the ten digits. Prints a table and writes a figure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from training import Row, compare, picture, show, sign_accuracy, train
 
 
 def read_idx(folder: Path, name: str) -> Tensor:
-    """One of MNIST's files, compressed or not: (count, ...) uint8."""
+    """The content of one of MNIST's files, compressed or not: (count, ...) uint8."""
     for path, opened in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
         if path.is_file():
             with opened(path, "rb") as file:
@@ -47,7 +47,7 @@ def binary(digits: Tensor) -> Tensor:
 
 
 def evenly(digits: Tensor, samples: int) -> Tensor:
-    """Indices of so many samples, drawn at random and evenly over the digits."""
+    """The indices (samples,) of random samples, drawn evenly over the digits."""
     if samples >= len(digits):
         return torch.arange(len(digits))
     share = -(-samples // 10)

@@ -3,18 +3,20 @@
     python examples/mnist_pretraining.py --data DIR --quick   # minutes, on two cores
     python examples/mnist_pretraining.py --data DIR           # the paper's grid: one call on a GPU
 
-DIR holds MNIST's IDX files, as for mnist_mlp.py. Networks are trained on m of the images, drawn
-evenly over the digits (as far as these go), by plain SGD on the squared error of binarised labels,
-and pruned every so many iterations by greedy steps. "mean-field" networks are the paper's, the mean
-of N units with weights of the order 1; "standard" ones have torch's initial weights.
+DIR has MNIST's IDX files, as for mnist_mlp.py. Each network is trained on m of the images, drawn
+evenly over the digits where there are enough, by plain SGD on the squared error of binary labels.
+Every --every iterations a copy is pruned by greedy steps. The "mean-field" networks are the
+paper's: the mean of N units with weights of order 1. The "standard" networks have torch's initial
+weights.
 
-The picture has the pruned networks' training accuracy over iterations and m, with two lines: where
-it passes the best that the dense network reaches in all the iterations of this call, and where it
-reaches a level; below, the dense networks' accuracy beside it, and how the lines grow with m.
+The figure shows the pruned networks' training accuracy over iterations and m, with two lines: the
+iterations at which it reaches a level, and those at which it passes the best accuracy of the dense
+network in all iterations of this call. Below are the accuracies of the dense networks, and how the
+two lines grow with m.
 
-Every row of OUT/mnist_pretraining.csv is written when it is known. The same call goes on where
-another was stopped: it trains the network in hand again, from the same seed, and prunes it where
-that is missing. A call for fewer sizes, seeds or iterations draws what is there.
+Every row of OUT/mnist_pretraining.csv is written as soon as it is known. An interrupted run resumes
+with the same command: it trains the current network again from the same seed, and prunes it only at
+the iterations that are missing. A call for fewer sizes, seeds or iterations draws what is there.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ QUICK = {
 
 
 class Training(NamedTuple):
-    """All that a network and what is pruned from it depend on."""
+    """Everything that a trained network and the networks pruned from it depend on."""
 
     network: str
     units: int
@@ -62,9 +64,9 @@ class Training(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What was measured at one iteration, losses and accuracies on the training data.
+    """The measurements at one iteration; losses and accuracies are on the training data.
 
-    kept: distinct units of the pruned network; seconds: to select and prune
+    kept: the number of units of the pruned network; seconds: for selecting and pruning
     """
 
     iteration: int
@@ -77,7 +79,7 @@ class Check(NamedTuple):
 
 
 class Results:
-    """The CSV, and its rows: checks[training][iteration]."""
+    """The CSV file and its rows: checks[training][iteration]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +90,7 @@ class Results:
         if not whole:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(columns + "\n")
-        elif len(whole) < len(content):  # a run was killed while it wrote its last line
+        elif len(whole) < len(content):  # a run was killed while it wrote the last line
             os.truncate(path, len(whole))
         header, *lines = whole.decode().splitlines() or [columns]
         if header != columns:
@@ -128,19 +130,20 @@ class Scale(nn.Module):
 
 
 def learning_rate(network: str, units: int) -> float:
-    """In a mean of N units, a unit's gradient is of the order 1/N.
+    """A learning rate that suits the width N.
 
-    A standard network's step in function space grows with N: 0.01 suits 2048 units, and lets the
-    loss of 10000 jump.
+    In a mean of N units, the gradient of a unit is of order 1/N, so the rate grows with N. In a
+    standard network, a step changes the outputs in proportion to N, so the rate falls with N: 0.01
+    suits 2048 units, but makes the loss of 10000 units jump.
     """
     return 0.05 * units if network == "mean-field" else 20.48 / units
 
 
 def dense_network(network: str, units: int) -> nn.Sequential:
-    """One hidden layer of ReLU units, one output.
+    """A network with one hidden layer of ReLU units and one output.
 
-    "mean-field" is the mean of the units, with outgoing weights of the order 1, as in the paper;
-    "standard" has torch's weights, with outgoing ones of the order 1/sqrt(N).
+    "mean-field": the output is the mean of the units with outgoing weights of order 1, as in the
+    paper. "standard": torch's initial weights; the outgoing ones are of order 1/sqrt(N).
     """
     hidden = nn.Linear(784, units)
     if network == "standard":
@@ -166,7 +169,7 @@ def pretrain(
     training: Training, iterations: range, images: Tensor, digits: Tensor, results: Results,
     bar: Any,
 ) -> None:  # fmt: skip
-    """Trains one network and prunes it wherever that is missing."""
+    """Trains one network, and prunes it at every iteration without a result."""
     missing = results.missing(training, iterations)
     if not missing:
         return
@@ -195,7 +198,7 @@ def trainings_of(args: argparse.Namespace, seed: int) -> list[Training]:
 def panels_of(
     results: Results, trainings: list[Training], iterations: range, level: float | None
 ) -> list[Panel]:
-    """One for each kind of network and width."""
+    """A panel for each kind of network and each width."""
     curves: dict[str, list[Curve]] = {}
     for training in trainings:
         title = f"{training.network} network, N = {training.units}"

@@ -1,4 +1,4 @@
-"""What mnist_pretraining.py makes of its results: when goals were reached, growth, a picture."""
+"""Evaluates and draws the results of mnist_pretraining.py: when goals were reached, and growth."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from matplotlib.patheffects import withStroke
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from greedyprune.figures import BLACK, MARKS, VERMILLION, legend_above
-from greedyprune.theory import Growth, crossing, growth
+from greedyprune.pretraining.theory import Growth, crossing, growth
+from greedyprune.runtime.figures import BLACK, MARKS, VERMILLION, legend_above
 
 
 class Curve(NamedTuple):
-    """The training accuracies of one network, a number for each check."""
+    """The training accuracies of one network and of its pruned copies, one for each iteration."""
 
     samples: int
     iterations: list[int]
@@ -27,17 +27,20 @@ class Curve(NamedTuple):
     pruned: list[float]
 
     def reaches(self, goal: float) -> float | None:
-        """The first iteration at which the pruned network is so accurate; None if never."""
+        """The first iteration at which the pruned network has the accuracy `goal`; None: never."""
         return crossing(self.iterations, self.pruned, goal)
 
     @property
     def caught_up(self) -> float | None:
-        """The first at which the dense network is at least as accurate as the pruned one."""
+        """The first iteration at which the dense network is as accurate as the pruned one.
+
+        None: never.
+        """
         return crossing(self.iterations, self.dense, self.pruned)
 
 
 class Line(NamedTuple):
-    """When the pruned networks reached a goal: (m, iteration) of each that did."""
+    """When the pruned networks reached a goal: a point (m, iteration) for each that did."""
 
     label: str
     color: str
@@ -46,16 +49,16 @@ class Line(NamedTuple):
 
     @property
     def fit(self) -> Growth | None:
-        """Over those that did not begin there; None where these have fewer than three sizes m."""
+        """The fit to the points after iteration 0; None for fewer than three sizes m."""
         later = [point for point in self.points if point[1] > 0]
         return growth(*zip(*later, strict=True)) if len({m for m, _ in later}) > 2 else None
 
 
 class Panel(NamedTuple):
-    """All trainings of one kind of network at one width; several of a size differ in their seed.
+    """All trainings of one kind of network at one width, for several sizes m and seeds.
 
-    wanted: the accuracy of the first line; None: the highest, in halves of a percent, that every
-        pruned network reaches
+    wanted: the accuracy of the first line. None: the highest accuracy, in steps of half a percent,
+        that every pruned network reaches
     """
 
     title: str
@@ -81,7 +84,7 @@ class Panel(NamedTuple):
 
     @property
     def lines(self) -> list[Line]:
-        """Reaching the level, and passing the best accuracy that the dense network ever has."""
+        """When the pruned networks reach the level, and when they pass the dense network's best."""
         level = self.level
         best = [max(curve.dense) for curve in self.curves]
         return [
@@ -97,13 +100,13 @@ class Panel(NamedTuple):
         return Line(label, color, mark, [(m, at) for m, at in reached if at is not None])
 
     def mean(self, samples: int, points: list[tuple[int, float]]) -> float:
-        """Over the seeds of a size; NaN unless there is a point for each."""
+        """The mean iteration over the seeds of a size; NaN unless every seed has a point."""
         found = [at for m, at in points if m == samples]
         return float(np.mean(found)) if len(found) == len(self.of_size(samples)) else float("nan")
 
 
 def _heat_map(axes: Axes, panel: Panel) -> QuadMesh:
-    """The pruned networks' accuracies, means over the seeds, a row for each size."""
+    """The pruned networks' accuracies, averaged over the seeds, with a row for each size."""
     accuracy = np.array([
         np.mean([curve.pruned for curve in panel.of_size(m)], axis=0) for m in panel.samples
     ])  # fmt: skip
@@ -126,7 +129,7 @@ def _heat_map(axes: Axes, panel: Panel) -> QuadMesh:
 
 
 def _curves(axes: Axes, panel: Panel) -> None:
-    """Both networks' accuracies for some of the sizes, with the first seed."""
+    """The accuracies of the dense and the pruned network for some sizes, for the first seed."""
     some = np.unique(np.linspace(0, len(panel.samples) - 1, 4).round().astype(int))
     for i, (color, mark) in zip(some, MARKS, strict=False):
         curve = panel.of_size(panel.samples[i])[0]
@@ -147,7 +150,7 @@ def _curves(axes: Axes, panel: Panel) -> None:
 
 
 def _growth(axes: Axes, panel: Panel) -> None:
-    """The lines against m, a point for each seed, with both laws."""
+    """The iterations of each line over m, a point for each seed, with both fitted laws."""
     m = np.geomspace(panel.samples[0], panel.samples[-1], 100)
     for line in panel.lines:
         axes.plot(*np.reshape(line.points, (-1, 2)).T, line.mark, color=line.color, markersize=5)
@@ -189,7 +192,7 @@ def picture(panels: list[Panel], title: str) -> Figure:
 
 
 def show(panel: Panel) -> None:
-    """A table, means over the seeds, and the fits."""
+    """Prints a table of means over the seeds, and the fits."""
     table = Table(title=panel.title, box=SIMPLE_HEAD, pad_edge=False)
     caught = [(c.samples, at) for c in panel.curves if (at := c.caught_up) is not None]
     columns = {line.label: line.points for line in panel.lines} | {"dense catches up": caught}

@@ -1,12 +1,13 @@
-"""A trained network on CIFAR-10, its channels pruned without any tuning.
+"""Prunes the channels of a trained network on CIFAR-10 in several ways, without fine-tuning.
 
     python examples/prune_cnn.py --data DIR [--network resnet20 | vgg] [--images 1024] [--seed 0]
 
-DIR has the standard Python batches (cifar-10-batches-py). Of the ResNet-20 the inner channels of
-all blocks are pruned, of the VGG all channels. Prints test accuracies for the theory's
-weights and for least squares, every layer by itself, one after the other, with kept channels
-exchanged for others (the default), in the metric of the predictions' Fisher information; for gates
-and for the true loss; and with all layers refit afterwards, then tuned together, too.
+DIR has the standard Python batches (cifar-10-batches-py). In the ResNet-20 the inner channels of
+all blocks are pruned, in the VGG all channels. Prints the test accuracies for
+- the theory's weights and for refitted weights, selecting each layer by itself or in sequence,
+- exchanges of kept channels for others (the default), also in the Fisher metric,
+- selection by gates, and by the true loss,
+- all layers refitted together afterwards, with and without epochs of training.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import Imitation, Loss
 
 HOW: dict[str, dict[str, Any]] = {
-    "counts, by itself": {"weights": "counts", "sequential": False},
-    "counts, in sequence": {"weights": "counts"},
-    "refit, by itself": {"sequential": False, "swaps": 0},
-    "refit, in sequence": {"swaps": 0},
-    "refit, in sequence, exchanges": {},
-    "the same, metric='fisher'": {"metric": "fisher"},
+    "counts, by itself": {"weights": "counts", "objective": Imitation(sequential=False)},
+    "counts, in sequence": {"weights": "counts", "objective": "imitation"},
+    "refit, by itself": {"objective": Imitation(sequential=False, swaps=0)},
+    "refit, in sequence": {"objective": Imitation(swaps=0)},
+    "refit, in sequence, exchanges": {"objective": "imitation"},
+    "the same, metric='fisher'": {"objective": Imitation(metric="fisher")},
     "gates": {"objective": "fisher"},
-    "true loss": {"objective": "loss", "weights": "none", "batch_size": 128, "screen": 8},
-}
-REFIT = {name: [0] for name in list(HOW)[-4:]}  # epochs of greedyprune.refit afterwards
+    "true loss": {
+        "objective": Loss(candidates=8, draw="gradient", batch_size=128), "weights": "none"
+    },
+}  # fmt: skip
+REFIT = {name: [0] for name in list(HOW)[-4:]}  # epochs of greedyprune.refit after the selection
 REFIT["refit, in sequence, exchanges"] += [20]
 
 
@@ -68,9 +72,7 @@ def main() -> None:
     for keep in args.keep:
         for name, options in HOW.items():
             start = time.perf_counter()
-            selection = greedyprune.select(
-                model, data, layers=inner, size=keep, **({"objective": "imitation"} | options)
-            )
+            selection = greedyprune.select(model, data, layers=inner, size=keep, **options)
             seconds = time.perf_counter() - start
             row(table, keep, name, greedyprune.prune(model, selection), held_out, seconds)
             for epochs in REFIT.get(name, []):

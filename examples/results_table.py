@@ -1,4 +1,4 @@
-"""Results of pruning along a training: rows of a CSV, a table, a picture."""
+"""The results of pruning at several points of a training: rows of a CSV, a table, a figure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from greedyprune.figures import BLACK, MARKS, legend_below, panels_of
+from greedyprune.runtime.figures import BLACK, MARKS, legend_below, panels_of
 
 METHODS = ("none", "imitation", "loss")  # of pruning
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What tells one result from the others.
+    """What identifies one result.
 
-    schedule: iterations that the cosine of pre-training is laid out for; pretrained: those done
-    keep: the share of units, or the tolerance; tune: iterations of fine-tuning
+    schedule: the iterations over which the learning rate of pre-training falls to 0
+    pretrained: the iterations of pre-training before pruning
+    prune: the method; keep: its share of units, or its tolerance
+    tune: the iterations of fine-tuning
     """
 
     network: str
@@ -39,9 +41,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the table: accuracy before and after fine-tuning, cost, seconds.
+    """The accuracy before and after fine-tuning, the costs of the network, and seconds.
 
-    train_s: of pre-training; test_s: of the held-out images through the network
+    train_s: for pre-training; test_s: for running the network on the held-out images
     """
 
     accuracy: float
@@ -79,7 +81,7 @@ def append_result(file: Path, cell: Cell, result: Result) -> None:
 
 
 def tables(results: Mapping[Cell, Result]) -> Iterator[Table]:
-    """A table a network, number of images and seed; a row a cell."""
+    """A table for each network, number of images and seed, with a row for each cell."""
     cells = sorted(results, key=order)
     for (network, images, seed), group in itertools.groupby(cells, lambda cell: order(cell)[:3]):
         table = Table(
@@ -113,10 +115,10 @@ def label(cell: Cell) -> str:
 
 
 def picture(results: Mapping[Cell, Result]) -> Figure:
-    """Accuracy over the iterations of pre-training; a panel a network and number of images.
+    """A figure of the accuracy over the iterations of pre-training, averaged over the seeds.
 
-    The mean over the seeds; dashed as pruned (or trained), solid fine-tuned. What was pruned at
-    fewer points than others is left to the table.
+    It has a panel for each network and number of images. Dashed lines are before fine-tuning, solid
+    lines after it. Methods with fewer points than others are only in the table.
     """
     panels = sorted({(cell.network, cell.images) for cell in results})
     figure, axes = panels_of(len(panels))

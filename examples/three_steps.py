@@ -1,7 +1,8 @@
-"""What the convolutional examples share: pre-train, prune, fine-tune, in parts that can be resumed.
+"""What the convolutional examples share: pre-training, pruning and fine-tuning that can resume.
 
-One process, or several started by torchrun: then training is torch's DistributedDataParallel, all
-share the work of a selection, and rank 0 writes.
+They run on one process, or on several that torchrun starts. Then training is torch's
+DistributedDataParallel, each process brings a part of the images to a selection, and rank 0 writes
+the files.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ import greedyprune
 
 T = TypeVar("T")
 Data = tuple[Tensor, Tensor]
-SHOWN = 50  # iterations between two looks at the loss, for which a GPU has to be waited for
+SHOWN = 50  # iterations between two displays of the loss; each one waits for the GPU
 
 
 @dataclass(frozen=True)
 class Training:
     """What all trainings of a network have in common.
 
-    batches: images and labels on the network's device, from an iteration on
+    batches: a function from a first iteration to the batches from there on: images and labels on
+        the network's device
     every: iterations between checkpoints
     """
 
@@ -49,12 +51,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Task:
-    """What an example brings for one pre-training.
+    """What an example provides for one pre-training.
 
-    dense: the network before it, on the device, the same one in every call
-    data: some images to select on
-    test: a network's accuracy on held-out images
-    layer_tune: iterations after each layer, for "loss"
+    dense: a function that returns the untrained network on its device, the same one in every call
+    data: images and labels to select on
+    test: a function from a network to its accuracy on held-out images
+    layer_tune: for "loss", the iterations of fine-tuning after each layer
+    folder: where the networks and checkpoints are saved
     """
 
     dense: Callable[[], nn.Module]
@@ -66,7 +69,7 @@ class Task:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The arguments that the examples share."""
+    """Adds the command-line arguments that the examples share."""
     add = parser.add_argument
     add("--prune", nargs="+", choices=METHODS, default=["none", "imitation"], help="how")
     add("--size", type=float, default=0.5, help="for imitation: the share of units that is kept")
@@ -83,13 +86,13 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """What rank 0 has written is there for all."""
+    """Waits until every process is here; then all can read the files that rank 0 has written."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def by_rank_0(function: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank."""
+    """Calls the function on rank 0, and returns its result on every rank."""
     if not dist.is_initialized():
         return function()
     found = [function() if rank() == 0 else None]
@@ -98,7 +101,7 @@ def by_rank_0(function: Callable[[], T]) -> T:
 
 
 def start(device: str) -> torch.device:
-    """The device, "auto": a GPU where there is one; joined to torchrun's other processes."""
+    """The device to use ("auto": a GPU where there is one). Joins the processes of torchrun."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(device)
@@ -107,7 +110,7 @@ def start(device: str) -> torch.device:
         torch.cuda.set_device(found)
         torch.backends.cudnn.benchmark = True
     if "LOCAL_RANK" in os.environ:
-        # The others wait for what rank 0 measures.
+        # A long timeout: the other ranks wait while rank 0 works alone.
         dist.init_process_group(
             "nccl" if found.type == "cuda" else "gloo", timeout=timedelta(hours=12)
         )
@@ -115,7 +118,7 @@ def start(device: str) -> torch.device:
 
 
 def write(content: dict[str, Any], file: Path) -> None:
-    """In one go: a run that is cut off leaves the old file or the new one."""
+    """Writes a file completely or not at all: an interrupted run leaves the old file or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, file.with_suffix(".part"))
     file.with_suffix(".part").replace(file)
@@ -125,11 +128,11 @@ def train(
     model: nn.Module, by: Training, iterations: int, lr: float, title: str,
     until: int | None = None, file: Path | None = None,
 ) -> float:  # fmt: skip
-    """SGD, its learning rate along a cosine from `lr` to 0; the seconds that it took in all.
+    """SGD with a learning rate along a cosine from `lr` to 0; returns the seconds of all parts.
 
-    Goes on from `file`, which it writes on the way and where it stops, at `until`. Each iteration
-    has a seed of its own for all that it draws: nothing else needs to be kept for a run that was
-    cut off to end as if it had not been.
+    It stops at iteration `until`. It writes checkpoints to `file`, also when it stops, and resumes
+    from there. Each iteration seeds the random numbers anew, so an interrupted run ends exactly
+    like one that was not interrupted.
     """
     until = iterations if until is None else until
     where = next(model.parameters()).device
@@ -148,8 +151,8 @@ def train(
         raise SystemExit(f"{file}: found {first} iterations, expected at most {until}")
     network = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     forward: Callable[[Tensor], Any] = network
-    if by.compiled and file is not None:  # it takes a minute: not for a short one
-        torch.compiler.reset()  # else networks of many shapes would end in eager mode
+    if by.compiled and file is not None:  # compiling takes a minute, too long for a short training
+        torch.compiler.reset()  # after many networks of other shapes, torch would stop compiling
         forward = torch.compile(network)
     begun, following = time.perf_counter(), by.batches(first)
     steps = tqdm(
@@ -178,7 +181,7 @@ def train(
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Also of a Hugging Face model."""
+    """The output of a network, or the logits in the output of a Hugging Face model."""
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
@@ -193,25 +196,35 @@ def flops(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
-    """A smaller model; `model` itself for "none".
+def part_of(data: Data) -> Data:
+    """This process's part of the data to select on: so many images in a row."""
+    if not dist.is_initialized():
+        return data
+    images, labels = (tensor.tensor_split(dist.get_world_size()) for tensor in data)
+    return images[rank()], labels[rank()]
 
-    "imitation": every layer at the share `cell.keep` of its units, refit to imitate the dense
-    network. "loss": Ye et al.'s and Wolfe et al.'s form, layer by layer: 50 candidates drawn at
-    random, each judged by the network's loss on 128 images, until that is at most the share
-    `cell.keep` above the loss before; a short fine-tuning follows each layer.
+
+def pruned(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
+    """The pruned model; for "none", `model` itself.
+
+    "imitation": keeps the share `cell.keep` of the units in every layer, and refits the weights to
+    imitate the dense network. "loss": the form of Ye et al. and of Wolfe et al., layer by layer.
+    Each step draws 50 candidates at random and scores them by the network's loss on 128 images. A
+    layer is done when this loss is at most the share `cell.keep` above the loss before the layer; a
+    short fine-tuning follows.
     """
     if cell.prune == "none":
         return model
     if cell.prune == "imitation":
         selection = greedyprune.select(
-            model, task.data, objective="imitation", size=cell.keep, parallel="units"
+            model, part_of(task.data), objective="imitation", size=cell.keep
         )
         return greedyprune.prune(model, selection)
     for name, layer in greedyprune.layers(model, image_for(model, task)).items():
+        objective = greedyprune.Loss(candidates=min(50, layer.units), batch_size=128)
         selection = greedyprune.select(
-            model, task.data, layers=name, objective="loss", tolerance=cell.keep, batch_size=128,
-            candidates=min(50, layer.units), seed=cell.seed, parallel="units",
+            model, part_of(task.data), layers=name, objective=objective, tolerance=cell.keep,
+            seed=cell.seed,
         )  # fmt: skip
         model = greedyprune.prune(model, selection)
         train(model, task.training, task.layer_tune, 0.01, f"tuning after {name}")
@@ -224,7 +237,7 @@ def timed(function: Callable[[], T]) -> tuple[T, float]:
 
 
 def pretrained(cell: Cell, task: Task) -> tuple[nn.Module, float]:
-    """The dense network after so many iterations, and the seconds of training to there."""
+    """The dense network after the cell's iterations of pre-training, and the seconds it took."""
     file = task.folder / f"{cell.pretrained:05}.pt"
     model = task.dense()
     if not by_rank_0(file.is_file):
@@ -241,7 +254,7 @@ def pretrained(cell: Cell, task: Task) -> tuple[nn.Module, float]:
 
 
 def finish(cell: Cell, task: Task) -> Result:
-    """Pre-trains, prunes and fine-tunes, as far as that is not on disk already."""
+    """Pre-trains, prunes and fine-tunes; steps that are already on the disk are not repeated."""
     dense, train_s = pretrained(cell, task)
     name = f"{cell.pretrained:05}-{cell.prune}-{cell.keep:g}"
     file = task.folder / f"{name}.safetensors"
@@ -269,7 +282,7 @@ def finish(cell: Cell, task: Task) -> Result:
 
 
 def run(tasks: Iterable[tuple[Cell, Task]], file: Path) -> None:
-    """The cells that the CSV `file` lacks, each appended once it is done; a table, a picture."""
+    """Computes the cells that the CSV `file` does not have; prints a table and writes a figure."""
     for cell, task in tasks:
         if cell in by_rank_0(lambda: read_results(file)):
             continue
@@ -287,5 +300,5 @@ def run(tasks: Iterable[tuple[Cell, Task]], file: Path) -> None:
         picture(results).savefig(file.with_suffix(".png"), dpi=120)
         print(f"results: {file}, picture: {file.with_suffix('.png')}")
     if dist.is_initialized():
-        dist.barrier()  # else torch may abort the last to leave
+        dist.barrier()  # without it, torch may abort the last process to leave
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""The trained ResNet-20 pruned by Torch-Pruning, with its importances and with ours, and by select.
+"""Prunes the trained ResNet-20 by Torch-Pruning, with its importances and with ours, and by select.
 
     python examples/torch_pruning_resnet20.py --data DIR [--images 1024] [--ratio 0.25 0.5]
 
-DIR has CIFAR-10's Python batches. All methods remove the same number of channels: of the inner
-layers of the blocks, or of every layer, with the residual stream. Test accuracies as pruned, with
-batch normalisation's statistics taken again, and after the same few iterations of SGD from there.
-Needs torch-pruning.
+DIR has CIFAR-10's Python batches. All methods remove the same number of channels, either from the
+inner layers of the blocks or from every layer, the residual stream included. Prints the test
+accuracies after pruning, after computing the batch norm statistics again, and then after the same
+few iterations of SGD. Needs torch-pruning.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ OURS = {"select, prune": greedyprune.prune, "select, refit": greedyprune.refit}
 
 
 def pruned(name: str, layers: str, ratio: float, data: Data) -> nn.Module:
-    """The network without so many of the channels of its "inner" or "all" layers."""
+    """The network without the share `ratio` of the channels in its "inner" or "all" layers."""
     model = kept()
     inner = [at for at, _ in model.named_modules() if at.endswith("conv1")]
     if name in OURS:
@@ -79,10 +79,10 @@ def pruned(name: str, layers: str, ratio: float, data: Data) -> nn.Module:
 
 
 def tuned(model: nn.Module, data: Data, iterations: int) -> nn.Module:
-    """A copy after some iterations of SGD, the same batches for every model."""
+    """A copy of the model after some iterations of SGD; every model gets the same batches."""
     model = copy.deepcopy(model).train()
     rng = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)  # of the images' shifts
+    torch.manual_seed(0)  # for the random shifts of the images
     optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     for _ in range(iterations):
         some = torch.randint(len(data[0]), (128,), generator=rng)
@@ -114,7 +114,7 @@ def main() -> None:
             model = pruned(name, layers, ratio, data)
             count = sum(p.numel() for p in model.parameters())
             found = [accuracy(model, held_out)]
-            # What is refitted fits the statistics that it has; tuning changes both.
+            # Refitted weights assume the old batch norm statistics; fine-tuning changes both.
             greedyprune.recalibrate(model, data[:1])
             found.append(accuracy(model, held_out))
             found.append(accuracy(tuned(model, images, args.iterations), held_out))

@@ -1,4 +1,4 @@
-"""What the examples share: plain torch training, other ways to choose units, a table, a picture."""
+"""What the examples share: plain torch training, other ways to choose units, tables and figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Accuracy = Callable[[Tensor, Tensor], float]
 
 @dataclass
 class Row:
-    """A network in the table, and the seconds that it took to get there from the row before."""
+    """A network in the table, and the seconds that it took to make it."""
 
     name: str
     model: nn.Module
@@ -35,7 +35,7 @@ def train(
     model: nn.Module, data: Data, loss: Loss, iterations: int, lr: float, batch: int = 128,
     momentum: float = 0.0,
 ) -> float:  # fmt: skip
-    """Plain SGD; the seconds it took."""
+    """Plain SGD; returns the seconds."""
     start = time.perf_counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     inputs, targets = data
@@ -59,12 +59,12 @@ def class_accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 
 def sign_accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Of two classes at -1 and 1."""
+    """The accuracy for two classes with the targets -1 and 1."""
     return float((outputs.sign() == targets).double().mean())
 
 
 def choose(selection: Selection, kept: Tensor, weights: str) -> Selection:
-    """A selection of other units, their weights as they are ("none") or times N / kept."""
+    """A selection of the units `kept`. weights: "none" or "uniform", as for `select`."""
     (name, layer), = selection.layers.items()  # fmt: skip
     other = LayerSelection.of_path(
         len(layer.counts), kept, weights, None,
@@ -88,9 +88,10 @@ def largest(model: nn.Module, selection: Selection, size: int) -> Tensor:
 def compare(
     model: nn.Module, data: Data, loss: Loss, steps: int, tune: Callable[[nn.Module], float]
 ) -> tuple[Selection, list[Row]]:
-    """Greedy selection beside random and magnitude at the same size, each before and after tuning.
+    """Compares greedy, random and magnitude selection at one size, before and after fine-tuning.
 
-    Random and magnitude get the better of their weights as they are and scaled by N / kept.
+    For random and magnitude selection, the weights of the kept units stay as they are or are scaled
+    by N / kept, whichever gives the lower loss.
     """
     start = time.perf_counter()
     selection = greedyprune.select(model, data, steps=steps)

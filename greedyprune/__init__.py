@@ -6,16 +6,18 @@ small = greedyprune.prune(model, selection)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import theory
-from ._backend import show_config
-from .history import Check
-from .monitor import PretrainingMonitor
-from .refitting import refit
-from .saving import load_pruned, save_pruned
-from .selection import LayerSelection, Selection
+from .budget import Budget
+from .graph.layers import layers
+from .kernels.backend import show_config
+from .objectives.options import Fisher, Imitation, Loss
+from .pretraining import theory
+from .pretraining.history import Check
+from .pretraining.monitor import PretrainingMonitor
 from .selector import select
-from .structure import layers
-from .surgery import prune, recalibrate
+from .surgery.cut import prune, recalibrate
+from .surgery.refit import refit
+from .surgery.saving import load_pruned, save_pruned
+from .surgery.selection import LayerSelection, Selection
 
 try:
     __version__ = version("greedyprune")
@@ -23,6 +25,7 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
-    "Check", "LayerSelection", "PretrainingMonitor", "Selection", "layers", "load_pruned", "prune",
-    "recalibrate", "refit", "save_pruned", "select", "show_config", "theory",
+    "Budget", "Check", "Fisher", "Imitation", "LayerSelection", "Loss", "PretrainingMonitor",
+    "Selection", "layers", "load_pruned", "prune", "recalibrate", "refit", "save_pruned", "select",
+    "show_config", "theory",
 ]  # fmt: skip

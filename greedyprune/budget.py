@@ -1,7 +1,7 @@
-"""Widths for a budget: how many units each layer keeps, so that the model costs a given share.
+"""Sizes for a budget: how many units each layer keeps, so that the model costs a given share.
 
-Each layer's greedy path says what it loses at every width; a knapsack (knapsack.py) finds the
-widths with the lowest sum of these losses whose cost is within the budget.
+Each layer's greedy path tells its loss at every size. A knapsack (knapsack.py) finds the sizes
+whose losses have the lowest sum within the budget.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -18,32 +18,99 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .costs import Budget, Cost, counted
-from .data import Batch, Batches
-from .distributed import Ranks
-from .evaluation import warn
-from .features import run_model
-from .graph import Group
-from .imitation import Sums
+from .data.batches import Batch, Batches
+from .data.forward import hooked, run_model
+from .graph.costs import BudgetReport, Cost, count_flops
+from .graph.groups import Group
 from .knapsack import Knapsack, solve
-from .reference import Rule
-from .selection import LayerSelection
-from .settings import Settings, nearest
-from .surgery import cut_to
+from .objectives.layer_products import LayerProducts
+from .runtime.arguments import is_number
+from .runtime.distributed import Ranks
+from .runtime.progress import warn
+from .surgery.cut import cut_to
+from .surgery.selection import LayerSelection
 
-ROUNDS = 4  # a latency is measured, and asked for a little lower where it was missed
+ROUNDS = 4  # a cost is measured, and the limit lowered by the excess, at most so often
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of every layer's units, where latencies are measured
-SECONDS, RUNS = 2.0, 5  # measuring takes so long, and at least so many runs of each model
+SECONDS, RUNS = 2.0, 5  # measuring takes at least so long, and so many runs of each model
 
 
-def step_of(group: Group, round_to: int) -> int:
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost, for `select(size=...)`, as a share of the dense model's cost.
+
+    The sizes k_l of the layers l are those within the budget that minimise
+
+        sum over l of  L_l(k_l) / L_l(0),
+
+    where L_l(k) is the squared error to the dense output of layer l's consumers when it keeps the
+    first k units of its greedy path and all other layers are dense. For objective "fisher" it is
+    the sum of the losses in the gates. The sum is minimised exactly, or to the gap that
+    `selection.budget` reports.
+
+    Args:
+        flops: of torch.utils.flop_counter, on the first batch; in (0, 1]
+        params: parameters; in (0, 1]
+        latency: seconds a forward pass of the first batch takes on the model's device; in (0, 1]
+        uniform: one size for all layers of a kind: with as many units, between the same kinds of
+            modules, such as the blocks of a transformer
+
+    Raises:
+        ValueError, TypeError: none or several of flops, params and latency, or one that is out of
+            range
+
+    Example:
+        >>> greedyprune.Budget(flops=0.6, uniform=True)
+        Budget(flops=0.6, params=None, latency=None, uniform=True)
+    """
+
+    flops: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        given = {name: share for name in KINDS if (share := getattr(self, name)) is not None}
+        if len(given) != 1:
+            what = ", ".join(given) or "none"
+            raise ValueError(f"Budget: found {what}, expected one of {', '.join(KINDS)}")
+        [(name, share)] = given.items()
+        if not is_number(share):
+            raise TypeError(f"{name}: found {share!r}, expected a share in (0, 1]")
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}: found {share!r}, expected a share in (0, 1]")
+        if not isinstance(self.uniform, bool):
+            raise TypeError(f"uniform: found {self.uniform!r}, expected True or False")
+
+    @property
+    def kind(self) -> str:
+        """Which cost is limited."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
+    @property
+    def share(self) -> float:
+        """The share of the dense model's cost."""
+        return float(getattr(self, self.kind))
+
+
+KINDS = ("flops", "params", "latency")
+
+
+def nearest(size: int, units: int, step: int) -> int:
+    """The multiple of `step` nearest to `size`, or `units` if that is nearer; of two the larger."""
+    below = size // step * step
+    allowed = [multiple for multiple in (below, below + step, units) if 1 <= multiple <= units]
+    return min(allowed, key=lambda multiple: (abs(multiple - size), -multiple))
+
+
+def size_step(group: Group, round_to: int) -> int:
     """The least number of units whose channels are a multiple of `round_to`."""
     channels = math.gcd(*(group.slices[f"{name}.weight"].inner for name in group.producers))
     return round_to // math.gcd(round_to, channels)
 
 
 def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[list[Group]]:
-    """Layers that get one width: with as many units, cut at the same places of the same modules."""
+    """Layers that get one size: with as many units, cut at the same places of the same modules."""
     if not uniform:
         return [[group] for group in groups]
     kinds: dict[object, list[Group]] = {}
@@ -57,55 +124,43 @@ def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[l
     return list(kinds.values())
 
 
-def check_uniform(kinds: Sequence[Sequence[Group]], rules: Mapping[str, Rule]) -> None:
-    for kind in kinds:
-        first, *others = (group.producer for group in kind)
-        for name in others:
-            if rules[name].size != rules[first].size:
-                raise ValueError(
-                    f"uniform: found sizes {rules[first].size} for {first!r} and "
-                    f"{rules[name].size} for {name!r}, expected one for layers of a kind"
-                )
-
-
 def within_budget(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, chosen: Settings,
-    costs: Mapping[str, Cost], turns: Sequence[Sequence[Group]],
-    sums_of: Callable[[Sequence[Group]], dict[str, Sums]],
-    path_of: Callable[[Sums], LayerSelection],
-) -> tuple[dict[str, int], Budget]:  # fmt: skip
-    """The width of each layer, and what of the budget that takes.
+    budget: Budget,
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Batches,
+    cost: Cost | None,
+    round_to: int,
+    losses_of: Callable[[], Mapping[str, Tensor]],
+) -> tuple[dict[str, int], BudgetReport]:
+    """The size of each layer, and the share of the dense model's cost that they take.
 
-    turns: the groups whose sums fit in memory together; sums_of: those sums, each on its owner
-    path_of: a layer's whole path from its sums, without replacement and without exchanges
+    cost:      the model's cost for any sizes; None: latency, which is measured here
+    losses_of: for each layer its losses (N,) with its first 1 to N units
+
+    ValueError where the smallest sizes cost more than the budget allows.
     """
-    assert chosen.budget is not None
-    what, share = chosen.budget
-    batch = batches.first()
-    ranks, cost = batches.ranks, costs[what] if what != "latency" else None
+    batch, ranks, share = batches.first(), batches.ranks, budget.share
     if cost is None:
         cost = ranks.on_first("latency", lambda: _latency(model, groups, batch))
-    least = {g.producer: nearest(1, g.units, step_of(g, chosen.round_to)) for g in groups}
+    least = {g.producer: nearest(1, g.units, size_step(g, round_to)) for g in groups}
     if cost.at(least) > share * cost.dense:
         raise ValueError(
-            f"budget: found {{{what!r}: {share:g}}}, but the smallest widths of the layers leave "
+            f"{budget.kind}: found {share:g}, but the smallest sizes of the layers leave "
             f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least that"
         )
-    kinds = kinds_of(model, groups, chosen.uniform)
-    losses: dict[str, Tensor] = {}
-    for some in turns:
-        losses |= _losses(some, sums_of(some), path_of, ranks)
-    knapsack = knapsack_of(kinds, losses, cost, chosen.round_to, share * cost.dense)
+    kinds = kinds_of(model, groups, budget.uniform)
+    knapsack = knapsack_of(kinds, losses_of(), cost, round_to, share * cost.dense)
     smallest = knapsack.cost(np.zeros(len(kinds), np.int64))
     for _ in range(ROUNDS):
         best = solve(knapsack)
-        widths = {
-            group.producer: int(each[k])
-            for kind, each, k in zip(kinds, knapsack.widths, best.choice, strict=True)
+        sizes = {
+            group.producer: int(kind_sizes[k])
+            for kind, kind_sizes, k in zip(kinds, knapsack.widths, best.choice, strict=True)
             for group in kind
         }
         reached = ranks.on_first(
-            "cost", partial(_measured, what, model, groups, widths, batch, cost.dense)
+            "cost", partial(_measured, budget.kind, model, groups, sizes, batch, cost.dense)
         )
         if reached <= share:
             break
@@ -113,28 +168,28 @@ def within_budget(
         knapsack = replace(knapsack, limit=max(smallest, knapsack.limit - over))
     else:
         warn(
-            f"budget: found {reached:.4g} of the dense model's {what}, above the {share:.4g} that "
+            f"{budget.kind}: found {reached:.4g} of the dense model's, above the {share:.4g} that "
             "was asked for",
         )
-    return widths, Budget(what, share, reached, best.value, best.gap)
+    return sizes, BudgetReport(budget.kind, share, reached, best.value, best.gap)
 
 
-def _losses(
+def relative_losses(
     groups: Sequence[Group],
-    found: Mapping[str, Sums],
-    path_of: Callable[[Sums], LayerSelection],
+    products: Mapping[str, LayerProducts],
+    path_of: Callable[[LayerProducts], LayerSelection],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """What each layer loses with its first 1 to N units.
+    """Each layer's losses with its first 1 to N units, (N,).
 
-    As a share of what it does with none, except for gates, of which all say by how much the model's
-    loss rises (fisher.py).
+    They are shares of its loss without units, except for gates: all gates tell how much the model's
+    loss rises.
     """
 
     def losses(name: str) -> Tensor:
-        sums = found[name]
-        empty = 1.0 if sums.gates else sums.ends()[1]
-        return path_of(sums).losses / (empty or 1.0)
+        layer = products[name]
+        empty = 1.0 if layer.gates else layer.end_losses()[1]
+        return path_of(layer).losses / (empty or 1.0)
 
     return ranks.each([group.producer for group in groups], losses)
 
@@ -146,11 +201,11 @@ def knapsack_of(
     """An item for each kind of layers; losses: for each layer (N,), with its first 1 to N units."""
     values, costs, widths = [], [], []
     for kind in kinds:
-        units, step = kind[0].units, step_of(kind[0], round_to)
-        each = np.array(sorted({nearest(w, units, step) for w in range(1, units + 1)}))
-        widths.append(each.astype(np.float64))
-        costs.append(np.zeros(len(each)))
-        values.append(np.sum([losses[group.producer].numpy()[each - 1] for group in kind], 0))
+        units, step = kind[0].units, size_step(kind[0], round_to)
+        sizes = np.array(sorted({nearest(size, units, step) for size in range(1, units + 1)}))
+        widths.append(sizes.astype(np.float64))
+        costs.append(np.zeros(len(sizes)))
+        values.append(np.sum([losses[group.producer].numpy()[sizes - 1] for group in kind], 0))
     place = {group.producer: i for i, kind in enumerate(kinds) for group in kind}
     couplings: dict[tuple[int, int], float] = {}
     for layers, amount in cost.parts.items():
@@ -169,27 +224,27 @@ def _measured(
     what: str, model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int], batch: Batch,
     dense: int,
 ) -> float:  # fmt: skip
-    """What a model that is really cut to these widths costs, as a share of the dense model."""
+    """The cost of a model that is really cut to these sizes, as a share of the dense model's."""
     small = cut_to(model, groups, widths)
     if what == "params":
-        return sum(each.numel() for each in small.parameters()) / dense
+        return sum(parameter.numel() for parameter in small.parameters()) / dense
     if what == "flops":
-        return counted(lambda: run_model(small, batch))[1] / dense
-    before, after = (each[""] for each in medians([model, small], batch))
+        return count_flops(lambda: run_model(small, batch))[1] / dense
+    before, after = (times[""] for times in medians([model, small], batch))
     return after / before
 
 
 def _latency(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Cost:
-    """Nanoseconds, as if a module's had a part in proportion to its layers' widths.
+    """Nanoseconds: a module's time is modelled as a constant and a part in proportion to its sizes.
 
-    That part is a line through the times of the module in models cut to a few shares of all widths,
-    and all of them are scaled to what the whole model gains.
+    That part is the slope of a line through the module's times in models cut to a few shares of all
+    sizes. All parts are then scaled to the time that the whole model gains.
     """
     cut = [{g.producer: max(1, round(share * g.units)) for g in groups} for share in SHARES]
     owners = {name.rpartition(".")[0] for group in groups for name in group.slices}
     models = [cut_to(model, groups, widths) for widths in cut]
-    whole = [each[""] for each in medians(models, batch)]
-    found = medians(models, batch, sorted(owners))
+    whole = [times[""] for times in medians(models, batch)]
+    by_module = medians(models, batch, sorted(owners))
     units = {group.producer: group.units for group in groups}
     parts: Counter[tuple[str, ...]] = Counter()
     for name in owners:
@@ -197,7 +252,7 @@ def _latency(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Cost:
             g.producer for g in groups if any(t.rpartition(".")[0] == name for t in g.slices)
         )
         shares = [math.prod(w[layer] / units[layer] for layer in layers) for w in cut]
-        slope = np.polyfit(shares, [each[name] for each in found], 1)[0]
+        slope = np.polyfit(shares, [times[name] for times in by_module], 1)[0]
         parts[layers] += max(0, round(float(slope)))
     dense = round(whole[0])
     foreseen = dense - Cost(dense, units, parts).at(cut[-1])
@@ -218,30 +273,23 @@ def medians(
                 if runs:  # the first one warms up
                     into.setdefault(name, []).append(elapsed)
         runs += 1
-    return [{name: median(each) for name, each in into.items()} for into in times]
+    return [{name: median(runs) for name, runs in into.items()} for into in times]
 
 
 def _timed(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str, float]:
     begun: dict[str, float] = {}
     elapsed = dict.fromkeys(modules, 0.0)
-    handles = []
-    for name in modules:
-        module = model.get_submodule(name)
 
-        def start(*_: object, name: str = name) -> None:
-            begun[name] = _now()
+    def start(name: str, _: Tensor) -> None:
+        begun[name] = _now()
 
-        def stop(*_: object, name: str = name) -> None:
-            elapsed[name] += _now() - begun[name]
+    def stop(name: str, _: Tensor) -> None:
+        elapsed[name] += _now() - begun[name]
 
-        handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
-    try:
+    with hooked(model, modules, before=start, after=stop):
         before = _now()
         run_model(model, batch)
         elapsed[""] = _now() - before
-    finally:
-        for handle in handles:
-            handle.remove()
     return elapsed
 
 

@@ -1,303 +1,285 @@
-"""`select`: model and data -> features -> objective -> kernel -> Selection."""
+"""`select`: model and data -> groups -> objective -> kernel -> Selection."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import _backend, settings
-from .budget import check_uniform, kinds_of
-from .checkpoint import Checkpoint, mark_of
-from .costs import costs_of, counted
-from .data import Batch, Batches
-from .distributed import ALONE, ranks_of, unwrapped
-from .evaluation import bars, evaluating, warn
-from .features import main_output, run_model, target_of
-from .fingerprint import of_call, of_functions, of_model, of_versions, same_on_all
-from .graph import Group
-from .losses import criterion_of
-from .room import room
-from .selection import Selection
-from .settings import Settings
-from .trial import groups_of
-from .ways import (
-    Task,
-    check_memory,
-    check_passes,
+from .budget import Budget
+from .data.batches import Batch, Batches
+from .data.forward import evaluating, hooked, main_output, run_model, target_of
+from .data.losses import Criterion, criterion_of
+from .graph.costs import costs_of, count_flops
+from .graph.groups import Group
+from .kernels import backend as backends
+from .objectives.job import Job
+from .objectives.options import Fisher, Imitation, Loss
+from .plan import (
+    FISHER,
+    NETWORK_LOSS,
+    OUTPUT_LOSS,
     is_simple,
-    rule_of,
-    selected_by,
+    judge_of,
+    plan,
+    select_layers,
     sizes_within,
-    way_of,
 )
+from .request import Request, check_model, checked_request
+from .runtime.checkpoint import Checkpoint
+from .runtime.distributed import Ranks, ranks_of, unwrapped
+from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
+from .runtime.free_memory import room
+from .runtime.progress import bars, warn
+from .surgery.selection import LayerSelection, Selection
+from .surgery.trial_cut import groups_of
+
+Size = int | float
 
 
 def select(
     model: nn.Module,
     data: object,
     *,
-    layers: str | Sequence[str] | Mapping[str, str] | None = None,
-    size: int | float | Mapping[str, int | float] | None = None,
+    size: Size | Mapping[str, Size] | Budget | None = None,
     steps: int | None = None,
     tolerance: float | None = None,
-    loss: str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "auto",
-    objective: str = "auto",
-    weights: str = "auto",
-    replacement: bool | None = None,
-    candidates: int | None = None,
-    batch_size: int | None = None,
-    shortlist: int | None = None,
-    screen: int | None = None,
-    backend: str = "auto",
-    seed: int = 0,
-    progress: bool | None = None,
-    memory_limit: int | None = None,
-    sequential: bool = True,
-    swaps: int | None = None,
-    budget: Mapping[str, float] | None = None,
     round_to: int | None = None,
-    uniform: bool = False,
-    metric: str | Callable[[Tensor, Tensor], float] = "none",
-    damping: float = 1e-4,
+    layers: str | Sequence[str] | Mapping[str, str] | None = None,
+    loss: str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "auto",
+    objective: str | Imitation | Loss | Fisher = "auto",
+    weights: Literal["auto", "counts", "uniform", "none", "refit"] = "auto",
+    replacement: bool | None = None,
+    seed: int = 0,
+    backend: Literal["auto", "cpu", "cuda", "reference"] = "auto",
+    memory_limit: int | None = None,
     process_group: ProcessGroup | None = None,
-    parallel: str = "data",
     checkpoint: str | PathLike[str] | None = None,
+    progress: bool | None = None,
 ) -> Selection:
     """Selects the units to keep, by greedy forward selection.
 
-    Step k picks the unit that lowers the loss most (README eq. 1; Ye et al. 2020, arXiv:2003.01794;
-    Wolfe et al. 2021, arXiv:2108.00259):
-
-        i_k = argmin_j  L( b + (z + phi_j) / k ),   phi_j = N w_j h_j,   z = sum of those picked
-
-    The model is evaluated in eval mode without gradients; its weights, modes and hooks are left as
-    found.
+    Each step adds the unit that lowers the loss most (Ye et al. 2020, arXiv:2003.01794; Wolfe et
+    al. 2021, arXiv:2108.00259; README eq. 1). The model is not changed; `prune` cuts it.
 
     Args:
-        model: any nn.Module with a Linear or convolution whose units feed, through operations that
-            keep them apart (elementwise ones, per-channel normalisation, pooling, reshaping,
-            attention between heads), others of these
-        data: (inputs, targets) tensors, a Dataset, a DataLoader, or any iterable of batches; a
-            batch is a tuple or a dict (targets under "labels" or "targets")
-        layers: names of the layers whose output units are selected; None finds them all; a mapping
-            from producer to consumer names skips the search, for models that can't be traced
-        size: distinct units kept: an int, or a float in (0, 1] for a fraction; or a mapping from
-            layer name to either. Half the units, where neither size, steps, tolerance nor budget
-            is given
-        steps: number of greedy steps, when that is to be exact; not together with size
-        tolerance: stop a layer once its loss is at most (1 + tolerance) times what it is with all
-            of the layer's units; for objective="imitation" and "fisher", at most tolerance times
-            the loss of the layer without units
-        loss: "mse", "cross_entropy", "bce_with_logits", the matching torch.nn modules, or any
-            callable on (outputs, targets), which takes a slow path; "auto": cross_entropy for class
-            indices, mse for floating targets
-        objective: "loss" (the model's own; for an inner layer every candidate is a run of the
-            network from there on), "imitation" (squared error to the consumers' dense output),
-            "fisher" (the loss's second-order model in a gate for each unit, all layers from one
-            backward pass through the dense network, samples along the first dimension and the
-            loss a mean over them; fisher.py); "auto": loss where a Linear that
-            takes one number of each unit is the model's output, else imitation
-        weights: of the kept units: "counts" (times N c / k, c the times picked), "uniform" (times
-            N / kept), "none" (as they are, which the picks of a layer that imitates are for, where
-            it keeps each unit once), "refit" (least squares on the kept units: for imitation in
-            each step, for loss after the picks, for fisher of the gates); "auto": counts for
-            objective loss, else refit
-        damping: of weights="refit": the ridge, as a share of the mean square of a feature
-        replacement: may a unit be picked again? None: with `steps` yes, else no
-        candidates: score only this many random candidates a step (Ye et al.: 50); None: all
-        batch_size: score each step on a mini-batch of this many samples (Wolfe et al.'s stochastic
-            form); the losses reported are still those of all data
-        shortlist: with batch_size: score so many of the best on the mini-batch again on all data,
-            which costs little and comes close to the full form
-        screen: for objective="loss" inside a network: run it for only so many candidates, those
-            that its derivative puts first (a backward pass a step)
-        backend: "auto", "cpu", "cuda", "reference" (pure torch in float64)
-        seed: of `candidates` and `batch_size`; nothing else is random
-        progress: False: no progress bars; else they show for what takes over two seconds
-        memory_limit: bytes for the units' activations, the sums over them and what choosing takes,
-            together (beside a batch, and blocks of some 64 MB); what does not fit is computed again
-            in every pass over the data; None: half the memory that is free
-        sequential: layer by layer, each on what the layers pruned before it give, towards what the
-            dense network gives; False: every layer by itself, from one pass through the dense
-            network (as layers that imitate are where they are named by hand; best for batches of
-            many shapes, each of which takes a trace)
-        swaps: after weights="refit" of a layer that imitates, exchange kept units for dropped ones
-            while the error falls, at most so often; None: as often as that helps. From what
-            backward elimination leaves, too, and the better is kept. What comes in this way is last
-            in `order`. Not with tolerance
-        budget: {"flops": 0.6}, {"params": 0.5} or {"latency": 0.7}: what the pruned model may cost,
-            as a share of the dense model; flops and latency (on the model's device) of the first
-            batch. The sizes k_l of the layers l are those that minimise, under it,
+        model: any nn.Module; it runs in eval mode without gradients
+        data: (inputs, targets) tensors, a Dataset, a DataLoader or any iterable of batches; a batch
+            is a tuple or a dict, whose targets are under "labels" or "targets"
 
-                sum over l of  L_l(k_l) / L_l(0),
+      How much to keep (default: half the units of every layer)
+        size: units to keep: an int, a fraction in (0, 1], a mapping from layer to either, or a
+            Budget for the whole model
+        steps: exactly so many greedy steps, in which units may repeat
+        tolerance: stop a layer once its loss is within this fraction of the dense layer's; for
+            imitation and gates, at most this fraction of the loss without any unit
+        round_to: round sizes to multiples of so many channels
 
-            L_l(k) being the squared error that the consumers of layer l imitate their dense output
-            with, when it keeps the first k units of its greedy path and all else is dense
-        round_to: sizes are rounded to multiples of so many channels, or to all of a layer's units
-        uniform: with budget, one size for all layers of a kind: with as many units, between the
-            same kinds of modules
-        metric: in which a layer that imitates measures its consumers' output errors: "none" (all
-            alike) or "fisher" (by what they do to the model's predictions: a backward pass, for
-            `loss`, without labels; fisher.py); `losses` are in that metric. For objective="loss", a
-            function of all outputs and targets of which more is better, that `tolerance` is of: a
-            layer is done once it is at least (1 - tolerance) times what it is with all units
+      What to select and how to judge it
+        layers: names of the layers whose outputs are the units; None: all that can be pruned
+            (`greedyprune.layers` lists them); a mapping from such a layer to the one that takes its
+            units skips the search, for models that torch.export cannot trace
+        loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss, or a function of (outputs,
+            targets), which is slow; "auto": cross_entropy for class indices, else mse
+        objective: "imitation" of dense outputs, the model's "loss", or "fisher", a second-order
+            model of the loss; or Imitation(...), Loss(...), Fisher(...) with options; "auto": loss
+            where a Linear gives the model's output, else imitation
+        weights: of the kept units: "counts" (the theory's), "uniform", "none" (unchanged) or
+            "refit" (least squares); "auto": counts for the loss, else refit
+        replacement: may a unit be picked again? None: only with `steps`
+        seed: of random candidates, of mini-batches, and of the labels that metric="fisher" draws
 
-        process_group: of torch.distributed; None: the default one, where it is initialised. All its
-            ranks call with the same model (or the DistributedDataParallel around it) and arguments,
-            and all get the Selection that one process finds on all their data, rank after rank
-        parallel: over those ranks: "data", each brings its own part; "units", all have the same
-            data and share the work; "none", this process is by itself
-
-        checkpoint: a folder that what is found is kept in as it comes: finished layers, sums over
-            the data, steps that take a pass; the same call goes on from there after it was killed,
-            to the same Selection. The data must come in the same order again
+      Where and how it runs
+        backend: "auto", "cpu", "cuda" or "reference" (pure torch, float64)
+        memory_limit: bytes for activations and sums; None: half the free memory. Activations that
+            do not fit are computed again in every pass
+        process_group: of torch.distributed; None: the default group, if there is one. Each process
+            brings its own part of the data, and all get the same Selection
+        checkpoint: a folder, from which the same call goes on after it was killed
+        progress: False hides the progress bars
 
     Returns:
-        Selection, for `prune`
+        the Selection, for `prune`, `refit`, `.at(k)`, `.save(path)`
 
     Raises:
-        ValueError, TypeError: one sentence that names the argument, what was found and expected;
-            for a layer that can't be pruned, the operation in the way; on all ranks, whichever
-            found it
+        ValueError, TypeError: one sentence on what is wrong: the argument, what was found, what was
+            expected
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
         >>> inputs, targets = torch.randn(256, 4), torch.randint(3, (256,))
-        >>> selection = greedyprune.select(model, (inputs, targets), steps=20)
-        >>> len(selection.order), selection.counts.sum().item()
-        (20, 20)
+        >>> selection = greedyprune.select(model, (inputs, targets), size=16)
+        >>> greedyprune.prune(model, selection)[0].out_features
+        16
     """
-    ranks = ranks_of(process_group, parallel)
-    spread, peers = (ranks, ALONE) if parallel == "data" else (ALONE, ranks)
+    request = checked_request(
+        size=size, steps=steps, tolerance=tolerance, round_to=round_to, layers=layers,
+        objective=objective, weights=weights, replacement=replacement, seed=seed,
+        memory_limit=memory_limit,
+    )  # fmt: skip
+    ranks = ranks_of(process_group)
+    return select_on(ranks, model, data, request, loss, backend, checkpoint, progress)
+
+
+def select_on(
+    ranks: Ranks,
+    model: nn.Module,
+    data: object,
+    request: Request,
+    loss: object = "auto",
+    backend: str = "auto",
+    checkpoint: str | PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Selection:
+    """`select` for checked arguments, on given processes."""
     with ranks.together():
-        inner = unwrapped(model)
-        chosen = settings.resolve(
-            model=inner, layers=layers, size=size, steps=steps, tolerance=tolerance,
-            objective=objective, weights=weights, replacement=replacement, candidates=candidates,
-            batch_size=batch_size, shortlist=shortlist, screen=screen, seed=seed,
-            memory_limit=memory_limit, sequential=sequential, swaps=swaps, budget=budget,
-            round_to=round_to, uniform=uniform, metric=metric, damping=damping,
-        )  # fmt: skip
+        module = unwrapped(model)
+        check_model(module)
         criterion = criterion_of(loss, None)
-        batches = Batches(data, inner, spread, peers)
-        _backend.resolve(backend, batches.on_gpu)
-        with evaluating(inner):
+        batches = Batches(data, module, ranks)
+        backends.resolve(backend, batches.on_gpu)
+        with evaluating(module):
             first = batches.share_first()
-            backend = _backend.resolve(backend, batches.on_gpu)
+            backend = backends.resolve(backend, batches.on_gpu)
             if loss == "auto":
                 criterion = criterion_of(loss, first.targets)
-            call = of_call(chosen, criterion, backend)
-            here = {"the processor (GREEDYPRUNE_ISA)": _backend.instruction_set(backend)}
-            if peers.size > 1:
-                here["data's first batch, with parallel='units'"] = mark_of(first)
-            with same_on_all(ranks, inner, call | here):
-                limit = ranks.memory(*_memory(memory_limit, chosen, batches, backend))
+            call = _described(request, criterion, backend)
+            processor = {"the processor (GREEDYPRUNE_ISA)": backends.instruction_set(backend)}
+            with same_on_all(ranks, module, call | processor):
                 about = dict[str, str]()
                 if checkpoint is not None:
-                    about = call | {"parallel": parallel, "data's first batch": mark_of(first)}
-                    about |= {"memory_limit": repr(memory_limit)} | of_model(inner)
-                    about |= of_functions(chosen, criterion) | of_versions()
-                with Checkpoint(checkpoint, about, ranks) as kept:
-                    limit = limit if memory_limit else kept.number("memory", lambda: limit)
-                    bar = bars(progress if ranks.rank == 0 else False)
-                    with kept.watching(batches, bar):
-                        task = Task(
-                            batches, criterion, {}, replace(chosen, memory_limit=limit), backend,
-                            bar, kept,
-                        )  # fmt: skip
-                        selection = _select(inner, task, named=loss != "auto")
-                    kept.tidy()
+                    about = call | {"memory_limit": repr(request.memory_limit)} | of_versions()
+                    about |= {"data's first batch": first.mark} | of_model(module)
+                limit = ranks.memory(*_memory(request.memory_limit, batches, backend))
+                bar = bars(progress if ranks.rank == 0 else False)
+                with Checkpoint(checkpoint, about, ranks, save=_save, load=_load) as folder:
+                    if request.memory_limit is None:
+                        limit = folder.value("memory", lambda: limit)
+                    job = Job(
+                        model=module, batches=batches, criterion=criterion, rules={},
+                        weights=request.weights, tolerance=request.tolerance,
+                        imitation=request.imitation, loss=request.loss, fisher=request.fisher,
+                        traced=request.consumers is None, sized=request.size is not None,
+                        seed=request.seed, memory_limit=limit, backend=backend, bar=bar,
+                        checkpoint=folder,
+                    )  # fmt: skip
+                    with folder.watching(batches, bar):
+                        selection = _selection(job, request, loss_named=loss != "auto")
+                    folder.tidy()
     return selection
 
 
-def _memory(
-    given: int | None, chosen: Settings, batches: Batches, backend: str
-) -> tuple[int, bool]:
-    """The memory limit, and whether all ranks on a machine have it together."""
-    if given is None and backend == "cuda":
-        return room(_backend.cuda_device(batches.device)), False
-    return chosen.memory_limit, given is None
-
-
-def _select(model: nn.Module, task: Task, named: bool) -> Selection:
-    """named: did the caller name a loss?"""
-    batches, chosen, first = task.batches, task.chosen, task.batches.first()
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    (outputs, found), total, flops = counted(
-        lambda: _outputs(model, first, linears, lambda out: out)
-    )
-    groups = groups_of(model, first, chosen)
-    if chosen.consumers is not None:  # no graph says what follows them
-        found = set.intersection(*task.ranks.gather("outputs", _heads(model, first, found)))
-    groups = [_with_output(model, group, found) for group in groups]
-    ways = {group.producer: way_of(model, group, chosen) for group in groups}
-    if set(ways.values()) & {"output", "network", "fisher"}:
-        target_of(task.criterion, outputs, first.targets)  # what is wrong with it shows here
-    elif named and chosen.objective == "auto" and chosen.metric == "none":
+def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
+    model, first = job.model, job.batches.first()
+    (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
+    groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
+    if request.consumers is not None:  # no graph tells what follows these layers
+        agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
+        output_layers = set.intersection(*agreed)
+    groups = [_with_output(model, group, output_layers) for group in groups]
+    judges = {judge_of(request, group) for group in groups}
+    if judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER}:
+        target_of(job.criterion, outputs, first.targets)  # raises what is wrong with the targets
+    elif loss_named and request.objective == "auto":
         warn(
             f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
             "the layers imitate their dense output instead",
         )
-    check_passes(batches, ways, chosen)
-    check_memory(model, groups, ways, chosen)
-    costs, spent = costs_of(model, groups, total, flops), None
-    costs = task.ranks.from_rank(0, "costs", costs)  # of its first batch
-    if chosen.budget is not None:
-        sizes, spent = sizes_within(model, groups, costs, task)
-        chosen = replace(chosen, size=sizes, budget=None)
-    rules = {group.producer: rule_of(group, chosen) for group in groups}
-    check_uniform(kinds_of(model, groups, chosen.uniform), rules)
-    selected = selected_by(model, groups, ways, task._replace(rules=rules, chosen=chosen))
-    return Selection({group.producer: selected[group.producer] for group in groups}, costs, spent)
+    by_loss = {g.producer: judge_of(request, g) in (OUTPUT_LOSS, NETWORK_LOSS) for g in groups}
+    costs, report = costs_of(model, groups, total, flops), None
+    costs = job.ranks.from_rank(0, "costs", costs)  # of the first rank's first batch
+
+    def with_rules(request: Request) -> Job:
+        rules = {g.producer: request.rule(g, by_loss=by_loss[g.producer]) for g in groups}
+        return replace(job, rules=rules)
+
+    layers_plan = plan(with_rules(request), request, groups)
+    if request.budget is not None:
+        sizes, report = sizes_within(job, request, groups, costs)
+        request = replace(request, size=sizes, budget=None)
+    selected = select_layers(with_rules(request), groups, layers_plan)
+    return Selection({group.producer: selected[group.producer] for group in groups}, costs, report)
 
 
-def _outputs(
-    model: nn.Module, batch: Batch, names: Iterable[str], changed: Callable[[Tensor], Tensor]
-) -> tuple[object, set[str]]:
-    """The model's output with other outputs of these layers, and which of those it is."""
+def _described(request: Request, criterion: Criterion, backend: str) -> dict[str, str]:
+    """The arguments as texts by name, without the memory limit, which may differ between ranks."""
+    texts = of_fields(request) | {"backend": backend, "loss": criterion.kind}
+    texts.pop("memory_limit")
+    texts |= of_fields(criterion, "the loss's ")
+    return texts
+
+
+def _memory(limit: int | None, batches: Batches, backend: str) -> tuple[int, bool]:
+    """The memory limit, and whether all ranks of a machine share it."""
+    if limit is not None:
+        return limit, False
+    if backend == "cuda":
+        return room(backends.cuda_device(batches.device)), False
+    return room(torch.device("cpu")), True
+
+
+def _save(path: Path, name: str, layer: LayerSelection) -> None:
+    Selection({name: layer}).save(path)
+
+
+def _load(path: Path) -> Mapping[str, LayerSelection]:
+    return Selection.load(path).layers
+
+
+def _run_seen(
+    model: nn.Module, batch: Batch, names: Sequence[str] | None = None,
+    change: Callable[[Tensor], Tensor] = lambda output: output,
+) -> tuple[object, set[str]]:  # fmt: skip
+    """Runs the model with these layers' outputs replaced; returns its output, and which of the
+    replaced outputs equal it.
+
+    names: None: all Linears
+    """
+    if names is None:
+        names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     produced: dict[str, Tensor] = {}
 
-    def hook(name: str, out: Tensor) -> Tensor:
-        out = changed(out)
-        produced[name] = out.clone()  # what follows may change it in place
-        return out
+    def replaced(name: str, output: Tensor) -> Tensor:
+        output = change(output)
+        produced[name] = output.clone()  # later operations may change it in place
+        return output
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, out, n=name: hook(n, out))
-        for name in names
-    ]
-    try:
+    with hooked(model, names, after=replaced):
         outputs = run_model(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     try:
         main = main_output(outputs).double().flatten()
-    except ValueError:  # of no matter where no layer is judged by the model's loss
+    except ValueError:  # it only matters where a layer is judged by the model's loss
         return outputs, set()
-    return outputs, {n for n, out in produced.items() if torch.equal(out.double().flatten(), main)}
+    equal = {n for n, out in produced.items() if torch.equal(out.double().flatten(), main)}
+    return outputs, equal
 
 
-def _heads(model: nn.Module, batch: Batch, found: set[str]) -> set[str]:
-    """Those Linears whose output is the model's whatever it is: what follows, a ReLU, say, may
-    happen to change nothing on this batch."""
+def _unmoved(model: nn.Module, batch: Batch, names: set[str]) -> set[str]:
+    """Those of the Linears whose output is the model's for other values too.
+
+    An operation that follows, such as a ReLU, may leave one batch as it is.
+    """
     try:
-        return found and _outputs(model, batch, found, lambda out: -1024 * out - 1024)[1]
-    except ValueError:  # it does not run on these
+        return names and _run_seen(model, batch, sorted(names), lambda out: -1024 * out - 1024)[1]
+    except ValueError:  # the model does not run with such values
         return set()
 
 
-def _with_output(model: nn.Module, group: Group, heads: set[str]) -> Group:
-    """The group, whose loss can be the model's own only where its consumer is the output."""
+def _with_output(model: nn.Module, group: Group, output_layers: set[str]) -> Group:
+    """The group, marked as one whose consumer gives the model's output only where it does.
+
+    The loss can be computed from the features of a layer only there.
+    """
     if not group.output:
         return group
     if not is_simple(model, group):
         return replace(group, output=False, not_output="a sum over several features a unit")
-    if group.consumer in heads:
+    if group.consumer in output_layers:
         return group
     return replace(group, output=False, not_output="another operation or output")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from greedyprune import _backend, ops
-from greedyprune.losses import Target
-from greedyprune.reference import Moments, Rule
-from greedyprune.reference import Path as GreedyPath
+from greedyprune.data.losses import Target
+from greedyprune.kernels import backend as _backend
+from greedyprune.kernels import ops
+from greedyprune.kernels.path import Moments, Rule
+from greedyprune.kernels.path import Path as GreedyPath
 
 # Relative: how far a kernel computing in a dtype may be from the float64 reference. Losses are
 # means over samples, so that rounding mostly cancels; this is what one sample may be off by.

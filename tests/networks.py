@@ -1,4 +1,4 @@
-"""Small networks of every kind that can be pruned, and the groups that they have."""
+"""Small networks of every kind that can be pruned, and the groups of units that they have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Groups = dict[
 
 
 class Block(nn.Module):
-    """A residual block: conv1's units are its own, conv2's are the shortcut's, too."""
+    """A residual block: conv1's units can be removed, conv2's are added to the shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 beside the input, as in a ResNet-50."""
+    """The residual block of a ResNet-50: convolutions 1x1, 3x3, 1x1, added to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
 
 
 class Excited(nn.Module):
-    """Squeeze and excitation: the units meet their own gates, which other layers compute."""
+    """Squeeze and excitation: each unit is multiplied by a gate that other layers compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,8 +227,8 @@ NETWORKS: dict[str, tuple[Callable[[], tuple[nn.Module, Inputs]], Groups]] = {
 }  # fmt: skip
 
 
-# Where a consumer's output has been added to a shortcut: the module that takes the sum, and the
-# normalisation before that.
+# For each consumer whose output is added to a shortcut: the module that takes the sum, and the
+# normalisation between the consumer and the sum.
 _BERT_TOTALS = {
     f"{_ATTENTION}.output.dense": (f"{_ATTENTION}.output.LayerNorm", None),
     "bert.encoder.layer.0.output.dense": ("bert.encoder.layer.0.output.LayerNorm", None),
@@ -254,7 +254,7 @@ TOTALS: dict[str, dict[str, tuple[str, str | None]]] = {
 
 
 def network(name: str) -> tuple[nn.Module, Inputs]:
-    """The network in eval mode, its normalisation as if trained, and inputs for it."""
+    """The network in eval mode, with statistics as if it were trained, and inputs for it."""
     torch.manual_seed(0)
     model, inputs = NETWORKS[name][0]()
     for module in model.modules():
@@ -264,11 +264,12 @@ def network(name: str) -> tuple[nn.Module, Inputs]:
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
         elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            nn.init.normal_(module.weight, std=0.3)  # transformers begin close to zero
+            nn.init.normal_(module.weight, std=0.3)  # transformers start with much smaller ones
     return model.eval(), inputs
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
-    found = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return found if isinstance(found, Tensor) else found.logits
+    """The model's output tensor; a language model's logits."""
+    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return output if isinstance(output, Tensor) else output.logits

@@ -1,8 +1,8 @@
-"""Equation (1) as it is written, run on the dense model in float64; problems and checks.
+"""Equation (1) computed as it is written, on the dense model in float64; problems and checks.
 
-Nothing here knows how the package computes. Most networks live on a grid (inputs and first-layer
-weights are quarters, consumer weights fit bfloat16), so that activations are exact in every dtype
-and only the selection can be wrong.
+This file does not use what the package computes with. Most networks are on a grid: inputs and
+weights of the first layer are quarters, and the consumer's weights fit bfloat16. Activations are
+then exact in every dtype, so that only the selection can be wrong.
 """
 
 import copy
@@ -33,7 +33,7 @@ SMOOTHNESS: dict[str, Callable[[int], float]] = {  # B of equation (3), by numbe
     "cross_entropy": lambda c: 1 / 2,
     "bce_with_logits": lambda c: 1 / (4 * c),
 }
-NAMED = {"0": "2"}  # spares the search
+NAMED = {"0": "2"}  # layers=NAMED skips the search for layers
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 modest = hypothesis.settings(
@@ -48,12 +48,12 @@ Problem = tuple[nn.Module, Tensor, Tensor]
 
 
 def grid(*shape: int) -> Tensor:
-    """Quarters between -1 and 1, which no dtype rounds."""
+    """Random quarters between -1 and 1, which no dtype rounds."""
     return torch.randint(-4, 5, shape) / 4
 
 
 def targets_for(model: nn.Module, x: Tensor, loss: str) -> Tensor:
-    """Targets that the dense model fits, not perfectly."""
+    """Targets that the dense model fits, but not perfectly."""
     with torch.no_grad():
         outputs = copy.deepcopy(model).eval()(x)
     noisy = outputs + 0.5 * torch.randn_like(outputs)
@@ -79,7 +79,7 @@ def problem(
 
 
 class Net(nn.Module):
-    """A custom forward: names of its own, functional activation, inputs flattened and scaled."""
+    """A module with its own forward: functional activation, inputs flattened and scaled."""
 
     def __init__(
         self, activation: Callable[[Tensor], Tensor] = functional.relu, n: int = 16
@@ -92,7 +92,7 @@ class Net(nn.Module):
 
 
 class Dense:
-    """The dense model in float64, its units weighted at will."""
+    """The dense model in float64, with factors for its units' outgoing weights."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, loss, consumer: str = "2") -> None:
         self.net = copy.deepcopy(model).double().eval().requires_grad_(False)
@@ -100,13 +100,13 @@ class Dense:
         self.loss = copy.deepcopy(LOSSES.get(loss, loss) if isinstance(loss, str) else loss)
         if isinstance(self.loss, nn.Module):
             self.loss.double()
-        head, seen = self.net.get_submodule(consumer), []
-        with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        head, inputs = self.net.get_submodule(consumer), []
+        with head.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
             self.net(self.x)
         self.name, self.weight = f"{consumer}.weight", head.weight
         self.n = head.in_features
-        self.phi = self.n * torch.einsum("sj,cj->jsc", seen[0], head.weight)  # (N, m, C)
-        flat = self.phi.flatten(1) + 0.0  # -0.0 is 0.0
+        self.phi = self.n * torch.einsum("sj,cj->jsc", inputs[0], head.weight)  # (N, m, C)
+        flat = self.phi.flatten(1) + 0.0  # makes -0.0 equal to 0.0
         self.twins = torch.unique(flat, dim=0, return_inverse=True)[1]  # equal units share a number
 
     def outputs(self, weight: Tensor) -> Tensor:
@@ -117,14 +117,14 @@ class Dense:
         return self.loss(self.outputs(self.weight * factors), self.y)
 
     def masked(self, layer: greedyprune.LayerSelection) -> Tensor:
-        """What the dense model gives with the layer's kept units weighted as it says."""
-        weight, carried = torch.zeros_like(self.weight), layer.weights.double()
-        refit = carried.dim() == 2
-        weight[:, layer.kept] = carried if refit else self.weight[:, layer.kept] * carried
+        """The dense model's outputs with the layer's kept units alone, weighted as it says."""
+        weight, new = torch.zeros_like(self.weight), layer.weights.double()
+        refit = new.dim() == 2
+        weight[:, layer.kept] = new if refit else self.weight[:, layer.kept] * new
         return self.outputs(weight)
 
     def follow(self, order: Tensor, replacement: bool = True, margin: float = 1e-6) -> int:
-        """Check the picks against (1) while its margin is clear; the number of steps compared."""
+        """Checks the picks against (1), up to the first near tie; returns the steps compared."""
         counts = torch.zeros(self.n, dtype=torch.float64)
         for k, pick in enumerate(order.tolist(), 1):
             trials = (counts + torch.eye(self.n)) * (self.n / k)  # row j: one more of unit j
@@ -133,8 +133,8 @@ class Dense:
                 scores[counts > 0] = torch.inf
             best = scores.argmin()
             twin = self.twins == self.twins[best]
-            clear = margin * max(scores[best].item(), 1e-9)
-            if (scores[~twin] - scores[best] < clear).any():
+            least = margin * max(scores[best].item(), 1e-9)
+            if (scores[~twin] - scores[best] < least).any():
                 return k - 1
             first = int((twin & scores.isfinite()).nonzero()[0])
             assert pick == first, f"step {k}: picked {pick}, equation (1) says {first}"
@@ -155,9 +155,9 @@ def near(value: float, rel: float = 1e-5):
     return pytest.approx(value, rel=rel, abs=1e-7)
 
 
-def close(found: Tensor, expected: Tensor, rel: float = 1e-5) -> bool:
-    """Equal to rel of the largest entry."""
-    return bool((found.double() - expected).abs().max() <= rel * expected.abs().max() + 1e-9)
+def close(actual: Tensor, expected: Tensor, rel: float = 1e-5) -> bool:
+    """Do they differ by at most `rel` of the largest entry?"""
+    return bool((actual.double() - expected).abs().max() <= rel * expected.abs().max() + 1e-9)
 
 
 def same(a: greedyprune.Selection, b: greedyprune.Selection) -> bool:
@@ -183,13 +183,13 @@ def check_pruned(
 
 
 def fingerprint(model: nn.Module) -> list[str]:
-    """Everything about a model, and about torch, that select must leave alone."""
+    """Everything about a model, and about torch, that select must leave as it is."""
     hooks = [name for name in vars(nn.Module()) if "hooks" in name]
-    found: list = [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads()]
+    parts: list = [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads()]
     for name, module in model.named_modules():
-        found.append((name, module.training, sorted(vars(module)), type(module).__mro__))
-        found.append([list(getattr(module, hook) or ()) for hook in hooks])
+        parts.append((name, module.training, sorted(vars(module)), type(module).__mro__))
+        parts.append([list(getattr(module, hook) or ()) for hook in hooks])
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         grad = p.grad.tolist() if p.grad is not None else None
-        found.append((name, id(p), p.dtype, p.requires_grad, p.tolist(), grad))
-    return [repr(item) for item in found]
+        parts.append((name, id(p), p.dtype, p.requires_grad, p.tolist(), grad))
+    return [repr(part) for part in parts]

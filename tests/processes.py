@@ -25,7 +25,7 @@ class Raised(NamedTuple):
 
 
 class Team:
-    """`size` processes; the first 2, 3, ... of them are groups of their own, too."""
+    """`size` processes; the first 2, 3, ... of them are groups of their own, and each by itself."""
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -67,6 +67,7 @@ class Team:
 
 
 def group_of(size: int) -> Any:
+    """The first `size` processes; of 1: this one, whichever it is."""
     return _GROUPS[size]
 
 
@@ -81,6 +82,10 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     )  # fmt: skip
     for smaller in range(2, size + 1):
         _GROUPS[smaller] = distributed.new_group(list(range(smaller)))
+    for only in range(size):
+        group = distributed.new_group([only])
+        if only == rank:
+            _GROUPS[1] = group
     while True:
         try:
             _, function, args = pipe.recv()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
+from greedyprune import Loss
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 Data = Callable[[Tensor, Tensor], object]
@@ -83,7 +84,7 @@ def refused(model: nn.Module, data: object, *named: str, forwards: int = 99, **o
 
 # ---------------------------------------------------------------- arguments
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 ARGUMENTS: list[tuple[dict, list[str]]] = [
     ({"size": 0}, ["size", r"\b0\b"]),
     ({"size": -1}, ["size", "-1"]),
@@ -92,6 +93,7 @@ ARGUMENTS: list[tuple[dict, list[str]]] = [
     ({"size": 1.5}, ["size", r"1\.5"]),
     ({"size": -0.5}, ["size", r"-0\.5"]),
     ({"size": NAN}, ["size", "nan"]),
+    ({"size": INF}, ["size", "inf"]),
     ({"size": "half"}, ["size", "half|str"]),
     ({"size": {"hidden": 13}}, ["size", "hidden", "13", "12"]),
     ({"size": {"nope": 3}}, ["size", "nope"]),
@@ -103,6 +105,7 @@ ARGUMENTS: list[tuple[dict, list[str]]] = [
     ({"steps": 13, "replacement": False}, ["steps", "13", "12"]),
     ({"tolerance": -0.1}, ["tolerance", r"-0\.1"]),
     ({"tolerance": NAN}, ["tolerance", "nan"]),
+    ({"tolerance": INF}, ["tolerance", "inf"]),
     ({"tolerance": "tight"}, ["tolerance", "tight|str"]),
     ({"loss": "hinge"}, ["loss", "hinge", "cross_entropy"]),
     ({"loss": 3}, ["loss", "3|int"]),
@@ -113,12 +116,8 @@ ARGUMENTS: list[tuple[dict, list[str]]] = [
     ({"objective": "accuracy"}, ["objective", "accuracy", "imitation"]),
     ({"weights": "mean"}, ["weights", "mean", "refit"]),
     ({"replacement": "maybe"}, ["replacement", "maybe|str"]),
-    ({"candidates": 0}, ["candidates", r"\b0\b"]),
-    ({"candidates": -3}, ["candidates", "-3"]),
-    ({"candidates": 1.5}, ["candidates", r"1\.5|float"]),
-    ({"batch_size": 0}, ["batch_size", r"\b0\b"]),
-    ({"batch_size": -1}, ["batch_size", "-1"]),
-    ({"batch_size": 2.5}, ["batch_size", r"2\.5|float"]),
+    ({"objective": Loss(candidates=13)}, ["candidates", "hidden", "13", "12"]),
+    ({"objective": 3}, ["objective", "3", "imitation"]),
     ({"memory_limit": 0}, ["memory_limit", r"\b0\b"]),
     ({"memory_limit": -1}, ["memory_limit", "-1"]),
     ({"seed": "lucky"}, ["seed", "lucky|str"]),

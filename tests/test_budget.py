@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import itertools
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -16,77 +17,87 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import greedyprune
-from greedyprune import budget, knapsack
+from greedyprune import Budget, Imitation, budget, knapsack
 from greedyprune.budget import knapsack_of
-from greedyprune.data import Batch
-from greedyprune.graph import analyse, find_groups
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import analyse, find_groups
 from greedyprune.knapsack import Knapsack, solve
 
 
-def instance(
+def random_knapsack(
     items: int, widths: int, seed: int, *, edges: str = "", share: float = 0.5
 ) -> Knapsack:
-    """Random losses that fall with the width, random costs; edges: none, a "chain" or "all"."""
+    """Random losses that fall with the width, and random costs.
+
+    edges: the coupled items: "" (none), "chain" (neighbours) or "all" (every pair)
+    share: the limit, as a share of the cost of the largest widths
+    """
     rng = np.random.default_rng(seed)
-    w = [np.arange(1.0, 1 + widths) for _ in range(items)]
+    all_widths = [np.arange(1.0, 1 + widths) for _ in range(items)]
     values = [np.sort(rng.random(widths))[::-1].copy() for _ in range(items)]
-    costs = [rng.integers(1, 1000) * each for each in w]
+    costs = [rng.integers(1, 1000) * item_widths for item_widths in all_widths]
     pairs = [(i, j) for i, j in itertools.combinations(range(items), 2)
              if edges == "all" or (edges == "chain" and j == i + 1)]  # fmt: skip
     couplings = {pair: float(rng.integers(1, 300)) for pair in pairs}
-    whole = Knapsack(values, costs, w, couplings, np.inf)
-    limit = share * whole.cost(np.full(items, widths - 1))
-    return Knapsack(values, costs, w, couplings, limit)
+    unlimited = Knapsack(values, costs, all_widths, couplings, np.inf)
+    limit = share * unlimited.cost(np.full(items, widths - 1))
+    return Knapsack(values, costs, all_widths, couplings, limit)
 
 
-def lowest(problem: Knapsack) -> float:
-    """By trying everything."""
-    every = itertools.product(*(range(len(each)) for each in problem.widths))
-    fitting = [c for c in map(np.array, every) if problem.cost(c) <= problem.limit]
-    return min(problem.value(c) for c in fitting)
+def minimum_by_enumeration(problem: Knapsack) -> float:
+    choices = itertools.product(*(range(len(widths)) for widths in problem.widths))
+    affordable = [c for c in map(np.array, choices) if problem.cost(c) <= problem.limit]
+    return min(problem.value(c) for c in affordable)
 
 
 @pytest.mark.parametrize("edges", ["", "chain", "all"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_the_knapsack_is_solved_exactly(edges: str, share: float) -> None:
     for seed in range(8):
-        problem = instance(4, 5, seed, edges=edges, share=share)
+        problem = random_knapsack(4, 5, seed, edges=edges, share=share)
         best = solve(problem)
         assert problem.cost(best.choice) <= problem.limit
         assert best.value == pytest.approx(problem.value(best.choice))
         assert best.gap == 0
-        assert best.value == pytest.approx(lowest(problem), abs=1e-12)
+        assert best.value == pytest.approx(minimum_by_enumeration(problem), abs=1e-12)
 
 
 @pytest.mark.parametrize("edges", ["", "chain", "all"])
-def test_the_gap_is_honest_where_not_all_is_searched(
+def test_the_gap_holds_where_the_search_is_not_complete(
     edges: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knapsack, "BEAMS", (1,))
     monkeypatch.setattr(knapsack, "TRIED", (2, 1))
     gaps = []
     for seed in range(30):
-        problem = instance(4, 5, seed, edges=edges)
+        problem = random_knapsack(4, 5, seed, edges=edges)
         best = solve(problem)
         assert problem.cost(best.choice) <= problem.limit
-        assert best.value - best.gap - 1e-12 <= lowest(problem) <= best.value + 1e-12
+        minimum = minimum_by_enumeration(problem)
+        assert best.value - best.gap - 1e-12 <= minimum <= best.value + 1e-12
         gaps.append(best.gap)
     assert max(gaps) > 0
 
 
 def test_a_large_knapsack() -> None:
     for items, widths, edges in ((200, 4096, ""), (13, 512, "chain")):
-        problem = instance(items, widths, 0, edges=edges)
+        problem = random_knapsack(items, widths, 0, edges=edges)
         best = solve(problem)
         assert problem.cost(best.choice) <= problem.limit
         assert best.gap <= 0.02 * best.value
 
 
-def test_no_limit_and_no_room() -> None:
-    problem = instance(3, 4, 0, share=1.0)
+def test_a_limit_above_all_costs_and_one_below() -> None:
+    problem = random_knapsack(3, 4, 0, share=1.0)
     assert solve(problem).choice.tolist() == [3, 3, 3]
     with pytest.raises(ValueError, match="even the smallest widths cost"):
-        solve(instance(3, 4, 0, share=0.1))
+        solve(random_knapsack(3, 4, 0, share=0.1))
+
+
+def test_the_knapsack_docstring_example() -> None:
+    failed, tried = doctest.testmod(knapsack)
+    assert tried > 3
+    assert not failed
 
 
 def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
@@ -125,7 +136,7 @@ def test_costs_are_those_of_the_pruned_model(name: str, tmp_path: object) -> Non
 def relative_losses(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Of every layer by itself, as a share of what it loses without units."""
     found = greedyprune.select(
-        model, data_of(inputs), objective="imitation", sequential=False, size=1.0, swaps=0
+        model, data_of(inputs), objective=Imitation(sequential=False, swaps=0), size=1.0
     )
     outputs: list[Tensor] = []
 
@@ -166,8 +177,9 @@ def test_a_budget_s_widths_lose_least(
 ) -> None:
     model, inputs = network(name)
     selection = greedyprune.select(
-        model, data_of(inputs), objective="imitation", budget={what: share}, round_to=round_to
-    )
+        model, data_of(inputs), objective="imitation", size=Budget(**{what: share}),
+        round_to=round_to,
+    )  # fmt: skip
     found = selection.budget
     assert (found.what, found.share, found.gap) == (what, share, 0)
     before, after = count(model, inputs), count(greedyprune.prune(model, selection), inputs)
@@ -196,7 +208,7 @@ def test_a_budget_s_widths_lose_least(
 def test_a_budget_survives_its_file(tmp_path: object) -> None:
     model, inputs = network("vgg")
     selection = greedyprune.select(
-        model, [inputs], objective="imitation", weights="counts", budget={"params": 0.5}
+        model, [inputs], objective="imitation", weights="counts", size=Budget(params=0.5)
     )
     selection.save(f"{tmp_path}/selection.safetensors")
     loaded = greedyprune.Selection.load(f"{tmp_path}/selection.safetensors")
@@ -225,9 +237,12 @@ def test_uniform_widths() -> None:
     model, inputs = Stack(), torch.randn(100, 8)
     with torch.no_grad():
         model.up[1].weight[4:] = 0  # four of its units do
-    options = {"objective": "imitation", "budget": {"flops": 0.6}}
-    own = greedyprune.select(model, [inputs], **options)
-    shared = greedyprune.select(model, [inputs], **options, uniform=True)
+    own, shared = (
+        greedyprune.select(
+            model, [inputs], objective="imitation", size=Budget(flops=0.6, uniform=uniform)
+        )
+        for uniform in (False, True)
+    )
     sizes = [[len(each.kept) for each in s.layers.values()] for s in (own, shared)]
     assert sizes[0][0] != sizes[0][1]
     assert sizes[1][0] == sizes[1][1]
@@ -240,8 +255,6 @@ def test_uniform_widths() -> None:
         if cost.at({"up.0": k, "up.1": k, "up.2": j}) <= 0.6 * cost.dense
     )
     assert shared.budget.objective == pytest.approx(best, rel=1e-5)
-    with pytest.raises(ValueError, match=r"uniform: found sizes 3 for 'up.0' and 4 for 'up.1'"):
-        greedyprune.select(model, [inputs], uniform=True, size={"up.0": 3, "up.1": 4, "up.2": 5})
 
 
 def test_layers_of_a_kind_that_share_weights() -> None:
@@ -251,7 +264,7 @@ def test_layers_of_a_kind_that_share_weights() -> None:
     model = nn.Sequential(*(m for c in convs for m in (c, nn.ReLU())), nn.Conv2d(6, 2, 1)).eval()
     inputs = torch.randn(8, 3, 8, 8)
     groups = find_groups(model, analyse(model, Batch((inputs,), {}, None)), None)
-    selection = greedyprune.select(model, [inputs], budget={"flops": 0.5}, uniform=True)
+    selection = greedyprune.select(model, [inputs], size=Budget(flops=0.5, uniform=True))
     assert len({len(each.kept) for each in selection.layers.values()}) == 1
     cost = selection.costs["flops"]
     losses = {g.producer: torch.zeros(6) for g in groups}
@@ -307,24 +320,24 @@ def test_a_latency_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(rest=flops / 4)  # 0.8 of the time is 0.75 of the FLOPs
     monkeypatch.setattr(budget, "medians", clock)
     options = {"objective": "imitation", "weights": "counts"}
-    by_time = greedyprune.select(model, [inputs], **options, budget={"latency": 0.8})
-    by_count = greedyprune.select(model, [inputs], **options, budget={"flops": 0.75})
+    by_time = greedyprune.select(model, [inputs], **options, size=Budget(latency=0.8))
+    by_count = greedyprune.select(model, [inputs], **options, size=Budget(flops=0.75))
     assert clock.asked == 3
     for name, layer in by_count.layers.items():
         assert len(layer.kept) == len(by_time.layers[name].kept)
     assert by_time.budget.reached == pytest.approx((4 * by_count.budget.reached + 1) / 5)
 
     monkeypatch.setattr(budget, "medians", clock := Clock(flops / 4, wrong=0.05 * flops))
-    corrected = greedyprune.select(model, [inputs], **options, budget={"latency": 0.8})
+    corrected = greedyprune.select(model, [inputs], **options, size=Budget(latency=0.8))
     assert clock.asked > 3  # the whole model gains less than its layers say
     assert corrected.budget.reached <= 0.8
     assert corrected.change("flops")[1] < by_count.change("flops")[1]
 
     monkeypatch.setattr(budget, "medians", Clock(flops / 4, wrong=flops))
-    with pytest.warns(UserWarning, match=r"budget: found .* of the dense model's latency, above"):
-        greedyprune.select(model, [inputs], **options, budget={"latency": 0.8})
-    with pytest.raises(ValueError, match=r"budget: found {'latency': 0.2}, but the smallest"):
-        greedyprune.select(model, [inputs], **options, budget={"latency": 0.2})
+    with pytest.warns(UserWarning, match=r"latency: found .* of the dense model's, above the 0.8"):
+        greedyprune.select(model, [inputs], **options, size=Budget(latency=0.8))
+    with pytest.raises(ValueError, match=r"latency: found 0.2, but the smallest sizes"):
+        greedyprune.select(model, [inputs], **options, size=Budget(latency=0.2))
 
 
 def test_a_latency_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,23 +356,17 @@ def test_a_latency_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD: list[tuple[dict, str]] = [
-    ({"budget": 0.5}, r"budget: found 0.5, expected {'flops': 0.6}"),
-    ({"budget": {}}, r"budget: found {}, expected {'flops': 0.6}"),
-    ({"budget": {"memory": 0.5}}, r"budget: found {'memory': 0.5}, expected {'flops'"),
-    ({"budget": {"flops": 0.5, "params": 0.5}}, r"budget: found .*'params': 0.5}, expected"),
-    ({"budget": {"flops": 0}}, r"budget: found {'flops': 0}, expected a share in \(0, 1\]"),
-    ({"budget": {"flops": 1.5}}, r"budget: found {'flops': 1.5}, expected a share"),
-    ({"budget": {"flops": "half"}}, r"budget: found {'flops': 'half'}, expected"),
-    ({"budget": {"flops": 0.5}, "size": 0.5}, "budget: found budget and size, expected one"),
-    ({"budget": {"flops": 0.5}, "steps": 5}, "budget: found budget and steps, expected one"),
-    ({"budget": {"flops": 0.5}, "tolerance": 0.1}, "budget: found budget and tolerance"),
-    ({"budget": {"flops": 0.01}}, r"'flops': 0.01}, but the smallest widths .* leave 0.\d+ of"),
-    ({"budget": {"flops": 0.9}, "memory_limit": 100}, r"memory_limit: found 100 bytes, but"),
+    (
+        {"size": Budget(flops=0.5), "steps": 5},
+        r"steps: found size=Budget\(.* and steps=5, ",
+    ),
+    ({"size": Budget(flops=0.5), "tolerance": 0.1}, "size: found a Budget and tolerance, expected"),
+    ({"size": Budget(flops=0.01)}, r"flops: found 0.01, but the smallest sizes .* leave 0.\d+ of"),
+    ({"size": Budget(flops=0.9), "memory_limit": 100}, r"memory_limit: found 100 bytes, but"),
     ({"round_to": 0}, "round_to: found 0, expected at least 1"),
     ({"round_to": "8"}, "round_to: found '8', expected an int"),
-    ({"round_to": 8, "steps": 5}, "round_to: found with steps, expected size or budget"),
-    ({"uniform": 1}, "uniform: found 1, expected True or False"),
-    ({"uniform": True, "tolerance": 0.1}, "uniform: found with tolerance, expected size or"),
+    ({"round_to": 8, "steps": 5}, "round_to: found with steps, expected a size"),
+    ({"round_to": 8, "tolerance": 0.1}, "round_to: found with tolerance, expected a size"),
 ]
 
 
@@ -371,7 +378,28 @@ def test_bad_budgets(options: dict, message: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+BAD_SHARES: list[tuple[dict, type[Exception], str]] = [
+    ({}, ValueError, "Budget: found none, expected one of flops, params, latency"),
+    ({"flops": 0.5, "params": 0.5}, ValueError, "Budget: found flops, params, expected one of"),
+    ({"flops": 0}, ValueError, r"flops: found 0, expected a share in \(0, 1\]"),
+    ({"params": 1.5}, ValueError, r"params: found 1.5, expected a share in \(0, 1\]"),
+    ({"latency": -0.5}, ValueError, r"latency: found -0.5, expected a share in \(0, 1\]"),
+    ({"flops": "half"}, TypeError, r"flops: found 'half', expected a share in \(0, 1\]"),
+    ({"flops": float("inf")}, TypeError, r"flops: found inf, expected a share in \(0, 1\]"),
+    ({"flops": 0.5, "uniform": 1}, TypeError, "uniform: found 1, expected True or False"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), BAD_SHARES)
+def test_bad_shares(options: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        Budget(**options)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(TypeError, match="memory"):
+        Budget(memory=0.5)  # type: ignore[call-arg]
+
+
 def test_a_budget_takes_two_passes() -> None:
     model, inputs = network("mobilenet")
     with pytest.raises(ValueError, match="data: found an iterator for a budget"):
-        greedyprune.select(model, iter([inputs]), budget={"flops": 0.5})
+        greedyprune.select(model, iter([inputs]), size=Budget(flops=0.5))

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -23,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import greedyprune
-from greedyprune import Selection, checkpoint
-from greedyprune.data import Batches
+from greedyprune import Imitation, Loss, Selection
+from greedyprune.data.batches import Batches
+from greedyprune.runtime import checkpoint, resume
+from greedyprune.selector import _load, _save
 
 KILLS = int(os.environ.get("GREEDYPRUNE_KILLS", "28"))  # of the test that kills at random moments
 NAMES = [
@@ -42,8 +43,8 @@ class StopError(Exception):
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is written when it is known."""
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    monkeypatch.setattr(checkpoint, "SHARE", 0)
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(resume, "SHARE", 0)
 
 
 def select(name: str, folder: Path | None = None, data: object = None, **more: Any) -> Selection:
@@ -69,7 +70,7 @@ def stopped(at: int, call: Callable[[], object], *, after: bool = True) -> bool:
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, sys.modules["greedyprune.selection"]):
+        for module in (checkpoint, resume, sys.modules["greedyprune.surgery.selection"]):
             for name in ("write_tensors", "write_json"):
                 if hasattr(module, name):
                     patch.setattr(module, name, counting(getattr(module, name)))
@@ -106,7 +107,9 @@ def test_what_is_known_is_not_done_again(tmp_path: Path) -> None:
 
     def run(folder: Path | None) -> Selection:
         ran.clear()
-        return greedyprune.select(model, data, sequential=False, checkpoint=folder)
+        return greedyprune.select(
+            model, data, objective=Imitation(sequential=False), checkpoint=folder
+        )
 
     run(None)  # traces more
     expected = run(None)
@@ -230,71 +233,49 @@ class Same(Power):
         return super().forward(outputs, 2 * targets)
 
 
-class Scaled:
-    def __init__(self, by: np.ndarray) -> None:
-        self.by = by
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).mul(torch.from_numpy(self.by)).abs().mean()
-
-
 def power(outputs: Tensor, targets: Tensor, power: int = 2, *, times: float = 1.0) -> Tensor:
     return times * (outputs - targets).abs().pow(power).mean()
 
 
-def closed(over: int) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda outputs, targets: (outputs - targets).abs().pow(over).mean()
+def absolute(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).abs().mean()
 
 
-def both(one: int, other: int) -> Callable[[Tensor, Tensor], Tensor]:
-    first, second = closed(one), closed(other)
-    return lambda outputs, targets: first(outputs, targets) + second(outputs, targets)
+LOSSES: list[tuple[object, object, str]] = [
+    (power, absolute, "'?power'?, found '?absolute'?;"),
+    (power, partial(power, power=2), "'?power'?, found '?partial'?;"),
+    (Power(2, 1.0), Same(2, 1.0), "'?Power'?, found '?Same'?;"),
+    (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), "0.0, found 0.1;"),
+    (nn.CrossEntropyLoss(torch.ones(5)), nn.CrossEntropyLoss(torch.arange(5.0)), r"\[1.0, .*\];"),
+]
 
 
-def deep(levels: int, over: int) -> Callable[[Tensor, Tensor], Tensor]:
-    found = closed(over)
-    for _ in range(levels):
-        found = partial(found)
-        found.sparse = torch.eye(2).to_sparse()  # type: ignore[attr-defined]
-    return found
-
-
-LOSSES: list[tuple[Callable[[], Any], Callable[[], Any], str]] = [
-    (lambda: power, lambda: partial(power, power=2), "the loss's function"),
-    (lambda: partial(power, power=2), lambda: partial(power, power=4),
-     r"the loss's arguments\['power'\] 2, found 4;"),
-    (lambda: closed(2), lambda: closed(4), "the loss's over 2, found 4;"),
-    (lambda: both(1, 1), lambda: both(1, 6), "the loss's second's over 1, found 6;"),
-    (lambda: Power(2, 1.0), lambda: Power(4, 1.0), "the loss's power 2, found 4;"),
-    (lambda: Power(2, 1.0), lambda: Power(2, 2.0), "the loss's scale "),
-    (lambda: Power(2, 1.0), lambda: Same(2, 1.0), "the loss's function Power, found Same;"),
-    (lambda: Scaled(np.ones(1)).loss, lambda: Scaled(np.zeros(1)).loss, "the loss's object's by "),
-    (lambda: lambda o, t: (o - t).abs().mean(), lambda: lambda o, t: (o + t).abs().mean(),
-     "the loss's code "),
-]  # fmt: skip
-
-
+@pytest.mark.filterwarnings("ignore:loss. a function of your own")
 @pytest.mark.parametrize(("one", "other", "text"), LOSSES)
-def test_another_loss_of_ones_own_is_refused(
-    one: Callable[[], Any], other: Callable[[], Any], text: str, tmp_path: Path
-) -> None:
+def test_another_loss_is_refused(one: object, other: object, text: str, tmp_path: Path) -> None:
+    """A function of the user's own is known by its name, torch's losses by their numbers too."""
+    kind = "classes" if isinstance(one, nn.CrossEntropyLoss) else "numbers"
+
     def run(loss: object) -> Selection:
-        data = batches_of(tensors("numbers"), 60)
+        data = batches_of(tensors(kind), 60)
         return greedyprune.select(mlp(), data, steps=3, loss=loss, checkpoint=tmp_path / "a")
 
-    expected = run(one())
-    with pytest.raises(ValueError, match=f"is of another call, with {text}"):
-        run(other())
-    check_same(run(one()), expected, exactly=True)
+    expected = run(one)
+    with pytest.raises(ValueError, match=f"is of another call, with the loss's .* {text}"):
+        run(other)
+    check_same(run(one), expected, exactly=True)
 
 
+@pytest.mark.filterwarnings("ignore:loss. a function of your own")
 def test_any_loss_of_ones_own_is_taken(tmp_path: Path) -> None:
     """However it is made; one that was called, too."""
-    losses = [deep(400, 2), Power(2, 1.0), partial(power, times=2.0)]
-    for i, loss in enumerate(losses):
-        for _ in range(2):
-            data = batches_of(tensors("numbers"), 60)
+    for i, loss in enumerate([Power(2, 1.0), partial(power, times=2.0), lambda o, t: power(o, t)]):
+        data = batches_of(tensors("numbers"), 60)
+        one, other = (
             greedyprune.select(mlp(), data, steps=3, loss=loss, checkpoint=tmp_path / f"{i}")
+            for _ in range(2)
+        )
+        check_same(one, other, exactly=True)
 
 
 def test_data_of_one_pass_are_compared_in_it(tmp_path: Path) -> None:
@@ -303,7 +284,7 @@ def test_data_of_one_pass_are_compared_in_it(tmp_path: Path) -> None:
 
     def run(data: object) -> Selection:
         return greedyprune.select(
-            two_layers(), data, size=5, swaps=0, objective="fisher", checkpoint=tmp_path / "a"
+            two_layers(), data, size=5, objective="fisher", checkpoint=tmp_path / "a"
         )
 
     expected = run(iter(data))
@@ -321,7 +302,7 @@ def test_the_networks_loss_knows_its_data(backend: str, tmp_path: Path) -> None:
 
     def run(data: object) -> Selection:
         return greedyprune.select(
-            two_layers(), data, layers="0", size=3, candidates=2, objective="loss",
+            two_layers(), data, layers="0", size=3, objective=Loss(candidates=2),
             backend=backend, checkpoint=tmp_path / "a",
         )  # fmt: skip
 
@@ -352,8 +333,8 @@ def test_a_shuffled_loader_with_a_seed_goes_on(kind: str, tmp_path: Path) -> Non
 
     def run(folder: Path) -> Selection:
         return greedyprune.select(
-            two_layers(), shuffled(kind), size=9, swaps=0, sequential=False, memory_limit=32_000,
-            objective="imitation", checkpoint=folder,
+            two_layers(), shuffled(kind), size=9, memory_limit=32_000,
+            objective=Imitation(swaps=0, sequential=False), checkpoint=folder,
         )  # fmt: skip
 
     expected, at = run(tmp_path / "whole"), 2
@@ -388,11 +369,15 @@ def test_without_a_checkpoint_loaders_shuffle_anew() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def opened(folder: Path) -> checkpoint.Checkpoint[Any]:
+    return checkpoint.Checkpoint(folder, {}, save=_save, load=_load)
+
+
 HOLDS = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from greedyprune.checkpoint import Checkpoint
-with Checkpoint(sys.argv[2], {}):
+from greedyprune.runtime.checkpoint import Checkpoint
+with Checkpoint(sys.argv[2], {}, load=lambda file: {}):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -404,9 +389,9 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"checkpoint: .* is used by another process"):
-            checkpoint.Checkpoint(tmp_path / "a", {})
+            opened(tmp_path / "a")
         other.kill()
-    with checkpoint.Checkpoint(tmp_path / "a", {}) as kept:
+    with opened(tmp_path / "a") as kept:
         assert kept.folder == tmp_path / "a"
 
 
@@ -420,10 +405,10 @@ def test_layers_of_no_known_call_are_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("at_once")
 def test_steps_are_read_file_by_file(tmp_path: Path) -> None:
     """And where one did not come again, only what was before it stays."""
-    kept = checkpoint.Checkpoint(tmp_path / "a", {})
+    kept = opened(tmp_path / "a")
 
     def run(labels: str) -> list[str]:
-        steps, computed = checkpoint.Steps(kept, "0"), []
+        steps, computed = resume.Steps(kept, "0"), []
 
         def compute(label: str) -> Tensor:
             computed.append(label)
@@ -477,11 +462,11 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from greedyprune import checkpoint
+from greedyprune.runtime import resume
 from test_checkpoint import select
-checkpoint.SHARE = 0
+resume.SHARE = 0
 for line in sys.stdin:
-    name, folder, out, checkpoint.SECONDS, seconds = json.loads(line)
+    name, folder, out, resume.SECONDS, seconds = json.loads(line)
     begun, child = time.monotonic(), os.fork()
     if child == 0:
         select(name, Path(folder), progress=False).save(out)

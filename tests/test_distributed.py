@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import Selection, checkpoint, distributed, files
+from greedyprune import Budget, Imitation, Loss, Selection
+from greedyprune.runtime import distributed, files, resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss. a function of your own")
 
@@ -77,11 +78,15 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 CASES = {
     "cross-entropy": Case(mlp, "classes", {"steps": 30}),
     "cross-entropy, sizes": Case(mlp, "classes", {"size": 20}),
-    "cross-entropy, candidates": Case(mlp, "classes", {"steps": 20, "candidates": 9}),
-    "cross-entropy, mini-batches": Case(
-        mlp, "classes", {"steps": 20, "batch_size": 50, "shortlist": 4}
+    "cross-entropy, candidates": Case(
+        mlp, "classes", {"steps": 20, "objective": Loss(candidates=9)}
     ),
-    "cross-entropy, one sample a step": Case(mlp, "classes", {"steps": 9, "batch_size": 1}),
+    "cross-entropy, mini-batches": Case(
+        mlp, "classes", {"steps": 20, "objective": Loss(batch_size=50, shortlist=4)}
+    ),
+    "cross-entropy, one sample a step": Case(
+        mlp, "classes", {"steps": 9, "objective": Loss(batch_size=1)}
+    ),
     "cross-entropy, streamed": Case(mlp, "classes", {"steps": 9, "memory_limit": 5000}),
     "cross-entropy, tolerance": Case(mlp, "classes", {"tolerance": 0.05, "weights": "uniform"}),
     "smoothed labels": Case(
@@ -109,38 +114,46 @@ CASES = {
         mlp, "numbers", {"steps": 9, "memory_limit": 9_000}
     ),
     "squared error, refit": Case(mlp, "numbers", {"size": 12, "weights": "refit"}),
-    "squared error, candidates": Case(mlp, "numbers", {"steps": 20, "candidates": 9}),
+    "squared error, candidates": Case(
+        mlp, "numbers", {"steps": 20, "objective": Loss(candidates=9)}
+    ),
     "reference": Case(mlp, "classes", {"steps": 9, "backend": "reference"}),
     "a loss of one's own": Case(mlp, "numbers", {"steps": 5, "loss": absolute}),
     "imitation": Case(mlp, "classes", {"size": 12, "objective": "imitation"}),
-    "imitation, mini-batches": Case(
-        mlp, "classes", {"size": 12, "objective": "imitation", "batch_size": 32}
+    "imitation, columns": Case(
+        lambda: mlp(hidden=300), "classes",
+        {"steps": 12, "objective": "imitation", "weights": "counts", "memory_limit": 600_000},
     ),
     "in sequence": Case(cnn, "classes", {"size": 0.5}),
-    "in sequence, all layers": Case(two_layers, "classes", {"size": 0.5, "swaps": 0}),
-    "by themselves": Case(cnn, "classes", {"size": 0.5, "sequential": False}),
+    "in sequence, all layers": Case(
+        two_layers, "classes", {"size": 0.5, "objective": Imitation(swaps=0)}
+    ),
+    "by themselves": Case(
+        cnn, "classes", {"size": 0.5, "objective": Imitation(sequential=False)}
+    ),
     "counts": Case(cnn, "classes", {"steps": 9, "weights": "counts"}),
     "gates": Case(cnn, "classes", {"size": 0.5, "objective": "fisher"}),
     "gates, a loss of one's own": Case(
         two_layers, "numbers", {"size": 0.5, "objective": "fisher", "loss": functional.l1_loss}
     ),
-    "budget": Case(cnn, "classes", {"budget": {"flops": 0.5}}),
-    "budget, gates": Case(cnn, "classes", {"budget": {"params": 0.6}, "objective": "fisher"}),
+    "budget": Case(cnn, "classes", {"size": Budget(flops=0.5)}),
+    "budget, gates": Case(cnn, "classes", {"size": Budget(params=0.6), "objective": "fisher"}),
     "the network's loss": Case(cnn, "classes", {"size": 3, "objective": "loss"}),
     "the network's loss, refit": Case(
         cnn, "classes", {"size": 3, "objective": "loss", "weights": "refit"}
     ),
     "the network's loss, mini-batches": Case(
-        cnn, "classes", {"size": 3, "objective": "loss", "batch_size": 40, "candidates": 5}
+        cnn, "classes", {"size": 3, "objective": Loss(batch_size=40, candidates=5)}
     ),
-    "the network's loss, screened": Case(
-        cnn, "classes", {"size": 3, "objective": "loss", "screen": 3}
+    "the network's loss, by the gradient": Case(
+        cnn, "classes", {"size": 3, "objective": Loss(candidates=3, draw="gradient")}
     ),
     "the network's loss, one's own": Case(
-        two_layers, "numbers", {"size": 2, "objective": "loss", "loss": absolute, "screen": 4}
+        two_layers, "numbers",
+        {"size": 2, "loss": absolute, "objective": Loss(candidates=4, draw="gradient")},
     ),
     "the network's loss, a metric": Case(
-        cnn, "classes", {"tolerance": 0.3, "objective": "loss", "metric": accuracy}
+        cnn, "classes", {"tolerance": 0.3, "objective": Loss(metric=accuracy)}
     ),
 }  # fmt: skip
 
@@ -175,13 +188,11 @@ def part(rank: int, size: int, kind: str) -> list[tuple[Tensor, Tensor]]:
     return batches_of((inputs[own], targets[own]), BATCHES[rank])
 
 
-def select(rank: int, size: int, name: str, parallel: str = "data") -> Selection:
+def select(rank: int, size: int, name: str) -> Selection:
     case = CASES[name]
-    whole = parallel == "units" or rank >= size
-    data = batches_of(tensors(case.targets), 60) if whole else part(rank, size, case.targets)
-    return greedyprune.select(
-        case.model(), data, process_group=group_of(size), parallel=parallel, **case.options
-    )
+    outside = rank >= size
+    data = batches_of(tensors(case.targets), 60) if outside else part(rank, size, case.targets)
+    return greedyprune.select(case.model(), data, process_group=group_of(size), **case.options)
 
 
 def alone(name: str) -> Selection:
@@ -219,14 +230,6 @@ def test_parts_of_the_data(team: Team, name: str, size: int) -> None:
     check_same(found[0], alone(name))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_parts_of_the_work(team: Team, name: str) -> None:
-    found = team.results(4, select, 4, name, "units")
-    for each in found[1:]:
-        check_same(each, found[0], exactly=True)
-    check_same(found[0], alone(name))
-
-
 @pytest.mark.parametrize("name", ["cross-entropy", "squared error", "squared error, streamed"])
 def test_sums_of_many_ranks(team: Team, name: str) -> None:
     """Are reduced, not gathered."""
@@ -238,11 +241,11 @@ def test_sums_of_many_ranks(team: Team, name: str) -> None:
 
 def select_as_many(rank: int, name: str) -> Selection:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "FEW", 1)
+        patch.setattr(distributed, "GATHER_RANKS", 1)
         return select(rank, 4, name)
 
 
-def test_one_by_itself(team: Team) -> None:
+def test_a_group_of_one_process(team: Team) -> None:
     """No other rank is waited for."""
     found = team.results(2, by_itself)
     check_same(found[0], alone("cross-entropy"))
@@ -254,28 +257,37 @@ def by_itself(rank: int) -> Selection | None:
     if rank == 1:
         return None
     data = batches_of(tensors(case.targets), 60)
-    return greedyprune.select(case.model(), data, parallel="none", **case.options)
+    return greedyprune.select(case.model(), data, process_group=group_of(1), **case.options)
 
 
-@pytest.mark.parametrize("parallel", ["data", "units"])
-def test_refit_by_several(team: Team, parallel: str) -> None:
-    """The same weights on all ranks, and those of one process."""
+def test_refit_by_several(team: Team) -> None:
+    """All ranks get the same weights, and these are one process's on all data."""
     selection = alone("in sequence")
-    found = team.results(4, refit, 4, selection, parallel)
-    model = cnn()
-    expected = greedyprune.refit(model, selection, batches_of(tensors("classes"), 60))
-    for each in found:
+    states = team.results(4, refit, 4, selection)
+    data = batches_of(tensors("classes"), 60)
+    expected = greedyprune.refit(cnn(), selection, data)
+    pruned = greedyprune.prune(cnn(), selection).state_dict()
+    assert any(not tensor.equal(pruned[name]) for name, tensor in expected.state_dict().items())
+    for state in states:
         for name, tensor in expected.state_dict().items():
-            torch.testing.assert_close(each[name], tensor, rtol=1e-3, atol=1e-4)
-            assert torch.equal(each[name], found[0][name])
+            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
+            assert torch.equal(state[name], states[0][name])
 
 
-def refit(rank: int, size: int, selection: Selection, parallel: str) -> dict[str, Tensor]:
-    whole = batches_of(tensors("classes"), 60)
-    data = part(rank, size, "classes") if parallel == "data" else whole
-    group = group_of(size)
-    small = greedyprune.refit(cnn(), selection, data, process_group=group, parallel=parallel)
-    return small.state_dict()
+def refit(rank: int, size: int, selection: Selection) -> dict[str, Tensor]:
+    data, group = part(rank, size, "classes"), group_of(size)
+    return greedyprune.refit(cnn(), selection, data, process_group=group).state_dict()
+
+
+def test_several_ranks_do_not_distill(team: Team) -> None:
+    for refused in team.run(2, refit_with_epochs, alone("in sequence")):
+        assert isinstance(refused, Raised) and refused.kind == "ValueError", refused
+        assert "epochs: found 1 with 2 ranks, expected 0, or a process_group" in refused.text
+
+
+def refit_with_epochs(rank: int, selection: Selection) -> None:
+    data = part(rank, 2, "classes")
+    greedyprune.refit(cnn(), selection, data, epochs=1, process_group=group_of(2))
 
 
 def test_wrapped_models(team: Team) -> None:
@@ -316,10 +328,10 @@ def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int
                 raise InterruptedError("Stop")
 
         write = files.write_tensors
-        patch.setattr(checkpoint, "SECONDS", 0.0)
-        patch.setattr(checkpoint, "SHARE", 0)
-        patch.setattr(checkpoint, "write_tensors", counted)
-        patch.setattr(sys.modules["greedyprune.selection"], "write_tensors", counted)
+        patch.setattr(resume, "SECONDS", 0.0)
+        patch.setattr(resume, "SHARE", 0)
+        patch.setattr(resume, "write_tensors", counted)
+        patch.setattr(sys.modules["greedyprune.surgery.selection"], "write_tensors", counted)
         case = CASES[name]
         return greedyprune.select(
             case.model(), part(rank, 4, case.targets), checkpoint=folder,

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from processes import TIMEOUT, Raised, Team, group_of
-from test_distributed import CASES, alone, batches_of, check_same, cnn, mlp, part, select, tensors
+from test_distributed import alone, batches_of, check_same, cnn, mlp, part, select, tensors
 from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Selection
-from greedyprune._backend import extension
-from greedyprune.distributed import Ranks
+from greedyprune.kernels.backend import extension
+from greedyprune.runtime.distributed import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,6 @@ def wrong(rank: int, what: str) -> Any:
     elif bad and what == "another processor":
         with another_instruction_set():
             return greedyprune.select(model, data, process_group=group, **options)
-    elif what == "parallel":
-        options["parallel"] = "model"
     elif what == "group":
         group = "all"
     return greedyprune.select(model, data, process_group=group, **options)
@@ -99,7 +97,7 @@ WRONG = {
     "layers": ("ValueError", "NaN or inf"),
     "gates": ("ValueError", "NaN or inf"),
     "network": ("ValueError", "NaN or inf"),
-    "label": ("ValueError", "data: labels from 0 to 9"),
+    "label": ("ValueError", "data: found labels from 0 to 9"),
     "shape": ("ValueError", "data: the model can't run on a batch of it"),
     "data": ("TypeError", "data: found int"),
     "argument": ("ValueError", "steps: found 0"),
@@ -109,7 +107,6 @@ WRONG = {
     "another model": ("ValueError", "model: '2.bias': found "),
     "loader": ("OSError", "the disk is gone"),
     "interrupted": ("KeyboardInterrupt", ""),
-    "parallel": ("ValueError", "parallel: found 'model', expected one of 'data', 'units', 'none'"),
     "group": ("TypeError", "process_group: found str, expected a group"),
 }
 
@@ -117,7 +114,7 @@ WRONG = {
 # Found by comparing, in what is summed up, or wrong on each.
 ON_ALL = {
     "samples on no rank", "another argument", "another loss", "another processor", "another model",
-    "parallel", "group", "network",
+    "group", "network",
 }  # fmt: skip
 
 
@@ -178,35 +175,18 @@ def test_an_error_between_two_sums(team: Team, name: str) -> None:
 
 
 def fails_at_the_second(rank: int, name: str) -> Selection:
-    calls, there = 0, Ranks._there
+    calls, on_device = 0, Ranks._on_device
 
     def failing(self: Ranks, tensor: Tensor) -> Tensor:
         nonlocal calls
         calls += rank == 1
         if calls == 2:
             raise MemoryError
-        return there(self, tensor)
+        return on_device(self, tensor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ranks, "_there", failing)
+        patch.setattr(Ranks, "_on_device", failing)
         return select(rank, 2, name)
-
-
-@pytest.mark.parametrize("name", ["cross-entropy", "squared error", "imitation", "gates"])
-def test_other_data_than_the_first_rank(team: Team, name: str) -> None:
-    """parallel="units" is for ranks that have the same."""
-    for found in team.run(2, parts_as_units, name):
-        assert isinstance(found, Raised) and found.kind == "ValueError"
-        assert "data's first batch, with parallel='units': found " in found.text
-        assert "on rank 0 and " in found.text
-
-
-def parts_as_units(rank: int, name: str) -> Selection:
-    case = CASES[name]
-    data, group = part(rank, 2, case.targets), group_of(2)
-    return greedyprune.select(
-        case.model(), data, process_group=group, parallel="units", **case.options
-    )
 
 
 def test_an_output_that_one_rank_takes_for_the_models(team: Team) -> None:

@@ -1,4 +1,4 @@
-"""Pruned models go where dense ones go: torch.export, torch.compile, ONNX."""
+"""Pruned models work with torch.export, torch.compile and ONNX."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import greedyprune
+from greedyprune import Imitation
 
 each_network = pytest.mark.parametrize("name", ["resnet", "mobilenet", "attention", "gpt2"])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Plain(nn.Module):
-    """A model as a function from one tensor to one, without caches."""
+    """A model as a function from one tensor to one tensor, without a cache of keys and values."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
@@ -34,34 +35,34 @@ def pruned(name: str) -> tuple[nn.Module, Tensor]:
     """All layers of a network cut to half, and inputs for it."""
     model, inputs = network(name)
     data = inputs if isinstance(inputs, dict) else [inputs]
-    selection = greedyprune.select(model, data, objective="imitation", sequential=False)
+    selection = greedyprune.select(model, data, objective=Imitation(sequential=False))
     x = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
     return Plain(greedyprune.prune(model, selection), inputs).eval(), x
 
 
 @torch.no_grad()
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+def assert_close(outputs: Tensor, expected: Tensor) -> None:
+    assert outputs.shape == expected.shape
+    assert float((outputs - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @each_network
 def test_torch_export(name: str, tmp_path: Path) -> None:
-    """From one batch to batches of any length, through a file."""
+    """The exported program runs on batches of other lengths, after it was saved and loaded."""
     model, inputs = pruned(name)
     program = torch.export.export(model, (inputs[:3],), dynamic_shapes=({0: Dim("batch")},))
     torch.export.save(program, tmp_path / "small.pt2")
-    again = torch.export.load(tmp_path / "small.pt2").module()
-    assert_same(again(inputs), outputs_of(model, inputs))
+    loaded = torch.export.load(tmp_path / "small.pt2").module()
+    assert_close(loaded(inputs), outputs_of(model, inputs))
 
 
 @each_network
 def test_torch_compile(name: str) -> None:
-    """No size of the dense network is left in what a compiler is given; one graph."""
+    """A compiler traces the pruned model as one graph, in which no dense size is left."""
     model, inputs = pruned(name)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_same(outputs_of(compiled, inputs), outputs_of(model, inputs))
+    assert_close(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
 
 @each_network
@@ -70,4 +71,4 @@ def test_onnx(name: str) -> None:
     pytest.importorskip("onnxruntime")
     model, inputs = pruned(name)
     program = torch.onnx.export(model, (inputs,), dynamo=True, verbose=False)
-    assert_same(program(inputs)[0], outputs_of(model, inputs))
+    assert_close(program(inputs)[0], outputs_of(model, inputs))

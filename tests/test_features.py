@@ -9,17 +9,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from jobs import job_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import greedyprune
-from greedyprune.data import Batch, Batches
-from greedyprune.distributed import ALONE
-from greedyprune.features import LayerData
-from greedyprune.graph import analyse, find_groups
-from greedyprune.losses import criterion_of
-from greedyprune.moments import add_upper_product, mirror, moments
-from greedyprune.settings import resolve
+from greedyprune import Loss
+from greedyprune.data.batches import Batch, Batches
+from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.kernels.products import add_upper_product, mirror
+from greedyprune.objectives.features import InMemory, Streamed, layer_features
+from greedyprune.objectives.minibatches import mini_batches
+from greedyprune.objectives.moments import moments
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
@@ -28,12 +29,12 @@ Y = torch.randint(3, (2500,))
 T = torch.randn(2500, 3)
 
 
-def layer_data(data: object, loss: object, limit: int = 2**30, backend: str = "cpu") -> LayerData:
+def features_of(
+    data: object, loss: object, limit: int = 2**30, backend: str = "cpu"
+) -> InMemory | Streamed:
     group = find_groups(MODEL, analyse(MODEL, Batch((X[:4],), {}, None)), None)[0]
-    return LayerData(
-        MODEL, group, Batches(data, MODEL), criterion_of(loss, None), imitation=False,
-        backend=backend, memory_limit=limit, progress=lambda source, desc: source,
-    )  # fmt: skip
+    job = job_of(MODEL, data, [group], loss=loss, backend=backend, memory_limit=limit)
+    return layer_features(job, group, imitation=False, limit=limit)
 
 
 class Unsized:
@@ -61,16 +62,16 @@ def test_moments_are_their_definitions(sized: bool, room: int, loss: object, bac
     targets, each = (T, BYTES["mse"]) if loss == "mse" else (Y, BYTES["cross_entropy"])
     limit = max(1, room * each)
     batches = [(X[i : i + 700], targets[i : i + 700]) for i in range(0, 2500, 700)]
-    data = layer_data(batches if sized else Unsized(batches), loss, limit, backend)
+    features = features_of(batches if sized else Unsized(batches), loss, limit, backend)
     gram_too = 0 if sized or loss != "mse" else 30 * 30 * 8
-    assert (data.features is None) == (limit < each * 2500 + gram_too)
-    assert data.bytes_held <= limit or limit == 1
+    assert isinstance(features, Streamed) == (limit < each * 2500 + gram_too)
+    assert features.bytes_held <= limit or limit == 1
     gram = torch.zeros(30, 30, dtype=torch.float64)
-    found = moments(data, backend, gram)
+    found = moments(features, backend, gram)
     hidden = MODEL[:2](X).double().T
     phi = hidden[:, None, :] * (30 * MODEL[2].weight.double().T)[:, :, None]
     bias = MODEL[2].bias.double()[:, None]
-    in_float32 = data.features is not None and backend == "cpu"
+    in_float32 = isinstance(features, InMemory) and backend == "cpu"
     expected = torch.einsum("ics,jcs->ij", phi, phi)
     size = expected.diagonal().sqrt()
     error = (gram - expected).abs() / (size * size[:, None])
@@ -176,14 +177,9 @@ def test_streamed_columns_and_weights(weights: str, targets: Tensor) -> None:
 
 
 def test_mini_batches_see_every_sample_once_a_pass() -> None:
-    names = ("size", "tolerance", "replacement", "candidates", "layers", "memory_limit", "budget",
-             "round_to", "screen")  # fmt: skip
-    chosen = resolve(
-        model=MODEL, steps=9, batch_size=30, shortlist=None, seed=3, objective="auto",
-        weights="auto", sequential=True, swaps=None, uniform=False, metric="none",
-        damping=1e-4, **dict.fromkeys(names),
-    )  # fmt: skip
-    batches = chosen.batches(9, 100, ALONE)
+    job = job_of(MODEL, (X, Y), steps=9, seed=3, objective=Loss(batch_size=30))
+    batches = mini_batches(job, 9, 100)
+    assert batches is not None
     assert batches.order.sort().values.equal(torch.arange(100))
     assert len(batches.starts) == 9 and batches.size == 30
     seen = [batches.order[start : start + 30] for start in batches.starts]
@@ -194,12 +190,13 @@ def test_mini_batches_see_every_sample_once_a_pass() -> None:
 
 @torch.no_grad()
 def test_shuffling_keeps_samples_together() -> None:
-    data = layer_data((X, T), "mse")
-    before, target = data.features.clone(), data.target
+    features = features_of((X, T), "mse")
+    assert isinstance(features, InMemory)
+    before, target = features.features.clone(), features.target
     order = torch.randperm(2500)
-    data.shuffle(order)
-    assert data.features.equal(before[:, order])
-    assert data.target.value.equal(target.value[:, order])
+    features.shuffle(order)
+    assert features.features.equal(before[:, order])
+    assert features.target.value.equal(target.value[:, order])
 
 
 def test_passes_that_differ_are_noticed() -> None:

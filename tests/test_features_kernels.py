@@ -1,13 +1,15 @@
-"""Collecting and measuring features, columns of the Gram matrix, and where their ranges end."""
+"""Collecting features, columns of the Gram matrix, extreme logits, and near ties."""
 
 import pytest
 import torch
 from conftest import Kernels
 from torch import Tensor
 
-from greedyprune import objectives, ops, reference
-from greedyprune.losses import Criterion
-from greedyprune.reference import Moments, Rule
+from greedyprune.data.losses import Criterion
+from greedyprune.kernels import cpu, ops, reference
+from greedyprune.kernels.loop import greedy
+from greedyprune.kernels.path import Exact, Moments, Rule
+from greedyprune.objectives import output_loss as objectives
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -24,11 +26,11 @@ def test_collect_features(
     for hidden in batches:
         extent = ops.collect_features(store, hidden, at, extent)
         at += len(hidden)
-    everything = torch.cat(batches).T
-    assert store[:, :at].equal(everything) and (store[:, at:] == 7).all()
-    for found in (extent, ops.measure_features(store[:, :at])):
-        torch.testing.assert_close(found.squares, everything.double().square().sum(1))
-        assert found.largest.equal(everything.double().abs().amax(1))
+    activations = torch.cat(batches).T
+    assert store[:, :at].equal(activations) and (store[:, at:] == 7).all()
+    for measured in (extent, ops.measure_features(store[:, :at])):
+        torch.testing.assert_close(measured.squares, activations.double().square().sum(1))
+        assert measured.largest.equal(activations.double().abs().amax(1))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +42,14 @@ def test_collect_features(
         (torch.zeros(4, 5), -1, "at"),
     ],
 )
-def test_what_does_not_fit_is_not_collected(hidden: Tensor, at: int, named: str) -> None:
+def test_activations_that_do_not_fit_are_refused(hidden: Tensor, at: int, named: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^{named}: found"):
         ops.collect_features(torch.zeros(5, 10), hidden, at)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 9, 63, 64, 130])
-def test_what_is_not_finite_shows_in_the_extent(instruction_set: str, bad: float, at: int) -> None:
+def test_a_nan_or_inf_shows_in_the_extent(instruction_set: str, bad: float, at: int) -> None:
     hidden = torch.zeros(131, 5)
     hidden[at, 3] = bad
     extent = ops.collect_features(torch.empty(5, 131), hidden, 0)
@@ -69,7 +71,7 @@ def test_gram_columns(
     expected = (h[picked] @ h.T) * (outgoing[picked] @ outgoing.T)
     size = (h.square().sum(1) * outgoing.square().sum(1)).sqrt()
     error = (out - expected).abs() / (size[picked][:, None] * size)
-    assert error.max() < ops.columns_rounding(dtype)  # the bound that decides what is scored again
+    assert error.max() < ops.columns_rounding(dtype)
     assert error.max() < {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
 
 
@@ -91,7 +93,7 @@ def quadratic(units: int = 300, samples: int = 200, seed: int = 0) -> tuple[Tens
 @pytest.mark.parametrize(
     "rule", [Rule(120, 301, True), Rule(300, 300, False)], ids=["repeats", "all units"]
 )
-def test_columns_give_the_gram_matrix_s_path(on: Kernels, rule: Rule, capacity: int) -> None:
+def test_columns_give_the_path_of_the_gram_matrix(on: Kernels, rule: Rule, capacity: int) -> None:
     gram, moments = quadratic()
     fetched: list[int] = []
 
@@ -100,33 +102,33 @@ def test_columns_give_the_gram_matrix_s_path(on: Kernels, rule: Rule, capacity: 
         fetched.extend(units.tolist())
         out.copy_(gram[units])
 
-    found = on.greedy_columns(columns, moments, rule, capacity=capacity)
+    path = on.greedy_columns(columns, moments, rule, capacity=capacity)
     expected = reference.greedy_gram(gram, moments, rule)
-    assert found.order.equal(expected.order)
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=1e-12)
+    assert path.order.equal(expected.order)
+    torch.testing.assert_close(path.losses, expected.losses, rtol=1e-9, atol=1e-12)
     if capacity == 1000:
-        assert len(fetched) == len(set(fetched))  # nothing is fetched twice
+        assert len(fetched) == len(set(fetched))  # no column is fetched twice
 
 
 def test_coming_picks_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where units resemble one another, it takes fewer passes than fetching what scores best."""
+    """Where units resemble one another, fewer columns are fetched than by the current scores."""
     gram, moments = quadratic(units=1000, samples=2000)
 
-    def passes() -> int:
+    def fetches() -> int:
         fetched: list[int] = []
 
         def columns(units: Tensor, out: Tensor) -> None:
             fetched.append(len(units))
             out.copy_(gram[units])
 
-        found = ops.greedy_columns(columns, moments, Rule(200, 1001, True))
-        assert len(found.order.unique()) > 40
+        path = ops.greedy_columns(columns, moments, Rule(200, 1001, True))
+        assert len(path.order.unique()) > 40
         return len(fetched)
 
-    foreseen = passes()
-    monkeypatch.setattr(ops, "RANK", 0)  # nothing is known of the missing columns
-    best = passes()
-    assert foreseen < 0.7 * best
+    foreseen = fetches()
+    monkeypatch.setattr(cpu, "FORESEEN_RANK", 0)  # no approximation of the missing columns
+    by_scores = fetches()
+    assert foreseen < 0.7 * by_scores
 
 
 def test_cost_model_prefers_columns_for_few_picks() -> None:
@@ -140,24 +142,24 @@ def test_cost_model_prefers_columns_for_few_picks() -> None:
 def test_cross_entropy_near_and_far_from_base(
     on: Kernels, outputs: int, scale: float, dtype: torch.dtype
 ) -> None:
-    """Candidates that stay within the range of exponents, that leave it, and groups with both."""
+    """Candidates within the range of exponents, candidates beyond it, and groups of both."""
     torch.manual_seed(outputs)
     features = torch.randn(19, 75)
     outgoing = torch.randn(19, outputs, dtype=torch.float64) * scale
     outgoing[::3] *= 0.01
     target = Criterion("cross_entropy").target(torch.randint(outputs, (75,)), (75, outputs))
     base = 5 * torch.randn(outputs, 75, dtype=torch.float64)
-    base[1] -= 300  # cut off, or not
+    base[1] -= 300  # float32 cuts it off, float64 does not
     base[:, :5] *= 30
-    found = on.candidate_loss(features, outgoing, base, target, dtype=dtype)
+    losses = on.candidate_loss(features, outgoing, base, target, dtype=dtype)
     expected = reference.candidate_loss(features, outgoing, base, target)
-    torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12,
+    torch.testing.assert_close(losses, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12,
                                atol=0)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["mse columns", "mse Gram", "cross_entropy", "bce_with_logits"])
 def test_near_ties_are_decided_exactly(instruction_set: str, kind: str) -> None:
-    """Pairs of units closer than float32 can tell apart, and yet not equal."""
+    """Pairs of units that differ by less than float32 can tell, but do differ."""
     torch.manual_seed(0)
     units, samples, outputs = 400, 3000, 3
     twins = torch.randn(units // 2, samples).relu()
@@ -176,15 +178,15 @@ def test_near_ties_are_decided_exactly(instruction_set: str, kind: str) -> None:
     rule = Rule(40, units + 1, True)
     phi = features.double()[:, None] * outgoing[:, :, None]
 
-    class Brute:
+    class BruteForce:
         def __init__(self) -> None:
             self.units, self.z = len(features), torch.zeros_like(phi[0])
-            self.closest: list[float] = []
+            self.margins: list[float] = []
 
         def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
             scores = target.loss_sum((self.z + phi[candidates]) / k)
             best = scores.sort().values
-            self.closest.append(float((best[1] - best[0]) / best[0]))
+            self.margins.append(float((best[1] - best[0]) / best[0]))
             return scores
 
         def add(self, k: int, unit: int) -> None:
@@ -196,27 +198,27 @@ def test_near_ties_are_decided_exactly(instruction_set: str, kind: str) -> None:
         def gap(self, k: int) -> None:
             return None
 
-    brute = Brute()
-    expected = reference.greedy(brute, rule)
-    assert min(brute.closest) < 1e-6  # float32 alone would be guessing
+    brute = BruteForce()
+    expected = greedy(brute, rule)
+    assert min(brute.margins) < 1e-6  # float32 cannot decide these
     if name == "mse":
         flat, t = phi.flatten(1), target.value
         gram = flat @ flat.T
         sums = Moments(samples, 1.0, gram.diagonal().clone(), flat @ t.flatten(),
                        float(t.square().sum()), 0.0, 0.0, 0.0)  # fmt: skip
         rounding = ops.columns_rounding(torch.float32)
-        exact = ops.Exact(rounding, features, outgoing, t)
+        exact = Exact(rounding, features, outgoing, t)
         if kind == "mse Gram":
-            found = ops.greedy_gram(gram.float().double(), sums, rule, exact=exact)
+            path = ops.greedy_gram(gram.float().double(), sums, rule, exact=exact)
         else:
-            found = ops.greedy_columns(
+            path = ops.greedy_columns(
                 lambda picked, out: ops.gram_columns(features, outgoing, picked, out),
                 sums, rule, exact=exact,
             )  # fmt: skip
     else:
-        found = ops.greedy_pointwise(features, outgoing, bias, target, rule)
-    unclear = [i for i, margin in enumerate(brute.closest) if margin < 1e-10]
-    sure = min([len(expected.order), *unclear])
-    assert sure >= 5
-    assert found.order[:sure].tolist() == expected.order[:sure].tolist()
-    assert found.rescored > 0
+        path = ops.greedy_pointwise(features, outgoing, bias, target, rule)
+    ties = [i for i, margin in enumerate(brute.margins) if margin < 1e-10]
+    steps = min([len(expected.order), *ties])
+    assert steps >= 5
+    assert path.order[:steps].tolist() == expected.order[:steps].tolist()
+    assert path.rescored > 0

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from networks import NETWORKS, Inputs, network, outputs_of
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import fisher
-from greedyprune.data import Batches
-from greedyprune.evaluation import bars, evaluating
-from greedyprune.surgery import masked
+from greedyprune import Budget, Imitation
+from greedyprune.data.forward import evaluating
+from greedyprune.graph.unfold import as_columns
+from greedyprune.objectives import output_metric
+from greedyprune.surgery.cut import masked
 
 
 def data_of(inputs: Inputs) -> object:
@@ -28,7 +30,7 @@ def roots_of(model: nn.Module, names: list[str], data: object, kind: str) -> dic
             name: int(getattr(each, "nf", len(each.get_parameter("weight"))))
             for name, each in modules.items()
         }
-        return fisher.roots(model, outputs, Batches(data, model), kind, 0, bars(False))
+        return output_metric.roots(job_of(model, data, loss=kind), outputs)
 
 
 def test_the_metric_is_that_of_the_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +38,7 @@ def test_the_metric_is_that_of_the_slopes(monkeypatch: pytest.MonkeyPatch) -> No
     model, inputs = network("resnet")
     assert isinstance(inputs, Tensor)
     model.requires_grad_(False)
-    monkeypatch.setattr(fisher, "_slope", lambda outputs, kind, targets: outputs)
+    monkeypatch.setattr(output_metric, "_slope", lambda outputs, kind, targets: outputs)
     found = roots_of(model, ["3.conv2", "4.conv2"], [inputs[:2], inputs[2:]], "mse")
     for name, root in found.items():
         block = model.get_submodule(name.split(".")[0])
@@ -63,14 +65,14 @@ def test_slopes_are_drawn_from_the_predictions(shape: tuple[int, ...]) -> None:
         "cross_entropy": torch.diag_embed(p) - p[..., :, None] * p[..., None, :],
     }
     for kind, covariance in expected.items():
-        slopes = fisher._slope(outputs, kind, None).double()
+        slopes = output_metric._slope(outputs, kind, None).double()
         assert float(slopes.mean(0).abs().max()) < 5 / many**0.5
         found = (slopes[..., :, None] * slopes[..., None, :]).mean(0)
         torch.testing.assert_close(found, covariance, rtol=0, atol=8 / many**0.5)
     moved = outputs.movedim(-1, 1) if len(shape) > 1 else outputs
     targets = torch.zeros(many, *shape[:-1], dtype=torch.int64)
     torch.manual_seed(1)
-    slopes = fisher._slope(moved, "cross_entropy", targets)
+    slopes = output_metric._slope(moved, "cross_entropy", targets)
     assert float(slopes.sum(1).abs().max()) < 1e-5  # over the classes
 
 
@@ -85,7 +87,8 @@ def test_outputs_that_nothing_depends_on_do_not_count() -> None:
     torch.manual_seed(0)
     data = torch.randn(200, 2), torch.randint(3, (200,))
     for metric, unit in (("none", 0), ("fisher", 1)):
-        found = greedyprune.select(model, data, layers="0", size=1, metric=metric)
+        objective = Imitation(metric=metric)
+        found = greedyprune.select(model, data, layers="0", size=1, objective=objective)
         assert found.kept.tolist() == [unit]
 
 
@@ -93,8 +96,8 @@ def test_outputs_that_nothing_depends_on_do_not_count() -> None:
 @pytest.mark.parametrize("weights", ["counts", "refit"])
 def test_losses_are_in_the_metric(name: str, weights: str) -> None:
     model, inputs = network(name)
-    options = {"objective": "imitation", "weights": weights, "sequential": False}
-    selection = greedyprune.select(model, data_of(inputs), metric="fisher", **options)
+    objective = Imitation(metric="fisher", sequential=False)
+    selection = greedyprune.select(model, data_of(inputs), objective=objective, weights=weights)
     consumers = [each for layer in selection.layers.values() for each in layer.outputs]
     roots = roots_of(model, consumers, data_of(inputs), "mse")
     for producer, layer in selection.layers.items():
@@ -105,7 +108,7 @@ def test_losses_are_in_the_metric(name: str, weights: str) -> None:
 
             def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
                 error = (other.get_submodule(consumer)(*args) - out).double()  # noqa: B023
-                found.append(fisher.as_columns(module, error))  # noqa: B023
+                found.append(as_columns(module, error))  # noqa: B023
 
             handle = model.get_submodule(consumer).register_forward_hook(record)
             outputs_of(model, inputs)
@@ -117,9 +120,12 @@ def test_losses_are_in_the_metric(name: str, weights: str) -> None:
 
 def test_the_best_weights_are_the_same_in_any_metric() -> None:
     model, inputs = network("vgg")
-    options = {"objective": "imitation", "size": 1.0, "sequential": False}
-    plain = greedyprune.select(model, [inputs], **options)
-    other = greedyprune.select(model, [inputs], metric="fisher", **options)
+    plain, other = (
+        greedyprune.select(
+            model, [inputs], size=1.0, objective=Imitation(metric=metric, sequential=False)
+        )
+        for metric in ("none", "fisher")
+    )
     for producer, layer in plain.layers.items():
         again = other.layers[producer].weights
         torch.testing.assert_close(layer.weights, again, rtol=1e-7, atol=1e-9)
@@ -128,17 +134,10 @@ def test_the_best_weights_are_the_same_in_any_metric() -> None:
 def test_what_a_metric_refuses() -> None:
     model, inputs = network("vgg")
     with pytest.raises(ValueError, match="metric: found 'other', expected one of 'none', 'fish"):
-        greedyprune.select(model, [inputs], metric="other")
-    for objective in ("loss", "fisher"):
-        with pytest.raises(
-            ValueError, match=f"metric: found 'fisher' with objective='{objective}'"
-        ):
-            greedyprune.select(model, [inputs], metric="fisher", objective=objective)
-    with pytest.raises(ValueError, match="metric: found 'fisher' with batch_size"):
-        greedyprune.select(model, [inputs], metric="fisher", batch_size=4)
+        Imitation(metric="other")
     with pytest.raises(ValueError, match="metric: found 'fisher' with a loss of your own"):
         greedyprune.select(
-            model, [(inputs, torch.zeros(30))], metric="fisher", objective="imitation",
+            model, [(inputs, torch.zeros(30))], objective=Imitation(metric="fisher"),
             loss=lambda outputs, targets: outputs.sum(),
         )  # fmt: skip
 
@@ -249,9 +248,9 @@ def test_a_budget_by_what_the_loss_rises_by() -> None:
     """Not by shares of each layer's own outputs, which all count alike."""
     torch.manual_seed(0)
     model, data = Branches(), (torch.randn(300, 6), torch.randint(4, (300,)))
-    found = greedyprune.select(model, data, objective="fisher", budget={"params": 0.5})
+    found = greedyprune.select(model, data, objective="fisher", size=Budget(params=0.5))
     assert len(found.layers["a"].kept) > 4 * len(found.layers["b"].kept)
-    found = greedyprune.select(model, data, budget={"params": 0.5})
+    found = greedyprune.select(model, data, size=Budget(params=0.5))
     assert len(found.layers["a"].kept) < 2 * len(found.layers["b"].kept)
 
 
@@ -260,8 +259,6 @@ def test_what_gates_refuse() -> None:
     with pytest.raises(ValueError, match="data: found inputs without targets"):
         greedyprune.select(model, [inputs], objective="fisher")
     pair = [(inputs, torch.zeros_like(outputs_of(model, inputs)))]
-    with pytest.raises(ValueError, match="batch_size: found 4 with objective='fisher'"):
-        greedyprune.select(model, pair, objective="fisher", batch_size=4)
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match="layer '0': NaN or inf"):

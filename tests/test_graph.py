@@ -1,8 +1,10 @@
-"""What the walker accepts, what it slices, and which operation it names when it refuses."""
+"""Which units can be removed, which tensors are then cut, and what a refusal says."""
 
 import copy
+import doctest
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,15 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune.data import Batch
-from greedyprune.graph import Group, analyse, find_groups
-from greedyprune.walk import NotPrunableError, Slice
+from greedyprune.data.batches import Batch
+from greedyprune.graph import layers as layers_module
+from greedyprune.graph.groups import Group, analyse, find_groups
+from greedyprune.graph.propagate import NotPrunableError, Slice
+
+Between = Callable[["Net", Tensor, Tensor], Tensor]  # of the hidden units and the inputs
+After = Callable[["Net", Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """Two Linears with `between` on the hidden units and `after` on the output."""
+    """Two Linears, with `between` applied to the hidden units and `after` to the output."""
 
-    def __init__(self, between: object = None, after: object = None) -> None:
+    def __init__(self, between: Between | None = None, after: After | None = None) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
         self.scale = nn.Parameter(torch.rand(8))
@@ -33,6 +39,7 @@ class Net(nn.Module):
 
 
 def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> Group:
+    """The group of a layer, from a trace on inputs x."""
     x = torch.randn(4, 5) if x is None else x
     return find_groups(model, analyse(model.eval(), Batch((x,), {}, None)), [name])[0]
 
@@ -61,13 +68,13 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize(("between", "slices"), ACCEPTED.values(), ids=ACCEPTED)
-def test_accepts_and_cuts(between: object, slices: dict[str, int]) -> None:
+def test_accepts_and_cuts(between: Between, slices: dict[str, Slice]) -> None:
+    """The pruned model computes what the dense one does with the removed units masked."""
     model = Net(between).eval()
     group = group_of(model)
     assert (group.producer, group.consumer, group.units) == ("first", "last", 8)
     assert group.output
     assert group.slices == BASE | slices
-    # Cutting all of those leaves a model that runs and computes the kept units' part.
     x = torch.randn(4, 5)
     selection = greedyprune.select(model, (x, model(x).detach()), size=5, weights="none")
     small = greedyprune.prune(model, selection)
@@ -89,9 +96,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("between", "why"), REFUSED.values(), ids=REFUSED)
-def test_refuses_and_says_why(between: object, why: str) -> None:
-    found = "^layers: found 'first', which can't be pruned"
-    with pytest.raises(NotPrunableError, match=f"{found} .*({why})"):
+def test_refuses_and_says_why(between: Between, why: str) -> None:
+    prefix = "^layers: found 'first', which can't be pruned"
+    with pytest.raises(NotPrunableError, match=f"{prefix} .*({why})"):
         group_of(Net(between))
     x = torch.randn(4, 5)
     with pytest.raises(ValueError, match=f"model: no layer can be pruned: .*({why})"):
@@ -116,11 +123,17 @@ def test_a_layer_used_twice() -> None:
         group_of(Net(twice))
 
 
-def test_two_consumers() -> None:
+def test_a_consumer_used_twice() -> None:
+    """The refusal names the consumer that is used twice, not one that is used once."""
+
     class Fork(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.another = nn.Linear(8, 3)
+
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.first(x)
-            return self.last(hidden) + self.last(hidden.relu())
+            return self.last(hidden) + self.another(hidden) + self.last(hidden.relu())
 
     with pytest.raises(NotPrunableError, match="its units feed 'last' more than once"):
         group_of(Fork())
@@ -135,13 +148,15 @@ def test_reshaping_after_the_consumer_is_still_the_output() -> None:
 
 
 def test_inner_layers_imitate() -> None:
+    """A layer inside the model is judged by its consumer's output, the last one by the loss."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3)
     )
     x, y = torch.randn(200, 5), torch.randint(3, (200,))
     selection = greedyprune.select(model, (x, y), size={"0": 10, "2": 0.5})
-    assert {n: (s.objective, s.weighting) for n, s in selection.layers.items()} == {
+    judged = {name: (layer.objective, layer.weighting) for name, layer in selection.layers.items()}
+    assert judged == {
         "0": ("imitation", "refit"),
         "2": ("loss", "counts"),
     }
@@ -149,9 +164,9 @@ def test_inner_layers_imitate() -> None:
     assert [m.out_features for m in small if isinstance(m, nn.Linear)] == [10, 6, 3]
     only = greedyprune.select(model, (x, y), layers="0", size=10)
     part = greedyprune.prune(model, only)
-    error = functional.mse_loss(part[:3](x), model[:3](x))  # what the layer itself is judged by
+    error = functional.mse_loss(part[:3](x), model[:3](x))  # of the consumer's output
     torch.testing.assert_close(error.double(), only.losses[-1], rtol=1e-5, atol=0)
-    with pytest.raises(AttributeError, match="2 layers has no 'kept'"):
+    with pytest.raises(AttributeError, match=r"expected selection\.layers\[name\]\.kept"):
         _ = selection.kept
 
 
@@ -167,22 +182,22 @@ class Untraceable(Net):
 
 @pytest.mark.parametrize("between", ["plain", "batch norm", "prelu8"])
 def test_untraceable_models_by_name(between: str) -> None:
-    step = {
+    operations: dict[str, Between] = {
         "plain": lambda s, h, x: h.relu(),
         "batch norm": lambda s, h, x: s.norm(h).relu(),
         "prelu8": lambda s, h, x: s.prelu8(h),
-    }[between]
-    model = Untraceable(step).eval()
+    }
+    model = Untraceable(operations[between]).eval()
     x, y = torch.randn(50, 5), torch.randint(3, (50,))
     with pytest.raises(ValueError, match=r"model: torch.export can't trace it .*layers={producer"):
         greedyprune.select(model, (x, y))
-    found = greedyprune.select(model, (x, y), layers={"first": "last"}, size=3)
-    small = greedyprune.prune(model, found)
+    selection = greedyprune.select(model, (x, y), layers={"first": "last"}, size=3)
+    small = greedyprune.prune(model, selection)
     loss = functional.cross_entropy(small(x), y)
-    torch.testing.assert_close(loss.double(), found.losses[-1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), selection.losses[-1], rtol=1e-5, atol=0)
 
 
-def test_named_layers_with_something_between() -> None:
+def test_named_layers_with_a_module_between() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3))
     data = torch.randn(50, 5), torch.randint(3, (50,))
     with pytest.raises(ValueError, match="layer '0': '1' \\(LayerNorm\\) stands between"):
@@ -192,7 +207,9 @@ def test_named_layers_with_something_between() -> None:
         greedyprune.select(model, data, layers={"0": "2"})
 
 
-def test_a_changed_model_is_looked_at_again() -> None:
+def test_a_changed_model_is_traced_again() -> None:
+    """What is known of a model is kept as long as the model does not change, and no longer."""
+
     class Switch(Net):
         soft = False
 
@@ -201,17 +218,17 @@ def test_a_changed_model_is_looked_at_again() -> None:
             return self.last(hidden.softmax(-1) if self.soft else hidden)
 
     model = Switch()
-    assert group_of(model) is group_of(model)  # kept
+    assert group_of(model) is group_of(model)
     model.soft = True
     with pytest.raises(NotPrunableError, match="softmax"):
         group_of(model)
     model.soft = False
     model.last = nn.Linear(8, 2)
     assert group_of(model).slices == BASE
-    kept = weakref.ref(model)
+    reference = weakref.ref(model)
     del model
     gc.collect()
-    assert kept() is None
+    assert reference() is None
 
 
 def test_tied_weights_are_not_cut() -> None:
@@ -243,7 +260,8 @@ MIXED = {
 
 
 @pytest.mark.parametrize("between", MIXED.values(), ids=MIXED)
-def test_layers_named_by_hand_are_tried(between: object) -> None:
+def test_layers_named_by_hand_are_cut_on_trial(between: Between) -> None:
+    """Operations between them that mix the units are found by cutting and masking them."""
     model = Net(between)
     data = torch.randn(50, 5), torch.randn(50, 3)
     with pytest.raises(NotPrunableError, match="cutting units is not what masking them is"):
@@ -261,22 +279,22 @@ def test_reasons_name_what_a_user_sees() -> None:
         greedyprune.select(torch.compile(Net()), data)
 
 
-def test_a_loss_that_is_not_used_is_told() -> None:
+def test_a_loss_that_is_not_used_gives_a_warning() -> None:
     model = Net(after=lambda s, y: y.log_softmax(-1))
     data = torch.randn(40, 5), torch.randint(3, (40,))
     message = r"loss: not used, because aten.log_softmax.int follows"
-    with pytest.warns(UserWarning, match=message) as told:
+    with pytest.warns(UserWarning, match=message) as warned:
         greedyprune.select(model, data, loss="cross_entropy")
-    assert told[0].filename == __file__
+    assert warned[0].filename == __file__
 
 
-def test_tolerance_that_is_not_reached_is_told() -> None:
+def test_a_tolerance_that_is_not_reached_gives_a_warning() -> None:
     torch.manual_seed(0)
     model, x = Net(lambda s, h, x: h.relu()), torch.randn(40, 5)
     message = r"tolerance: layer 'first' ends at .* after 1 steps"
-    with pytest.warns(UserWarning, match=message) as told:
+    with pytest.warns(UserWarning, match=message) as warned:
         greedyprune.select(model, (x, model(x).detach()), size=1, tolerance=0.1)
-    assert told[0].filename == __file__
+    assert warned[0].filename == __file__
 
 
 def test_a_selection_for_other_outputs() -> None:
@@ -297,20 +315,24 @@ def test_an_auxiliary_head_is_not_the_output() -> None:
     model = Heads()
     model.other = nn.Linear(8, 3)
     data = torch.randn(40, 5), torch.randint(3, (40,))
-    found = greedyprune.select(model, data, size=3)
-    assert found.layers["first"].objective == "loss"
-    assert found.layers["side"].objective == "imitation"
+    selection = greedyprune.select(model, data, size=3)
+    assert selection.layers["first"].objective == "loss"
+    assert selection.layers["side"].objective == "imitation"
 
 
 @pytest.mark.parametrize("after", [functional.logsigmoid, functional.hardswish])
-def test_what_changes_the_output_is_seen(after: object) -> None:
+def test_an_operation_behind_the_consumer_makes_it_not_the_output(
+    after: Callable[[Tensor], Tensor],
+) -> None:
     model = Net(after=lambda s, y: after(y))
     data = torch.randn(40, 5), torch.randn(40, 3)
-    assert greedyprune.select(model, data, size=3).objective == "imitation"
+    selection = greedyprune.select(model, data, size=3)
+    assert selection.layers["first"].objective == "imitation"
 
 
 @pytest.mark.parametrize("layers", [["2", "0"], ["0", "2"]])
 def test_refitted_layers_in_any_order(layers: list[str]) -> None:
+    """Layers may be named in any order: the masked network has the weights of all of them."""
     sizes = (5, 20), (20, 12), (12, 3)
     first, second, last = (nn.Linear(*size) for size in sizes)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
@@ -326,7 +348,7 @@ def test_refitted_layers_in_any_order(layers: list[str]) -> None:
     torch.testing.assert_close(small(data[0]), masked(data[0]), rtol=1e-5, atol=1e-6)
 
 
-def test_buffers_and_hooks_are_as_before() -> None:
+def test_buffers_and_hooks_are_left_as_before() -> None:
     class Counting(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -341,9 +363,9 @@ def test_buffers_and_hooks_are_as_before() -> None:
     data = torch.randn(40, 5), torch.randn(40, 3)
     greedyprune.select(model, data, size=3)
     assert model.calls == 0
-    with pytest.raises(ValueError, match="memory_limit") as kept:
+    with pytest.raises(ValueError, match="memory_limit") as caught:
         greedyprune.select(model, data, size=3, loss=lambda o, t: o.sum(), memory_limit=10)
-    assert kept.tb is not None  # a traceback that is kept keeps no hook
+    assert caught.tb is not None  # its frames are alive: no hook may depend on their end
     assert not model.last._forward_pre_hooks
 
 
@@ -353,8 +375,8 @@ def test_autocast_outside_does_not_reach_in() -> None:
     data = torch.randn(200, 5), torch.randn(200, 1)
     expected = greedyprune.select(model, data, steps=60)
     with torch.autocast("cpu", torch.bfloat16):
-        found = greedyprune.select(model, data, steps=60)
-    assert found.order.equal(expected.order)
+        selection = greedyprune.select(model, data, steps=60)
+    assert selection.order.equal(expected.order)
 
 
 def test_sixteen_bit_default_dtype() -> None:
@@ -362,23 +384,29 @@ def test_sixteen_bit_default_dtype() -> None:
     expected = greedyprune.select(model, data, steps=5)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = greedyprune.select(model, data, steps=5)
+        selection = greedyprune.select(model, data, steps=5)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.order.equal(expected.order)
+    assert selection.order.equal(expected.order)
 
 
 @pytest.mark.parametrize("scale", [1e19, 1e-22])
 def test_extreme_scales(scale: float) -> None:
-    """float32 products would over- or underflow: float64's picks all the same."""
+    """Products in float32 would overflow or underflow; the picks are those of float64."""
     torch.manual_seed(0)
     x, y = torch.randn(100, 5), torch.randn(100, 1)
     model = nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1))
     with torch.no_grad():
-        for p in model[0].parameters():
-            p *= scale
+        for parameter in model[0].parameters():
+            parameter *= scale
         model[2].weight /= scale
     for options in ({"steps": 30}, {"steps": 30, "batch_size": 50}):
-        found = greedyprune.select(model, (x, y), backend="cpu", **options)
+        selection = greedyprune.select(model, (x, y), backend="cpu", **options)
         expected = greedyprune.select(model, (x, y), backend="reference", **options)
-        assert found.order.equal(expected.order)
+        assert selection.order.equal(expected.order)
+
+
+def test_docstring_example() -> None:
+    failed, tried = doctest.testmod(layers_module)
+    assert tried > 4
+    assert not failed

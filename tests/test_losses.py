@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from greedyprune.losses import Criterion, bound, criterion_of, harmonic
+from greedyprune.data.losses import Criterion, bound, criterion_of, harmonic
 
 C, M = 5, 60
 torch.manual_seed(0)

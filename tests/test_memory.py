@@ -7,6 +7,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from processes import Team
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import memory, ways
-from greedyprune.features import BLOCK
-from greedyprune.graph import Group
-from greedyprune.program import Program
-from greedyprune.room import free_in_cgroups
+from greedyprune import Budget, Imitation, Loss
+from greedyprune.graph.executor import GraphExecutor
+from greedyprune.graph.groups import Group
+from greedyprune.kernels.products import FLOAT64_ENTRIES
+from greedyprune.objectives import fisher, imitation, memory
+from greedyprune.runtime.free_memory import free_in_cgroups
 
 UNITS = 3200  # a matrix of them takes 82 MB
 BATCH = 32
@@ -55,23 +57,29 @@ def two_consumers() -> nn.Module:
     return Two()
 
 
-IMITATION = {"objective": "imitation", "sequential": False}
+def apart(swaps: int | None = None) -> dict[str, Any]:
+    """All layers imitate, from one pass through the dense network."""
+    return {"objective": Imitation(swaps=swaps, sequential=False)}
+
+
+def in_sequence(swaps: int | None = None) -> dict[str, Any]:
+    return {"objective": Imitation(swaps=swaps)}
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "least squares": (one_layer, {"size": 0.5, "swaps": 0, **IMITATION}),
-    "least squares, all units": (one_layer, {"size": 1.0, "swaps": 0, **IMITATION}),
-    "exchanges": (one_layer, {"size": 0.5, "swaps": 3, **IMITATION}),
-    "exchanges from both sides": (
-        lambda: one_layer(2304), {"size": 0.5, "swaps": 3, **IMITATION}
-    ),
+    "least squares": (one_layer, {"size": 0.5, **apart(swaps=0)}),
+    "least squares, all units": (one_layer, {"size": 1.0, **apart(swaps=0)}),
+    "exchanges": (one_layer, {"size": 0.5, **apart(swaps=3)}),
+    "exchanges from both sides": (lambda: one_layer(2304), {"size": 0.5, **apart(swaps=3)}),
     "counts, many outputs": (
-        lambda: one_layer(1000, 9000), {"steps": 50, "weights": "counts", **IMITATION}
+        lambda: one_layer(1000, 9000), {"steps": 50, "weights": "counts", **apart()}
     ),
-    "counts": (one_layer, {"steps": 50, "weights": "counts", **IMITATION}),
-    "as they are": (one_layer, {"size": 0.5, "weights": "none", **IMITATION}),
-    "in sequence": (two_layers, {"size": 0.3, "swaps": 0, "objective": "imitation"}),
-    "two consumers": (two_consumers, {"size": 0.5, "swaps": 0, "objective": "imitation"}),
-    "one after the other": (two_layers, {"size": 0.3, "swaps": 0, **IMITATION}),
-    "gates": (two_layers, {"size": 0.3, "swaps": 0, "objective": "fisher"}),
+    "counts": (one_layer, {"steps": 50, "weights": "counts", **apart()}),
+    "as they are": (one_layer, {"size": 0.5, "weights": "none", **apart()}),
+    "in sequence": (two_layers, {"size": 0.3, **in_sequence(swaps=0)}),
+    "two consumers": (two_consumers, {"size": 0.5, **in_sequence(swaps=0)}),
+    "one after the other": (two_layers, {"size": 0.3, **apart(swaps=0)}),
+    "gates": (two_layers, {"size": 0.3, "tolerance": 0.0, "objective": "fisher"}),
 }  # fmt: skip
 
 
@@ -99,7 +107,7 @@ def test_targets_are_in_the_limit(process: Team) -> None:
     """With squared error's work they are 160 times the features here: 960 MB."""
     limit = 40 * 2**20
     [taken] = process.results(1, many_targets, limit)
-    assert taken < limit + SLACK + 8 * BLOCK
+    assert taken < limit + SLACK + 8 * FLOAT64_ENTRIES
 
 
 def many_targets(_: int, limit: int) -> int:
@@ -113,8 +121,8 @@ def many_targets(_: int, limit: int) -> int:
 
 @pytest.mark.parametrize(
     ("limit", "options"),
-    [(2**24, {"objective": "imitation", "size": 0.25, "swaps": 0}),
-     (2**23, {"objective": "loss", "size": 1, "candidates": 2})],
+    [(2**24, {"size": 0.25, **in_sequence(swaps=0)}),
+     (2**23, {"size": 1, "objective": Loss(candidates=2)})],
 )  # fmt: skip
 def test_values_between_layers_are_in_the_limit(
     limit: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -127,15 +135,15 @@ def test_values_between_layers_are_in_the_limit(
         nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 800), nn.ReLU(), nn.Linear(800, 8), nn.ReLU(),
         nn.Linear(8, 8),
     )  # fmt: skip
-    run, calls, most = Program.run, 0, 0
+    run, calls, most = GraphExecutor.run, 0, 0
 
-    def watched(self: Program, *args: Any) -> None:
+    def watched(self: GraphExecutor, *args: Any) -> None:
         nonlocal calls, most
         calls += 1
         most = most if calls % 12 else max(most, bytes_alive())
         run(self, *args)
 
-    monkeypatch.setattr(Program, "run", watched)
+    monkeypatch.setattr(GraphExecutor, "run", watched)
     before, found = bytes_alive(), []
     for fits in (True, False):
         most = 0
@@ -188,7 +196,10 @@ def test_too_little_is_a_sentence() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 4, 3))
     data = [torch.randn(8, 3, 7, 7)]
-    expected = r"'0' needs (\d+) for .* and (\d+) to .*; expected (\d+), or (\d+) with swaps=0"
+    expected = (
+        r"'0' needs (\d+) for .* and (\d+) to .*; expected (\d+), "
+        r"or (\d+) with Imitation\(swaps=0\)"
+    )
     with pytest.raises(ValueError, match=expected) as raised:
         greedyprune.select(model, data, size=0.5, memory_limit=10_000)
     found = re.search(expected, str(raised.value))
@@ -196,10 +207,10 @@ def test_too_little_is_a_sentence() -> None:
     sums, work, enough, less = map(int, found.groups())
     assert sums + work == enough > less
     greedyprune.select(model, data, size=0.5, memory_limit=enough)
-    greedyprune.select(model, data, size=0.5, memory_limit=less, swaps=0)
+    greedyprune.select(model, data, size=0.5, memory_limit=less, **in_sequence(swaps=0))
     for limit, swaps in ((enough - 1, None), (less - 1, 0)):
         with pytest.raises(ValueError, match="memory_limit: found"):
-            greedyprune.select(model, data, size=0.5, memory_limit=limit, swaps=swaps)
+            greedyprune.select(model, data, size=0.5, memory_limit=limit, **in_sequence(swaps))
 
 
 def test_least_squares_from_features_is_counted_too() -> None:
@@ -216,7 +227,7 @@ def test_a_budget_counts_layers_that_are_judged_otherwise() -> None:
     for objective in ("auto", "loss"):
         with pytest.raises(ValueError, match="memory_limit: found 90000 bytes, but layer '0' nee"):
             greedyprune.select(
-                one_layer(200), data, budget={"params": 0.5}, objective=objective,
+                one_layer(200), data, size=Budget(params=0.5), objective=objective,
                 memory_limit=90_000,
             )  # fmt: skip
 
@@ -228,32 +239,31 @@ def test_what_does_not_fit_together_takes_turns() -> None:
         nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 3)
     )
     data = [(torch.randn(60, 6), torch.randint(3, (60,)))]
-    for limit, options in ((50_000, IMITATION), (15_000, {"objective": "fisher"})):
-        expected = greedyprune.select(model, data, size=9, swaps=0, **options)
+    for limit, module, options in (
+        (50_000, imitation, apart(swaps=0)), (28_000, fisher, {"objective": "fisher"})
+    ):  # fmt: skip
+        expected = greedyprune.select(model, data, size=9, **options)
         with pytest.MonkeyPatch.context() as patch:
-            rounds = counted_turns(patch)
-            found = greedyprune.select(
-                model, data, size=9, swaps=0, memory_limit=limit, **options
-            )  # fmt: skip
+            rounds = counted_turns(patch, module)
+            found = greedyprune.select(model, data, size=9, memory_limit=limit, **options)
             assert rounds == [2]
         for name, layer in expected.layers.items():
             assert found.layers[name].order.equal(layer.order)
     with pytest.raises(ValueError, match="all 2 layers from one pass over an iterator need up to"):
-        greedyprune.select(
-            model, iter(data), size=9, swaps=0, memory_limit=15_000, objective="fisher"
-        )
+        greedyprune.select(model, iter(data), size=9, memory_limit=28_000, objective="fisher")
 
 
-def counted_turns(patch: pytest.MonkeyPatch) -> list[int]:
-    found, plan = list[int](), memory.turns
+def counted_turns(patch: pytest.MonkeyPatch, module: ModuleType) -> list[int]:
+    """How many turns the layers of an objective's module take, once for each call of `turns`."""
+    counts, turns = list[int](), memory.turns
 
-    def turns(*args: Any) -> list[list[Group]]:
-        groups = plan(*args)
-        found.append(len(groups))
+    def counted(*args: Any, **options: Any) -> list[list[Group]]:
+        groups = turns(*args, **options)
+        counts.append(len(groups))
         return groups
 
-    patch.setattr(ways, "turns", turns)
-    return found
+    patch.setattr(module, "turns", counted)
+    return counts
 
 
 def data(samples: int) -> list[tuple[Tensor, Tensor]]:
@@ -284,13 +294,13 @@ def measured(_: int, name: str) -> tuple[int, int]:
     torch.manual_seed(0)
     model, batches, needed = make(), data(256), list[memory.Bytes]()
     with pytest.MonkeyPatch.context() as patch:
-        of = memory.needed_by
+        bytes_of = memory.bytes_of
 
-        def noted(*args: Any) -> memory.Bytes:
-            needed.append(of(*args))
+        def noted(*args: Any, **options: Any) -> memory.Bytes:
+            needed.append(bytes_of(*args, **options))
             return needed[-1]
 
-        patch.setattr(ways, "needed_by", noted)
+        patch.setattr(memory, "bytes_of", noted)
         greedyprune.select(model, batches, progress=False, **options)
     limit = max(each.together for each in needed)
 

@@ -1,4 +1,4 @@
-"""The experiment of examples/mnist_pretraining.py, on small generated images."""
+"""The experiment of examples/mnist_pretraining.py, on generated images."""
 
 import struct
 import subprocess
@@ -21,7 +21,7 @@ SMALL = ["--quick", "--units", "64", "--samples", "50", "100", "200", "--steps",
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """IDX files of images of a prototype for each digit, with noise."""
+    """IDX files of generated images: a prototype for each digit, with noise."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("mnist")
     digits = rng.permutation(IMAGES).astype(np.uint8) % 10
     prototypes = rng.integers(0, 128, (10, 28, 28))
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(out: Path) -> dict[str, list[str]]:
-    """From what was trained, and when, to what was found; without the seconds."""
+    """From a row's first columns (the training and the iteration) to its results, but seconds."""
     header, *lines = (out / "mnist_pretraining.csv").read_text().splitlines()
     assert header.endswith("steps,iteration,dense_loss,dense_accuracy,pruned_loss,pruned_accuracy,"
                            "kept,seconds")  # fmt: skip
@@ -43,30 +43,30 @@ def rows_of(out: Path) -> dict[str, list[str]]:
     return {",".join(row[:8]): row[8:13] for row in rows}
 
 
-def call(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, *options: str) -> int:
-    """Runs `main`; how many networks it pruned."""
+def run_main(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, *options: str) -> int:
+    """Runs `main`; returns how many networks it pruned."""
     pruned = []
+    measure = mnist_pretraining.measure
 
-    def measure(*args: object) -> object:
+    def counting_measure(*args: object) -> object:
         pruned.append(args)
-        return found(*args)
+        return measure(*args)
 
     with monkeypatch.context() as patch:
-        found = mnist_pretraining.measure
-        patch.setattr(mnist_pretraining, "measure", measure)
+        patch.setattr(mnist_pretraining, "measure", counting_measure)
         patch.setattr(sys, "argv", ["", "--data", str(folder), "--out", str(out), *SMALL, *options])
         mnist_pretraining.main()
     return len(pruned)
 
 
-def test_a_killed_run_goes_on(
+def test_a_killed_run_resumes(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--iterations", "20", "--every", "20", "--seeds", "0"]
-    assert call(monkeypatch, folder, tmp_path / "whole", *options) == 2 * 3 * 2
+    assert run_main(monkeypatch, folder, tmp_path / "whole", *options) == 2 * 3 * 2
     whole = rows_of(tmp_path / "whole")
     assert "passes the dense" in capsys.readouterr().out
     picture = tmp_path / "whole" / "mnist_pretraining_quick.png"
@@ -74,32 +74,32 @@ def test_a_killed_run_goes_on(
 
     out = tmp_path / "killed"
     script = [sys.executable, EXAMPLES / "mnist_pretraining.py", "--data", folder, "--out", out]
-    killed = subprocess.Popen([*script, *SMALL, *options], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*script, *SMALL, *options], stderr=subprocess.DEVNULL)
     path = out / "mnist_pretraining.csv"
     while not path.is_file() or path.read_text().count("\n") < 3:
-        assert killed.poll() is None
+        assert process.poll() is None
         time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    with path.open("rb+") as file:  # in the middle of its last line
+    process.kill()
+    process.wait()
+    with path.open("rb+") as file:  # as if it was killed in the middle of a line
         file.truncate(path.stat().st_size - 10)
-    there = path.read_text().count("\n") - 1
-    assert call(monkeypatch, folder, out, *options) == len(whole) - there
-    found = rows_of(out)
-    assert found.keys() == whole.keys()
+    complete_rows = path.read_text().count("\n") - 1
+    assert run_main(monkeypatch, folder, out, *options) == len(whole) - complete_rows
+    resumed = rows_of(out)
+    assert resumed.keys() == whole.keys()
     for key, values in whole.items():
-        np.testing.assert_allclose([*map(float, found[key])], [*map(float, values)], rtol=1e-4)
-    assert call(monkeypatch, folder, out, *options) == 0
-    other = [*options, "--steps", "10", "--network", "standard"]
-    assert call(monkeypatch, folder, out, *other) == 3 * 2
+        np.testing.assert_allclose([*map(float, resumed[key])], [*map(float, values)], rtol=1e-4)
+    assert run_main(monkeypatch, folder, out, *options) == 0
+    other_options = [*options, "--steps", "10", "--network", "standard"]
+    assert run_main(monkeypatch, folder, out, *other_options) == 3 * 2
 
 
 def test_pruning_leaves_the_training_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--iterations", "40", "--samples", "100", "--seeds", "0"]
-    call(monkeypatch, folder, tmp_path / "often", *options, "--every", "10")
-    call(monkeypatch, folder, tmp_path / "once", *options, "--every", "40")
+    run_main(monkeypatch, folder, tmp_path / "often", *options, "--every", "10")
+    run_main(monkeypatch, folder, tmp_path / "once", *options, "--every", "40")
     often, once = rows_of(tmp_path / "often"), rows_of(tmp_path / "once")
     assert len(often) == 10 and len(once) == 4
     assert all(often[key] == values for key, values in once.items())
@@ -107,19 +107,20 @@ def test_pruning_leaves_the_training_alone(
 
 def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=f"--samples: found 400, there are {IMAGES} images"):
-        call(monkeypatch, folder, tmp_path, "--samples", "400")
+        run_main(monkeypatch, folder, tmp_path, "--samples", "400")
     (tmp_path / "mnist_pretraining.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="expected network,units"):
-        call(monkeypatch, folder, tmp_path)
+        run_main(monkeypatch, folder, tmp_path)
 
 
 def test_lines_and_growth() -> None:
-    """Curves that reach 0.9 at 100 log m."""
-    at = range(0, 1001, 50)
+    """On curves of pruned networks that reach an accuracy of 0.9 after 100 log m iterations."""
+    iterations = range(0, 1001, 50)
     curves = []
     for m in (100, 300, 1000):
-        pruned = [min(0.95, 0.9 * t / (100 * np.log(m))) for t in at]
-        curves.append(Curve(m, list(at), [t / 1000 * (0.94 if m > 100 else 1) for t in at], pruned))
+        dense = [t / 1000 * (0.94 if m > 100 else 1) for t in iterations]
+        pruned = [min(0.95, 0.9 * t / (100 * np.log(m))) for t in iterations]
+        curves.append(Curve(m, list(iterations), dense, pruned))
     panel = Panel("", curves)
     assert panel.level == 0.95
     level, best = panel.lines

@@ -1,7 +1,6 @@
-"""When the monitor stops, the time it may take, resuming, and what it refuses."""
+"""The monitor's stopping rules, its share of the time, resuming, and bad input."""
 
 import copy
-import functools
 import io
 import re
 from collections.abc import Callable
@@ -15,30 +14,31 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-import greedyprune
 from greedyprune import Check, PretrainingMonitor
-from greedyprune.history import LayerCheck
-from greedyprune.stopping import rule_of
+from greedyprune.pretraining.history import LayerCheck
+from greedyprune.pretraining.stopping import stopping_rule
+from greedyprune.selector import select_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---------------------------------------------------------------- when it stops
+# ---------------------------------------------------------------- stopping rules
 
 
 def history(losses: list[float], **fields: list) -> list[Check]:
+    """Checks every 250 iterations with these losses; fields: a list of values for another field."""
     layer = LayerCheck("0", "loss", 9, 3, (0, 1, 2), (3.0, 2.0, 1.0), 0.5, 0.1, 2.0)
     checks = []
     for i, loss in enumerate(losses):
-        others = {name: values[i] for name, values in fields.items()}
-        defaults = {"dense_loss": 0.5, "dense_metric": 0.9, "metric": 0.8} | others
-        checks.append(Check(250 * (i + 1), 1.0, 9.0, loss=loss, layers=(layer,), **defaults))
+        values = {"dense_loss": 0.5, "dense_metric": 0.9, "metric": 0.8}
+        values |= {name: column[i] for name, column in fields.items()}
+        checks.append(Check(250 * (i + 1), 1.0, 9.0, loss=loss, layers=(layer,), **values))
     return checks
 
 
 def stops_at(stop: object, checks: list[Check], **options) -> int | None:
-    """The check after which the rule says so."""
-    rule = rule_of(stop, **({"patience": 3, "min_delta": 0.01, "has_metric": True} | options))
+    """The index of the check after which the rule stops; None: it never stops."""
+    rule = stopping_rule(stop, **({"patience": 3, "min_delta": 0.01, "has_metric": True} | options))
     return next((i for i in range(len(checks)) if rule(checks[: i + 1])), None)
 
 
@@ -47,10 +47,10 @@ def stops_at(stop: object, checks: list[Check], **options) -> int | None:
     [
         ([9, 8, 7, 6, 5], {}, None),
         ([9, 8, 8, 8, 8], {}, 4),
-        ([9, 8, 8, 8, 7, 7, 7, 7], {}, 7),  # a new lowest starts the count again
-        ([9, 8, 8.5, 7.95, 8.2], {}, 4),  # lower, but not by 1 %
+        ([9, 8, 8, 8, 7, 7, 7, 7], {}, 7),  # a new lowest loss starts the count again
+        ([9, 8, 8.5, 7.95, 8.2], {}, 4),  # 7.95 is lower, but not by 1 %
         ([9, 8, 8.5, 7.95, 8.2], {"min_delta": 0.005}, None),
-        ([1.0, 0.995, 0.99, 0.985, 0.98], {}, None),  # slow, but 1 % in three checks
+        ([1.0, 0.995, 0.99, 0.985, 0.98], {}, None),  # slow, but by 1 % within three checks
         ([9, 8, 8], {"patience": 1}, 2),
         ([-1, -2, -2, -2, -2], {}, 4),
         ([-1, -2, -2.1, -2.2, -2.3], {}, None),
@@ -74,23 +74,23 @@ def test_goals() -> None:
 
 def test_the_reason_is_one_sentence() -> None:
     checks = history([3, 2, 2, 2, 2])
-    for stop, words in (
+    for stop, patterns in (
         ("plateau", ["iteration 500", "3 checks", r"\b2\b"]),
         ({"loss": 2.5, "share": 0.5}, ["iteration 1250", r"2\.5", r"0\.5", "0.45"]),
-        (lambda h: "the boss said so", ["^the boss said so$"]),
-        (every_night, ["every_night", "iteration 1250"]),
+        (lambda h: "the disk is full", ["^the disk is full$"]),
+        (always, ["always", "iteration 1250"]),
     ):
-        reason = rule_of(stop, 3, 0.01, True)(checks)
-        for word in words:
-            assert re.search(word, reason), reason
+        reason = stopping_rule(stop, 3, 0.01, True)(checks)
+        for pattern in patterns:
+            assert re.search(pattern, reason), reason
         assert len(reason.splitlines()) == 1
 
 
-def every_night(checks: list[Check]) -> bool:
+def always(checks: list[Check]) -> bool:
     return True
 
 
-def test_once_it_stops_it_is_over() -> None:
+def test_the_first_reason_to_stop_stays() -> None:
     model, x, y = problem()
     monitor = PretrainingMonitor(model, (x, y), steps=4, every=3, max_overhead=None, patience=2)
     answers = [monitor.step() for _ in range(20)]  # the model does not change
@@ -100,56 +100,56 @@ def test_once_it_stops_it_is_over() -> None:
     assert "of iteration 3 for 2 checks" in reason
     assert monitor.iteration == 20
     with torch.no_grad():
-        model[2].weight.mul_(1.1)  # otherwise, but what was said stays
+        model[2].weight.mul_(1.1)  # the next check gives another loss
     assert monitor.check().iteration == 20
     assert monitor.step()
     assert monitor.reason == reason
 
 
-# ---------------------------------------------------------------- the time it takes
+# ---------------------------------------------------------------- the share of the time
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Time that passes only as it is told to: a check takes `check` seconds."""
+    """A clock for the monitor that only this test moves. Each check takes `clock.check` seconds."""
     clock = SimpleNamespace(now=100.0, check=5.0)
-    select = greedyprune.select
 
-    @functools.wraps(select)
-    def slow(*args, **kwargs):
+    def timed_select(*args, **kwargs):
         clock.now += clock.check
-        return select(*args, **kwargs)
+        return select_on(*args, **kwargs)
 
-    monkeypatch.setattr("greedyprune.monitor.select", slow)
-    monkeypatch.setattr("greedyprune.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("greedyprune.pretraining.monitor.select_on", timed_select)
+    monkeypatch.setattr(
+        "greedyprune.pretraining.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now)
+    )
     return clock
 
 
-def walk(monitor: PretrainingMonitor, clock: SimpleNamespace, steps: int) -> None:
+def train_for(monitor: PretrainingMonitor, clock: SimpleNamespace, iterations: int) -> None:
     """Iterations of one second each."""
-    for _ in range(steps):
+    for _ in range(iterations):
         monitor.step()
         clock.now += 1
 
 
 def test_checks_stay_under_their_share(clock: SimpleNamespace) -> None:
     model, x, y = problem()
-    how = {"steps": 4, "every": 10, "stop": "never", "layers": NAMED}
-    monitor = PretrainingMonitor(model, (x, y), max_overhead=0.1, **how)
+    options = {"steps": 4, "every": 10, "stop": "never", "layers": NAMED}
+    monitor = PretrainingMonitor(model, (x, y), max_overhead=0.1, **options)
     clock.now += 1000  # before training begins
-    walk(monitor, clock, 251)
-    # n checks of 5 s need 50 n s of training, and the clock starts at the first step.
+    train_for(monitor, clock, 251)
+    # n checks of 5 s need 50 n s of training. Training begins with the first step.
     assert [check.iteration for check in monitor.history] == [10, 110, 160, 210]
     assert [check.training_seconds for check in monitor.history] == [9, 109, 159, 209]
     assert [check.seconds for check in monitor.history] == [5, 5, 5, 5]
     assert monitor.skipped == 21
     assert monitor.training_seconds == 251
     assert monitor.overhead == 20 / 251
-    clock.check = 30.0  # one that takes longer is paid for by those that are left out
-    walk(monitor, clock, 600)
+    clock.check = 30.0  # a check that takes longer delays the next one
+    train_for(monitor, clock, 600)
     assert [check.iteration for check in monitor.history][4:] == [260, 810]
-    unlimited = PretrainingMonitor(model, (x, y), max_overhead=None, **how)
-    walk(unlimited, clock, 50)
+    unlimited = PretrainingMonitor(model, (x, y), max_overhead=None, **options)
+    train_for(unlimited, clock, 50)
     assert [check.iteration for check in unlimited.history] == [10, 20, 30, 40, 50]
     assert unlimited.skipped == 0
 
@@ -157,15 +157,17 @@ def test_checks_stay_under_their_share(clock: SimpleNamespace) -> None:
 # ---------------------------------------------------------------- resuming
 
 
-def trained(clock: SimpleNamespace, interrupted: int | None, how: dict) -> PretrainingMonitor:
+def trained(clock: SimpleNamespace, interrupted: int | None, options: dict) -> PretrainingMonitor:
+    """The monitor of a training. At iteration `interrupted`, a new one resumes from its state."""
     model, x, y = problem(units=12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    monitor = PretrainingMonitor(model, (x, y), steps=10, every=5, layers=NAMED, **how)
+    options = {"steps": 10, "every": 5, "layers": NAMED, **options}
+    monitor = PretrainingMonitor(model, (x, y), **options)
     for i in range(200):
         if i == interrupted:
             saved = io.BytesIO()
             torch.save(monitor.state_dict(), saved)
-            monitor = PretrainingMonitor(model, (x, y), steps=10, every=5, layers=NAMED, **how)
+            monitor = PretrainingMonitor(model, (x, y), **options)
             clock.now += 12345
             saved.seek(0)
             monitor.load_state_dict(torch.load(saved, weights_only=True))
@@ -179,23 +181,25 @@ def trained(clock: SimpleNamespace, interrupted: int | None, how: dict) -> Pretr
     return monitor
 
 
-@pytest.mark.parametrize("how", [{"max_overhead": 0.5}, {"max_overhead": None, "min_delta": 0.05}])
-def test_resuming_changes_nothing(clock: SimpleNamespace, how: dict) -> None:
-    expected = trained(clock, None, how)
+@pytest.mark.parametrize(
+    "options", [{"max_overhead": 0.5}, {"max_overhead": None, "min_delta": 0.05}]
+)
+def test_resuming_changes_nothing(clock: SimpleNamespace, options: dict) -> None:
+    expected = trained(clock, None, options)
     assert len(expected.history) > 4
-    assert (expected.skipped > 0) == (how["max_overhead"] is not None)
+    assert (expected.skipped > 0) == (options["max_overhead"] is not None)
     assert expected.reason is not None
     for interrupted in (1, 5, 27):
-        found = trained(clock, interrupted, how)
-        assert [replace(c, training_seconds=0) for c in found.history] == [
+        resumed = trained(clock, interrupted, options)
+        assert [replace(c, training_seconds=0) for c in resumed.history] == [
             replace(c, training_seconds=0) for c in expected.history
         ]
-        assert found.reason == expected.reason
-        assert (found.iteration, found.skipped) == (expected.iteration, expected.skipped)
-        assert found.selection.order.equal(expected.selection.order)
+        assert resumed.reason == expected.reason
+        assert (resumed.iteration, resumed.skipped) == (expected.iteration, expected.skipped)
+        assert resumed.selection.order.equal(expected.selection.order)
 
 
-def test_a_state_of_another_thing() -> None:
+def test_a_state_that_is_not_a_monitor_s() -> None:
     model, x, y = problem()
     monitor = PretrainingMonitor(model, (x, y))
     with pytest.raises(ValueError, match="state: found no 'history'"):
@@ -204,7 +208,8 @@ def test_a_state_of_another_thing() -> None:
 
 # ---------------------------------------------------------------- bad input, at once
 
-BAD: list[tuple[dict, list[str]]] = [
+# Options, and patterns that the error has to contain.
+BAD_OPTIONS: list[tuple[dict, list[str]]] = [
     ({"every": 0}, ["every", r"\b0\b"]),
     ({"every": 2.5}, ["every", r"2\.5"]),
     ({"stop": "soon"}, ["stop", "soon", "plateau"]),
@@ -236,14 +241,14 @@ BAD: list[tuple[dict, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "named"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_options(options: dict, named: list[str]) -> None:
+@pytest.mark.parametrize(("options", "patterns"), BAD_OPTIONS, ids=lambda value: str(value)[:40])
+def test_bad_options(options: dict, patterns: list[str]) -> None:
     model, x, y = problem()
-    refused(model, (x, y), *named, **options)
+    check_refused(model, (x, y), *patterns, **options)
 
 
 @pytest.mark.parametrize(
-    ("data", "named"),
+    ("data", "patterns"),
     [
         (lambda x, y: iter([(x, y)]), ["data", "iterator", "list_iterator"]),
         (lambda x, y: ((x, y) for _ in range(3)), ["data", "generator"]),
@@ -255,33 +260,34 @@ def test_bad_options(options: dict, named: list[str]) -> None:
          ["data", "persistent_workers"]),
     ],
 )  # fmt: skip
-def test_bad_data(data: Callable, named: list[str]) -> None:
+def test_bad_data(data: Callable, patterns: list[str]) -> None:
     model, x, y = problem()
-    refused(model, data(x, y), *named)
+    check_refused(model, data(x, y), *patterns)
 
 
 def test_bad_models() -> None:
     _, x, y = problem()
-    refused(None, (x, y), "model", "NoneType")
-    refused(nn.Linear(5, 3), (x, y), "model|layer")
+    check_refused(None, (x, y), "model", "NoneType")
+    check_refused(nn.Linear(5, 3), (x, y), "model|layer")
 
 
-def refused(model: nn.Module | None, data: object, *named: str, **options) -> None:
+def check_refused(model: nn.Module | None, data: object, *patterns: str, **options) -> None:
+    """One sentence that contains the patterns; model and random numbers stay as they were."""
     before = copy.deepcopy(model)
     state = torch.get_rng_state()
     with pytest.raises((ValueError, TypeError)) as caught:
         PretrainingMonitor(model, data, **options)
     message = str(caught.value)
     assert len(message.strip().splitlines()) == 1, message
-    for pattern in named:
-        assert re.search(pattern, message), f"{pattern!r} is not named in: {message}"
+    for pattern in patterns:
+        assert re.search(pattern, message), f"{pattern!r} is not in: {message}"
     assert torch.get_rng_state().equal(state)
     if model is not None:
-        for one, other in zip(model.parameters(), before.parameters(), strict=True):
-            assert one.equal(other)
+        for parameter, saved in zip(model.parameters(), before.parameters(), strict=True):
+            assert parameter.equal(saved)
 
 
-def test_a_rule_that_answers_otherwise() -> None:
+def test_a_rule_that_returns_a_number() -> None:
     model, x, y = problem()
     monitor = PretrainingMonitor(model, (x, y), steps=4, stop=lambda history: 0.3)
     with pytest.raises(TypeError, match=r"stop: your function returned 0\.3"):

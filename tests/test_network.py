@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import job_of
 from networks import NETWORKS, Inputs, network, outputs_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import network as network_loss
-from greedyprune.distributed import ALONE
-from greedyprune.settings import resolve
-from greedyprune.surgery import masked, scaled_weight
+from greedyprune import Loss
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.objectives.minibatches import mini_batches
+from greedyprune.objectives.network import Network
+from greedyprune.surgery.cut import masked, scaled_weight
 
 Pair = tuple[Inputs, Tensor]
 
@@ -118,7 +121,7 @@ def test_picks_are_the_references(
 ) -> None:
     """Also where several candidates run at once, as on a GPU."""
     model, pair = with_targets(name)
-    monkeypatch.setattr(network_loss.Network, "_together", lambda *_: together)
+    monkeypatch.setattr(Network, "_together", lambda *_: together)
     options = {"objective": "loss", "loss": "mse", "size": 3}
     found = greedyprune.select(model, data_of(pair), **options)
     reference = greedyprune.select(model, data_of(pair), backend="reference", **options)
@@ -132,8 +135,8 @@ def test_losses_are_the_pruned_networks(name: str, weights: str) -> None:
     model, pair = with_targets(name)
     before = copy.deepcopy(model.state_dict())
     found = greedyprune.select(
-        model, data_of(pair), objective="loss", loss="mse", size=3, weights=weights,
-        sequential=False,
+        model, data_of(pair), objective=Loss(sequential=False), loss="mse", size=3,
+        weights=weights,
     )  # fmt: skip
     for producer, layer in found.layers.items():
         for k in range(1, len(layer.order) + 1):
@@ -146,23 +149,27 @@ def test_losses_are_the_pruned_networks(name: str, weights: str) -> None:
 def test_mini_batches_and_random_candidates(limit: int | None) -> None:
     """The plain loop on the same draws; nothing depends on what fits in memory."""
     model, (inputs, targets) = with_targets("vgg")
-    options: dict[str, Any] = {"size": 4, "candidates": 5, "batch_size": 7, "seed": 2}
+    assert isinstance(inputs, Tensor)
+    data = [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])]
+    options: dict[str, Any] = {
+        "size": 4, "seed": 2, "objective": Loss(candidates=5, batch_size=7)
+    }  # fmt: skip
     found = greedyprune.select(
-        model, [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])], layers="4",
-        objective="loss", loss="mse", weights="none", backend="reference", memory_limit=limit,
-        **options,
+        model, data, layers="4", loss="mse", weights="none", backend="reference",
+        memory_limit=limit, **options,
     )  # fmt: skip
     layer = found.layers["4"]
-    chosen = _settings(model, objective="loss", **options)
-    batched = chosen.batches(4, len(inputs), ALONE)
+    [group] = find_groups(model, analyse(model, Batch((inputs,), {}, None)), ["4"])
+    job = job_of(model, data, [group], **options)
+    batched = mini_batches(job, 4, len(inputs))
     assert batched is not None
     wide_model, wide = doubled(model, (inputs, targets))
     pairs = []
     for start in batched.starts.tolist():
         at = batched.order[start : start + 7]
         pairs.append((wide[0][at], wide[1][at]))  # type: ignore[index]
-    units, free, drawn = len(layer.counts), list(range(len(layer.counts))), []
-    draws = chosen.rule("4", units).draws
+    free, drawn = list(range(len(layer.counts))), []
+    draws = job.rule(group).draws
     assert draws is not None
     for k in range(4):
         n = len(free)
@@ -174,16 +181,6 @@ def test_mini_batches_and_random_candidates(limit: int | None) -> None:
     order, losses = plain(wide_model, layer, pairs, wide, False, 4, drawn)
     assert layer.order.tolist() == order
     assert layer.losses.tolist() == pytest.approx(losses, rel=1e-9)
-
-
-def _settings(model: nn.Module, **options: Any) -> Any:
-    given = dict.fromkeys(
-        ("layers", "size", "steps", "tolerance", "replacement", "candidates", "batch_size",
-         "shortlist", "screen", "memory_limit", "swaps", "budget", "round_to")
-    )  # fmt: skip
-    rest = {"objective": "auto", "weights": "auto", "seed": 0, "sequential": True}
-    more = {"uniform": False, "metric": "none", "damping": 1e-4}
-    return resolve(model=model, **(given | rest | more | options))
 
 
 def test_repeats_are_weighted_by_their_counts() -> None:
@@ -213,13 +210,13 @@ def test_tolerance_is_of_the_loss_with_all_units(weights: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet", "excited", "gpt2"])
-def test_screening_is_by_the_derivative(name: str) -> None:
+def test_candidates_drawn_by_the_gradient(name: str) -> None:
     """Picks are the best of those that torch's own derivative puts first."""
     model, pair = with_targets(name)
     producer = next(iter(greedyprune.select(model, data_of(pair)).layers))
     found = greedyprune.select(
-        model, data_of(pair), layers=producer, objective="loss", loss="mse", size=2,
-        weights="none", screen=2, backend="reference",
+        model, data_of(pair), layers=producer, objective=Loss(candidates=2, draw="gradient"),
+        loss="mse", size=2, weights="none", backend="reference",
     )  # fmt: skip
     layer, (wide_model, wide) = found.layers[producer], doubled(model, pair)
 
@@ -245,8 +242,6 @@ def test_screening_is_by_the_derivative(name: str) -> None:
         first = sorted(free, key=lambda j: float(slopes[j]))[:2]
         order.append(min(first, key=lambda j: float(loss_at(factors + one[j]))))
     assert layer.order.tolist() == order
-    with pytest.raises(ValueError, match="screen: found 2 with objective='auto', expected"):
-        greedyprune.select(model, data_of(pair), screen=2)
 
 
 def test_tolerance_of_a_metric() -> None:
@@ -264,7 +259,7 @@ def test_tolerance_of_a_metric() -> None:
         return (outputs.argmax(1) == targets).double().mean()
 
     data = [(inputs[:200], labels[:200]), (inputs[200:], labels[200:])]
-    found = greedyprune.select(model, data, objective="loss", tolerance=0.1, metric=accuracy)
+    found = greedyprune.select(model, data, objective=Loss(metric=accuracy), tolerance=0.1)
     before = model
     for name, layer in found.layers.items():
         assert 1 < len(layer.order) < len(layer.counts)
@@ -274,9 +269,8 @@ def test_tolerance_of_a_metric() -> None:
         ]
         assert after[0] < 0.9 * accuracy(before(inputs), labels) <= after[1]
         before = masked(before, greedyprune.Selection({name: layer}))
-    for options in ({"objective": "loss"}, {"tolerance": 0.1}):
-        with pytest.raises(ValueError, match="metric: found a function with objective="):
-            greedyprune.select(model, data, metric=accuracy, **options)
+    with pytest.raises(ValueError, match="metric: found a function without a tolerance"):
+        greedyprune.select(model, data, objective=Loss(metric=accuracy))
 
 
 def test_a_loss_of_the_users_own_and_layers_named_by_hand() -> None:
@@ -315,16 +309,18 @@ def test_what_is_refused() -> None:
     def once() -> Iterator[tuple[Tensor, Tensor]]:
         yield inputs, targets
 
-    options = {"objective": "loss", "loss": "mse", "layers": "0"}
+    options: dict[str, Any] = {"loss": "mse", "layers": "0"}
+    whole = options | {"objective": "loss"}
     with pytest.raises(ValueError, match="data: found an iterator for objective='loss' inside"):
-        greedyprune.select(model, once(), **options)
+        greedyprune.select(model, once(), **whole)
     with pytest.raises(ValueError, match="data: found inputs without targets"):
-        greedyprune.select(model, [inputs], **options)
+        greedyprune.select(model, [inputs], **whole)
     with pytest.raises(ValueError, match=r"batch_size: found samples of shapes \(3, 12, 12\) and"):
         greedyprune.select(
-            model, [(inputs, targets), (inputs[..., :4], targets)], batch_size=4, **options
-        )
+            model, [(inputs, targets), (inputs[..., :4], targets)],
+            objective=Loss(batch_size=4), **options,
+        )  # fmt: skip
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="layer '0': the network's loss is nan"):
-        greedyprune.select(model, [(inputs, targets)], **options)
+        greedyprune.select(model, [(inputs, targets)], **whole)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import network as network_loss
-from greedyprune import program
+from greedyprune import Loss
+from greedyprune.graph import executor
+from greedyprune.objectives.network import Network
 
 
 class Computed(nn.Module):
@@ -65,7 +66,7 @@ def test_types_and_normalisations_that_stay_as_they_are(
     name: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What follows a layer does what torch does, mixed types and computed weights included."""
-    monkeypatch.setattr(network_loss.Network, "_together", lambda *_: together)
+    monkeypatch.setattr(Network, "_together", lambda *_: together)
     torch.manual_seed(0)
     model: nn.Module = {
         "computed": Computed, "promoted": Promoted, "bfloat16": lambda: _folded(True, False),
@@ -76,8 +77,8 @@ def test_types_and_normalisations_that_stay_as_they_are(
     targets = model.eval()(inputs).detach().float() + 0.3 * torch.randn(20, 3)
     layer = "0" if "oat" in name else "a"
     found = greedyprune.select(
-        model, [(inputs, targets)], layers=layer, objective="loss", loss="mse", size=4,
-        weights="none", batch_size=16,
+        model, [(inputs, targets)], layers=layer, objective=Loss(batch_size=16), loss="mse",
+        size=4, weights="none",
     )  # fmt: skip
     with torch.no_grad():
         outputs = greedyprune.prune(model, found)(inputs).double()
@@ -184,13 +185,13 @@ def test_batches_that_can_not_be_parted(kind: str) -> None:
         inputs["more"] = (torch.randn(40, 6),) if kind == "nested" else torch.randn(40, 40)
     targets = torch.randn(model(**inputs).shape)
     batch = inputs | {"labels": targets}
-    options = {"layers": "a", "objective": "loss", "loss": "mse", "size": 3}
-    found = greedyprune.select(model, [batch], **options)
+    options: dict[str, Any] = {"layers": "a", "loss": "mse", "size": 3}
+    found = greedyprune.select(model, [batch], objective="loss", **options)
     loss = functional.mse_loss(model(**inputs), targets)
     assert float(found.dense_loss) == pytest.approx(float(loss), rel=1e-5)
     if kind == "positions":
         with pytest.raises(ValueError, match=r"batch_size: found targets of shape \(160, 3\) for"):
-            greedyprune.select(model, [batch], batch_size=4, **options)
+            greedyprune.select(model, [batch], objective=Loss(batch_size=4), **options)
 
 
 def test_derivatives_are_taken_batch_by_batch() -> None:
@@ -212,8 +213,9 @@ def test_derivatives_are_taken_batch_by_batch() -> None:
         peaks.append(0)
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
             greedyprune.select(
-                model, [batch] * count, layers="0", objective="loss", size=2, screen=2
-            )
+                model, [batch] * count, layers="0", size=2,
+                objective=Loss(candidates=2, draw="gradient"),
+            )  # fmt: skip
     assert 0 < peaks[1] <= 2 * peaks[0]
 
 
@@ -225,18 +227,24 @@ def test_what_functions_of_the_users_own_must_give() -> None:
     def errors(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.argmax(1) != targets).double().mean()
 
-    options = {"layers": "0", "objective": "loss"}
-    measured = greedyprune.select(
-        model, data, tolerance=0.2, metric=lambda *pair: 1 - float(errors(*pair)), **options
-    )
-    assert len(measured.order) >= 1
+    def accurate(outputs: Tensor, targets: Tensor) -> float:
+        return 1 - float(errors(outputs, targets))
+
+    def select(metric: Any) -> greedyprune.Selection:
+        return greedyprune.select(
+            model, data, layers="0", tolerance=0.2, objective=Loss(metric=metric)
+        )
+
+    measured = select(accurate)
+    outputs = greedyprune.prune(model, measured)(data[0])
+    assert accurate(outputs, data[1]) >= 0.8 * accurate(model(data[0]), data[1])
     with pytest.raises(TypeError, match="metric: your function returned str, expected one number"):
-        greedyprune.select(model, data, tolerance=0.2, metric=lambda *_: "good", **options)
+        select(lambda *_: "good")
     with pytest.raises(ValueError, match="metric: your function returned nan, expected a finite"):
-        greedyprune.select(model, data, tolerance=0.2, metric=lambda *_: torch.nan, **options)
-    for more in ({"objective": "loss", "screen": 2}, {"objective": "fisher"}):
+        select(lambda *_: torch.nan)
+    for objective in (Loss(candidates=2, draw="gradient"), "fisher"):
         with pytest.raises(ValueError, match="loss: your function has no derivative, expected one"):
-            greedyprune.select(model, data, loss=errors, **(options | more))
+            greedyprune.select(model, data, layers="0", loss=errors, objective=objective)
     with pytest.raises(TypeError, match="loss: your function returned float, expected a tensor"):
         greedyprune.select(model, data, loss=lambda *_: 3.0, layers="0", objective="fisher")
 
@@ -284,7 +292,7 @@ def test_what_changes_in_place(kind: str) -> None:
 @pytest.mark.parametrize("most", [1, 16])
 def test_more_shapes_than_there_are_traces(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model itself runs on the others."""
-    monkeypatch.setattr(program, "MOST_SHAPES", most)
+    monkeypatch.setattr(executor, "MOST_SHAPES", most)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(2, 8, 1), nn.ReLU(), nn.Conv1d(8, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool1d(1),

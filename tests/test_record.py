@@ -1,9 +1,11 @@
-"""The public contract, part 2: data and the random forms, the certificate, the record."""
+"""The public contract, part 2: forms of data, random forms, bound and gap, the record."""
 
+import copy
 import io
+import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -30,11 +32,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import greedyprune
+from greedyprune import Loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---------------------------------------------------------------- data and the random forms
+# -------------------------------------- forms of data; random candidates and mini-batches
 
 FORMS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "list": lambda x, y: [(x[:25], y[:25]), (x[25:], y[25:])],
@@ -57,20 +60,21 @@ def test_every_form_of_data_gives_one_answer(backend: str, loss: str, form: str)
     model = Net()
     model.fc1, model.fc2 = sequential[0], sequential[2]
     expected = select(model, (x, y), steps=8, backend=backend)
-    found = select(model, FORMS[form](x, y), steps=8, backend=backend)
-    assert torch.equal(found.order, expected.order)
-    assert torch.allclose(found.losses, expected.losses, rtol=1e-9)
+    selection = select(model, FORMS[form](x, y), steps=8, backend=backend)
+    assert torch.equal(selection.order, expected.order)
+    assert torch.allclose(selection.losses, expected.losses, rtol=1e-9)
 
 
 @each_backend
 @each_loss
 def test_streaming_picks_the_same_units(backend: str, loss: str) -> None:
     model, x, y = problem(loss, n=40, m=120)
-    how = {"steps": 8, "loss": loss, "backend": backend}
-    expected, found = select(model, (x, y), **how), select(model, (x, y), memory_limit=8192, **how)
-    assert torch.equal(found.order, expected.order)
-    assert torch.allclose(found.losses, expected.losses, rtol=1e-9)
-    assert torch.allclose(found.gap, expected.gap, rtol=1e-6, atol=1e-9)
+    options = {"steps": 8, "loss": loss, "backend": backend}
+    expected = select(model, (x, y), **options)
+    streamed = select(model, (x, y), memory_limit=8192, **options)
+    assert torch.equal(streamed.order, expected.order)
+    assert torch.allclose(streamed.losses, expected.losses, rtol=1e-9)
+    assert torch.allclose(streamed.gap, expected.gap, rtol=1e-6, atol=1e-9)
 
 
 @each_backend
@@ -80,11 +84,11 @@ def test_random_forms_are_seeded_and_report_the_whole_loss(
     backend: str, loss: str, option: str
 ) -> None:
     model, x, y = problem(loss, n=20, m=100)
-    how = {"steps": 10, "loss": loss, "backend": backend, option: 3}
-    first = select(model, (x, y), seed=1, **how)
-    torch.manual_seed(99)  # not what decides
-    assert same(first, select(model, (x, y), seed=1, **how))
-    assert not torch.equal(first.order, select(model, (x, y), seed=2, **how).order)
+    options = {"steps": 10, "loss": loss, "backend": backend, "objective": Loss(**{option: 3})}
+    first = select(model, (x, y), seed=1, **options)
+    torch.manual_seed(99)  # torch's own random state does not matter
+    assert same(first, select(model, (x, y), seed=1, **options))
+    assert not torch.equal(first.order, select(model, (x, y), seed=2, **options).order)
     check_pruned(model, x, y, loss, first)
     assert first.bound is None
     assert first.gap is None
@@ -92,36 +96,37 @@ def test_random_forms_are_seeded_and_report_the_whole_loss(
 
 @each_backend
 @each_loss
-def test_random_forms_agree_with_the_full_one_where_chance_has_no_say(
+def test_random_forms_agree_with_the_full_one_where_every_draw_is_alike(
     backend: str, loss: str
 ) -> None:
     model, x, y = problem(loss, n=12, c=5)
-    how = {"steps": 8, "loss": loss, "backend": backend}
-    everyone = select(model, (x, y), candidates=12, **how)
-    assert torch.equal(everyone.order, select(model, (x, y), **how).order)
-    row = int((model[:2](x) > 0).sum(1).argmax())  # any mini-batch of this one sample is the data
+    options = {"steps": 8, "loss": loss, "backend": backend}
+    all_drawn = select(model, (x, y), objective=Loss(candidates=12), **options)
+    assert torch.equal(all_drawn.order, select(model, (x, y), **options).order)
+    row = int((model[:2](x) > 0).sum(1).argmax())  # one sample, repeated: mini-batches are alike
     x, y = x[row].repeat(30, 1), y[row : row + 1].repeat_interleave(30, 0)
-    batched = select(model, (x, y), batch_size=4, **how)
+    batched = select(model, (x, y), objective=Loss(batch_size=4), **options)
     assert Dense(model, x, y, loss).follow(batched.order) >= 2
 
 
 @each_backend
 @each_loss
-def test_threads_do_not_decide(backend: str, loss: str) -> None:
+def test_the_number_of_threads_does_not_matter(backend: str, loss: str) -> None:
     model, x, y = problem(loss, n=48, m=2000)
-    threads, found = torch.get_num_threads(), []
+    threads, selections = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(select(model, (x, y), steps=20, loss=loss, backend=backend))
+            selections.append(select(model, (x, y), steps=20, loss=loss, backend=backend))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0].order, found[1].order)
-    assert torch.allclose(found[0].losses, found[1].losses, rtol=1e-9)
+    one, two = selections
+    assert torch.equal(one.order, two.order)
+    assert torch.allclose(one.losses, two.losses, rtol=1e-9)
 
 
-# ---------------------------------------------------------------- the certificate
+# ---------------------------------------------------------------- bound and gap
 
 
 @each_backend
@@ -156,7 +161,7 @@ def test_bound_and_gap_are_their_formulas(backend: str, loss: str) -> None:
     ],
     ids=str,
 )
-def test_certificates_are_given_where_they_hold(
+def test_bound_and_gap_are_given_where_they_hold(
     backend: str, options: dict, bound: bool, gap: bool
 ) -> None:
     model, x, y = problem(n=6)
@@ -188,9 +193,72 @@ def test_record(backend: str, replacement: bool) -> None:
         fields = [getattr(record, f) for f in FIELDS]
         assert {str(t.device) for t in fields if t is not None} == {"cpu"}
     assert replacement or record.counts.max() == 1
-    for record in (selection, only(selection)):
-        with pytest.raises((FrozenInstanceError, AttributeError)):
-            record.layers = record.order = None
+    for record, names in ((selection, ("layers", "order")), (only(selection), FIELDS)):
+        for name in names:
+            with pytest.raises(FrozenInstanceError):
+                setattr(record, name, None)
+
+
+def two_layers() -> greedyprune.Selection:
+    """A selection of two layers, "0" and "2"."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6), torch.nn.ReLU(),
+        torch.nn.Linear(6, 3),
+    )  # fmt: skip
+    return select(model, [torch.randn(40, 5)], size=3, objective="imitation")
+
+
+def test_a_selection_of_several_layers_says_what_to_write() -> None:
+    selection = two_layers()
+    for name in FIELDS:
+        assert not hasattr(selection, name)
+        message = (
+            f"{name}: found a Selection of 2 layers, expected selection.layers[name].{name}, with "
+            "a name among '0', '2'"
+        )
+        with pytest.raises(AttributeError) as raised:
+            getattr(selection, name)
+        assert str(raised.value) == message
+
+
+def test_other_attributes_belong_to_the_layer() -> None:
+    model, x, y = problem()
+    selection = select(model, (x, y), size=4)
+    assert all(hasattr(selection, name) for name in FIELDS)
+    for name in ("weighting", "objective", "loss", "outputs", "slices", "fitted", "ordre"):
+        assert not hasattr(selection, name)
+    with pytest.raises(AttributeError, match="'Selection' object has no attribute 'weighting'"):
+        selection.weighting  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))],
+    ids=["copy", "deepcopy", "pickle"],
+)  # fmt: skip
+def test_copies_and_pickles(copied: Callable[..., greedyprune.Selection]) -> None:
+    model, x, y = problem()
+    selection = select(model, (x, y), size=4)
+    again = copied(selection)
+    assert type(again) is greedyprune.Selection
+    assert again is not selection
+    assert same(again, selection)
+    assert again.change("params") == selection.change("params") is not None
+    assert again.at(2).order.equal(selection.at(2).order)
+    several = copied(two_layers())
+    assert [len(layer.kept) for layer in several.layers.values()] == [3, 3]
+
+
+def test_only_known_costs_change() -> None:
+    selection = two_layers()
+    before = 5 * 8 + 8 + 8 * 6 + 6 + 6 * 3 + 3
+    assert selection.change("params") == (before, 5 * 3 + 3 + 3 * 3 + 3 + 3 * 3 + 3)
+    assert selection.at(2).change("params") == (before, 5 * 2 + 2 + 2 * 2 + 2 + 2 * 3 + 3)
+    with pytest.raises(
+        ValueError, match=r"^what: found 'bytes', expected one of 'params', 'flops'$"
+    ):
+        selection.change("bytes")
+    assert greedyprune.Selection(selection.layers).change("flops") is None
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -199,15 +267,15 @@ def test_at_cuts_the_path_and_a_file_brings_it_back(
     tmp_path: Path, weights: str, replacement: bool
 ) -> None:
     model, x, y = problem()
-    how = {"weights": weights, "replacement": replacement}
-    selection = select(model, (x, y), steps=10, **how)
+    options = {"weights": weights, "replacement": replacement}
+    selection = select(model, (x, y), steps=10, **options)
     path = tmp_path / "selection.safetensors"
     selection.save(path)
     loaded = greedyprune.Selection.load(path)
     assert same(loaded, selection)
     assert same(selection.at(10), selection)
     for k in (1, 4, 9):
-        cut, alone = selection.at(k), select(model, (x, y), steps=k, **how)
+        cut, alone = selection.at(k), select(model, (x, y), steps=k, **options)
         assert same(loaded.at(k), cut)
         assert torch.equal(cut.order, alone.order)
         assert torch.equal(cut.kept, alone.kept)
@@ -231,18 +299,45 @@ def test_one_path_serves_every_size_and_the_file_holds_no_pickle(tmp_path: Path)
     assert safetensors.torch.load_file(path)
 
 
-def test_summary_and_plot_show_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_and_plot_show_the_layer() -> None:
     torch.manual_seed(0)
     model, x = Net(), torch.randn(30, 5)
     selection = select(model, (x, targets_for(model, x, "mse")), steps=7)
     console = Console(file=io.StringIO(), width=200)
     console.print(selection.summary())
-    text = console.file.getvalue() + capsys.readouterr().out
-    assert "fc1" in text
-    assert str(len(selection.kept)) in text
-    lines = [line for axes in selection.plot().figure.axes for line in axes.get_lines()]
-    heights = [torch.as_tensor(line.get_ydata(), dtype=torch.float64) for line in lines]
-    assert any(torch.equal(height, selection.losses) for height in heights)
+    text = console.file.getvalue()
+    numbers = selection.losses[-1], selection.dense_loss, selection.gap[-1], selection.bound[-1]
+    cells = ["fc1", f"{len(selection.kept)} of 16", "7", "counts"]
+    cells += [f"{float(number):.4g}" for number in numbers]
+    (row,) = [line for line in text.splitlines() if "fc1" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == cells
+    assert "loss: mse" in text
+    dense, pruned = selection.change("params")
+    assert f"{dense:,} parameters before, {pruned:,} after ({pruned / dense:.1%})" in text
+    (panel,) = selection.plot().axes
+    assert panel.get_title() == f"layer fc1: {len(selection.kept)} of 16 units kept"
+    heights = {
+        line.get_label(): [float(height) for height in line.get_ydata()]
+        for line in panel.get_lines()
+    }
+    assert heights == {
+        "pruned": selection.losses.tolist(),
+        "proved bound (eq. 3)": selection.bound.tolist(),
+        "dense": [float(selection.dense_loss)] * 2,
+    }
+    layer = only(selection)
+    high = greedyprune.Selection({"fc1": replace(layer, bound=100 * layer.bound)})
+    assert [s.plot().axes[0].get_yscale() for s in (selection, high)] == ["linear", "log"]
+
+
+def test_plot_has_a_panel_for_each_layer() -> None:
+    """Imitation has no bound, and its dense loss is 0: only the losses are drawn."""
+    selection = two_layers()
+    panels = selection.plot().axes
+    for panel, (name, layer) in zip(panels, selection.layers.items(), strict=True):
+        (line,) = panel.get_lines()
+        assert torch.as_tensor(line.get_ydata()).equal(layer.losses)
+        assert f"layer {name}:" in panel.get_title()
 
 
 def test_show_config_names_versions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from greedyprune import ops, reference
-from greedyprune.reference import Rule
+from greedyprune.kernels import ops, reference
+from greedyprune.kernels.path import Rule
 
 
 class Fits:
@@ -42,7 +42,7 @@ SHAPES = [(12, 1, 80, 3), (9, 4, 120, 5), (5, 9, 200, 17), (20, 2, 90, 1), (3, 7
 def test_each_pick_is_the_best_refit(
     instruction_set: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "SOME", 4)  # rows at a time of the norms
+    monkeypatch.setattr("greedyprune.kernels.path.NORM_ROWS", 4)
     p = Fits(*shape)
     steps = min(6, shape[0])
     path, found = ops.greedy_refit(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
-from greedyprune import refitting
-from greedyprune.refitting import DAMPING
+from greedyprune.surgery import refit as refitting
+from greedyprune.surgery.refit import DAMPING
 
-# Convolutions over images and Linears, of which torch has the patches.
+# Networks of Linears and of convolutions over images, whose patches torch can unfold.
 PLAIN = ["resnet", "vgg", "excited", "bert", "gpt2", "llama", "vit"]
-# What a ReLU follows: its target is another.
+# Layers before a ReLU. Their target is not the dense network's output.
 RECTIFIED = {
     "resnet": {"3.conv2", "4.conv1", "4.conv2", "4.shortcut"},
     "vgg": {"4", "8"}, "excited": {"squeeze"},
@@ -30,17 +30,22 @@ def data_of(inputs: Inputs) -> object:
     return list(inputs.split(4))
 
 
-def seen(
+def inputs_and_outputs(
     model: nn.Module, inputs: Inputs, name: str, total: tuple[str, str | None] | None
 ) -> tuple[Tensor, Tensor]:
-    """A layer's inputs (features, positions) and outputs (C, positions), or its shortcut's sum."""
-    found: dict[str, Tensor] = {}
+    """A layer's inputs (features, positions) and outputs (C, positions), in float64.
+
+    total: the module that takes the sum of the layer's outputs and a shortcut, and the
+        normalisation before that sum: then the sum, divided by the normalisation's factors, is
+        returned in the place of the outputs
+    """
+    recorded: dict[str, Tensor] = {}
 
     def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        found["x"], found["y"] = args[0].double(), out.double()
+        recorded["x"], recorded["y"] = args[0].double(), out.double()
 
     def record_total(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found["total"] = args[0].double()
+        recorded["total"] = args[0].double()
 
     module = model.get_submodule(name)
     handles: list[Any] = [module.register_forward_hook(record)]
@@ -49,62 +54,60 @@ def seen(
     outputs_of(model, inputs)
     for handle in handles:
         handle.remove()
-    y = found.get("total", found["y"])
+    x, y = recorded["x"], recorded.get("total", recorded["y"])
     if total is not None and total[1] is not None:
         norm = model.get_submodule(total[1])
         y = y / (norm.weight.double() / (norm.running_var + norm.eps).sqrt())[:, None, None]
     if isinstance(module, nn.Conv2d):
-        x = functional.unfold(
-            found["x"], module.kernel_size, module.dilation, module.padding, module.stride
-        )
+        x = functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
         return x.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
-    return found["x"].flatten(0, -2).T, y.flatten(0, -2).T
+    return x.flatten(0, -2).T, y.flatten(0, -2).T
 
 
 def matrix(module: nn.Module) -> Tensor:
+    """A layer's weight as (outputs, features) float64."""
     weight = module.get_parameter("weight").double()
     return (weight.T if type(module).__name__ == "Conv1D" else weight).flatten(1)
 
 
 @pytest.mark.parametrize(
-    ("name", "room"), [*((name, True) for name in PLAIN), ("resnet", False), ("bert", False)]
+    ("name", "memory_limit"),
+    [*((name, None) for name in PLAIN), ("resnet", 1), ("bert", 1)],  # 1: nothing is held
 )
 @torch.no_grad()
-def test_the_normal_equations(name: str, room: bool) -> None:
-    """X (t - W x)^T = ridge (W - W before) in every layer, and no mean error where it has a bias.
+def test_the_normal_equations(name: str, memory_limit: int | None) -> None:
+    """(t - W x) x^T = ridge (W - W before) in every layer, and no mean error where it has a bias.
 
-    t is what the dense network gives there, or what is left for the layer to give in the sum with
-    its shortcut.
+    t is the layer's output in the dense network, or what the layer has to add to its shortcut.
     """
     model, inputs = network(name)
     selection = greedyprune.select(model, data_of(inputs), objective="imitation")
     before = greedyprune.prune(model, selection)
-    limit = None if room else 1  # for the values between two layers
-    small = greedyprune.refit(model, selection, data_of(inputs), memory_limit=limit)
+    small = greedyprune.refit(model, selection, data_of(inputs), memory_limit=memory_limit)
     totals: dict[str, Any] = dict(TOTALS.get(name, {}))
     changed = 0
     for layer, module in small.named_modules():
-        here = getattr(module, "weight", None)
-        if here is None or here.equal(before.get_parameter(f"{layer}.weight")):
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.equal(before.get_parameter(f"{layer}.weight")):
             continue
         assert isinstance(module, (nn.Conv2d, nn.Linear)) or type(module).__name__ == "Conv1D"
         changed += 1
         if layer in RECTIFIED.get(name, ()):
             continue
-        x, y = seen(small, inputs, layer, totals.get(layer))
-        _, wanted = seen(model, inputs, layer, totals.get(layer))
-        for own in selection.layers.values():
-            at = own.slices.get(f"{layer}.weight")
-            if at is not None and layer not in own.outputs:  # a layer whose units were cut
-                wanted = wanted[at.entries(own.kept, len(own.counts))]
-        error = wanted - y
+        x, y = inputs_and_outputs(small, inputs, layer, totals.get(layer))
+        _, target = inputs_and_outputs(model, inputs, layer, totals.get(layer))
+        for selected in selection.layers.values():
+            at = selected.slices.get(f"{layer}.weight")
+            if at is not None and layer not in selected.outputs:  # the layer's own units were cut
+                target = target[at.entries(selected.kept, len(selected.counts))]
+        error = target - y
         ridge = DAMPING * x.square().sum(1).mean()
         change = matrix(module) - matrix(before.get_submodule(layer))
-        scale = float(x.norm() * wanted.norm())
+        scale = float(x.norm() * target.norm())
         torch.testing.assert_close(error @ x.T, ridge * change, rtol=0, atol=2e-6 * scale)
         if getattr(module, "bias", None) is not None:
-            assert float(error.mean(1).abs().max()) <= 1e-5 * float(wanted.abs().max())
-    assert changed >= 2 and changed > len(RECTIFIED.get(name, ()))
+            assert float(error.mean(1).abs().max()) <= 1e-5 * float(target.abs().max())
+    assert changed >= 2 and changed > len(RECTIFIED.get(name, ()))  # some were compared
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -126,8 +129,8 @@ def test_only_weights_after_the_first_cut_change(name: str) -> None:
 
 
 @torch.no_grad()
-def test_rounds_bring_what_a_relu_lets_through_closer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round lowers the squared error behind the ReLU, up to the ridge's share."""
+def test_rounds_lower_the_error_behind_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rounds of least squares give a lower squared error of the ReLU's outputs."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
@@ -143,8 +146,8 @@ def test_rounds_bring_what_a_relu_lets_through_closer(monkeypatch: pytest.Monkey
     assert all(after < before for before, after in pairwise(errors))
 
 
-def test_padding_of_another_kind_is_not_there_twice() -> None:
-    """torch.export pads by a node of its own, but for zeros."""
+def test_padding_other_than_zeros_is_not_added_twice() -> None:
+    """In torch.export's graph such padding is a node, which comes before the convolution's."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"),
@@ -161,7 +164,7 @@ def test_padding_of_another_kind_is_not_there_twice() -> None:
 
 @torch.no_grad()
 def test_a_normalisation_s_bias_takes_the_constant() -> None:
-    """So that the outputs' mean is the dense network's; the convolution gets no bias."""
+    """The outputs' mean becomes the dense network's, and the convolution gets no bias."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6)
@@ -174,7 +177,7 @@ def test_a_normalisation_s_bias_takes_the_constant() -> None:
         greedyprune.prune(model, selection), greedyprune.refit(model, selection, [inputs])
     )  # fmt: skip
     assert small[2].bias is None
-    means = [each(inputs).mean((0, 2, 3)) for each in (model, pruned, small)]
+    means = [network(inputs).mean((0, 2, 3)) for network in (model, pruned, small)]
     assert float((means[1] - means[0]).abs().max()) > 1e-3
     torch.testing.assert_close(means[2], means[0], rtol=0, atol=1e-5)
 
@@ -191,11 +194,11 @@ def test_nothing_cut_nothing_changes() -> None:
 
 
 def test_weights_that_are_used_twice_and_grouped_ones_stay() -> None:
-    class Odd(nn.Module):
+    class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
-            self.twice, self.tied, self.own = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.twice, self.tied, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
             self.other = nn.Linear(4, 4)
             self.other.weight = self.tied.weight
             self.grouped = nn.Conv1d(4, 4, 1, groups=2)
@@ -203,19 +206,21 @@ def test_weights_that_are_used_twice_and_grouped_ones_stay() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = self.twice(self.twice(self.b(self.a(x).relu())))
             x = self.grouped(self.other(self.tied(x))[:, :, None])[:, :, 0]
-            return self.own(x)
+            return self.last(x)
 
     torch.manual_seed(0)
-    model, inputs = Odd(), torch.randn(40, 4)
+    model, inputs = Shared(), torch.randn(40, 4)
     selection = greedyprune.select(model, [inputs], layers="a")
     before, small = greedyprune.prune(model, selection), greedyprune.refit(model, selection, inputs)
-    same = {
+    unchanged = {
         name for name, value in small.named_parameters(remove_duplicate=False)
         if value.equal(before.get_parameter(name))
     }  # fmt: skip
-    expected = {f"{layer}.{which}" for layer in ("a", "twice", "tied", "other", "grouped")
-                for which in ("weight", "bias")}  # fmt: skip
-    assert same == expected
+    expected = {
+        f"{layer}.{tensor}" for layer in ("a", "twice", "tied", "other", "grouped")
+        for tensor in ("weight", "bias")
+    }  # fmt: skip
+    assert unchanged == expected
 
 
 def test_what_refit_refuses() -> None:
@@ -223,6 +228,10 @@ def test_what_refit_refuses() -> None:
     selection = greedyprune.select(model, [inputs], objective="imitation")
     with pytest.raises(TypeError, match="selection: found int"):
         greedyprune.refit(model, 3, [inputs])
+    with pytest.raises(ValueError, match="memory_limit: found 0, expected at least 1"):
+        greedyprune.refit(model, selection, [inputs], memory_limit=0)
+    with pytest.raises(TypeError, match="memory_limit: found 'all', expected an int"):
+        greedyprune.refit(model, selection, [inputs], memory_limit="all")
     with pytest.raises(ValueError, match="data: found an iterator, but every layer takes a pass"):
         greedyprune.refit(model, selection, iter([inputs]))
     with pytest.raises(ValueError, match=r"selection: layer '0' needs '1.weight', which"):

@@ -1,4 +1,4 @@
-"""Pruned models in files, in Hugging Face's format, and in torch's own ways out of Python."""
+"""Pruned models in files: `save_pruned` and `load_pruned`, and Hugging Face's own format."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def pruned(model: nn.Module, inputs: object, **options: object) -> nn.Module:
 
 
 def untied(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those that are tied under one of their names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -44,30 +45,52 @@ def test_a_pruned_model_survives_its_file(name: str, device: str, tmp_path: Path
 
     loaded = greedyprune.load_pruned(tmp_path / "small.safetensors", dense).eval()
     assert outputs_of(loaded, inputs).equal(outputs_of(small, inputs))
-    assert str(loaded) == str(small)  # widths are in there
-    for key, tensor in untied(small).items():  # so that what is tied is tied again
-        again = untied(loaded)[key]
-        assert again.equal(tensor)
-        assert (again.dtype, again.device) == (tensor.dtype, tensor.device)
-        assert again.requires_grad == tensor.requires_grad
-    assert untied(loaded).keys() == untied(small).keys()
+    assert str(loaded) == str(small)  # which shows the modules' widths
+    assert untied(loaded).keys() == untied(small).keys()  # the same tensors are tied
+    for key, tensor in untied(small).items():
+        read = untied(loaded)[key]
+        assert read.equal(tensor)
+        assert (read.dtype, read.device) == (tensor.dtype, tensor.device)
+        assert read.requires_grad == tensor.requires_grad
     assert loaded.state_dict().keys() == small.state_dict().keys()
 
 
 @each_network
-def test_what_was_loaded_is_tuned_and_pruned_again(name: str, tmp_path: Path) -> None:
+def test_attributes_hold_the_sizes_of_the_tensors(name: str) -> None:
+    model, inputs = network(name)
+    small, compared = pruned(model, inputs), 0
+    for key, module in small.named_modules():
+        tensor = getattr(module, "weight", getattr(module, "running_mean", None))
+        if tensor is None or isinstance(module, (nn.Embedding, nn.LayerNorm)):
+            continue
+        compared += not torch.equal(tensor, model.get_parameter(f"{key}.weight"))
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tensor.shape
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            channels = module.out_channels, module.in_channels // module.groups
+            assert channels == tensor.shape[:2]
+        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            assert (module.num_features,) == tensor.shape == module.running_mean.shape
+        elif type(module).__name__ == "Conv1D":
+            assert (module.nx, module.nf) == tensor.shape
+    assert compared >= 2  # a producer and a consumer were cut
+
+
+@each_network
+def test_a_loaded_model_is_trained_and_pruned_again(name: str, tmp_path: Path) -> None:
     model, inputs = network(name)
     greedyprune.save_pruned(pruned(model, inputs, size=0.7), tmp_path / "small.safetensors")
     loaded = greedyprune.load_pruned(tmp_path / "small.safetensors", lambda: network(name)[0])
     before = {key: tensor.clone() for key, tensor in loaded.named_parameters()}
-    found = loaded.train()(**inputs) if isinstance(inputs, dict) else loaded.train()(inputs)
-    outputs = found if isinstance(found, Tensor) else found.logits
+    loaded.train()
+    returned = loaded(**inputs) if isinstance(inputs, dict) else loaded(inputs)
+    outputs = returned if isinstance(returned, Tensor) else returned.logits
     outputs.square().mean().backward()
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
     moved = {key for key, tensor in loaded.named_parameters() if not tensor.equal(before[key])}
     layers = greedyprune.layers(loaded.eval(), inputs)
     assert {
-        f"{consumer}.weight" for each in layers.values() for consumer in each.consumers
+        f"{consumer}.weight" for layer in layers.values() for consumer in layer.consumers
     } <= moved
     smaller = pruned(loaded, inputs)
     greedyprune.save_pruned(smaller, tmp_path / "smaller.safetensors")
@@ -84,7 +107,8 @@ def test_types_modes_and_views(tmp_path: Path) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
             self.register_buffer("table", torch.arange(12).view(3, 4).T, persistent=False)
-            self.register_buffer("row", self.table[0])
+            self.register_buffer("flat", self.table.T.view(-1))
+            self.register_buffer("row", self.flat[:3])
             self.a.weight.requires_grad_(False)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +141,7 @@ def test_the_file_is_a_plain_state_dict(tmp_path: Path) -> None:
     assert sizes["transformer.h.0.attn"] == {"num_heads": 2, "split_size": 12}
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_hold_no_pruned_model(tmp_path: Path) -> None:
     model, inputs = network("vgg")
     path = tmp_path / "small.safetensors"
     with pytest.raises(FileNotFoundError, match="path: no file at"):
@@ -176,7 +200,7 @@ def test_factories_of_other_models(tmp_path: Path) -> None:
         greedyprune.load_pruned(path, lambda: 3)  # type: ignore[arg-type,return-value]
 
 
-def test_models_that_can_t_be_kept(tmp_path: Path) -> None:
+def test_models_that_can_t_be_saved(tmp_path: Path) -> None:
     class Counting(nn.Linear):
         def get_extra_state(self) -> int:
             return 3
@@ -224,10 +248,14 @@ HEADS = {"Llama": "model.layers.{}.self_attn.q_proj", "ViT": "vit.layers.{}.atte
 def described(
     name: str, layers: list[str], path: Path, size: object = 0.5, **config: object
 ) -> dict[str, object]:
-    """What the pruned model's config says; its class is checked to give the same model from it."""
+    """Prunes two of each of these layers; returns the entries of the config that changed.
+
+    Checks that the model's class builds the pruned model from this config, and that both forms of
+    file bring the model and its config back.
+    """
     model, inputs = hugging_face(name, **config)
     before = copy.deepcopy(model.config.to_dict())
-    small = pruned(model, inputs, layers=[each.format(i) for each in layers for i in (0, 1)],
+    small = pruned(model, inputs, layers=[layer.format(i) for layer in layers for i in (0, 1)],
                    size=size)  # fmt: skip
     assert model.config.to_dict() == before
     after = small.config.to_dict()
@@ -236,16 +264,16 @@ def described(
     built = type(small)(small.config)
     assert {key: tensor.shape for key, tensor in built.state_dict().items()} == shapes
     small.save_pretrained(path)
-    again = type(small).from_pretrained(path)
-    assert outputs_of(again, inputs).equal(outputs_of(small, inputs))
+    from_hugging_face = type(small).from_pretrained(path)
+    assert outputs_of(from_hugging_face, inputs).equal(outputs_of(small, inputs))
     greedyprune.save_pruned(small, path / "small.safetensors")
     dense = copy.deepcopy(model.config)
     loaded = greedyprune.load_pruned(path / "small.safetensors", lambda: type(model)(dense)).eval()
     assert dense.to_dict() == model.config.to_dict()
     assert outputs_of(loaded, inputs).equal(outputs_of(small, inputs))
     assert all(getattr(m, "config", loaded.config) is loaded.config for m in loaded.modules())
-    for each in (again, loaded):
-        assert {key: getattr(each.config, key) for key in changed} == changed
+    for read in (from_hugging_face, loaded):
+        assert {key: getattr(read.config, key) for key in changed} == changed
     return changed
 
 
@@ -264,7 +292,7 @@ def test_configs_say_the_number_of_heads(name: str, tmp_path: Path) -> None:
     assert changed == expected
 
 
-def test_configs_stay_where_they_can_t_say_it(tmp_path: Path) -> None:
+def test_configs_that_can_t_describe_the_pruned_model_stay(tmp_path: Path) -> None:
     for name, size in (
         ("Bert", 0.5),  # heads follow from the hidden size, and the pooler is pruned, too
         ("GPT2", 0.5),

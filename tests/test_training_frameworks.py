@@ -1,4 +1,4 @@
-"""The monitor inside Lightning's and Hugging Face's Trainer, in real, small runs."""
+"""The monitor inside Lightning's and Hugging Face's Trainer, in small runs of the real Trainers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:::lightning"),
 ]
 LAYER = "bert.encoder.layer.0.intermediate.dense"
-HOW = {"steps": 6, "every": 4, "max_overhead": None}
+MONITOR_OPTIONS = {"steps": 6, "every": 4, "max_overhead": None, "stop": "never"}
 
 
-def timeless(monitor: PretrainingMonitor) -> list[greedyprune.Check]:
+def history_without_seconds(monitor: PretrainingMonitor) -> list[greedyprune.Check]:
     return [replace(check, seconds=0, training_seconds=0) for check in monitor.history]
 
 
@@ -67,17 +67,23 @@ class Module(lightning.LightningModule):
 
 def fit(
     folder: Path, *, monitored: bool = True, whole: bool = False, resume: str | None = None,
-    epochs: int = 3, callbacks: list = (), options: dict | None = None, **how,
+    epochs: int = 3, callbacks: list = (), trainer_options: dict | None = None, **monitor_options,
 ) -> tuple[Module, PretrainingMonitor | None, lightning.Trainer]:  # fmt: skip
+    """Trains with Lightning.
+
+    whole: does the monitor get the LightningModule, rather than the network in it?
+    resume: the path of a checkpoint to start from
+    """
     module, monitor, callbacks = Module(), None, list(callbacks)
     if monitored:
-        watched = module if whole else module.network
-        monitor = PretrainingMonitor(watched, samples(), **{**HOW, "stop": "never", **how})
+        model = module if whole else module.network
+        monitor = PretrainingMonitor(model, samples(), **(MONITOR_OPTIONS | monitor_options))
         callbacks.append(with_lightning.PretrainingCallback(monitor))
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=epochs, callbacks=callbacks, default_root_dir=folder,
         logger=lightning.loggers.CSVLogger(folder, version=""), enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=bool(callbacks[:-1]), **(options or {}),
+        enable_model_summary=False, enable_checkpointing=bool(callbacks[:-1]),
+        **(trainer_options or {}),
     )  # fmt: skip
     torch.manual_seed(1)
     loader = DataLoader(TensorDataset(*samples()), 12, shuffle=True)
@@ -90,8 +96,8 @@ def fit(
     ids=["network", "module", "bfloat16"],
 )  # fmt: skip
 def test_lightning_trains_the_same(tmp_path: Path, whole: bool, options: dict) -> None:
-    plain, _, _ = fit(tmp_path / "plain", monitored=False, options=options)
-    module, monitor, trainer = fit(tmp_path / "monitored", whole=whole, options=options)
+    plain, _, _ = fit(tmp_path / "plain", monitored=False, trainer_options=options)
+    module, monitor, trainer = fit(tmp_path / "monitored", whole=whole, trainer_options=options)
     assert [check.iteration for check in monitor.history] == [4, 8, 12, 16, 20, 24]
     for name, value in plain.state_dict().items():
         assert module.state_dict()[name].equal(value)
@@ -111,12 +117,12 @@ def test_lightning_logs_and_stops(tmp_path: Path) -> None:
     for row, check in zip(rows, monitor.history, strict=True):
         assert float(row["greedyprune/loss"]) == check.loss
         assert float(row["greedyprune/dense_metric"]) == check.dense_metric
-    found = float(trainer.callback_metrics["greedyprune/loss"])
-    assert found == pytest.approx(monitor.history[-1].loss)
+    logged = float(trainer.callback_metrics["greedyprune/loss"])
+    assert logged == pytest.approx(monitor.history[-1].loss)
 
 
 def test_lightning_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
-    _, monitor, trainer = fit(tmp_path, options={"accumulate_grad_batches": 2})
+    _, monitor, trainer = fit(tmp_path, trainer_options={"accumulate_grad_batches": 2})
     assert trainer.global_step == monitor.iteration == 12
     assert [check.iteration for check in monitor.history] == [4, 8, 12]
 
@@ -124,10 +130,9 @@ def test_lightning_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
 def test_lightning_resumes(tmp_path: Path) -> None:
     saving = lightning.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1)
     _, expected, _ = fit(tmp_path, callbacks=[saving])
-    found = fit(tmp_path, resume=str(tmp_path / "epoch=0-step=8.ckpt"))[1]
-    assert [check.iteration for check in found.history] == [4, 8, 12, 16, 20, 24]
-    assert timeless(found)[:2] == timeless(expected)[:2]
-    assert found.history[:2] == expected.history[:2]  # the seconds, too
+    _, resumed, _ = fit(tmp_path, resume=str(tmp_path / "epoch=0-step=8.ckpt"))
+    assert [check.iteration for check in resumed.history] == [4, 8, 12, 16, 20, 24]
+    assert resumed.history[:2] == expected.history[:2]  # the checks before the checkpoint
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -149,8 +154,12 @@ def bert() -> nn.Module:
 
 def run(
     folder: Path, *, monitored: bool = True, resume: str | None = None,
-    training: dict | None = None, **how,
+    training: dict | None = None, **monitor_options,
 ) -> tuple[nn.Module, PretrainingMonitor | None, transformers.Trainer]:  # fmt: skip
+    """Trains with Hugging Face's Trainer.
+
+    resume: the path of a checkpoint to start from; training: further TrainingArguments
+    """
     model, monitor = bert(), None
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=8, use_cpu=True,
@@ -161,14 +170,14 @@ def run(
     if monitored:
         batches = DataLoader(sentences(), 32)
         options = {"size": 0.5, "every": 8, "max_overhead": None, "stop": "never", "layers": LAYER}
-        monitor = PretrainingMonitor(model, batches, **(options | how))
+        monitor = PretrainingMonitor(model, batches, **(options | monitor_options))
         trainer.add_callback(with_transformers.PretrainingCallback(monitor, trainer))
     trainer.train(resume_from_checkpoint=resume)
     return model, monitor, trainer
 
 
 def test_hugging_face_trains_the_same(tmp_path: Path) -> None:
-    plain, _, alone = run(tmp_path, monitored=False)
+    plain, _, plain_trainer = run(tmp_path, monitored=False)
     model, monitor, trainer = run(tmp_path)
     assert [check.iteration for check in monitor.history] == [8, 16]
     for name, value in plain.state_dict().items():
@@ -176,9 +185,12 @@ def test_hugging_face_trains_the_same(tmp_path: Path) -> None:
     logged = [entry for entry in trainer.state.log_history if "greedyprune/loss" in entry]
     assert [entry["step"] for entry in logged] == [8, 16]
     assert [entry["greedyprune/loss"] for entry in logged] == [c.loss for c in monitor.history]
-    for name in ("loss", "grad_norm"):  # what it logs itself is as ever
-        entries = [[e[name] for e in t.state.log_history if name in e] for t in (alone, trainer)]
-        assert entries[0] == entries[1] != []
+    for name in ("loss", "grad_norm"):  # the Trainer's own logs are the same
+        plain_log, log = (
+            [entry[name] for entry in t.state.log_history if name in entry]
+            for t in (plain_trainer, trainer)
+        )
+        assert plain_log == log != []
     small = greedyprune.prune(model, monitor.selection)
     assert small.config.intermediate_size == monitor.history[-1].kept == 12
 
@@ -192,29 +204,29 @@ def test_hugging_face_stops(tmp_path: Path) -> None:
 def test_hugging_face_resumes(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 8}
     _, expected, _ = run(tmp_path, training=saving)
-    found = run(tmp_path / "again", resume=str(tmp_path / "checkpoint-8"))[1]
-    assert found.iteration == 16
-    assert timeless(found) == timeless(expected)
-    assert found.history[0] == expected.history[0]  # the seconds, too
+    _, resumed, _ = run(tmp_path / "again", resume=str(tmp_path / "checkpoint-8"))
+    assert resumed.iteration == 16
+    assert history_without_seconds(resumed) == history_without_seconds(expected)
+    assert resumed.history[0] == expected.history[0]  # from the checkpoint: with its seconds
 
 
 def test_hugging_face_in_bfloat16(tmp_path: Path) -> None:
-    """Checks are in the weights' own precision, and training is still the same."""
-    how = {"bf16": True, "num_train_epochs": 1}
-    plain, _, _ = run(tmp_path, monitored=False, training=how)
-    model, monitor, _ = run(tmp_path, training=how)
+    """Checks run in the precision of the weights, and training is still the same."""
+    training = {"bf16": True, "num_train_epochs": 1}
+    plain, _, _ = run(tmp_path, monitored=False, training=training)
+    model, monitor, _ = run(tmp_path, training=training)
     for name, value in plain.state_dict().items():
         assert model.state_dict()[name].equal(value)
     fresh = bert()
     fresh.load_state_dict(model.state_dict())
-    again = PretrainingMonitor(fresh, DataLoader(sentences(), 32), size=0.5, layers=LAYER).check()
-    assert monitor.history[-1].loss == pytest.approx(again.loss, rel=1e-6)
+    check = PretrainingMonitor(fresh, DataLoader(sentences(), 32), size=0.5, layers=LAYER).check()
+    assert monitor.history[-1].loss == pytest.approx(check.loss, rel=1e-6)
 
 
 # ---------------------------------------------------------------- bad input
 
 
-def test_what_is_no_monitor(tmp_path: Path) -> None:
+def test_arguments_of_the_wrong_type(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="monitor: found int, expected a PretrainingMonitor"):
         with_lightning.PretrainingCallback(3)
     _, monitor, _ = fit(tmp_path, epochs=1)
@@ -225,13 +237,13 @@ def test_what_is_no_monitor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "needed"),
+    ("module", "framework"),
     [(with_lightning, "lightning.pytorch"), (with_transformers, "transformers")],
 )
 def test_without_the_framework(
-    monkeypatch: pytest.MonkeyPatch, module: ModuleType, needed: str
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, framework: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, needed, None)
-    extra = needed.partition(".")[0]
+    monkeypatch.setitem(sys.modules, framework, None)
+    extra = framework.partition(".")[0]
     with pytest.raises(ImportError, match=rf"pip install 'greedyprune\[{extra}\]'"):
         importlib.reload(module)

@@ -1,4 +1,4 @@
-"""`refit(epochs=...)`: all layers of the pruned network tuned towards the dense one's."""
+"""`refit(epochs=...)`: all layers of the pruned network trained towards the dense one's."""
 
 from __future__ import annotations
 
@@ -7,24 +7,35 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import network, outputs_of
+from networks import Attention, Inputs, network, outputs_of
 from test_refitting import data_of
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune.surgery import masked
+from greedyprune.surgery.cut import masked
 
 
-@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "gpt2", "llama", "vit"])
+def two_attentions() -> tuple[nn.Module, Inputs]:
+    """The second one's projection is refitted, and its outputs are split into heads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), Attention())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval(), torch.randn(6, 7, 12)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet", "vgg", "mobilenet", "gpt2", "llama", "vit", "two attentions"]
+)
 @torch.no_grad()
-def test_what_lacks_nothing_stays(name: str) -> None:
-    """The dense network's dropped units do nothing: what is left of it already is its equal.
+def test_an_exact_pruned_network_stays(name: str) -> None:
+    """The dropped units have no effect in this dense network, so the pruned one has no error.
 
-    So that each layer's outputs are compared with those of the same units, heads included.
+    It would have one if a layer's outputs were compared with those of other units or heads.
     """
-    model, inputs = network(name)
+    model, inputs = two_attentions() if name == "two attentions" else network(name)
     selection = greedyprune.select(model, data_of(inputs), objective="imitation")
-    dense = masked(model, selection).double()  # Adam's steps are long even where all is rounding
+    dense = masked(model, selection).double()  # Adam's steps are long even for errors of rounding
     if isinstance(inputs, Tensor):
         inputs = inputs.double()
     ones = {key: replace(layer, fitted=None, weights=torch.ones(len(layer.kept)).double())
@@ -38,7 +49,7 @@ def test_what_lacks_nothing_stays(name: str) -> None:
 
 
 def test_more_epochs_come_closer() -> None:
-    """To what a pair of convolutions gives together, where least squares has had the last word."""
+    """Gradients lower the error that least squares, layer by layer, has left."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
@@ -55,8 +66,8 @@ def test_more_epochs_come_closer() -> None:
     assert outputs_of(same, inputs).equal(outputs_of(small, inputs))
 
 
-class Unknown:
-    """Batches whose number nothing tells."""
+class WithoutLength:
+    """Batches of unknown number."""
 
     def __init__(self, inputs: Tensor) -> None:
         self._parts = inputs.split(64)
@@ -65,14 +76,14 @@ class Unknown:
         return iter(self._parts)
 
 
-def test_the_rate_falls_whatever_tells_the_number_of_batches() -> None:
+def test_the_rate_falls_the_same_where_the_number_of_batches_is_unknown() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 2))
     inputs = torch.randn(256, 5)
     selection = greedyprune.select(model, [inputs], size=0.5, objective="imitation")
     known, unknown = (
         greedyprune.refit(model, selection, data, epochs=2)
-        for data in (list(inputs.split(64)), Unknown(inputs))
+        for data in (list(inputs.split(64)), WithoutLength(inputs))
     )
     assert outputs_of(known, inputs).equal(outputs_of(unknown, inputs))
 

@@ -1,13 +1,14 @@
 // The loss of every candidate unit: losses[j] = L(base + shrink * phi_j), phi_j = h_j w_j.
 //
-// Scoring N candidates on m samples with C outputs takes m N C exponentials, and they should be all
-// that takes time. Nothing of size (N, m, C) is ever stored. A group of candidates shares what is
-// loaded: at a vector of samples, their outputs are formed one after the other in registers (one
-// multiply-add each) and reduced at once. Little is left of the logarithms: a sum of them is the
-// logarithm of a product. Both are to base 2 inside, so that the features carry a factor log2(e).
+// Scoring N candidates on m samples with C outputs takes m N C exponentials, and nothing else
+// should take time. No array of size (N, m, C) is ever stored. A group of candidates shares what is
+// loaded: for one vector of samples, their outputs are formed one after the other in registers (one
+// multiply-add each) and reduced at once. Logarithms are few, because a sum of logarithms is the
+// logarithm of a product. Exponentials and logarithms are to base 2 inside, so the features carry a
+// factor log2(e).
 //
-// Sums of at most some hundred numbers are in Real, all others in float64, in a fixed order, so
-// that the number of threads never shows in the result.
+// Sums of up to about a hundred numbers are in Real, all others in float64. Their order is fixed,
+// so that the result does not depend on the number of threads.
 #include "candidate_loss.h"
 
 #include <cmath>
@@ -19,20 +20,6 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
-
-// Cross-entropy subtracts each sample's highest output, of base alone where that is enough: where
-// no candidate takes an output further than 2^reach from base, whose highest is 0 and which is cut
-// off at 2^floor, nothing over- or underflows, and what is cut off is less than rounding.
-template <class Real>
-struct Range;
-template <>
-struct Range<float> {
-  static constexpr float reach = 28, floor = -97;
-};
-template <>
-struct Range<double> {
-  static constexpr double reach = 100, floor = -900;
-};
 
 // A sum of logarithms, lane by lane, as the logarithm of a product.
 template <class Real>
@@ -55,19 +42,19 @@ struct LogProduct {
   double log() const { return sum_of(log_normal(mantissa)) + kLn2 * sum_of(exponent); }
 };
 
-// Some candidates, and what has been summed of their losses.
+// A group of candidates, and the sums of their losses so far.
 template <int kCount, class Feature, class Real>
-struct Group {
+struct LossGroup {
   using Vector = typename Lanes<Real>::Vector;
   using Wide = typename Lanes<Real>::Wide;
   const Feature* features[kCount];  // (m) each; null: no candidate
   const Real* outgoing[kCount];     // (C) each
-  Vector row[kCount];               // the same in a register, where C lanes are enough
+  Vector row[kCount];               // the same in a register, if it has C lanes
   Vector earlier[kCount] = {};      // terms of an unfinished sum over many outputs
   Vector recent[kCount] = {};
   Wide total[kCount] = {};
   LogProduct<Real> logs[kCount];
-  int64_t terms = 0;  // in recent and in logs since they were settled
+  int64_t terms = 0;  // added to recent and logs since they were settled
 
   template <bool kWhole>
   GREEDYPRUNE_INLINE Vector features_at(int u, int64_t s, int64_t n) const {
@@ -85,24 +72,24 @@ struct Group {
   }
 };
 
-// What the candidates are scored on.
+// The samples and the loss that the candidates are scored on.
 template <class Real>
 struct Problem {
   const Real* base;  // (C, m)
   const Target<Real>& target;
   int64_t samples;
-  Real unit;   // log2(e) where there are exponentials, else 1
+  Real unit;   // log2(e) for losses with exponentials, else 1
   Real scale;  // shrink * unit
 };
 
 // of_label[u] = w_u[label] at n samples.
 template <bool kWhole, int kCount, class Feature, class Real>
 GREEDYPRUNE_INLINE void outgoing_of_labels(typename Lanes<Real>::Vector* of_label,
-                                           const Group<kCount, Feature, Real>& g,
+                                           const LossGroup<kCount, Feature, Real>& g,
                                            const int32_t* label, int64_t outputs, int64_t n) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int lanes = Lanes<Real>::count;
-#ifndef __clang__  // which has no such shuffle
+#ifndef __clang__  // clang has no such shuffle
   if constexpr (kWhole && sizeof(Real) == sizeof(int32_t) && lanes >= 8) {
     if (outputs <= lanes) {
       typename Number<Vector>::Bits at;
@@ -119,10 +106,11 @@ GREEDYPRUNE_INLINE void outgoing_of_labels(typename Lanes<Real>::Vector* of_labe
   }
 }
 
-// Adds log(sum of exp(x_c)) - x_label at samples [first, last), x = base + shrink h w, but for the
-// label's share of base, which all candidates have alike. kFar: base is no guide to the highest.
+// Adds log(sum of exp(x_c)) - x_label at samples [first, last), x = base + shrink h w, without the
+// label's base, which is the same for all candidates (labels_share). kFar: a candidate can move an
+// output further than ExponentRange allows, so that its own highest output has to be found.
 template <bool kFar, bool kWhole, int kCount, class Feature, class Real>
-void add_cross_entropy(Group<kCount, Feature, Real>& g, const Problem<Real>& p, int64_t first,
+void add_cross_entropy(LossGroup<kCount, Feature, Real>& g, const Problem<Real>& p, int64_t first,
                        int64_t last) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int lanes = Lanes<Real>::count;
@@ -149,7 +137,7 @@ void add_cross_entropy(Group<kCount, Feature, Real>& g, const Problem<Real>& p, 
       const int64_t to = from + kTerms < outputs ? from + kTerms : outputs;
       for (int64_t c = from; c < to; ++c) {
         Vector base = load_lanes<Vector, kWhole>(p.base + c * p.samples + s, n) * p.unit;
-        if (!kFar) base = at_least(base, Range<Real>::floor);
+        if (!kFar) base = at_least(base, ExponentRange<Real>::floor);
         for (int u = 0; u < kCount; ++u) {
           Vector x = h[u] * g.outgoing[u][c] + base;
           if (kFar) x = at_least(x - highest[u], Number<Vector>::lowest_exponent);
@@ -162,31 +150,31 @@ void add_cross_entropy(Group<kCount, Feature, Real>& g, const Problem<Real>& p, 
       g.earlier[u] = Vector{};
     }
 
-    Vector own[kCount];
-    outgoing_of_labels<kWhole>(own, g, p.target.label + s, outputs, n);
-    for (int u = 0; u < kCount; ++u) own[u] *= h[u];
+    Vector of_label[kCount];
+    outgoing_of_labels<kWhole>(of_label, g, p.target.label + s, outputs, n);
+    for (int u = 0; u < kCount; ++u) of_label[u] *= h[u];
     if (p.target.weight) {
       const Vector weight = load_lanes<Vector, kWhole>(p.target.weight + s, n);
       for (int u = 0; u < kCount; ++u)
-        g.recent[u] += weight * (log_normal(sum[u]) * p.unit + highest[u] - own[u]);
+        g.recent[u] += weight * (log_normal(sum[u]) * p.unit + highest[u] - of_label[u]);
       continue;
     }
     const Vector inside = kWhole ? Vector{} + Real(1) : ones<Vector>(n);
     for (int u = 0; u < kCount; ++u) {
       if (kFar)
-        g.recent[u] += (highest[u] - own[u]) * inside;
+        g.recent[u] += (highest[u] - of_label[u]) * inside;
       else
-        g.recent[u] -= own[u];
+        g.recent[u] -= of_label[u];
       g.logs[u].mantissa *= kWhole ? sum[u] : sum[u] * inside + (Real(1) - inside);
     }
-    if (((s - first) / lanes) % 2 != 0)  // two sums are within the range of exponents
+    if (((s - first) / lanes) % 2 != 0)  // a product of two sums is within the range of exponents
       for (int u = 0; u < kCount; ++u) g.logs[u].settle();
   }
 }
 
 // Adds an elementwise loss at samples [first, last), summed over the outputs.
 template <Loss kLoss, bool kWeighted, bool kWhole, int kCount, class Feature, class Real>
-void add_elementwise(Group<kCount, Feature, Real>& g, const Problem<Real>& p, int64_t first,
+void add_elementwise(LossGroup<kCount, Feature, Real>& g, const Problem<Real>& p, int64_t first,
                      int64_t last) {
   using Vector = typename Lanes<Real>::Vector;
   constexpr int lanes = Lanes<Real>::count;
@@ -235,10 +223,10 @@ void add_elementwise(Group<kCount, Feature, Real>& g, const Problem<Real>& p, in
   }
 }
 
-// Adds the loss at samples [first, last). far: can a candidate take an output far from base?
+// Adds the loss at samples [first, last). far: as kFar above.
 template <bool kWhole, int kCount, class Feature, class Real>
-void add_samples(Group<kCount, Feature, Real>& g, const Problem<Real>& p, bool far, int64_t first,
-                 int64_t last) {
+void add_samples(LossGroup<kCount, Feature, Real>& g, const Problem<Real>& p, bool far,
+                 int64_t first, int64_t last) {
   switch (p.target.loss) {
     case Loss::squared_error:
       if (p.target.weight)
@@ -253,10 +241,10 @@ void add_samples(Group<kCount, Feature, Real>& g, const Problem<Real>& p, bool f
   }
 }
 
-// losses[u] = the sum over samples [first, last) for candidate u of the group, whose features are
-// at most largest[u] in magnitude.
+// losses[u] = the sum over samples [first, last) for candidate u of the group. The magnitude of its
+// features is at most largest[u].
 template <int kCount, class Feature, class Real>
-void sum_losses(double* losses, Group<kCount, Feature, Real>& g, const Problem<Real>& p,
+void sum_losses(double* losses, LossGroup<kCount, Feature, Real>& g, const Problem<Real>& p,
                 const double* largest, int64_t first, int64_t last) {
   constexpr int64_t lanes = Lanes<Real>::count;
   const int64_t outputs = p.target.outputs;
@@ -265,7 +253,7 @@ void sum_losses(double* losses, Group<kCount, Feature, Real>& g, const Problem<R
     Real w = 0;
     for (int64_t c = 0; c < outputs; ++c) w = larger(w, std::fabs(g.outgoing[u][c]));
     const double reach = largest[u] * static_cast<double>(std::fabs(p.scale) * w);
-    if (!(reach <= static_cast<double>(Range<Real>::reach))) far = true;
+    if (!(reach <= static_cast<double>(ExponentRange<Real>::reach))) far = true;
     g.row[u] = load_lanes<typename Lanes<Real>::Vector, false>(g.outgoing[u],
                                                                outputs < lanes ? outputs : lanes);
   }
@@ -280,7 +268,7 @@ void sum_losses(double* losses, Group<kCount, Feature, Real>& g, const Problem<R
     losses[u] = sum_of(g.total[u]) / static_cast<double>(p.unit) + g.logs[u].log();
 }
 
-// The labels' share of base in the loss at samples [first, last): no candidate changes it.
+// The weighted sum of base at the labels of samples [first, last), which no candidate changes.
 template <class Real>
 double labels_share(const Real* base, const Target<Real>& target, int64_t samples, int64_t first,
                     int64_t last) {
@@ -309,7 +297,7 @@ Status losses_of(double* losses, double* errors, const int64_t* units, int64_t n
   const Rounding rounding = errors ? rounding_of(base, target, samples) : Rounding{0, 0, 0};
   const auto score = [&](auto size, int64_t first) {
     constexpr int count = decltype(size)::value;
-    Group<count, Feature, Real> group;
+    LossGroup<count, Feature, Real> group;
     point_at<count>(group.features, group.outgoing, units + first, features, outgoing, outputs);
     double sums[count], largest[count];
     for (int u = 0; u < count; ++u) largest[u] = features.largest[units[first + u]];
@@ -343,16 +331,16 @@ Status candidate_loss(double* losses, double* errors, const int64_t* units, int6
 template <class Real>
 Status outputs_loss(double* loss, const Real* outputs, const Target<Real>& target, int64_t samples,
                     const Caller& caller) {
-  constexpr int64_t kPieces = 64;  // fixed, so that the sum's order is
+  constexpr int64_t kPieces = 64;  // a fixed number, so that the order of the sum is fixed
   const int64_t tiles = (samples + kTile - 1) / kTile;
   const int64_t piece = kTile * (tiles > kPieces ? (tiles + kPieces - 1) / kPieces : 1);
   const Problem<Real> problem = problem_of(outputs, target, samples, 0);
   double part[kPieces] = {0};
   const bool finished =
       parallel_blocks(samples, piece, 8 * target.outputs, caller, [&](int64_t first, int64_t last) {
-        Group<1, Real, Real> none;
-        none.features[0] = nullptr;  // no candidate:
-        none.outgoing[0] = outputs;  // any C numbers, times zero
+        LossGroup<1, Real, Real> none;
+        none.features[0] = nullptr;  // no candidate
+        none.outgoing[0] = outputs;  // any C numbers: they are multiplied with zero
         const double largest = 0;
         sum_losses(&part[first / piece], none, problem, &largest, first, last);
         part[first / piece] -= labels_share(outputs, target, samples, first, last);

@@ -1,10 +1,11 @@
-// The derivative of the loss in every candidate unit: slopes[j] = <gradient, phi_j>, phi_j = h_j
-// w_j, and the gradient of the loss in the outputs, which it takes.
+// The derivative of the loss in every candidate unit, slopes[j] = <gradient, phi_j>, phi_j = h_j
+// w_j, and the gradient of the loss in the outputs, which the first takes.
 #include "candidate_slope.h"
 
 #include <cmath>
 
 #include "../loss.h"
+#include "../rounding.h"
 #include "features.h"
 #include "groups.h"
 
@@ -13,14 +14,14 @@ namespace GREEDYPRUNE_ISA {
 namespace {
 
 template <int kCount, class Feature, class Real>
-struct Group {
+struct SlopeGroup {
   using Vector = typename Lanes<Real>::Vector;
   using Wide = typename Lanes<Real>::Wide;
   const Feature* features[kCount];  // (m) each
   const Real* outgoing[kCount];     // (C) each
   Wide slope[kCount] = {}, squares[kCount] = {};
 
-  // Samples [first, last): at most a tile, whole vectors or part of one.
+  // Adds samples [first, last): at most a tile, either whole vectors or a part of one.
   template <bool kWhole>
   void add(const Real* gradient, int64_t outputs, int64_t samples, int64_t first, int64_t last) {
     Vector tile_slope[kCount] = {}, tile_squares[kCount] = {};
@@ -54,12 +55,10 @@ Status slopes_of(double* slopes, double* errors, const int64_t* units, int64_t n
     for (int64_t i = 0; i < outputs * samples; ++i)
       gradient_squares += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
   }
-  // Roundings of one sum: over the outputs, a tile's lanes, and (in float64) the tiles.
-  const double terms = static_cast<double>(outputs + 8 + kTile / lanes) * Number<Real>::epsilon +
-                       static_cast<double>(16 + samples / kTile) * Number<double>::epsilon;
+  const double terms = slope_rounding<Real>(outputs, kTile / lanes, samples / kTile);
   const auto score = [&](auto size, int64_t at) {
     constexpr int count = decltype(size)::value;
-    Group<count, Feature, Real> group;
+    SlopeGroup<count, Feature, Real> group;
     point_at<count>(group.features, group.outgoing, units + at, features, outgoing, outputs);
     for (int64_t s = 0; s < samples; s += kTile) {
       const int64_t end = s + kTile < samples ? s + kTile : samples;
@@ -69,7 +68,7 @@ Status slopes_of(double* slopes, double* errors, const int64_t* units, int64_t n
     }
     for (int u = 0; u < count; ++u) {
       slopes[at + u] = sum_of(group.slope[u]);
-      if (!errors) continue;  // else Cauchy-Schwarz over samples and outputs
+      if (!errors) continue;
       double w_squares = 0;
       for (int64_t c = 0; c < outputs; ++c) {
         const double w = static_cast<double>(group.outgoing[u][c]);

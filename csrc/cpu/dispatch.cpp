@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this processor runs.
+// Finds out which of the compiled instruction sets this processor runs.
 #include <cstring>
 
 #include "../kernels.h"

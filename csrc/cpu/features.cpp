@@ -1,4 +1,4 @@
-// The features: collected unit by unit while the model runs, and measured.
+// Collects the features unit by unit while the model runs, and measures them.
 #include "features.h"
 
 #include <cmath>
@@ -11,7 +11,7 @@ namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;  // units, and samples, that are turned around in L1 at a time
+constexpr int64_t kBlock = 64;  // units, and samples, that are transposed in L1 at a time
 
 // Adds the squares of n numbers in float64, and raises *largest to the largest magnitude.
 template <class Feature>
@@ -36,10 +36,9 @@ void measure(double* squares, double* largest, const Feature* row, int64_t n) {
 }
 
 template <class Feature>
-Status collect(const Features& features, double* squares, double* largest, const Feature* hidden,
-               int64_t n, int64_t at, const Caller& caller) {
-  Feature* data = static_cast<Feature*>(const_cast<void*>(features.data));
-  const int64_t units = features.units;
+Status collect(Feature* data, double* squares, double* largest, const Feature* hidden,
+               int64_t units, int64_t n, int64_t stride, int64_t first_sample,
+               const Caller& caller) {
   const bool finished =
       parallel_blocks(units, kBlock, 4 * n, caller, [&](int64_t first, int64_t last) {
         Feature block[kBlock][kBlock];
@@ -49,7 +48,7 @@ Status collect(const Features& features, double* squares, double* largest, const
             for (int64_t j = first; j < last; ++j)
               block[j - first][i] = hidden[(s + i) * units + j];
           for (int64_t j = first; j < last; ++j) {
-            memcpy(data + j * features.stride + at + s, block[j - first],
+            memcpy(data + j * stride + first_sample + s, block[j - first],
                    static_cast<size_t>(count) * sizeof(Feature));
             measure(squares + j, largest + j, block[j - first], count);
           }
@@ -62,11 +61,14 @@ Status collect(const Features& features, double* squares, double* largest, const
 
 // ---------------------------------------------------------------------------------------------
 
-Status collect_features(const Features& features, double* squares, double* largest,
-                        const void* hidden, int64_t n, int64_t at, const Caller& caller) {
-  if (features.type == Type::float32)
-    return collect(features, squares, largest, static_cast<const float*>(hidden), n, at, caller);
-  return collect(features, squares, largest, static_cast<const double*>(hidden), n, at, caller);
+Status collect_features(void* data, double* squares, double* largest, const void* hidden, Type type,
+                        int64_t units, int64_t n, int64_t stride, int64_t first_sample,
+                        const Caller& caller) {
+  if (type == Type::float32)
+    return collect(static_cast<float*>(data), squares, largest, static_cast<const float*>(hidden),
+                   units, n, stride, first_sample, caller);
+  return collect(static_cast<double*>(data), squares, largest, static_cast<const double*>(hidden),
+                 units, n, stride, first_sample, caller);
 }
 
 Status measure_features(double* squares, double* largest, const Features& features,

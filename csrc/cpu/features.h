@@ -6,10 +6,11 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-constexpr int64_t kTile = 128;  // samples whose sums are added up before they join the others
+constexpr int64_t kTile = 128;  // samples whose sums are added up before these join the others
 
-Status collect_features(const Features& features, double* squares, double* largest,
-                        const void* hidden, int64_t n, int64_t at, const Caller& caller);
+Status collect_features(void* data, double* squares, double* largest, const void* hidden, Type type,
+                        int64_t units, int64_t n, int64_t stride, int64_t first_sample,
+                        const Caller& caller);
 Status measure_features(double* squares, double* largest, const Features& features,
                         const Caller& caller);
 

@@ -1,8 +1,8 @@
 // Columns of the Gram matrix: columns[i][j] = <phi_units[i], phi_j> = (w_i . w_j) (h_i . h_j).
 //
-// A product of all the features with so few of them is bound by reading the features once, and the
+// A product of all features with a few of them is bound by reading the features once. The
 // libraries' products take twice as long. Sums over a tile of samples are in the features' own
-// type, kSum of them in a lane, and join the others in float64.
+// type, lane by lane, and these sums are added up in float64.
 #include "gram_columns.h"
 
 #include "../loss.h"
@@ -13,7 +13,7 @@ namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
 
-constexpr int kUnits = 3, kColumns = kVectorBytes == 64 ? 8 : 3;  // accumulators fill the registers
+constexpr int kUnits = 3, kColumns = kVectorBytes == 64 ? 8 : 3;  // their sums fill the registers
 constexpr int kTogether = 24;                                     // units that share a tile in L1
 constexpr int kMost = 64;                                         // columns at a time
 
@@ -25,11 +25,11 @@ void add_dots(double* sums, const Feature* const* h, const Feature* const* wante
   Vector sum[kUnits][kColumns] = {};
   int64_t s = 0;
   for (; s + lanes <= n; s += lanes) {
-    Vector own[kUnits];
-    for (int u = 0; u < kUnits; ++u) own[u] = load_lanes<Vector, true>(h[u] + s, lanes);
+    Vector of_unit[kUnits];
+    for (int u = 0; u < kUnits; ++u) of_unit[u] = load_lanes<Vector, true>(h[u] + s, lanes);
     for (int i = 0; i < kColumns; ++i) {
       const Vector other = load_lanes<Vector, true>(wanted[i] + s, lanes);
-      for (int u = 0; u < kUnits; ++u) sum[u][i] += own[u] * other;
+      for (int u = 0; u < kUnits; ++u) sum[u][i] += of_unit[u] * other;
     }
   }
   if (s < n) {
@@ -74,9 +74,9 @@ Status columns_of(double* columns, const int64_t* units, int64_t n, const Featur
         for (int64_t i = 0; i < n; ++i) {
           const double* w = outgoing + units[i] * outputs;
           for (int64_t j = first; j < last; ++j) {
-            double both = 0;
-            for (int64_t c = 0; c < outputs; ++c) both += w[c] * outgoing[j * outputs + c];
-            columns[i * all + j] = both * sums[(j - first) * kMost + i];
+            double weights = 0;  // w_i . w_j
+            for (int64_t c = 0; c < outputs; ++c) weights += w[c] * outgoing[j * outputs + c];
+            columns[i * all + j] = weights * sums[(j - first) * kMost + i];
           }
         }
       });

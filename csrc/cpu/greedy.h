@@ -1,15 +1,17 @@
 // The greedy loop, equation (1), for any objective; every greedy_*.cpp runs this one.
 //
 // An objective knows z, the sum of the phi picked so far, and offers
-//   score(k, units, n, scores, errors, everywhere)    what step k minimises, for each of these
-//                                         units, and how far rounding can have moved it; on the
-//                                         step's mini-batch, if it has one, or on all samples; may
-//                                         drop units that can't be the lowest, and lowers n then
-//   rescore(k, units, n, scores, errors)  the same in float64 (or false: it has nothing better)
+//   score(k, units, n, scores, errors, everywhere)    the scores that step k minimises over these
+//                                         units, with bounds on their rounding errors: on the
+//                                         step's mini-batch, if there is one, or (everywhere) on
+//                                         all samples. It may drop units that cannot have the
+//                                         lowest score, and lowers n then.
+//   can_rescore()                         can it score more exactly?
+//   rescore(k, units, n, scores, errors)  the same, more exactly
 //   add(k, unit)                          z += phi_unit
 //   measure(k, loss, gap)                 L(b + z / k), and where gap is not null
 //                                         <L'(z / k), z / k> - min_j <L'(z / k), phi_j>
-// each answering Status.
+// Each of them but can_rescore returns a Status.
 #pragma once
 
 #include <cmath>
@@ -39,7 +41,7 @@ inline void add_phi(const Features& f, int64_t unit, const double* outgoing, int
     add_phi(static_cast<const double*>(f.data) + unit * f.stride, w, outputs, sum, f.samples);
 }
 
-// Keeps of units[0:n] those that rounding does not rule out as the minimum; how many those are.
+// Keeps those of units[0:n] whose score may be the lowest, rounding considered; returns how many.
 inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, int64_t n) {
   double lowest = HUGE_VAL;
   for (int64_t i = 0; i < n; ++i) {
@@ -58,8 +60,8 @@ inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, i
   return kept;
 }
 
-// Moves the `wanted` of units[0:n] that score lowest to the front (quickselect; ties to the lowest
-// index); how many those are.
+// Moves the `wanted` units with the lowest scores to the front of units[0:n] (quickselect; ties go
+// to the lowest index); returns how many there are.
 inline int64_t keep_lowest(int64_t* units, double* scores, int64_t n, int64_t wanted) {
   if (n <= wanted) return n;
   const auto before = [](double a, int64_t i, double b, int64_t j) {
@@ -110,8 +112,8 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
   for (int64_t j = 0; j < units; ++j) picked[j] = 0;
 
   for (int64_t k = 1; k <= rule.steps && distinct < rule.size; ++k) {
-    // Which units to score: all that may be picked, or so many of them at random, moved to the
-    // front by the first steps of a Fisher-Yates shuffle.
+    // The units to score: all that may be picked, or `candidates` of them drawn at random, which
+    // the first steps of a Fisher-Yates shuffle move to the front.
     int64_t n = left;
     if (rule.candidates) {
       n = rule.candidates < left ? rule.candidates : left;
@@ -140,7 +142,7 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
       path.rescored += n;
       n = keep_contenders(contenders, workspace.scores, workspace.errors, n);
     }
-    int64_t unit = contenders[0];  // those left are equal: the lowest index
+    int64_t unit = contenders[0];  // rounding cannot tell these apart: the lowest index
     for (int64_t i = 1; i < n; ++i) unit = contenders[i] < unit ? contenders[i] : unit;
 
     double* gap = path.gap ? path.gap + (k - 1) : nullptr;
@@ -153,9 +155,9 @@ Status greedy(Path& path, Objective& objective, int64_t units, const Rule& rule,
     if (!picked[unit]) ++distinct;
     picked[unit] = 1;
     if (!rule.replacement) {
-      int64_t at = 0;
-      while (available[at] != unit) ++at;
-      available[at] = available[--left];
+      int64_t place = 0;
+      while (available[place] != unit) ++place;
+      available[place] = available[--left];
     }
     if (caller.step && caller.step(caller.self, k, unit, path.losses[k - 1])) break;
     if (!left) break;

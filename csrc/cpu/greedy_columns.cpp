@@ -1,11 +1,11 @@
 // Squared error, all greedy steps on columns of the Gram matrix, for k small beside N: (2) needs
-// only the columns of the units that get picked. When a picked unit's column is missing, the caller
-// computes it together with those of the coming picks (one matrix product), and they stay in a
-// ring. Exact: which columns are at hand changes no number.
+// only the columns of the units that are picked. When a picked unit's column is missing, the caller
+// computes it together with those of the coming picks (one matrix product). They stay in a ring
+// until later ones need the room. This is exact: which columns are in the ring changes no number.
 //
-// The coming picks are foreseen by running on with an approximation of G from the columns that have
-// been seen, its partial Cholesky factor: G = F F^T on those columns, and close to it elsewhere,
-// for the units of a layer resemble one another.
+// To foresee the coming picks, the loop runs on with an approximation of G: the partial Cholesky
+// factor F of the columns fetched so far. G = F F^T on these columns, and nearly so elsewhere,
+// because the units of a layer resemble one another.
 #include "greedy_kernels.h"
 #include "parallel.h"
 #include "quadratic.h"
@@ -15,6 +15,8 @@ namespace GREEDYPRUNE_ISA {
 namespace {
 
 constexpr int64_t kBlock = 512;  // units whose sums stay in L1
+// A column adds to the factor only what exceeds float32's rounding: this share of its squared norm.
+constexpr double kLearned = 1e-5;
 
 struct CachedColumns {
   const ColumnCache& cache;
@@ -60,7 +62,7 @@ struct CachedColumns {
       want(unit);
     }
     if (wanted == cache.block) return;
-    for (int64_t j = 0; j < q.units; ++j)  // then those that score best as far as that is known
+    for (int64_t j = 0; j < q.units; ++j)  // then the units with the best foreseen scores
       if (cache.slot_of[j] >= 0) taken[j] = 1;
     for (int64_t i = 0; i < wanted; ++i) taken[cache.wanted[i]] = 1;
     while (wanted < cache.block) {
@@ -76,7 +78,7 @@ struct CachedColumns {
     double best = HUGE_VAL;
     int64_t unit = -1;
     for (int64_t j = 0; j < q.units; ++j) {
-      const double score = 0.5 * q.norm[j] + cache.ahead[j] - steps * q.beta[j];
+      const double score = 0.5 * q.gram_diagonal[j] + cache.ahead[j] - steps * q.beta[j];
       if (score < best && !cache.taken[j]) {
         best = score;
         unit = j;
@@ -93,22 +95,22 @@ struct CachedColumns {
       float sum[kBlock] = {0};
       for (int64_t r = 0; r < rank; ++r) {
         const float* row = cache.factor + r * q.units;
-        const float own = row[unit];
+        const float of_unit = row[unit];
 #pragma omp simd
-        for (int64_t j = first; j < last; ++j) sum[j - first] += own * row[j];
+        for (int64_t j = first; j < last; ++j) sum[j - first] += of_unit * row[j];
       }
       for (int64_t j = first; j < last; ++j) cache.ahead[j] += static_cast<double>(sum[j - first]);
     });
   }
 
-  // One more column of the factor: what the others leave of column `unit`.
+  // One more column of the factor: what is left of column `unit` without the other columns' part.
   void learn(int64_t unit) {
     if (rank == cache.rank) return;
     const double* column = cache.columns + cache.slot_of[unit] * q.units;
     for (int64_t j = 0; j < q.units; ++j) cache.ahead[j] = -column[j];
     add_approximate_column(unit);
     const double left = -cache.ahead[unit];
-    if (!(left > 1e-5 * q.norm[unit])) return;
+    if (!(left > kLearned * q.gram_diagonal[unit])) return;
     const double scale = -1 / std::sqrt(left);
     for (int64_t j = 0; j < q.units; ++j)
       cache.factor[rank * q.units + j] = static_cast<float>(scale * cache.ahead[j]);
@@ -118,8 +120,8 @@ struct CachedColumns {
   bool fetch() {
     if (next + wanted > cache.capacity) next = 0;
     for (int64_t i = 0; i < wanted; ++i) {  // the oldest columns make room
-      const int64_t old = cache.unit_in[next + i];
-      if (old >= 0) cache.slot_of[old] = -1;
+      const int64_t replaced = cache.unit_in[next + i];
+      if (replaced >= 0) cache.slot_of[replaced] = -1;
       cache.unit_in[next + i] = -1;
     }
     if (caller.fetch(caller.self, next, wanted)) return false;

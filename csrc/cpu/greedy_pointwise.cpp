@@ -1,12 +1,15 @@
 // Any loss of kernels.h, all greedy steps in one call, by scoring the candidates' losses. Also the
-// stochastic form: each step scores on a mini-batch of its own, while the losses that are reported
-// stay those of all samples.
+// stochastic form: each step scores on a mini-batch of its own, and the reported losses are those
+// of all samples.
 //
-// Lazily: the gap's slopes bound every candidate's next loss from below, and those whose bound is
-// above the lowest loss are not scored. Screening is in float32 with a rounding bound for every
-// candidate; the candidates that the bounds cannot tell apart are scored again in float64.
+// Candidates are screened in float32, with a rounding bound for each. Those that the bounds cannot
+// tell apart are scored again in float64. Where the gap is wanted, its slopes bound every
+// candidate's next loss from below (tangent.h), and a candidate whose bound is above the lowest
+// loss is not scored at all.
 #include <cmath>
 
+#include "../rounding.h"
+#include "../tangent.h"
 #include "candidate_loss.h"
 #include "candidate_slope.h"
 #include "greedy.h"
@@ -18,8 +21,6 @@ namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 namespace {
 
-constexpr int64_t kFirst = 512;  // candidates that are scored before any is ruled out
-
 class PointwiseObjective {
  public:
   PointwiseObjective(const Pointwise& p, const Workspace& workspace, const Caller& caller)
@@ -27,13 +28,14 @@ class PointwiseObjective {
 
   int64_t units() const { return p_.features.units; }
 
-  // What does not change from step to step.
+  // Computes what does not change from step to step.
   Status start() {
     for (int64_t i = 0; i < units() * outputs(); ++i)
       p_.outgoing32[i] = static_cast<float>(p_.outgoing[i]);
-    see(0);
+    choose_batch(0);
     if (!p_.batch) convert_target();
-    gradient_error_ = 16 * Number<double>::epsilon * weights_norm() * p_.target.scale;
+    gradient_error_ =
+        kGradientRoundings * Number<double>::epsilon * weights_norm() * p_.target.scale;
     if (!p_.linear) return Status::ok;
     for (int64_t c = 0; c < outputs(); ++c) {
       for (int64_t s = 0; s < samples(); ++s)
@@ -51,21 +53,21 @@ class PointwiseObjective {
   // On the step's mini-batch, if there is one, or (everywhere) on all samples.
   Status score(int64_t k, int64_t* candidates, int64_t& n, double* scores, double* errors,
                bool everywhere) {
-    see(p_.batch && !everywhere ? k : 0);
+    choose_batch(p_.batch && !everywhere ? k : 0);
     if (p_.batch) convert_target();
     outputs_at(k);
-    const int64_t size = outputs() * seen_.features.samples;
+    const int64_t size = outputs() * batch_.features.samples;
     for (int64_t i = 0; i < size; ++i) p_.outputs32[i] = static_cast<float>(p_.outputs64[i]);
-    return tangent_.k == k - 1 && k > 1 ? screen_lazily(k, candidates, n, scores, errors)
-                                        : screen(k, candidates, n, scores, errors);
+    return tangent_step_ == k - 1 && k > 1 ? screen_lazily(k, candidates, n, scores, errors)
+                                           : screen(k, candidates, n, scores, errors);
   }
 
   bool can_rescore() const { return true; }
 
   Status rescore(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
     Status status =
-        candidate_loss<double>(scores, errors, candidates, n, seen_.features, p_.outgoing, part(k),
-                               p_.outputs64, without_value(seen_.target), caller_);
+        candidate_loss<double>(scores, errors, candidates, n, batch_.features, p_.outgoing,
+                               shrink(k), p_.outputs64, without_value(batch_.target), caller_);
     widen(errors, scores, n, workspace_);
     if (status == Status::ok)
       status = add_up({{scores, n}, {errors, n}}, picks_, workspace_, caller_);
@@ -79,20 +81,20 @@ class PointwiseObjective {
     return Status::ok;
   }
 
-  // With the gap it leaves the tangent at u = b + z / k, which the next step is screened with.
+  // Where the gap is wanted, it also leaves the tangent at u = b + z / k for the next step.
   Status measure(int64_t k, double* loss, double* gap) {
-    see(0);
+    choose_batch(0);
     outputs_at(k);
     Status status =
-        outputs_loss<double>(loss, p_.outputs64, without_value(seen_.target), samples(), caller_);
+        outputs_loss<double>(loss, p_.outputs64, without_value(batch_.target), samples(), caller_);
     if (status != Status::ok) return status;
-    const double linear = p_.linear ? linear_bias_ + part(k) * linear_sum_ : 0;
+    const double linear = p_.linear ? linear_bias_ + shrink(k) * linear_sum_ : 0;
     if (!gap) {
       status = add_up({{loss, 1}}, picks_, workspace_, caller_);
       *loss += linear;
       return status;
     }
-    outputs_gradient<double>(p_.outputs64, without_value(seen_.target), samples(), caller_);
+    outputs_gradient<double>(p_.outputs64, without_value(batch_.target), samples(), caller_);
     double along = 0, magnitude = 0;
     for (int64_t i = 0; i < outputs() * samples(); ++i) {
       if (p_.linear) p_.outputs64[i] += p_.linear[i];
@@ -108,7 +110,7 @@ class PointwiseObjective {
     if (status != Status::ok) return status;
     for (int64_t j = 0; j < units(); ++j) p_.slope_errors[j] += gradient_error_ * phi_norm(j);
     const double terms = static_cast<double>(outputs() * samples());
-    double along_error = Number<double>::epsilon * (terms + 32) * magnitude;
+    double along_error = Number<double>::epsilon * (terms + kTotalRoundings) * magnitude;
     widen(p_.slope_errors, p_.slopes, units(), workspace_);
     widen(&along_error, &along, 1, workspace_);
     status = add_up({{loss, 1},
@@ -129,30 +131,24 @@ class PointwiseObjective {
     if (status == Status::ok)
       status = add_up({{workspace_.scores, n}}, picks_, workspace_, caller_);
     if (status != Status::ok) return status;
-    *gap = part(k) * along - lowest_of(workspace_.scores, n);
-    tangent_ = {
-        k, *loss, part(k) * along,
-        Number<double>::epsilon * (32 + static_cast<double>(workspace_.ranks)) * std::fabs(*loss) +
-            part(k) * along_error};
+    *gap = shrink(k) * along - lowest_of(workspace_.scores, n);
+    tangent_ = {*loss, shrink(k) * along,
+                Number<double>::epsilon *
+                        (kTotalRoundings + static_cast<double>(workspace_.ranks)) *
+                        std::fabs(*loss) +
+                    shrink(k) * along_error};
+    tangent_step_ = k;
     return Status::ok;
   }
 
  private:
-  struct Seen {  // the samples that are looked at
+  struct Batch {  // the samples that a step scores on: its mini-batch, or all
     Features features;
     Target<double> target;
     int64_t first;
   };
 
-  // The losses are convex: L(x) >= L(u) + <L'(u), x - u> for every x.
-  struct Tangent {
-    int64_t k;     // the step of u
-    double loss;   // L(u)
-    double along;  // <L'(u), u - b>
-    double error;  // how far rounding can have moved the two
-  };
-
-  // The norm of the weights over samples and outputs.
+  // The norm of the loss's weights over samples and outputs.
   double weights_norm() const {
     const int64_t repeats = weight_per_sample() ? outputs() : 1,
                   n = outputs() * samples() / repeats;
@@ -162,7 +158,7 @@ class PointwiseObjective {
     return std::sqrt(squares * static_cast<double>(repeats));
   }
 
-  // |phi_j| over samples and outputs, or more.
+  // An upper bound of |phi_j|.
   double phi_norm(int64_t j) const {
     const double* w = p_.outgoing + j * outputs();
     double w_squares = 0;
@@ -172,7 +168,7 @@ class PointwiseObjective {
 
   int64_t outputs() const { return p_.target.outputs; }
   int64_t samples() const { return p_.features.samples; }
-  static double part(int64_t k) { return 1 / static_cast<double>(k); }
+  static double shrink(int64_t k) { return 1 / static_cast<double>(k); }
 
   bool weight_per_sample() const { return p_.target.loss == Loss::cross_entropy; }
 
@@ -182,7 +178,7 @@ class PointwiseObjective {
   }
 
   Target<float> target32() const {
-    const Target<double>& t = seen_.target;
+    const Target<double>& t = batch_.target;
     return {t.loss,
             outputs(),
             t.loss == Loss::logistic ? p_.value32 : nullptr,
@@ -192,14 +188,14 @@ class PointwiseObjective {
   }
 
   void convert_target() {
-    const Target<double>& target = seen_.target;
-    const int64_t seen = seen_.features.samples;
+    const Target<double>& target = batch_.target;
+    const int64_t m = batch_.features.samples;
     if (target.weight) {
-      const int64_t size = weight_per_sample() ? seen : outputs() * seen;
+      const int64_t size = weight_per_sample() ? m : outputs() * m;
       for (int64_t i = 0; i < size; ++i) p_.weight32[i] = static_cast<float>(target.weight[i]);
     }
     if (target.loss == Loss::logistic) {
-      for (int64_t i = 0; i < outputs() * seen; ++i)
+      for (int64_t i = 0; i < outputs() * m; ++i)
         p_.value32[i] = static_cast<float>(target.value[i]);
     }
   }
@@ -207,30 +203,27 @@ class PointwiseObjective {
   // The losses of b + (z + phi_j) / k.
   Status screen(int64_t k, const int64_t* candidates, int64_t n, double* scores, double* errors) {
     Status status =
-        candidate_loss<float>(scores, errors, candidates, n, seen_.features, p_.outgoing32, part(k),
-                              p_.outputs32, target32(), caller_);
+        candidate_loss<float>(scores, errors, candidates, n, batch_.features, p_.outgoing32,
+                              shrink(k), p_.outputs32, target32(), caller_);
     widen(errors, scores, n, workspace_);
     if (status == Status::ok)
       status = add_up({{scores, n}, {errors, n}}, picks_, workspace_, caller_);
     return status == Status::ok ? add_linear(k, candidates, n, scores, errors) : status;
   }
 
-  // The same in the order of what the tangent says the losses are at least, as far as that is not
-  // above the lowest loss found: the candidates that are left cannot be the lowest, and are
-  // dropped.
+  // The same for candidates in the order of their tangent bounds, until a bound is above the lowest
+  // loss so far. The candidates left cannot have the lowest loss and are dropped.
   Status screen_lazily(int64_t k, int64_t* candidates, int64_t& n, double* scores, double* errors) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t j = candidates[i];
-      const double bound = tangent_.loss + part(k) * (p_.slopes[j] - tangent_.along) -
-                           part(k) * p_.slope_errors[j] - tangent_.error;
-      scores[i] = std::isfinite(bound) ? bound : -HUGE_VAL;
+      scores[i] = tangent_bound(tangent_, p_.slopes[j], shrink(k) * p_.slope_errors[j], shrink(k));
     }
     double lowest = HUGE_VAL;
     int64_t scored = 0;
     bool possible = true;
-    for (int64_t some = kFirst; possible && scored < n; some *= 2) {
+    for (int64_t block = kScoredFirst; possible && scored < n; block *= 2) {
       const int64_t last =
-          scored + keep_lowest(candidates + scored, scores + scored, n - scored, some);
+          scored + keep_lowest(candidates + scored, scores + scored, n - scored, block);
       int64_t end = scored;
       for (int64_t i = scored; i < last; ++i)
         if (scores[i] <= lowest) candidates[end++] = candidates[i];
@@ -244,29 +237,29 @@ class PointwiseObjective {
     return Status::ok;
   }
 
-  // outputs64 = b + z / k at the seen samples, relative to the target: squared error subtracts the
-  // target, cross-entropy each sample's highest output (so that no exponential overflows).
+  // outputs64 = b + z / k at the batch's samples, less the target for squared error, less each
+  // sample's highest output for cross-entropy (so that no exponential overflows).
   void outputs_at(int64_t k) {
-    const int64_t seen = seen_.features.samples;
-    const Target<double>& target = seen_.target;
-    const double scale = part(k);
+    const int64_t m = batch_.features.samples;
+    const Target<double>& target = batch_.target;
+    const double scale = shrink(k);
     for (int64_t c = 0; c < outputs(); ++c) {
-      const double* sum = p_.sum + c * samples() + seen_.first;
-      double* out = p_.outputs64 + c * seen;
-      for (int64_t s = 0; s < seen; ++s) out[s] = p_.bias[c] + scale * sum[s];
+      const double* sum = p_.sum + c * samples() + batch_.first;
+      double* out = p_.outputs64 + c * m;
+      for (int64_t s = 0; s < m; ++s) out[s] = p_.bias[c] + scale * sum[s];
       if (target.loss == Loss::squared_error) {
-        for (int64_t s = 0; s < seen; ++s) out[s] -= target.value[c * seen + s];
+        for (int64_t s = 0; s < m; ++s) out[s] -= target.value[c * m + s];
       }
     }
     if (target.loss != Loss::cross_entropy) return;
-    parallel_blocks(seen, 512, 2 * outputs(), quiet(), [&](int64_t first, int64_t last) {
+    parallel_blocks(m, 512, 2 * outputs(), quiet(), [&](int64_t first, int64_t last) {
       double highest[512];
       for (int64_t s = first; s < last; ++s) highest[s - first] = p_.outputs64[s];
       for (int64_t c = 1; c < outputs(); ++c)
         for (int64_t s = first; s < last; ++s)
-          highest[s - first] = larger(highest[s - first], p_.outputs64[c * seen + s]);
+          highest[s - first] = larger(highest[s - first], p_.outputs64[c * m + s]);
       for (int64_t c = 0; c < outputs(); ++c)
-        for (int64_t s = first; s < last; ++s) p_.outputs64[c * seen + s] -= highest[s - first];
+        for (int64_t s = first; s < last; ++s) p_.outputs64[c * m + s] -= highest[s - first];
     });
   }
 
@@ -276,24 +269,24 @@ class PointwiseObjective {
     return caller;
   }
 
-  // Turns to the mini-batch of step k, or (k = 0) to all samples.
-  void see(int64_t k) {
-    seen_ = {p_.features, p_.target, 0};
+  // Makes the batch that of step k, or (k = 0) all samples.
+  void choose_batch(int64_t k) {
+    batch_ = {p_.features, p_.target, 0};
     if (k == 0) return;
     const int64_t first = p_.starts[k - 1], size = p_.batch;
     const Target<double>& all = p_.target;
-    Features& f = seen_.features;
+    Features& f = batch_.features;
     f.data = f.type == Type::float32
                  ? static_cast<const void*>(static_cast<const float*>(f.data) + first)
                  : static_cast<const void*>(static_cast<const double*>(f.data) + first);
     f.samples = size;
-    seen_.first = first;
-    if (all.label) seen_.target.label = all.label + first;
-    seen_.target.value = columns(p_.value_batch, all.value, first);
+    batch_.first = first;
+    if (all.label) batch_.target.label = all.label + first;
+    batch_.target.value = columns(p_.value_batch, all.value, first);
     if (weight_per_sample()) {
-      if (all.weight) seen_.target.weight = all.weight + first;
+      if (all.weight) batch_.target.weight = all.weight + first;
     } else {
-      seen_.target.weight = columns(p_.weight_batch, all.weight, first);
+      batch_.target.weight = columns(p_.weight_batch, all.weight, first);
     }
     columns(p_.linear_batch, p_.linear, first);
   }
@@ -311,20 +304,21 @@ class PointwiseObjective {
   Status add_linear(int64_t k, const int64_t* candidates, int64_t n, double* scores,
                     double* errors) {
     if (!p_.linear) return Status::ok;
-    if (seen_.features.samples == samples()) {
+    if (batch_.features.samples == samples()) {
       for (int64_t i = 0; i < n; ++i) {
-        const double term = linear_bias_ + part(k) * (linear_sum_ + p_.linear_unit[candidates[i]]);
+        const double term =
+            linear_bias_ + shrink(k) * (linear_sum_ + p_.linear_unit[candidates[i]]);
         scores[i] += term;
-        errors[i] += 4 * Number<double>::epsilon * std::fabs(term);
+        errors[i] += kLinearRoundings * Number<double>::epsilon * std::fabs(term);
       }
       return Status::ok;
     }
     const Status status =
-        candidate_slope<double>(p_.slopes, p_.slope_errors, candidates, n, seen_.features,
+        candidate_slope<double>(p_.slopes, p_.slope_errors, candidates, n, batch_.features,
                                 p_.outgoing, p_.linear_batch, outputs(), caller_);
-    for (int64_t i = 0; i < n; ++i) {  // what all candidates share is left out
-      scores[i] += part(k) * p_.slopes[i];
-      errors[i] += part(k) * p_.slope_errors[i];
+    for (int64_t i = 0; i < n; ++i) {  // a term that is the same for all candidates is left out
+      scores[i] += shrink(k) * p_.slopes[i];
+      errors[i] += shrink(k) * p_.slope_errors[i];
     }
     return status;
   }
@@ -332,10 +326,11 @@ class PointwiseObjective {
   const Pointwise& p_;
   const Workspace& workspace_;
   const Caller& caller_;
-  Seen seen_{};
+  Batch batch_{};
   Tangent tangent_{};
   uint32_t picks_ = 0;
-  double gradient_error_ = 0;  // the norm of what outputs_gradient can be off by
+  int64_t tangent_step_ = 0;   // the step of tangent_
+  double gradient_error_ = 0;  // bound on the norm of the error of outputs_gradient
   double linear_bias_ = 0, linear_sum_ = 0;
 };
 

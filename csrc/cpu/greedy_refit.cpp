@@ -1,13 +1,13 @@
-// Least squares, refitted in every step: pick the unit that lowers the residual most once all the
-// picked units' outgoing weights are solved for again.
+// Least squares, refitted in every step: each step picks the unit that lowers the error most when
+// the outgoing weights of all picked units are solved for again.
 //
-// With x_i the features (`width` of them a unit), K_ij = <x_i, x_j>, L the Cholesky factor of K on
-// the picked units and r_j what is left of <x_j, t>, unit j lowers |t - fit|^2 by
+// x_i are the features, `width` of them a unit, and K_ij = <x_i, x_j>. L is the Cholesky factor of
+// K on the picked units S, and r_j = <x_j, t - fit>. Unit j lowers |t - fit|^2 by
 //
 //     gain_j = tr( r_j^T s_j^-1 r_j ),    s_j = K_jj - L_j L_j^T,    L_j = K_jS L_S^-T
 //
-// and picking it takes r_i -= L_ij g, g = s_j^-1/2 r_j, from all the others. A column of L is
-// formed when its unit is picked, so a step costs O(N) dot products of length k.
+// and when it is picked, r_i -= L_ij g with g = s_j^-1/2 r_j for all other units i. A column of L
+// is formed when its unit is picked, so a step costs O(N) dot products of length k.
 #include <cmath>
 
 #include "greedy.h"
@@ -21,7 +21,6 @@ namespace {
 
 using Vector = Lanes<double>::Vector;
 constexpr int64_t kLanes = Lanes<double>::count;
-constexpr double kDependent = 1e-10;  // share of its own norm below which a feature is spanned
 
 double dot(const double* a, const double* b, int64_t n) {
   Vector sum[4] = {};
@@ -63,12 +62,12 @@ class RefitObjective {
   Status rescore(int64_t, const int64_t*, int64_t, double*, double*) { return Status::ok; }
 
   Status add(int64_t, int64_t unit) {
-    if (p_.place[unit] >= 0) return Status::ok;  // picked before: it is in the fit already
+    if (p_.place[unit] >= 0) return Status::ok;  // a repeated pick changes no weights
     const int64_t before = width() * picked_, w = width();
     p_.place[unit] = picked_++;
     explained_ += p_.gain[unit];
     p_.gain[unit] = 0;
-    const double* root = block(p_.root, unit);  // of what the others leave of the unit
+    const double* root = block(p_.root, unit);  // s^1/2
     for (int64_t a = 0; a < w; ++a) {
       for (int64_t b = 0; b < w; ++b) row(unit, a)[before + b] = b <= a ? root[a * w + b] : 0;
       double* solved = p_.solved + (before + a) * outputs();
@@ -82,15 +81,15 @@ class RefitObjective {
     return each_unit(w * (before + outputs()), [&](int64_t j) {
       if (p_.place[j] >= 0) return;
       for (int64_t a = 0; a < w; ++a) {
-        double* own = row(j, a) + before;  // K_jp - L_j L_p^T, then divided by the root
+        double* added = row(j, a) + before;  // K_jp - L_j L_p^T, then divided by the root
         for (int64_t b = 0; b < w; ++b) {
-          own[b] = gram(j, a, unit, b) - dot(row(j, a), row(unit, b), before);
-          for (int64_t c = 0; c < b; ++c) own[b] -= own[c] * root[b * w + c];
-          own[b] *= inverse(root[b * w + b]);
+          added[b] = gram(j, a, unit, b) - dot(row(j, a), row(unit, b), before);
+          for (int64_t c = 0; c < b; ++c) added[b] -= added[c] * root[b * w + c];
+          added[b] *= inverse(root[b * w + b]);
         }
         for (int64_t b = 0; b < w; ++b) {
           const double* solved = p_.solved + (before + b) * outputs();
-          for (int64_t c = 0; c < outputs(); ++c) right(j, a)[c] -= own[b] * solved[c];
+          for (int64_t c = 0; c < outputs(); ++c) right(j, a)[c] -= added[b] * solved[c];
         }
       }
       for (int64_t a = 0; a < w; ++a)
@@ -102,12 +101,14 @@ class RefitObjective {
 
   Status measure(int64_t, double* loss, double* gap) {
     *loss = p_.scale * (p_.target_norm - explained_);
-    if (gap) *gap = NAN;  // no mixture of the units' own weights
+    if (gap) *gap = NAN;  // the weights are no mixture of the units' dense weights
     return Status::ok;
   }
 
  private:
-  static constexpr double kRounding = 1e-12;  // of sums in float64, as a share
+  // Relative rounding error of the sums in float64: an allowance of some thousand roundings of
+  // 2^-53.
+  static constexpr double kRounding = 1e-12;
 
   int64_t width() const { return p_.width; }
   int64_t outputs() const { return p_.outputs; }
@@ -119,20 +120,20 @@ class RefitObjective {
   double gram(int64_t i, int64_t a, int64_t j, int64_t b) const {
     return p_.gram[(i * width() + a) * p_.units * width() + j * width() + b];
   }
-  // A feature that those before it span has a root of 0 and no part in the fit.
+  // A dependent feature has a root of 0 and takes no part in the fit.
   static double inverse(double root) { return root > 0 ? 1 / root : 0; }
 
   template <class Body>
   Status each_unit(int64_t work, const Body& body) {
-    const int64_t some = 1 + (1 << 14) / (1 + width() * work);
-    const bool finished =
-        parallel_blocks(p_.units, some, width() * work, caller_, [&](int64_t first, int64_t last) {
-          for (int64_t j = first; j < last; ++j) body(j);
-        });
+    const int64_t block_size = 1 + (1 << 14) / (1 + width() * work);
+    const bool finished = parallel_blocks(p_.units, block_size, width() * work, caller_,
+                                          [&](int64_t first, int64_t last) {
+                                            for (int64_t j = first; j < last; ++j) body(j);
+                                          });
     return finished ? Status::ok : Status::stopped;
   }
 
-  // root = the Cholesky factor of what is left of unit j; gain = |root^-1 r_j|^2.
+  // root = s_j^1/2, a Cholesky factor; gain = |root^-1 r_j|^2.
   void find_gain(int64_t j) {
     const int64_t w = width();
     const double* rest = block(p_.rest, j);

@@ -1,4 +1,4 @@
-// Candidates scored in groups: what is loaded at a sample serves all of them.
+// Candidates are scored in groups: the numbers loaded at a sample serve the whole group.
 #pragma once
 
 #include "lanes.h"
@@ -7,15 +7,16 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;  // candidates at a time: what registers hold
+constexpr int kGroup =
+    kVectorBytes == 64 ? 8 : 4;  // candidates at a time: as many as registers hold
 
 template <int n>
 struct Count {
   static constexpr int value = n;
 };
 
-// Calls score(Count, first) for all groups of n candidates, and for each that is left by itself.
-// False: stopped.
+// Calls score(Count, first) for every whole group of the n candidates, and for each of the rest
+// alone. Returns false if the caller stopped it.
 template <class Score>
 bool in_groups(int64_t n, int64_t work, const Caller& caller, const Score& score) {
   return parallel_blocks(n, kGroup, work, caller, [&](int64_t first, int64_t last) {

@@ -1,5 +1,5 @@
-// Vectors of as many numbers as a register holds, by the extension of C++ that GCC and Clang share:
-// operators work lane by lane, and what an instruction set lacks the compiler makes up.
+// Vectors of as many numbers as a register holds, by an extension of C++ that GCC and Clang share:
+// operators work lane by lane, and the compiler emulates those that an instruction set lacks.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 template <class Real>
-struct Lanes;  // Wide: as many numbers in float64
+struct Lanes;  // Wide: as many numbers, in float64
 
 template <>
 struct Lanes<float> {
@@ -55,7 +55,7 @@ struct Number<Lanes<double>::Vector> : Double {
   }
 };
 
-// From memory, of any alignment, with the type changed on the way.
+// Loads from memory of any alignment, and converts the type.
 GREEDYPRUNE_INLINE void load(Lanes<float>::Vector* v, const float* from) {
   memcpy(v, from, sizeof *v);
 }
@@ -73,7 +73,7 @@ GREEDYPRUNE_INLINE void load(Lanes<double>::Vector* v, const float* from) {
   *v = __builtin_convertvector(narrow, Lanes<double>::Vector);
 }
 
-// All lanes, or (not kWhole) only n of them and zeros.
+// Loads all lanes, or (not kWhole) n of them and zeros.
 template <class Vector, bool kWhole, class From>
 GREEDYPRUNE_INLINE Vector load_lanes(const From* from, int64_t n) {
   Vector v = {};

@@ -1,5 +1,5 @@
-// Sums over the samples where other processes have a part of them: a kernel sums over its own, adds
-// those sums up over the processes, and decides from what that gives, the same bits on all.
+// Sums over samples that are spread over processes. A kernel sums over its own samples, adds these
+// sums up over the processes, and decides from the totals, which have the same bits on all of them.
 #pragma once
 
 #include <cmath>
@@ -11,31 +11,32 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-struct Sums {
-  double* at;
+struct PartialSums {
+  double* values;
   int64_t n;
 };
 
-// A number for the picks so far.
+// Mixes a pick into the number that stands for all picks so far. (The multiplier is any odd number
+// that spreads the bits: the one of Python's old hash of tuples.)
 inline uint32_t after_pick(uint32_t picks, int64_t unit) {
   return picks * 1000003u + static_cast<uint32_t>(unit) + 1u;
 }
 
-// All these become sums over the processes, in one exchange.
-inline Status add_up(std::initializer_list<Sums> all, uint32_t picks, const Workspace& workspace,
-                     const Caller& caller) {
+// Adds up all these sums over the processes, in one exchange.
+inline Status add_up(std::initializer_list<PartialSums> all, uint32_t picks,
+                     const Workspace& workspace, const Caller& caller) {
   if (!workspace.exchange) return Status::ok;
   int64_t count = 0;
-  for (const Sums& sums : all)
-    for (int64_t i = 0; i < sums.n; ++i) workspace.exchange[count++] = sums.at[i];
+  for (const PartialSums& sums : all)
+    for (int64_t i = 0; i < sums.n; ++i) workspace.exchange[count++] = sums.values[i];
   if (caller.sum(caller.self, count, picks)) return Status::stopped;
   count = 0;
-  for (const Sums& sums : all)
-    for (int64_t i = 0; i < sums.n; ++i) sums.at[i] = workspace.exchange[count++];
+  for (const PartialSums& sums : all)
+    for (int64_t i = 0; i < sums.n; ++i) sums.values[i] = workspace.exchange[count++];
   return Status::ok;
 }
 
-// errors, which say how far rounding can have moved sums, also get what adding those up can do.
+// Adds to the errors of sums what rounding can do when these are added up over the processes.
 inline void widen(double* errors, const double* sums, int64_t n, const Workspace& workspace) {
   if (!workspace.exchange) return;
   const double rounding = static_cast<double>(workspace.ranks) * Number<double>::epsilon;

@@ -1,4 +1,4 @@
-// Sharing units or samples out to threads, and asking the caller now and then whether to go on.
+// Shares units or samples out to threads, and asks the caller every 50 ms whether to go on.
 #pragma once
 
 #include "../kernels.h"
@@ -10,16 +10,17 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-// Calls body(first, last) for blocks of [0, n); which thread takes which block never shows in the
-// results, because each block is computed by one thread in a fixed order. False: stopped.
-// `work` is the number of multiply-adds or so for each of the n.
+// Calls body(first, last) for blocks of [0, n). One thread computes a block in a fixed order, so
+// the results do not depend on which thread takes which. Returns false if the caller stopped it.
+// `work` is about the number of multiply-adds for each of the n.
 template <class Body>
 bool parallel_blocks(int64_t n, int64_t block, int64_t work, const Caller& caller,
                      const Body& body) {
   const int64_t blocks = (n + block - 1) / block;
   int stopped = 0;
 #ifdef _OPENMP
-  // A thread costs some microseconds to wake, and more where others use the cores.
+  // Waking a thread takes some microseconds, and more where others use the cores. So each thread
+  // gets at least this much work.
   constexpr int64_t kWorth = 1 << 17;
   int64_t threads = blocks < caller.threads ? blocks : caller.threads;
   if (threads > 1 + n * work / kWorth) threads = 1 + n * work / kWorth;

@@ -1,4 +1,4 @@
-// What rounding does to the losses of candidates (../rounding.h), of these kernels.
+// The rounding bound of a candidate's loss (../rounding.h) for the kernels of candidate_loss.cpp.
 #pragma once
 
 #include <cmath>
@@ -53,9 +53,9 @@ double rounding_bound(const Rounding& r, const Target<Real>& target, double loss
     unit.w_sum += w;
     unit.w_squares += w * w;
   }
-  const double lane = static_cast<double>(kTile / Lanes<Real>::count);  // samples in a Real sum
+  const double in_lane = static_cast<double>(kTile / Lanes<Real>::count);  // samples in a Real sum
   const double exponentials = kTerms + static_cast<double>(target.outputs) / kTerms;
-  return rounding_bound(r, target, loss, unit, {2.0 * kTerms, exponentials, lane}, samples);
+  return rounding_bound(r, target, loss, unit, {2.0 * kTerms, exponentials, in_lane}, samples);
 }
 
 }  // namespace GREEDYPRUNE_ISA

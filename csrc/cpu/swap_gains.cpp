@@ -1,8 +1,11 @@
-// What exchanging a kept unit for a dropped one lowers the squared error by, in least squares.
+// By how much exchanging a kept unit for a dropped one lowers the squared error of least squares.
 //
-// A and B are K and its right side swept on the kept units S: A_SS = -K_SS^-1, A_SD = K_SS^-1 K_SD,
-// A_DD what S leaves of K, B_S the weights, B_D what they leave of the right side. Without unit p,
-// whose P = (-A_pp)^-1, and with unit j in its place the error is lower by
+// A and B are the Gram matrix K and the right side R, swept on the kept units S (D: the others):
+//
+//     A_SS = -K_SS^-1    A_SD = K_SS^-1 K_SD    A_DD = K_DD - K_DS K_SS^-1 K_SD
+//     B_S = K_SS^-1 R_S                         B_D = R_D - K_DS K_SS^-1 R_S
+//
+// With P = (-A_pp)^-1 for the kept unit p, exchanging it for unit j lowers the error by
 //
 //     tr( r^T s^-1 r ) - tr( B_p^T P B_p ),    s = A_jj + A_pj^T P A_pj,    r = B_j + A_pj^T P B_p.
 #include "swap_gains.h"
@@ -18,7 +21,6 @@ namespace {
 
 using Vector = Lanes<double>::Vector;
 constexpr int64_t kLanes = Lanes<double>::count;
-constexpr double kDependent = 1e-10;  // as in greedy_refit.cpp
 
 Vector row_part(const double* row, int64_t at, int64_t end) {
   return at + kLanes <= end ? load_lanes<Vector, true>(row + at, kLanes)
@@ -57,9 +59,9 @@ Status swap_gains(double* gains, const Swaps& p, const Caller& caller) {
                 double left = swept(j, a, j, b);
                 for (int64_t c = 0; c < w; ++c) left += across[c] * swept(kept, c, j, b);
                 for (int64_t c = 0; c < b; ++c) left -= root[a * w + c] * root[b * w + c];
-                const double own = root[b * w + b];
+                const double pivot = root[b * w + b];
                 if (b < a)
-                  root[a * w + b] = own > 0 ? left / own : 0;
+                  root[a * w + b] = pivot > 0 ? left / pivot : 0;
                 else
                   root[a * w + a] = left > kDependent * p.norms[j * w + a] ? std::sqrt(left) : 0;
               }
@@ -71,8 +73,8 @@ Status swap_gains(double* gains, const Swaps& p, const Caller& caller) {
                 for (int64_t b = 0; b < w; ++b)
                   y[a] += swept(kept, b, j, a) * row_part(pull + b * outputs, c, outputs);
                 for (int64_t b = 0; b < a; ++b) y[a] -= root[a * w + b] * y[b];
-                const double own = root[a * w + a];
-                y[a] *= own > 0 ? 1 / own : 0;
+                const double pivot = root[a * w + a];
+                y[a] *= pivot > 0 ? 1 / pivot : 0;
                 total += y[a] * y[a];
               }
             }

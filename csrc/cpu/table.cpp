@@ -1,4 +1,4 @@
-// This instruction set's entry in the table of kernels.
+// The table of kernels for one instruction set.
 #include "candidate_loss.h"
 #include "candidate_slope.h"
 #include "features.h"

@@ -2,7 +2,7 @@
 //
 //     losses[i] = scale * sum_s weight_s l(base[:, s] + shrink phi_u(s)),   u = units[i]
 //
-// How the work is laid out is in candidates.h. Exponentials and logarithms are to base 2 inside.
+// candidates.h says how the work is laid out. Exponentials and logarithms are to base 2 inside.
 #include <cstdio>
 
 #include "candidates.h"
@@ -58,15 +58,12 @@ struct SumOverOutputs {
   };
 };
 
-// How far the outputs may be from base without a look at the highest, as on the CPU: base is at
-// most 0, and 0 at the highest.
-template <class Real>
-constexpr double kReach = sizeof(Real) == sizeof(float) ? 28 : 100;
 template <class Real>
 constexpr Real kUnit = static_cast<Real>(kLog2E);
 
-// log(sum of exp(x_c)) - x_label. Far from base the highest of each chunk of classes is found
-// before its exponentials are added up: to form a logit again is one multiply-add.
+// log(sum of exp(x_c)) - x_label. kFar: a unit can move an output further than ExponentRange
+// allows. Then the highest output of each chunk of classes is found before its exponentials are
+// added up. To form an output a second time is one multiply-add.
 template <bool kFar, int kCount, class Real>
 struct CrossEntropy {
   static constexpr int kSamples = Tiling<Real>::samples;
@@ -117,7 +114,7 @@ struct CrossEntropy {
       const int label = p.target.label[t.sample + at];
       const Real base = kUnit<Real> * p.base[label * p.base_stride + t.sample + at];
       Real w[kCount];
-      if (p.target.outputs <= Tiling<Real>::classes) {  // the chunk is all there is
+      if (p.target.outputs <= Tiling<Real>::classes) {  // the chunk holds all classes
 #pragma unroll
         for (int u = 0; u < kCount; ++u) w[u] = t.chunk->at[label][t.first + u];
       } else {
@@ -127,9 +124,9 @@ struct CrossEntropy {
       }
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
-        Real own = fma(t.features[u][i], w[u], base);
-        if constexpr (kFar) own -= highest_[u][i];
-        sum[u] += share[i] * (log_normal(sum_[u][i]) - static_cast<Real>(kLn2) * own);
+        Real of_label = fma(t.features[u][i], w[u], base);
+        if constexpr (kFar) of_label -= highest_[u][i];
+        sum[u] += share[i] * (log_normal(sum_[u][i]) - static_cast<Real>(kLn2) * of_label);
       }
     }
   }
@@ -152,7 +149,7 @@ void launch_losses(Launcher& launch, Scoring<Real> p) {
           launch, p);
     case Loss::cross_entropy:
       p.scale *= kUnit<Real>;
-      p.most = kReach<Real>;
+      p.most_reach = static_cast<double>(ExponentRange<Real>::reach);
       return launch_score<Near, Far>(launch, p);
   }
 }

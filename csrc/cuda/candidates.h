@@ -1,11 +1,11 @@
 // Scoring candidates on a GPU, for candidate_loss.cu and candidate_slope.cu: a sum over samples and
-// outputs for every candidate, without anything of size (N, m, C).
+// outputs for every candidate, without an array of size (N, m, C).
 //
-// A block takes some units and one piece of the samples; each warp walks over its share of the
-// piece. A thread holds units x samples outputs in registers and goes through the classes: what it
-// loads of base serves all the units, and the units' weights, read from shared memory, all its
-// samples. Sums over the outputs and a thread's samples of one tile are in Real, all others in
-// float64, in an order that depends on m alone. No atomics.
+// A block takes a few units and one piece of the samples, and each warp takes its tiles of the
+// piece. A thread holds units x samples outputs in registers and goes through the classes. What it
+// loads of base serves all its units; the units' weights, read from shared memory, serve all its
+// samples. Sums over the outputs and over a thread's samples of one tile are in Real, all others in
+// float64. Their order depends on m alone, and there are no atomics.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,11 +21,11 @@ template <class Real>
 struct Scoring {
   double* partial;       // (n, pieces)
   const int64_t* units;  // (n), or null: all
-  const int64_t* count;  // only so many of them, or null
+  const int64_t* count;  // the number of them on the device, or null: n
   int64_t n;
   Features features;
   const double* reach;    // (N) or null: see kernels.h
-  double most;            // of reach times scale where Near will do; infinite: everywhere
+  double most_reach;      // the largest reach times scale for which Near will do; may be infinite
   const Real* outgoing;   // (N, C)
   Real scale;             // of the outgoing weights
   const Real* base;       // (C, m)
@@ -75,9 +75,9 @@ __device__ __forceinline__ Real real_of(__half x) {
 }
 
 // Where this thread's samples are in its warp's tile: side by side for vector loads, else a warp
-// apart, so that the lanes' loads are contiguous either way.
+// apart. The lanes' loads are contiguous either way.
 struct Lane {
-  int64_t live;  // samples that the tile has
+  int64_t live;  // samples in the tile
   bool vectors;
 
   template <int kSamples>
@@ -86,7 +86,7 @@ struct Lane {
     return vectors ? lane * kSamples + i : lane + i * kLanes;
   }
 
-  // row: at the tile's first sample. What is not there counts as zero.
+  // row: at the tile's first sample. Samples beyond the last count as zero.
   template <class T, class Real, int kSamples>
   __device__ __forceinline__ void load(Real (&out)[kSamples], const T* row) const {
     if (vectors && live >= kLanes * kSamples) {
@@ -101,7 +101,7 @@ struct Lane {
     }
   }
 
-  // 1 inside of the tile, 0 beyond.
+  // 1 for the tile's samples, 0 beyond.
   template <class Real, int kSamples>
   __device__ __forceinline__ void ones(Real (&out)[kSamples]) const {
 #pragma unroll
@@ -109,7 +109,7 @@ struct Lane {
   }
 };
 
-// One thread's tile: kCount units from `first` on of the block's.
+// One thread's tile: kCount of the block's units, from `first` on.
 template <int kCount, class Real>
 struct Tile {
   static constexpr int kSamples = Tiling<Real>::samples;
@@ -145,8 +145,8 @@ struct Tile {
   }
 };
 
-// The sums of some of the block's units, [from_unit, from_unit + kCount), over samples [begin,
-// end): each warp's into sums[warp].
+// The sums of the block's units [from_unit, from_unit + kCount) over samples [begin, end). Each
+// warp writes its own into sums[warp].
 template <template <int, class> class Criterion, int kCount, class Feature, class Real>
 __device__ __forceinline__ void score_piece(const Scoring<Real>& p, int from_unit, int64_t begin,
                                             int64_t end, Chunk<Real>* chunk,
@@ -158,7 +158,7 @@ __device__ __forceinline__ void score_piece(const Scoring<Real>& p, int from_uni
   tile.chunk = chunk;
   tile.first = from_unit;
   double total[kCount] = {};
-  for (int64_t s = begin; s < end; s += kScoreWarps * T::tile) {  // alike in every warp
+  for (int64_t s = begin; s < end; s += kScoreWarps * T::tile) {  // the same in every warp
     tile.sample = s + warp * T::tile;
     tile.lane = {end - tile.sample, p.vectors};
 #pragma unroll
@@ -192,7 +192,8 @@ __device__ __forceinline__ void score_piece(const Scoring<Real>& p, int from_uni
   }
 }
 
-// Which criterion, and how many units at a time, suits a block's units: near or far.
+// Scores a block's units by the criterion Near, or, where one of them reaches too far, by Far with
+// half as many units at a time.
 template <template <int, class> class Near, template <int, class> class Far, class Feature,
           class Real>
 __global__ void __launch_bounds__(kScoreWarps* kLanes, resident_blocks(sizeof(Real)))
@@ -210,10 +211,10 @@ __global__ void __launch_bounds__(kScoreWarps* kLanes, resident_blocks(sizeof(Re
         begin + pieces.size < p.features.samples ? begin + pieces.size : p.features.samples;
     if (threadIdx.x < T::units) chunk.unit[threadIdx.x] = unit_at(p, n, first + threadIdx.x);
     __syncthreads();
-    const unsigned lane = threadIdx.x % kLanes;  // each looks at one unit
-    bool leaves = p.most < HUGE_VALF && !p.reach;
-    if (p.most < HUGE_VALF && p.reach && lane < T::units)
-      leaves = !(p.reach[chunk.unit[lane]] * fabs(static_cast<double>(p.scale)) <= p.most);
+    const unsigned lane = threadIdx.x % kLanes;  // each lane checks one unit
+    bool leaves = p.most_reach < HUGE_VALF && !p.reach;
+    if (p.most_reach < HUGE_VALF && p.reach && lane < T::units)
+      leaves = !(p.reach[chunk.unit[lane]] * fabs(static_cast<double>(p.scale)) <= p.most_reach);
     const bool far = __ballot_sync(kAllLanes, leaves) != 0;
     if (!far) {
       score_piece<Near, T::units, Feature>(p, 0, begin, end, &chunk, sums);
@@ -272,8 +273,8 @@ void launch_score(Launcher& launch, Scoring<Real> p) {
   }
 }
 
-// The scores that a launch's pieces add up to, each by a warp: scores[i] = scale * sum of
-// partial[i], to which `finish` may add, and which it gives the error of.
+// Adds up the pieces of a launch, one score a warp: scores[i] = scale * sum of partial[i]. `finish`
+// may add to the score, and returns its error.
 template <class Finish>
 __global__ void __launch_bounds__(kScoreWarps* kLanes)
     sum_pieces(double* scores, double* errors, const double* partial, const int64_t* units,
@@ -307,7 +308,7 @@ void launch_sum(Launcher& launch, double* scores, double* errors, const double* 
          pieces_of(samples).count, scale, finish);
 }
 
-// One launch of candidates' losses (scale: shrink) or slopes (base: the gradient): the kernels are
+// One launch for candidates' losses (scale: shrink) or slopes (base: the gradient). The kernels are
 // in candidate_loss.cu and candidate_slope.cu.
 void score_losses(Launcher& launch, Scoring<float> p);
 void score_losses(Launcher& launch, Scoring<double> p);

@@ -3,12 +3,13 @@
 //
 //   argmin of (1)  =  argmin_j  G_jj / 2 + c_j - k beta_j,      c += G[:, i_k] after each step (2)
 //
-// All steps in one launch of one block: a step is one pass over N numbers, which barriers between
-// blocks would take longer than. The pass that adds a column to c also finds the gap and what the
-// next step would pick. `Columns` gives rows of G, or null for one that is missing: then the launch
-// ends before that pick, and another goes on with it.
+// All steps are in one launch of one block: a step is one pass over N numbers, and a barrier
+// between blocks would take longer than that. The pass that adds a column to c also finds the gap
+// and the next step's lowest score. `Columns` gives rows of G, or null for one that is missing:
+// then the launch ends before that pick, and another launch goes on with it.
 #pragma once
 
+#include "../rounding.h"
 #include "launch.h"
 
 namespace greedyprune {
@@ -17,36 +18,36 @@ namespace GREEDYPRUNE_ISA {
 constexpr int kGreedyThreads = 512;
 constexpr int kAhead = 4;  // units that a thread has in registers at a time
 
-// What a score of unit j is made of.
+// The numbers of a unit that its score is made of.
 struct Unit {
-  double norm, size, beta;
+  double gram_diagonal, phi_norm, beta;
 };
 
 __device__ __forceinline__ Unit unit_of(const Quadratic& q, int64_t j) {
-  return {q.norm[j], q.size[j], q.beta[j]};
+  return {q.gram_diagonal[j], q.phi_norm[j], q.beta[j]};
 }
 
 struct QuadraticScores {
   double rounding;
-  double steps;  // k
-  double reach;  // sum of |phi_i| over the picks
+  double steps;         // k
+  double phi_norm_sum;  // sum over the picks of |phi_i|
 
   __device__ __forceinline__ double score(const Unit& unit, double c) const {
-    return 0.5 * unit.norm + c - steps * unit.beta;
+    return 0.5 * unit.gram_diagonal + c - steps * unit.beta;
   }
   __device__ __forceinline__ double error(const Unit& unit) const {
-    return rounding * unit.size * reach +
-           64 * Number<double>::epsilon *
-               (unit.size * (unit.size + reach) + steps * fabs(unit.beta));
+    return quadratic_error(rounding, unit.phi_norm, phi_norm_sum, phi_norm_sum, steps, unit.beta,
+                           0);
   }
 };
 
-// What a thread has seen of one step's candidates: the lowest that a score can be at most, and at
-// least.
-struct Seen {
+// The lowest score among a thread's candidates, as an interval: it is not above `above` and not
+// below `below`, whatever rounding did.
+struct LowestScore {
   double above = HUGE_VALF, below = HUGE_VALF;
 
-  __device__ __forceinline__ void look(const QuadraticScores& scores, const Unit& unit, double c) {
+  __device__ __forceinline__ void include(const QuadraticScores& scores, const Unit& unit,
+                                          double c) {
     const double score = scores.score(unit, c), error = scores.error(unit);
     above = fmin(above, score + error);
     below = isfinite(score) && isfinite(error) ? fmin(below, score - error) : -HUGE_VALF;
@@ -62,8 +63,8 @@ __global__ void __launch_bounds__(kGreedyThreads)
   const bool drawn = rule.candidates > 0;
   int64_t k = progress->length, distinct = progress->distinct, missing = 0, scored = 0;
   double beta_sum = progress->beta_sum, state_sum = progress->state_sum;
-  QuadraticScores scores = {q.rounding, 0, progress->reach};
-  bool drew = progress->missing > 0;  // the step's candidates are in front already
+  QuadraticScores scores = {q.rounding, 0, progress->phi_norm_sum};
+  bool drew = progress->missing > 0;  // the step's candidates are drawn already
   if (k == 0 && !drew) {
     for (int64_t j = thread; j < q.units; j += blockDim.x) {
       available[j] = j;
@@ -73,8 +74,8 @@ __global__ void __launch_bounds__(kGreedyThreads)
   const auto left = [&] { return rule.replacement ? q.units : q.units - distinct; };
   const auto more = [&] { return k < rule.steps && distinct < rule.size && left() > 0; };
   const auto may_pick = [&](int64_t j) { return rule.replacement || !picked[j]; };
-  Seen seen;
-  bool looked = false;
+  LowestScore thread_lowest;
+  bool known = false;  // the last step found thread_lowest already
   __syncthreads();
 
   while (k < last && more()) {
@@ -88,16 +89,16 @@ __global__ void __launch_bounds__(kGreedyThreads)
       __syncthreads();
     }
     const auto candidate = [&](int64_t i) { return drawn ? available[i] : i; };
-    if (!looked) {
-      seen = Seen();
+    if (!known) {
+      thread_lowest = LowestScore();
       for (int64_t i = thread; i < n; i += blockDim.x) {
         const int64_t j = candidate(i);
-        if (drawn || may_pick(j)) seen.look(scores, unit_of(q, j), q.state[j]);
+        if (drawn || may_pick(j)) thread_lowest.include(scores, unit_of(q, j), q.state[j]);
       }
     }
-    const double lowest = block_min(seen.above);
+    const double lowest = block_min(thread_lowest.above);
     int64_t mine = kNoUnit;
-    if (!(seen.below > lowest)) {
+    if (!(thread_lowest.below > lowest)) {
       for (int64_t i = thread; i < n; i += blockDim.x) {
         const int64_t j = candidate(i);
         if (!(drawn || may_pick(j))) continue;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
           mine = lesser(mine, j);
       }
     }
-    const int64_t unit = block_min(mine);  // those left are equal: the lowest index
+    const int64_t unit = block_min(mine);  // rounding cannot tell these apart: the lowest index
     const double* column = columns.column(unit);
     if (!column) {
       --k;
@@ -115,23 +116,23 @@ __global__ void __launch_bounds__(kGreedyThreads)
     }
 
     scored += drawn ? n : left();
-    const double part = 1 / scores.steps;
-    const bool again = picked[unit] != 0;
+    const double shrink = 1 / scores.steps;
+    const bool repeated = picked[unit] != 0;
     beta_sum += q.beta[unit];
-    state_sum += 2 * q.state[unit] + q.norm[unit];
-    scores.reach += q.size[unit];
+    state_sum += 2 * q.state[unit] + q.gram_diagonal[unit];
+    scores.phi_norm_sum += q.phi_norm[unit];
     scores.steps = static_cast<double>(k + 1);
-    __syncthreads();  // all have read what is changed now
+    __syncthreads();  // all threads have read what is changed now
     if (thread == 0) picked[unit] = 1;
-    if (!again) ++distinct;
+    if (!repeated) ++distinct;
     if (drawn && !rule.replacement) take(available, left() + 1, unit);
     __syncthreads();
 
     double slope = HUGE_VALF;
-    seen = Seen();
-    looked = !drawn;
+    thread_lowest = LowestScore();
+    known = !drawn;
     for (int64_t from = thread; from < q.units; from += kAhead * blockDim.x) {
-      double c[kAhead];  // all loads come before the first store, which they might not overtake
+      double c[kAhead];  // all loads come before the first store, because none may overtake it
       Unit units[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -145,17 +146,17 @@ __global__ void __launch_bounds__(kGreedyThreads)
         const int64_t j = from + i * static_cast<int64_t>(blockDim.x);
         if (j >= q.units) break;
         q.state[j] = c[i];
-        if (path.gap) slope = fmin(slope, part * c[i] - units[i].beta);
-        if (looked && may_pick(j)) seen.look(scores, units[i], c[i]);
+        if (path.gap) slope = fmin(slope, shrink * c[i] - units[i].beta);
+        if (known && may_pick(j)) thread_lowest.include(scores, units[i], c[i]);
       }
     }
     if (path.gap) slope = block_min(slope);
     if (thread == 0) {
       path.order[k - 1] = unit;
       path.losses[k - 1] =
-          q.scale * (q.target_norm - 2 * part * beta_sum + part * part * state_sum);
+          q.scale * (q.target_norm - 2 * shrink * beta_sum + shrink * shrink * state_sum);
       if (path.gap)
-        path.gap[k - 1] = 2 * q.scale * (part * part * state_sum - part * beta_sum - slope);
+        path.gap[k - 1] = 2 * q.scale * (shrink * shrink * state_sum - shrink * beta_sum - slope);
     }
     __syncthreads();
   }
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
     progress->scored += scored;
     progress->beta_sum = beta_sum;
     progress->state_sum = state_sum;
-    progress->reach = scores.reach;
+    progress->phi_norm_sum = scores.phi_norm_sum;
   }
 }
 

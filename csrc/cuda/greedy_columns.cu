@@ -1,6 +1,6 @@
 // Squared error, greedy steps on columns of the Gram matrix until one is missing: see greedy.h. The
-// caller then computes it together with others, in one matrix product, and calls again: one
-// synchronisation a block of columns. Exact: which columns are at hand changes no number.
+// caller then computes it together with others in one matrix product, and calls again: one
+// synchronisation for a block of columns. Which columns are fetched together changes no number.
 #include "greedy.h"
 
 namespace greedyprune {

@@ -1,8 +1,9 @@
 // Any loss of kernels.h, all greedy steps without a return to the caller, by scoring the
 // candidates' losses: what cpu/greedy_pointwise.cpp says, as a fixed sequence of launches a step.
-// How many candidates each is about is known on the device alone (`counts`); once the path is at
-// its end, there are none.
+// Only the device knows how many candidates a launch works on (`counts`). Once the path is at its
+// end, there are none.
 #include "../rounding.h"
+#include "../tangent.h"
 #include "candidates.h"
 
 namespace greedyprune {
@@ -15,30 +16,29 @@ namespace {
 
 constexpr int kThreads = 256;        // of kernels over samples
 constexpr int kBlockThreads = 1024;  // of those with one block
-constexpr int64_t kFirst = 512;      // candidates that are scored before any is ruled out
 
-// In `counts`: how many candidates there are (workspace.available[0:n]), how many of them are
-// scored (workspace.contenders), how many of those another launch is about, and how many units
-// there are: none once the path is at its end.
-enum Count { kCandidates = 0, kScored = 1, kSome = 2, kAll = 3 };
+// Places in `counts`: the number of candidates (workspace.available[0:n]), of those that are scored
+// (workspace.contenders), of those that the next launch works on, and of all units. All are zero
+// once the path is at its end.
+enum Count { kCandidates = 0, kScored = 1, kLaunched = 2, kAll = 3 };
 
-// The samples that a step looks at, and what is needed of them.
-struct Seen {
+// The samples that a step scores on: its mini-batch, or all.
+struct Batch {
   Features features;
-  Target<double> target;  // rows `stride` apart, its scale that of all samples
+  Target<double> target;  // rows `stride` apart; its scale is that of all samples
   const float *weight32, *value32;
   const double *linear, *sum;
   int64_t stride;
-  bool part;  // a mini-batch
+  bool partial;  // a mini-batch
 };
 
-// Up to kSums blocks; each leaves its sums in a row of `sums`.
+// Up to kSums blocks; each writes its sums into a row of `sums`.
 int64_t blocks_over(int64_t samples) {
   const int64_t blocks = ceil_div(samples, kThreads);
   return blocks < kSums ? blocks : kSums;
 }
 
-// The sum (of column 1: the largest) over the rows that so many blocks left. A warp.
+// The sum, or the largest, of a column over the rows that the blocks wrote. One warp.
 __device__ __forceinline__ double total_of(const double* sums, int64_t blocks, int column,
                                            bool largest = false) {
   double total = 0;
@@ -49,7 +49,8 @@ __device__ __forceinline__ double total_of(const double* sums, int64_t blocks, i
   return largest ? -warp_min(-total) : warp_sum(total);
 }
 
-// What step k may pick goes to the front of `available`, and to `contenders`.
+// Moves the units that step k may pick to the front of `available`, and copies them to
+// `contenders`.
 __global__ void __launch_bounds__(kBlockThreads)
     begin_step(Progress* progress, int64_t* counts, int64_t k, int64_t units, Rule rule,
                Workspace workspace) {
@@ -73,18 +74,18 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int64_t i = thread; i < n; i += blockDim.x) workspace.contenders[i] = available[i];
   if (thread == 0) {
     progress->done = done;
-    counts[kCandidates] = counts[kScored] = counts[kSome] = n;
+    counts[kCandidates] = counts[kScored] = counts[kLaunched] = n;
     counts[kAll] = done ? 0 : units;
   }
 }
 
-// base = b + z / k at the samples seen, relative to the target as on the CPU, in both types, and
-// what rounding_bound needs to know of it.
+// base = b + z / k at the batch's samples, relative to the target as on the CPU, in both types; and
+// the sums for rounding_bound.
 __global__ void __launch_bounds__(kThreads)
-    outputs_at(const Progress* progress, Pointwise p, Seen seen, double part) {
+    outputs_at(const Progress* progress, Pointwise p, Batch batch, double shrink) {
   if (progress->done) return;
-  const int64_t m = seen.features.samples, outputs = seen.target.outputs;
-  const Target<double>& target = seen.target;
+  const int64_t m = batch.features.samples, outputs = batch.target.outputs;
+  const Target<double>& target = batch.target;
   const bool per_sample = target.loss == Loss::cross_entropy;
   Rounding r = {0, 0, 0};
   const auto add = [&](double weight, double size) {
@@ -95,10 +96,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t s = blockIdx.x * blockDim.x + threadIdx.x; s < m; s += gridDim.x * blockDim.x) {
     double highest = per_sample ? -HUGE_VALF : 0, size = 0;
     for (int64_t c = 0; per_sample && c < outputs; ++c)
-      highest = larger(highest, p.bias[c] + part * seen.sum[c * seen.stride + s]);
+      highest = larger(highest, p.bias[c] + shrink * batch.sum[c * batch.stride + s]);
     for (int64_t c = 0; c < outputs; ++c) {
-      const int64_t at = c * seen.stride + s;
-      double x = p.bias[c] + part * seen.sum[at] - highest;
+      const int64_t at = c * batch.stride + s;
+      double x = p.bias[c] + shrink * batch.sum[at] - highest;
       if (target.loss == Loss::squared_error) x -= target.value[at];
       p.outputs64[c * m + s] = x;
       p.outputs32[c * m + s] = static_cast<float>(x);
@@ -118,19 +119,19 @@ __global__ void __launch_bounds__(kThreads)
   row[2] = base;
 }
 
-// |phi_j| over samples and outputs, or more.
+// An upper bound of |phi_j|.
 __device__ __forceinline__ double phi_norm(const Pointwise& p, int64_t j) {
   return sqrt(p.features.squares[j] * p.w_squares[j]);
 }
 
-// What sum_pieces makes of a candidate's losses computed in Real: it adds the linear term, and
-// bounds what rounding can have done.
+// What sum_pieces does to a candidate's loss in Real: it adds the linear term and bounds the
+// rounding error.
 template <class Real>
 struct FinishLoss {
   Pointwise p;
   const Progress* progress;
   Target<Real> target;
-  double part;
+  double shrink;
   int64_t samples, blocks;
   const double* linear_slopes;  // (n) of the candidates on a mini-batch, or null
   Rounding rounding;
@@ -140,8 +141,8 @@ struct FinishLoss {
                 total_of(p.sums, blocks, 2)};
   }
   __device__ double operator()(double* loss, double total, int64_t i, int64_t unit) const {
-    const Magnitudes size = {p.features.squares[unit], part * p.w_largest[unit],
-                             part * p.w_sum[unit], part * part * p.w_squares[unit]};
+    const Magnitudes size = {p.features.squares[unit], shrink * p.w_largest[unit],
+                             shrink * p.w_sum[unit], shrink * shrink * p.w_squares[unit]};
     const double outputs = static_cast<double>(target.outputs), taken = Tiling<Real>::samples;
     const double chunks = 1 + outputs / Tiling<Real>::classes;
     const double error = rounding_bound(
@@ -149,33 +150,32 @@ struct FinishLoss {
         {2 * taken * kTerms + outputs / kTerms, outputs + 32 * chunks, taken}, samples);
     if (!p.linear) return error;
     double term = linear_slopes
-                      ? part * linear_slopes[i]
-                      : *p.linear_bias + part * (progress->linear_sum + p.linear_unit[unit]);
+                      ? shrink * linear_slopes[i]
+                      : *p.linear_bias + shrink * (progress->linear_sum + p.linear_unit[unit]);
     *loss += term;
-    return error +
-           Number<double>::epsilon *
-               (4 * fabs(term) + part * (outputs + 128) * p.linear_norm * phi_norm(p, unit));
+    return error + Number<double>::epsilon *
+                       (kLinearRoundings * fabs(term) +
+                        shrink * (outputs + kPieceRoundings) * p.linear_norm * phi_norm(p, unit));
   }
 };
 
-// What the tangent at the last step's outputs u says of candidate j at step k: the losses are
-// convex, L(x) >= L(u) + <L'(u), x - u>.
-__device__ __forceinline__ double bound_of(const Progress& at, const Pointwise& p, int64_t j,
-                                           double part) {
-  const double bound = at.loss + part * (p.slopes[j] - at.along) -
-                       part * at.slope_error * phi_norm(p, j) - at.tangent_error;
-  return isfinite(bound) ? bound : -HUGE_VALF;
+// Candidate j's lower bound from the tangent at the last step's outputs.
+__device__ __forceinline__ double bound_of(const Progress& progress, const Pointwise& p, int64_t j,
+                                           double shrink) {
+  return tangent_bound(progress.tangent, p.slopes[j],
+                       shrink * progress.slope_error * phi_norm(p, j), shrink);
 }
 
-// Of every kFirst-th candidate the one with the lowest bound: those are scored first.
+// Chooses the candidates that are scored first: of the candidates whose places differ by a multiple
+// of kScoredFirst, the one with the lowest bound.
 __global__ void __launch_bounds__(kThreads)
-    choose_first(const Progress* progress, Pointwise p, Workspace workspace, double part) {
+    choose_first(const Progress* progress, Pointwise p, Workspace workspace, double shrink) {
   const int64_t n = p.counts[kCandidates], group = blockIdx.x * blockDim.x + threadIdx.x;
   if (group >= n) return;
   double lowest = HUGE_VALF;
   int64_t first = workspace.available[group];
-  for (int64_t i = group; i < n; i += kFirst) {
-    const double bound = bound_of(*progress, p, workspace.available[i], part);
+  for (int64_t i = group; i < n; i += kScoredFirst) {
+    const double bound = bound_of(*progress, p, workspace.available[i], shrink);
     p.bounds[i] = bound;
     if (bound < lowest) {
       lowest = bound;
@@ -183,34 +183,34 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   workspace.contenders[group] = first;
-  if (group == 0) p.counts[kSome] = n < kFirst ? n : kFirst;
+  if (group == 0) p.counts[kLaunched] = n < kScoredFirst ? n : kScoredFirst;
 }
 
-// Then those whose bound is not above the lowest loss found. One block.
+// Chooses the others whose bound is not above the lowest loss so far. One block.
 __global__ void __launch_bounds__(kBlockThreads) choose_rest(Pointwise p, Workspace workspace) {
-  const int64_t n = p.counts[kCandidates], first = p.counts[kSome];
+  const int64_t n = p.counts[kCandidates], first = p.counts[kLaunched];
   double lowest = HUGE_VALF;
   for (int64_t i = threadIdx.x; i < first; i += blockDim.x)
     lowest = fmin(lowest, workspace.scores[i] + workspace.errors[i]);
   lowest = block_min(lowest);
   int64_t chosen = 0;
-  for (int64_t from = 0; n > kFirst && from < n; from += blockDim.x) {
+  for (int64_t from = 0; n > kScoredFirst && from < n; from += blockDim.x) {
     const int64_t i = from + threadIdx.x;
     const int64_t unit = i < n ? workspace.available[i] : 0;
     const bool possible =
-        i < n && p.bounds[i] <= lowest && workspace.contenders[i % kFirst] != unit;
+        i < n && p.bounds[i] <= lowest && workspace.contenders[i % kScoredFirst] != unit;
     int64_t total;
     const int64_t rank = block_rank(possible, &total);
-    if (possible) workspace.contenders[kFirst + chosen + rank] = unit;
+    if (possible) workspace.contenders[kScoredFirst + chosen + rank] = unit;
     chosen += total;
   }
   if (threadIdx.x == 0) {
-    p.counts[kSome] = chosen;
+    p.counts[kLaunched] = chosen;
     p.counts[kScored] = first + chosen;
   }
 }
 
-// bounds[i] = how many candidates come before the i-th, by score and then index.
+// bounds[i] = the number of candidates that come before the i-th, by score and then by index.
 __global__ void __launch_bounds__(kThreads) rank_scores(Pointwise p, Workspace workspace) {
   const int64_t n = p.counts[kScored], i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) rank_scores(Pointwise p, Workspace w
   p.bounds[i] = static_cast<double>(before);
 }
 
-// Keeps of the first n contenders those for which keep(i) holds; how many. One block.
+// Keeps those of the first n contenders for which keep(i) holds; returns how many. One block.
 template <class Keep>
 __device__ __forceinline__ int64_t compact(const Workspace& workspace, int64_t n,
                                            const Keep& keep) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ int64_t compact(const Workspace& workspace, int64_t n
     const bool stays = i < n && keep(i);
     const int64_t unit = i < n ? workspace.contenders[i] : 0;
     int64_t total;
-    const int64_t rank = block_rank(stays, &total);  // all have read theirs
+    const int64_t rank = block_rank(stays, &total);  // a barrier: all have read their units
     if (stays) workspace.contenders[kept + rank] = unit;
     kept += total;
   }
@@ -248,12 +248,12 @@ __global__ void __launch_bounds__(kBlockThreads)
       compact(workspace, n, [&](int64_t i) { return p.bounds[i] < static_cast<double>(wanted); });
   if (threadIdx.x == 0) {
     progress->scored += n;
-    p.counts[kScored] = p.counts[kSome] = kept;
+    p.counts[kScored] = p.counts[kLaunched] = kept;
   }
 }
 
-// Keeps those that rounding does not rule out as the lowest; they are scored again, unless there is
-// one alone.
+// Keeps the contenders that may be the lowest, rounding considered. They are scored again, unless
+// there is one alone.
 __global__ void __launch_bounds__(kBlockThreads)
     keep_contenders(Progress* progress, Pointwise p, Workspace workspace, bool counted) {
   const int64_t n = p.counts[kScored];
@@ -267,11 +267,11 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (threadIdx.x == 0) {
     if (counted) progress->scored += n;
     p.counts[kScored] = kept;
-    p.counts[kSome] = kept > 1 ? kept : 0;
+    p.counts[kLaunched] = kept > 1 ? kept : 0;
   }
 }
 
-// Picks the lowest of the contenders; of those that are equal the lowest index. One block.
+// Picks the contender with the lowest score; ties go to the lowest index. One block.
 __global__ void __launch_bounds__(kBlockThreads)
     pick(Progress* progress, Path path, Pointwise p, Rule rule, Workspace workspace, int64_t k) {
   if (progress->done) return;
@@ -315,10 +315,10 @@ __device__ __forceinline__ double feature_of(const Features& f, int64_t unit, in
   return 0;
 }
 
-// z += phi of the unit picked; at b + z / k the loss and, where the gap is wanted, its gradient
-// with what is summed of that: <gradient, z>, the sum of the magnitudes, and the squares.
+// Adds phi of the picked unit to z. Sums the loss at b + z / k and, where the gap is wanted, writes
+// the gradient there and sums <gradient, z>, the magnitudes of its terms, and the squares.
 __global__ void __launch_bounds__(kThreads)
-    add_picked(const Progress* progress, Path path, Pointwise p, int64_t k, double part) {
+    add_picked(const Progress* progress, Path path, Pointwise p, int64_t k, double shrink) {
   if (progress->done) return;
   const int64_t m = p.features.samples, outputs = p.target.outputs, unit = path.order[k - 1];
   const Target<double>& t = p.target;
@@ -330,29 +330,29 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t c = 0; c < outputs; ++c) {
       const double z = p.sum[c * m + s] + w[c] * h;
       p.sum[c * m + s] = z;
-      highest = larger(highest, p.bias[c] + part * z);
+      highest = larger(highest, p.bias[c] + shrink * z);
     }
     const double weight = t.loss == Loss::cross_entropy && t.weight ? t.weight[s] : 1.0;
     if (t.loss == Loss::cross_entropy) {
       for (int64_t c = 0; c < outputs; ++c)
-        sum += exp_nonpositive(p.bias[c] + part * p.sum[c * m + s] - highest);
+        sum += exp_nonpositive(p.bias[c] + shrink * p.sum[c * m + s] - highest);
       const int64_t label = t.label[s];
-      const double own = p.bias[label] + part * p.sum[label * m + s];
-      loss += weight * cross_entropy(highest, sum, own);
+      const double of_label = p.bias[label] + shrink * p.sum[label * m + s];
+      loss += weight * cross_entropy(highest, sum, of_label);
     }
     for (int64_t c = 0; c < outputs; ++c) {
       const int64_t at = c * m + s;
-      const double z = p.sum[at], x = p.bias[c] + part * z;
+      const double z = p.sum[at], x = p.bias[c] + shrink * z;
       double gradient = 0;
       if (t.loss == Loss::cross_entropy) {
         gradient = exp_nonpositive(x - highest) / sum - (c == t.label[s] ? 1 : 0);
         gradient *= weight;
       } else {
-        const double own = t.weight ? t.weight[at] : 1.0, y = t.value[at];
+        const double share = t.weight ? t.weight[at] : 1.0, y = t.value[at];
         const bool square = t.loss == Loss::squared_error;
-        loss += own * (square ? SquaredError::loss(x - y, 0.0) : Logistic::loss(x, y));
+        loss += share * (square ? SquaredError::loss(x - y, 0.0) : Logistic::loss(x, y));
         gradient =
-            own * (square ? SquaredError::derivative(x - y, 0.0) : Logistic::derivative(x, y));
+            share * (square ? SquaredError::derivative(x - y, 0.0) : Logistic::derivative(x, y));
       }
       if (!path.gap) continue;
       gradient = t.scale * gradient + (p.linear ? p.linear[at] : 0.0);
@@ -375,30 +375,32 @@ __global__ void __launch_bounds__(kThreads)
   row[3] = squares;
 }
 
-// Adds up what add_picked left. One warp.
-__global__ void settle(Progress* progress, Path path, Pointwise p, int64_t k, double part,
+// Adds up the sums of add_picked. One warp.
+__global__ void settle(Progress* progress, Path path, Pointwise p, int64_t k, double shrink,
                        int64_t blocks) {
   if (progress->done) return;
   double loss = p.target.scale * total_of(p.sums, blocks, 0);
-  const double along = part * total_of(p.sums, blocks, 1);
-  const double magnitude = part * total_of(p.sums, blocks, 2);
+  const double along = shrink * total_of(p.sums, blocks, 1);
+  const double magnitude = shrink * total_of(p.sums, blocks, 2);
   const double norm = sqrt(total_of(p.sums, blocks, 3));
   if (threadIdx.x) return;
-  if (p.linear) loss += *p.linear_bias + part * progress->linear_sum;
+  if (p.linear) loss += *p.linear_bias + shrink * progress->linear_sum;
   const double outputs = static_cast<double>(p.target.outputs);
   const double terms = outputs * static_cast<double>(p.features.samples);
   constexpr double epsilon = Number<double>::epsilon;
   path.losses[k - 1] = loss;
-  progress->loss = loss;
-  progress->along = along;
-  progress->tangent_error = epsilon * (32 * fabs(loss) + (terms + 32) * magnitude);
-  // Of a slope in float32, by |phi_j| (Cauchy-Schwarz); of the gradient; of what underflows.
-  progress->slope_error = static_cast<double>(Number<float>::epsilon) * (outputs + 16) * norm +
-                          16 * epsilon * p.weights_norm * p.target.scale +
-                          static_cast<double>(Number<float>::tiny) * 8 * sqrt(terms);
+  progress->tangent = {
+      loss, along,
+      epsilon * (kTotalRoundings * fabs(loss) + (terms + kTotalRoundings) * magnitude)};
+  // The error of a slope relative to |phi_j| (rounding.h): of its sums in float32 over the outputs
+  // and a thread's samples (at most 8), of the gradient, and of products that underflow.
+  progress->slope_error =
+      static_cast<double>(Number<float>::epsilon) * (outputs + kSlopeRoundings + 8) * norm +
+      kGradientRoundings * epsilon * p.weights_norm * p.target.scale +
+      static_cast<double>(Number<float>::tiny) * 8 * sqrt(terms);
 }
 
-// The units that may have the lowest slope. One block.
+// Keeps the units that may have the lowest slope, rounding considered. One block.
 __global__ void __launch_bounds__(kBlockThreads)
     keep_steepest(const Progress* progress, Pointwise p, Workspace workspace) {
   const int64_t n = p.counts[kAll];
@@ -411,26 +413,26 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int64_t kept = compact(workspace, n, [&](int64_t j) {
     return is_contender(p.slopes[j], progress->slope_error * phi_norm(p, j), lowest);
   });
-  if (threadIdx.x == 0) p.counts[kSome] = kept;
+  if (threadIdx.x == 0) p.counts[kLaunched] = kept;
 }
 
 __global__ void __launch_bounds__(kBlockThreads)
     end_gap(const Progress* progress, Path path, Pointwise p, Workspace workspace, int64_t k) {
   if (progress->done) return;
   double lowest = HUGE_VALF;
-  for (int64_t i = threadIdx.x; i < p.counts[kSome]; i += blockDim.x)
+  for (int64_t i = threadIdx.x; i < p.counts[kLaunched]; i += blockDim.x)
     lowest = fmin(lowest, workspace.scores[i]);
   lowest = block_min(lowest);
-  if (threadIdx.x == 0) path.gap[k - 1] = progress->along - lowest;
+  if (threadIdx.x == 0) path.gap[k - 1] = progress->tangent.along - lowest;
 }
 
 // ---------------------------------------------------------------------------------------------
 
 // The launches of one path.
-class Steps {
+class PathLauncher {
  public:
-  Steps(Progress* progress, const Path& path, const Pointwise& p, const Rule& rule,
-        const Workspace& workspace, void* stream)
+  PathLauncher(Progress* progress, const Path& path, const Pointwise& p, const Rule& rule,
+               const Workspace& workspace, void* stream)
       : progress_(progress),
         path_(path),
         p_(p),
@@ -440,31 +442,32 @@ class Steps {
 
   void step(int64_t k) {
     const int64_t units = p_.features.units;
-    const double part = 1 / static_cast<double>(k);
+    const double shrink = 1 / static_cast<double>(k);
     block(begin_step, progress_, p_.counts, k, units, rule_, workspace_);
-    see(p_.batch ? k : 0);
-    over_samples(outputs_at, progress_, p_, seen_, part);
+    choose_batch(p_.batch ? k : 0);
+    over_samples(outputs_at, progress_, p_, batch_, shrink);
     if (path_.gap && k > 1) {
-      launch_(choose_first, ceil_div(kFirst, kThreads), kThreads, progress_, p_, workspace_, part);
-      screen(part, 0, units < kFirst ? units : kFirst);
+      launch_(choose_first, ceil_div(kScoredFirst, kThreads), kThreads, progress_, p_, workspace_,
+              shrink);
+      screen(shrink, 0, units < kScoredFirst ? units : kScoredFirst);
       block(choose_rest, p_, workspace_);
-      if (units > kFirst) screen(part, kFirst, units - kFirst);
+      if (units > kScoredFirst) screen(shrink, kScoredFirst, units - kScoredFirst);
     } else {
-      screen(part, 0, units);
+      screen(shrink, 0, units);
     }
     if (rule_.shortlist) {
       launch_(rank_scores, ceil_div(units, kThreads), kThreads, p_, workspace_);
       block(keep_shortlist, progress_, p_, workspace_, rule_.shortlist);
-      see(0);
-      over_samples(outputs_at, progress_, p_, seen_, part);
-      screen(part, 0, rule_.shortlist < units ? rule_.shortlist : units);
+      choose_batch(0);
+      over_samples(outputs_at, progress_, p_, batch_, shrink);
+      screen(shrink, 0, rule_.shortlist < units ? rule_.shortlist : units);
     }
     block(keep_contenders, progress_, p_, workspace_, !rule_.shortlist);
-    score<double>(p_.outgoing, p_.outputs64, seen_.target, part, 0, units);
+    score<double>(p_.outgoing, p_.outputs64, batch_.target, shrink, 0, units);
     block(pick, progress_, path_, p_, rule_, workspace_, k);
-    see(0);
-    over_samples(add_picked, progress_, path_, p_, k, part);
-    launch_(settle, 1, kLanes, progress_, path_, p_, k, part, blocks_over(p_.features.samples));
+    choose_batch(0);
+    over_samples(add_picked, progress_, path_, p_, k, shrink);
+    launch_(settle, 1, kLanes, progress_, path_, p_, k, shrink, blocks_over(p_.features.samples));
     if (path_.gap) gap(k);
   }
 
@@ -480,52 +483,53 @@ class Steps {
 
   template <class Kernel, class... Arguments>
   void over_samples(Kernel kernel, const Arguments&... arguments) {
-    launch_(kernel, blocks_over(seen_.features.samples), kThreads, arguments...);
+    launch_(kernel, blocks_over(batch_.features.samples), kThreads, arguments...);
   }
 
-  // Turns to the mini-batch of step k, or (k = 0) to all samples.
-  void see(int64_t k) {
+  // Makes the batch that of step k, or (k = 0) all samples.
+  void choose_batch(int64_t k) {
     const Target<double>& all = p_.target;
     const int64_t m = p_.features.samples, first = k ? p_.starts[k - 1] : 0;
     const auto from = [&](auto* rows) { return rows ? rows + first : nullptr; };
-    seen_ = {
+    batch_ = {
         p_.features, all,   from(p_.weight32), from(p_.value32), from(p_.linear), p_.sum + first,
         m,           k != 0};
-    seen_.target.value = from(all.value);
-    seen_.target.label = from(all.label);
-    seen_.target.weight = from(all.weight);
+    batch_.target.value = from(all.value);
+    batch_.target.label = from(all.label);
+    batch_.target.weight = from(all.weight);
     if (!k) return;
     const int64_t bytes = p_.features.type == Type::float64   ? 8
                           : p_.features.type == Type::float32 ? 4
                                                               : 2;
-    seen_.features.data = static_cast<const char*>(p_.features.data) + first * bytes;
-    seen_.features.samples = p_.batch;
+    batch_.features.data = static_cast<const char*>(p_.features.data) + first * bytes;
+    batch_.features.samples = p_.batch;
   }
 
-  void screen(double part, int64_t from, int64_t most) {
-    const Target<double>& t = seen_.target;
+  void screen(double shrink, int64_t from, int64_t most) {
+    const Target<double>& t = batch_.target;
     score<float>(p_.outgoing32, p_.outputs32,
-                 {t.loss, t.outputs, seen_.value32, t.label, seen_.weight32, t.scale}, part, from,
-                 most);
+                 {t.loss, t.outputs, batch_.value32, t.label, batch_.weight32, t.scale}, shrink,
+                 from, most);
   }
 
-  // scores and errors of counts[kSome] (at most `most`) contenders from the from-th on.
+  // Scores counts[kLaunched] (at most `most`) contenders from the from-th on, with errors.
   template <class Real>
-  void score(const Real* outgoing, const Real* base, const Target<Real>& target, double part,
+  void score(const Real* outgoing, const Real* base, const Target<Real>& target, double shrink,
              int64_t from, int64_t most) {
-    const int64_t m = seen_.features.samples;
-    const int64_t *units = workspace_.contenders + from, *count = p_.counts + kSome;
+    const int64_t m = batch_.features.samples;
+    const int64_t *units = workspace_.contenders + from, *count = p_.counts + kLaunched;
     double *scores = workspace_.scores + from, *errors = workspace_.errors + from;
     const double* linear_slopes = nullptr;
-    if (seen_.part && p_.linear) {
-      slopes<double>(p_.slopes, units, count, most, p_.outgoing, seen_.linear, seen_.stride);
+    if (batch_.partial && p_.linear) {
+      slopes<double>(p_.slopes, units, count, most, p_.outgoing, batch_.linear, batch_.stride);
       linear_slopes = p_.slopes;
     }
     score_losses(launch_,
-                 {p_.partial, units, count, most, seen_.features, p_.reach, HUGE_VALF, outgoing,
-                  static_cast<Real>(part), base, m, target, seen_.stride, false});
-    launch_sum(launch_, scores, errors, p_.partial, units, count, most, m, target.scale,
-               FinishLoss<Real>{p_, progress_, target, part, m, blocks_over(m), linear_slopes, {}});
+                 {p_.partial, units, count, most, batch_.features, p_.reach, HUGE_VALF, outgoing,
+                  static_cast<Real>(shrink), base, m, target, batch_.stride, false});
+    launch_sum(
+        launch_, scores, errors, p_.partial, units, count, most, m, target.scale,
+        FinishLoss<Real>{p_, progress_, target, shrink, m, blocks_over(m), linear_slopes, {}});
   }
 
   template <class Real>
@@ -533,19 +537,19 @@ class Steps {
               const Real* outgoing, const Real* gradient, int64_t stride) {
     Target<Real> none = {};
     none.outputs = p_.target.outputs;
-    const int64_t m = seen_.features.samples;
-    score_slopes(launch_, {p_.partial, units, count, most, seen_.features, nullptr, HUGE_VALF,
+    const int64_t m = batch_.features.samples;
+    score_slopes(launch_, {p_.partial, units, count, most, batch_.features, nullptr, HUGE_VALF,
                            outgoing, Real(1), gradient, stride, none, m, false});
     launch_sum(launch_, out, nullptr, p_.partial, units, count, most, m, 1.0, Plain());
   }
 
-  // Follows add_picked, whose gradient is in outputs64 and outputs32.
+  // Comes after add_picked, whose gradient is in outputs64 and outputs32.
   void gap(int64_t k) {
     const int64_t units = p_.features.units, m = p_.features.samples;
     slopes<float>(p_.slopes, nullptr, p_.counts + kAll, units, p_.outgoing32, p_.outputs32, m);
     block(keep_steepest, progress_, p_, workspace_);
-    slopes<double>(workspace_.scores, workspace_.contenders, p_.counts + kSome, units, p_.outgoing,
-                   p_.outputs64, m);
+    slopes<double>(workspace_.scores, workspace_.contenders, p_.counts + kLaunched, units,
+                   p_.outgoing, p_.outputs64, m);
     block(end_gap, progress_, path_, p_, workspace_, k);
   }
 
@@ -555,7 +559,7 @@ class Steps {
   Rule rule_;
   Workspace workspace_;
   Launcher launch_;
-  Seen seen_{};
+  Batch batch_{};
 };
 
 }  // namespace
@@ -566,9 +570,9 @@ class Steps {
 Status cuda::greedy_pointwise(Progress* progress, const Path& path, const Pointwise& objective,
                               const Rule& rule, const Workspace& workspace, int64_t first,
                               int64_t last, void* stream) {
-  GREEDYPRUNE_ISA::Steps steps(progress, path, objective, rule, workspace, stream);
-  for (int64_t k = first; k <= last; ++k) steps.step(k);
-  return steps.status();
+  GREEDYPRUNE_ISA::PathLauncher launcher(progress, path, objective, rule, workspace, stream);
+  for (int64_t k = first; k <= last; ++k) launcher.step(k);
+  return launcher.status();
 }
 
 }  // namespace greedyprune

@@ -1,4 +1,4 @@
-// What the CUDA files share: launches whose errors are kept, and sums and minima over a block in a
+// What the CUDA files share: launches that keep their errors, sums and minima over a block in a
 // fixed order.
 #pragma once
 
@@ -17,7 +17,7 @@ using cuda::Progress;
 
 extern thread_local cudaError_t last_status;
 
-// Launches into one stream; after the first that fails nothing more is launched.
+// Launches into one stream. After the first launch that fails it launches nothing more.
 class Launcher {
  public:
   explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
@@ -47,7 +47,9 @@ template <class T>
 __device__ __forceinline__ T lesser(T a, T b) {
   return b < a ? b : a;
 }
-__device__ __forceinline__ double lesser(double a, double b) { return fmin(a, b); }  // of NaN: b
+__device__ __forceinline__ double lesser(double a, double b) {
+  return fmin(a, b);
+}  // a NaN gives the other
 
 // The sum over the warp, the same bits in every lane.
 __device__ __forceinline__ double warp_sum(double x) {
@@ -64,7 +66,7 @@ __device__ __forceinline__ T warp_min(T x) {
   return x;
 }
 
-// The same over the block, for every thread to see. All threads have to come.
+// The same over the block, with the result in every thread. All threads have to call it.
 template <class T, class Reduce>
 __device__ __forceinline__ T over_block(T x, T neutral, T* shared, const Reduce& over_warp) {
   const unsigned lane = threadIdx.x % kLanes, warps = (blockDim.x + kLanes - 1) / kLanes;
@@ -92,7 +94,7 @@ __device__ __forceinline__ int64_t block_min(int64_t x) {
   return over_block(x, kNoUnit, shared, [](int64_t y) { return warp_min(y); });
 }
 
-// How many threads before this one have `flag` set, and through `total` how many of the block.
+// The number of threads before this one with `flag` set; `total` receives that of the whole block.
 __device__ __forceinline__ int64_t block_rank(bool flag, int64_t* total) {
   __shared__ int counts[kLanes];
   const unsigned lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes,
@@ -110,13 +112,13 @@ __device__ __forceinline__ int64_t block_rank(bool flag, int64_t* total) {
   return before;
 }
 
-// May rounding hide that this is the lowest?
+// May this score be the lowest, rounding considered?
 __device__ __forceinline__ bool is_contender(double score, double error, double lowest) {
   return !(score - error > lowest) || !isfinite(score) || !isfinite(error);
 }
 
-// What step k scores: all that may be picked, or so many of them at random, moved to the front by
-// the first steps of a Fisher-Yates shuffle. One thread.
+// Draws n of available[0:left]: the first steps of a Fisher-Yates shuffle move them to the front.
+// One thread.
 __device__ __forceinline__ void draw(int64_t* available, int64_t left, int64_t n,
                                      const double* draws) {
   for (int64_t i = 0; i < n; ++i) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ void draw(int64_t* available, int64_t left, int64_t n
   }
 }
 
-// Takes `unit` out of available[0:left]; the last takes its place. One block.
+// Takes `unit` out of available[0:left]; the last unit takes its place. One block.
 __device__ __forceinline__ void take(int64_t* available, int64_t left, int64_t unit) {
   const int64_t last = available[left - 1];
   __syncthreads();

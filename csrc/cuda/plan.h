@@ -1,5 +1,5 @@
-// How work is laid out on a GPU: plain host code, tested without one. What decides the order of
-// sums, and so their last bits, depends on the problem alone, never on the device.
+// How work is laid out on a GPU: plain host code, tested without one. The order of sums, and so
+// their last bits, depends on the problem alone, never on the device.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ constexpr int64_t kNoUnit = INT64_MAX;
 
 GREEDYPRUNE_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Scoring candidates: a block takes some units and one piece of the samples at a time.
+// Scoring candidates: a block takes a few units and one piece of the samples at a time.
 constexpr int kScoreWarps = 8;
 constexpr int64_t kMostPieces = 64;
 
-// In a type of so many bytes a thread holds units x samples outputs in registers; its samples are
-// 16 bytes, and a warp's a tile.
+// A thread holds units x samples outputs in registers, in a type of `bytes` bytes. Its samples are
+// 16 bytes, and its warp's samples are a tile.
 GREEDYPRUNE_INLINE constexpr int units_a_thread(int64_t bytes) { return bytes == 4 ? 8 : 4; }
 GREEDYPRUNE_INLINE constexpr int samples_a_thread(int64_t bytes) {
   return static_cast<int>(16 / bytes);
@@ -34,23 +34,23 @@ GREEDYPRUNE_INLINE constexpr int classes_a_chunk(int64_t bytes) {
   return static_cast<int>(16384 / (units_a_thread(bytes) * bytes));
 }
 
-constexpr int64_t kTerms = 64;  // outputs whose losses are summed in one go
+constexpr int64_t kTerms = 64;  // outputs that are summed in Real at a time
 
 struct Pieces {
   int64_t count;
   int64_t size;  // samples in each but the last; a multiple of what a block takes at once
 };
 
-// Pieces short enough that several run side by side, few enough that what they leave to be added
-// up is nothing beside the features.
+// Pieces short enough that several run side by side, and few enough that their sums take far less
+// memory than the features.
 GREEDYPRUNE_INLINE constexpr Pieces pieces_of(int64_t samples) {
   constexpr int64_t shortest = kScoreWarps * tile_of(4);
   const int64_t size = shortest * ceil_div(ceil_div(samples, kMostPieces), shortest);
   return size > 0 ? Pieces{ceil_div(samples, size), size} : Pieces{1, shortest};
 }
 
-// Blocks for so many items of work on a device with so many multiprocessors, each of which holds
-// `resident`: no more than run at once, for one goes on to the next item.
+// The number of blocks for `items` items of work on a device whose multiprocessors hold `resident`
+// blocks each: no more than run at once, because a block takes one item after another.
 constexpr int64_t blocks_of(int64_t items, int64_t multiprocessors, int64_t resident) {
   return items < multiprocessors * resident ? items : multiprocessors * resident;
 }

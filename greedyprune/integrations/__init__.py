@@ -1,1 +1,1 @@
-"""Greedy forward selection inside other libraries, which are needed only here."""
+"""greedyprune inside other libraries: trainers and pruners. Only these modules import them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..monitor import PretrainingMonitor
+from ..pretraining.monitor import PretrainingMonitor
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,18 +16,19 @@ except ImportError as error:
 
 
 class PretrainingCallback(Callback):
-    """Calls a monitor's `step` after each of the optimiser's, and ends training when it says so.
+    """Calls the monitor's `step` after every optimiser step, and ends training when it says so.
 
-    What checks find goes to the Trainer's loggers at once, at the step of the check, and into
-    `trainer.callback_metrics` ("greedyprune/loss", ...) for ModelCheckpoint and the like. The
-    Trainer's checkpoints hold the monitor's state. Its `min_epochs` and `min_steps` are obeyed.
+    The results of each check go to the Trainer's loggers at once, at the step of the check. They
+    also go into `trainer.callback_metrics` ("greedyprune/loss", ...), where other callbacks such as
+    ModelCheckpoint read them. The Trainer's checkpoints hold the monitor's state. The Trainer's
+    `min_epochs` and `min_steps` still hold.
 
     Args:
-        monitor: of the network that the LightningModule trains: the module itself, or one in it,
-            whose forward takes the monitor's data
+        monitor: a monitor of the LightningModule, or of a network in it that takes the monitor's
+            data
 
     Raises:
-        TypeError: no PretrainingMonitor
+        TypeError: a monitor that is no PretrainingMonitor
 
     Example:
         monitor = greedyprune.PretrainingMonitor(module.network, data)
@@ -40,23 +41,23 @@ class PretrainingCallback(Callback):
                 f"monitor: found {type(monitor).__name__}, expected a PretrainingMonitor"
             )
         self.monitor = monitor
-        self._steps = 0  # of the optimiser, so far
+        self._optimizer_steps = 0  # so far
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps = trainer.global_step
+        self._optimizer_steps = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        if trainer.global_step == self._steps:  # gradients of more batches are added up first
+        if trainer.global_step == self._optimizer_steps:  # gradients are accumulated
             return
-        self._steps = trainer.global_step
-        known = len(self.monitor.history)
+        self._optimizer_steps = trainer.global_step
+        earlier_checks = len(self.monitor.history)
         if self.monitor.step():
             trainer.should_stop = True
-        for check in self.monitor.history[known:]:
-            # Not through log_dict alone: that reaches loggers every log_every_n_steps only.
+        for check in self.monitor.history[earlier_checks:]:
+            # log_dict alone would reach the loggers only every log_every_n_steps.
             for logger in trainer.loggers:
                 logger.log_metrics(check.scalars(), step=trainer.global_step)
             pl_module.log_dict(check.scalars(), logger=False, on_step=True, rank_zero_only=True)

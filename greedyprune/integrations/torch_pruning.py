@@ -1,22 +1,27 @@
-"""Greedy forward selection as an importance of Torch-Pruning's pruners."""
+"""Greedy forward selection as an importance criterion for Torch-Pruning's pruners.
+
+In Torch-Pruning a group is a list of layers with coupled channels, and an importance is a function
+from a group to a score for each channel. The pruners remove the channels with the lowest scores.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .. import _backend
-from ..data import Batches
-from ..evaluation import evaluating
-from ..graph import LAYERS, Group
-from ..imitation import Sums, collect, losses_of
-from ..memory import bytes_of, turns
-from ..reference import Rule
-from ..room import room
-from ..walk import NotPrunableError, Slice
+from ..data.batches import Batches
+from ..data.forward import evaluating
+from ..graph.groups import Group
+from ..graph.propagate import NotPrunableError, Slice
+from ..graph.tracing import LAYER_TYPES
+from ..kernels import backend as _backend
+from ..kernels.path import Rule
+from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path
+from ..objectives.memory import bytes_of, turns
+from ..runtime.free_memory import room
 
 try:
     from torch_pruning.pruner.importance import Importance
@@ -27,33 +32,44 @@ except ImportError as error:
     ) from error
 
 
-EVEN = 1e-12  # between scores of channels after which nothing is lost any more
+if TYPE_CHECKING:
+    from torch_pruning._helpers import GroupItem
+    from torch_pruning.dependency import Group as PruningGroup
+
+# Once the picked channels reproduce the outputs, all later channels have an error of zero. This
+# difference between their scores keeps the order of the picks.
+TIE_BREAK = 1e-12
 
 
 class GreedyImportance(Importance):
-    """Scores channels by when greedy forward selection picks them, for Torch-Pruning's pruners.
+    """Scores a channel by when greedy forward selection picks it, for Torch-Pruning's pruners.
 
-    Starting from none of a group's channels, each step adds the one that brings the outputs of the
-    layers that take them closest to what they are in the dense network, all weights as they are
-    (`select(objective="imitation", weights="none")`). A channel's score is the largest squared
-    error that is left, at its turn or later, as a share of that without any channel: so scores fall
-    along the picks, and those of several layers can be compared (`global_pruning=True`).
+    Greedy selection starts from none of a group's channels. Each step adds the channel that brings
+    the outputs of the layers that take the group's channels closest to their dense outputs. The
+    weights stay as they are, so this is `select(objective="imitation", weights="none")`.
 
-    Channels of a residual stream, which `select` leaves whole, are scored by the errors of all
-    layers that read it, summed; normalisation between the stream and those layers is taken to stay
-    as it is. An attention head's channels are scored one by one; Torch-Pruning averages them.
+    The squared error before a channel is picked, as a share of the error without any channel, says
+    how much is still missing. A channel's score is the largest such share from its own pick on. So
+    scores fall along the picks, and the scores of several layers can be compared
+    (`global_pruning=True`).
 
-    All layers are scored in one pass over the data, when a pruner first asks, and again once
-    weights have changed: between iterative steps, say.
+    `select` never prunes the channels of a residual stream; here they are scored, too, by the sum
+    of the errors of all layers that read the stream. Normalisation between the stream and these
+    layers is taken as unchanged. The channels of an attention head are scored one by one, and
+    Torch-Pruning averages them.
+
+    All layers are scored in one pass over the data when a pruner first asks for scores, and again
+    when weights have changed, for example between iterative steps.
 
     Args:
         model: the model that the pruner was given
         data: as for `select`; targets are not used
 
     Raises:
-        TypeError: no nn.Module, or no data; and when a pruner asks, ValueError: NaN or inf, or a
-            group whose channels do not make up all inputs of the Linears and convolutions that
-            take them (the model's outputs, parts of a concatenation, grouped convolutions)
+        TypeError: a model that is no nn.Module, or data that are none
+        ValueError: when a pruner asks: NaN or inf in weights or activations, or a group whose
+            channels are not all the inputs of the Linears and convolutions that take them. That is
+            so for the model's outputs, for parts of a concatenation and for grouped convolutions.
 
     Example:
         >>> import torch_pruning as tp
@@ -65,113 +81,128 @@ class GreedyImportance(Importance):
         ... ).step()
         >>> model[0].out_channels
         4
+
+    Source: Ye et al. 2020, arXiv:2003.01794; README eq. 2 for imitation.
     """
 
     def __init__(self, model: nn.Module, data: object) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-        Batches(data, model)  # says what is wrong with it
+        Batches(data, model)  # raises at once for data that are none
         self._model, self._data = model, data
-        self._weights: object = None  # what the scores were computed from
-        self._scores: dict[nn.Module, Tensor] = {}  # of each layer's inputs
+        self._scores: dict[nn.Module, Tensor] = {}  # from a layer to the scores of its inputs
+        # The parameters that the scores hold for: identity, version and shape of each.
+        self._scored_parameters: list[tuple[int, int, torch.Size]] | None = None
 
-    def __call__(self, group: Any) -> Tensor:
-        """The scores (n,) of the n root channels of a `torch_pruning.Group`."""
-        weights = [(id(p), p._version, p.shape) for p in self._model.parameters()]
-        if weights != self._weights:
-            groups = list(self._groups(group._DG.get_all_groups()))
-            self._scores, self._weights = self._scored(groups), weights
-        if not any(item.dep.target.module in self._scores for item in _consumers(group)):
-            self._scores |= self._scored([self._group(group)])
-        item = next(i for i in _consumers(group) if i.dep.target.module in self._scores)
-        inputs = dict(zip(item.root_idxs, item.idxs, strict=True))
-        return self._scores[item.dep.target.module][[inputs[root] for root in group[0].idxs]]
+    def __call__(self, group: PruningGroup) -> Tensor:
+        """The scores (n,) float64 of the n channels of the group's first layer."""
+        parameters = [(id(p), p._version, p.shape) for p in self._model.parameters()]
+        if parameters != self._scored_parameters:
+            groups = list(self._scorable(group._DG.get_all_groups()))
+            self._scores, self._scored_parameters = self._score(groups), parameters
+        consumers = _consumers(group)
+        if not any(item.dep.target.module in self._scores for item in consumers):
+            self._scores |= self._score([self._converted(group)])
+        item = next(i for i in consumers if i.dep.target.module in self._scores)
+        input_of = dict(zip(item.root_idxs, item.idxs, strict=True))
+        return self._scores[item.dep.target.module][[input_of[root] for root in group[0].idxs]]
 
-    def _groups(self, found: Iterable[Any]) -> Iterator[Group]:
-        for group in found:
+    def _scorable(self, groups: Iterable[PruningGroup]) -> Iterator[Group]:
+        """The groups that can be scored. The others are no error: the pruner may never ask."""
+        for group in groups:
             try:
-                yield self._group(group)
-            except NotPrunableError:  # the pruner may never ask
+                yield self._converted(group)
+            except NotPrunableError:
                 continue
 
-    def _group(self, found: Any) -> Group:
-        """Torch-Pruning's group in the form of ours."""
+    def _converted(self, group: PruningGroup) -> Group:
+        """Torch-Pruning's group as a group of this package."""
         names = {module: name for name, module in self._model.named_modules()}
-        root, units = names[found[0].dep.target.module], len(found[0].idxs)
+        producer, units = names[group[0].dep.target.module], len(group[0].idxs)
         slices: dict[str, Slice] = {}
-        for item in _consumers(found):
+        for item in _consumers(group):
             layer = item.dep.target.module
-            at = _slice(layer, item, units)
-            if at is None:
-                raise _refuse(root, f"which {names.get(layer)!r} takes otherwise")
-            slices[f"{names[layer]}.weight"] = at
+            inputs = _inputs_of_units(layer, item, units)
+            if inputs is None:
+                raise _not_scorable(producer, f"not all inputs of {names.get(layer)!r} are theirs")
+            slices[f"{names[layer]}.weight"] = inputs
         if not slices:
-            raise _refuse(root, "which no layer takes")
+            raise _not_scorable(producer, "no layer takes them")
         consumers = tuple(name.removesuffix(".weight") for name in slices)
-        return Group((root,), consumers, units, slices, output=False)
+        return Group((producer,), consumers, units, slices, output=False)
 
-    def _scored(self, groups: list[Group]) -> dict[nn.Module, Tensor]:
+    def _score(self, groups: list[Group]) -> dict[nn.Module, Tensor]:
+        """For every layer that takes a group's channels, the scores of its inputs.
+
+        As many groups share a pass over the data as the free memory allows.
+        """
         batches = Batches(self._data, self._model)
         limit = room(batches.device)
-        needed = {
-            group.producer: bytes_of(
-                self._model, group, Rule(group.units, group.units, False), "none"
-            )
+        needed = [
+            bytes_of(self._model, group, Rule(group.units, group.units, False), "none")
             for group in groups
-        }
+        ]
         backend = _backend.resolve("auto", batches.on_gpu)
         scores: dict[nn.Module, Tensor] = {}
-        for some in turns(groups, needed, limit):
-            scores |= self._scored_together(some, batches, backend)
+        for turn in turns(groups, needed, limit):
+            scores |= self._score_in_one_pass(turn, batches, backend)
         return scores
 
-    def _scored_together(
+    def _score_in_one_pass(
         self, groups: list[Group], batches: Batches, backend: str
     ) -> dict[nn.Module, Tensor]:
         with evaluating(self._model):
-            found = collect(self._model, groups, batches, {}, lambda source, _: source)
+            sums_by_producer = collect(
+                self._model, groups, batches, {}, lambda iterable, _: iterable
+            )
         scores = {}
-        for sums in found.values():
-            of_units = _scores(sums, backend)
-            for name in sums.group.consumers:
-                at, layer = sums.group.slices[f"{name}.weight"], self._model.get_submodule(name)
-                scores[layer] = of_units.repeat_interleave(at.inner).repeat(at.outer)
+        for products in sums_by_producer.values():
+            unit_scores = _scores(products, backend)
+            for name in products.group.consumers:
+                layer, inputs = (
+                    self._model.get_submodule(name),
+                    products.group.slices[f"{name}.weight"],
+                )
+                scores[layer] = unit_scores.repeat_interleave(inputs.inner).repeat(inputs.outer)
         return scores
 
 
-def _scores(sums: Sums, backend: str) -> Tensor:
-    """The scores of a group's units: (N,) float64."""
-    gram, moments = sums.moments()
-    units = sums.group.units
-    order = sums.path_unscaled(gram, moments, Rule(units, units, False), backend).order
-    losses = losses_of(order, "none", gram, moments)
-    left = torch.cat([losses.new_tensor([moments.empty_loss]), losses[:-1]])
-    left = left.flip(0).cummax(0).values.flip(0) / (moments.empty_loss or 1.0)
-    return torch.empty_like(left).index_copy_(0, order, left + EVEN * torch.arange(units, 0, -1))
+def _scores(products: LayerProducts, backend: str) -> Tensor:
+    """The scores of a group's N units: (N,) float64."""
+    gram, moments = products.moments()
+    units = products.group.units
+    rule = Rule(steps=units, size=units, replacement=False)
+    order = unscaled_path(gram, moments, rule, backend).order
+    losses = reweighted_losses(order, "none", gram, moments)
+    before = torch.cat([losses.new_tensor([moments.empty_loss]), losses[:-1]])  # each pick
+    largest = before.flip(0).cummax(0).values.flip(0) / (moments.empty_loss or 1.0)
+    ordered = largest + TIE_BREAK * torch.arange(units, 0, -1)
+    return torch.empty_like(ordered).index_copy_(0, order, ordered)
 
 
-def _refuse(root: str, why: str) -> NotPrunableError:
+def _not_scorable(producer: str, why: str) -> NotPrunableError:
     return NotPrunableError(
-        f"group: found the channels of {root!r}, {why}, expected those that make up all inputs of "
-        f"plain Linears and convolutions: put {root!r} into ignored_layers"
+        f"group: found the channels of {producer!r}, but {why}; expected channels that are all the "
+        f"inputs of plain Linears and convolutions: put {producer!r} into ignored_layers"
     )
 
 
-def _consumers(group: Any) -> list[Any]:
-    """The items of a group whose inputs are its channels, not its outputs too."""
-    out = group._DG.is_out_channel_pruning_fn
-    return [item for item in group if not out(item.dep.handler)]
+def _consumers(group: PruningGroup) -> list[GroupItem]:
+    """The layers of a group that take its channels as inputs and do not pass them on."""
+    passes_on = group._DG.is_out_channel_pruning_fn
+    return [item for item in group if not passes_on(item.dep.handler)]
 
 
-def _slice(layer: nn.Module, item: Any, units: int) -> Slice | None:
-    """Where a layer's inputs have the units' entries; None if it has others, too."""
-    if type(layer) not in LAYERS or getattr(layer, "groups", 1) > 1:
+def _inputs_of_units(layer: nn.Module, item: GroupItem, units: int) -> Slice | None:
+    """Which inputs of a layer belong to which unit; None if some of them belong to no unit."""
+    if type(layer) not in LAYER_TYPES or getattr(layer, "groups", 1) > 1:
         return None
     inputs = layer.get_parameter("weight").shape[1]
     if inputs % units:
         return None
-    roots = dict(zip(item.idxs, item.root_idxs, strict=True))
+    unit_of = dict(zip(item.idxs, item.root_idxs, strict=True))
+    # A unit's inputs lie next to each other, or one in each of several runs over all units.
     for inner in (inputs // units, 1):
-        if roots == {i: i // inner % units for i in range(inputs)}:
-            return Slice(1, inputs // units // inner, inner)
+        if unit_of == {i: i // inner % units for i in range(inputs)}:
+            return Slice(dim=1, outer=inputs // units // inner, inner=inner)
     return None

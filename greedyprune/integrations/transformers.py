@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..monitor import PretrainingMonitor
+from ..pretraining.monitor import PretrainingMonitor
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -16,22 +16,22 @@ except ImportError as error:
         "pip install 'greedyprune[transformers]'"
     ) from error
 
-STATE = "greedyprune"  # under stateful_callbacks in a checkpoint's trainer_state.json
+STATE_KEY = "greedyprune"  # in `stateful_callbacks` of a checkpoint's trainer_state.json
 
 
 class PretrainingCallback(TrainerCallback):
-    """Calls a monitor's `step` after each of the optimiser's, and ends training when it says so.
+    """Calls the monitor's `step` after every optimiser step, and ends training when it says so.
 
-    What checks find goes through `trainer.log`: into `state.log_history` and to all that the
-    Trainer reports to. Its checkpoints hold the monitor's state.
+    The results of each check go through `trainer.log`. So they are in `state.log_history`, and in
+    every service that the Trainer reports to. The Trainer's checkpoints hold the monitor's state.
 
     Args:
-        monitor: of the model that the Trainer trains, with batches as data that this model takes:
-            dicts with "labels"
+        monitor: a monitor of the Trainer's model. Its data are batches that this model takes: dicts
+            with "labels"
         trainer: the Trainer
 
     Raises:
-        TypeError: no PretrainingMonitor, or no Trainer
+        TypeError: a monitor that is no PretrainingMonitor, or a trainer that is no Trainer
 
     Example:
         monitor = greedyprune.PretrainingMonitor(model, batches, size=0.5)
@@ -53,40 +53,41 @@ class PretrainingCallback(TrainerCallback):
         self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         stored: Any = state.stateful_callbacks
-        if STATE in stored:  # resumed
-            self.monitor.load_state_dict(stored[STATE])
+        if STATE_KEY in stored:  # training resumes from a checkpoint
+            self.monitor.load_state_dict(stored[STATE_KEY])
 
     def on_step_end(
         self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        known = len(self.monitor.history)
-        with _own_precision(self._trainer.model):
+        earlier_checks = len(self.monitor.history)
+        with _without_autocast(self._trainer.model):
             if self.monitor.step():
                 control.should_training_stop = True
-        for check in self.monitor.history[known:]:
-            due = control.should_log
+        for check in self.monitor.history[earlier_checks:]:
+            should_log = control.should_log
             self._trainer.log(check.scalars())
-            control.should_log = due  # the Trainer's own numbers are still to come
-        self._keep(state, control)
+            control.should_log = should_log  # `log` resets it; the Trainer's own log is still due
+        self._store(state, control)
 
     def on_epoch_end(
         self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._keep(state, control)
+        self._store(state, control)
 
-    def _keep(self, state: TrainerState, control: TrainerControl) -> None:
+    def _store(self, state: TrainerState, control: TrainerControl) -> None:
         stored: Any = state.stateful_callbacks
         if control.should_save:
-            stored[STATE] = self.monitor.state_dict()
+            stored[STATE_KEY] = self.monitor.state_dict()
 
 
 @contextmanager
-def _own_precision(model: object) -> Iterator[None]:
-    """Without the forward under autocast that accelerate puts on a model (bf16=True, fp16=True)."""
-    own = vars(model)
-    patched = own.pop("forward") if "forward" in own and "_original_forward" in own else None
+def _without_autocast(model: object) -> Iterator[None]:
+    """Takes away the autocast that accelerate wraps around `model.forward` for bf16 and fp16."""
+    attributes = vars(model)
+    wrapped = "forward" in attributes and "_original_forward" in attributes
+    autocast_forward = attributes.pop("forward") if wrapped else None
     try:
         yield
     finally:
-        if patched is not None:
-            own["forward"] = patched
+        if autocast_forward is not None:
+            attributes["forward"] = autocast_forward

@@ -1,4 +1,4 @@
-"""Builds the extension with the CUDA kernels on the host (cuda_runtime.h says how) and loads it."""
+"""Builds and loads the extension with its CUDA kernels on the host (see cuda_runtime.h)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load() -> ModuleType:
+    """The extension as the module emulated._C. Raises RuntimeError with the compiler's output."""
     import pybind11
 
     build = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}"

@@ -1,8 +1,8 @@
-// CUDA on the host, as far as csrc/cuda uses it: the same kernels run in the tests where there is
-// no GPU. A block's threads are fibers that give way to each other at barriers and shuffles alone;
-// blocks run one after the other. What can't be seen here: speed, memory ordering, the hardware's
-// exp. What can: wrong results, barriers that not all threads reach, and results that depend on the
-// threads' order, which EMULATED_ORDER=reverse turns round.
+// CUDA on the host, as far as csrc/cuda uses it, so that tests run the same kernels without a GPU.
+// A block's threads are fibers, which change at barriers and shuffles only; blocks run one after
+// the other. This finds wrong results, barriers that not all threads reach, and results that depend
+// on the threads' order, which EMULATED_ORDER=reverse reverses. It cannot find wrong memory
+// ordering, and does not have the GPU's speed or exp.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// The fibers behind cuda_runtime.h. A fiber starts in ucontext and changes over by _setjmp and
-// _longjmp, which save no signal mask and so call no system.
+// The fibers behind cuda_runtime.h. A fiber starts by ucontext and changes by _setjmp and _longjmp,
+// which save no signal mask and therefore need no system call.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -41,7 +41,7 @@ void give_way(State state) {
 }
 
 void enter() {
-  for (;;) {  // the next block's thread is the same fiber
+  for (;;) {  // the next block uses the same fiber
     (*body)();
     give_way(State::done);
   }
@@ -62,7 +62,7 @@ void resume(unsigned i) {
   setcontext(&fiber.start);
 }
 
-// Runs the fibers [first, last) of a warp until all that have not ended are at the block's barrier.
+// Runs the fibers [first, last) of a warp until each has ended or is at the block's barrier.
 void run_warp(unsigned first, unsigned last, bool reverse) {
   for (;;) {
     unsigned waiting = 0, left = 0;
@@ -113,7 +113,7 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const char* order = std::getenv("EMULATED_ORDER");
   const bool reverse = order && order[0] == 'r';
   const unsigned threads = block.x * block.y * block.z;
-  while (fibers.size() < 1024) {  // all that there can be: they must not move
+  while (fibers.size() < 1024) {  // the most there can be, at once: they must not move
     fibers.emplace_back();
     fibers.back().stack.reset(new char[kStack]);
   }

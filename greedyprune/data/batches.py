@@ -1,0 +1,405 @@
+"""Any data that a training loop can use, as batches on the model's device."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ..runtime.distributed import ALONE, Ranks
+
+# Samples in a forward pass, for data that come without batches. On a CPU, activations of more than
+# about 32 MB cost extra, because the system gives every batch fresh memory pages for them.
+BATCH = 512
+MARKED = 4096  # entries of a tensor that go into its batch's mark
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positional and keyword inputs of the model, and the targets; None: the data have none."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Tensor | None
+
+    def take(self, samples: Tensor) -> Batch:
+        """The samples with these indices (s,) int64."""
+        count = samples_of(self)
+
+        def chosen(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and len(value) == count:
+                return value[samples.to(value.device)]
+            return value
+
+        return self.map(chosen)
+
+    def map(self, function: Callable[[Any], Any]) -> Batch:
+        """The batch with function(value) in the place of every value."""
+        kwargs = {name: function(value) for name, value in self.kwargs.items()}
+        args = tuple(function(value) for value in self.args)
+        return Batch(args, kwargs, function(self.targets))
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """The batch with its floating-point inputs in this dtype."""
+
+        def cast(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if floating else value
+
+        kwargs = {name: cast(value) for name, value in self.kwargs.items()}
+        return Batch(tuple(cast(value) for value in self.args), kwargs, self.targets)
+
+    @property
+    def mark(self) -> str:
+        """A digest that the batch is recognised by: shapes, dtypes and a sample of its numbers."""
+        digest = hashlib.blake2b(digest_size=8)
+
+        def add(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                flat = value.detach().reshape(-1)
+                stride = max(1, flat.numel() // MARKED)
+                sample = flat[::stride].cpu().contiguous()
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                if sample.numel():
+                    digest.update(sample.view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(type(value)).encode())
+            return value
+
+        self.map(add)
+        return digest.hexdigest()
+
+    def split(self, size: int) -> list[Batch]:
+        """The batch in parts of about the same number of samples, at most `size`."""
+        count = samples_of(self) or 1
+        values = *self.args, *self.kwargs.values(), self.targets
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        if count <= size or any(not v.dim() or len(v) != count for v in tensors):
+            return [self]
+        return [self.take(part) for part in torch.arange(count).tensor_split(-(-count // size))]
+
+
+class Batches:
+    """Iterates over `data` as batches; `len` is known for tensors, Datasets and DataLoaders.
+
+    Raises ValueError for data without samples and TypeError for what is no data. An iterator,
+    such as a generator, has one pass; a second one raises ValueError.
+
+    ranks: the processes that the samples are spread over: each brings its own part of the data
+    """
+
+    def __init__(self, data: object, model: nn.Module, ranks: Ranks = ALONE) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        self.on_gpu = self._device.type == "cuda"  # the model, or data that was read
+        types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self._dtype = types.pop() if len(types) == 1 else None
+        self._source = batches_in(data)
+        self._once = isinstance(self._source, Iterator)
+        self.started = False  # has the only pass of an iterator begun?
+        self._first: Batch | None = None
+        self.ranks = ranks
+        self.empty = False  # this rank has no samples; its `first` is another rank's
+        # Sees every batch of a pass, if it is set.
+        self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
+        self._random, self._repeats = _random_states(self._source), False
+
+    def of(self, model: nn.Module) -> Batches:
+        """The same data for another model."""
+        other = Batches(self._source, model, self.ranks)
+        other.empty = self.empty
+        other._random, other._repeats = self._random, self._repeats
+        if self.empty:
+            other._first = self.first().map(other._move)
+        return other
+
+    def share_first(self) -> Batch:
+        """The first batch, on a rank without samples that of another rank.
+
+        ValueError where no rank has samples.
+        """
+        first = self._first_or_none()
+        has = self.ranks.gather("whether there are samples", first is not None)
+        if any(has) and not all(has):
+            shared = first and first.map(_on_cpu)
+            shared = self.ranks.from_rank(has.index(True), "a batch", shared)
+            self.empty = first is None
+            if shared is not None and self.empty:
+                self._first = shared.map(self._move)
+        return self.first()
+
+    def repeat(self) -> None:
+        """Gives every pass of a DataLoader the same order and random numbers from now on."""
+        self._repeats = True
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def once(self) -> bool:
+        return self._once
+
+    def __len__(self) -> int:
+        """The number of batches, or slightly more; 0 where it is unknown."""
+        try:
+            return len(self._source)  # type: ignore[arg-type]
+        except TypeError:
+            return 0
+
+    def first(self) -> Batch:
+        """The first batch; a pass still begins with it."""
+        first = self._first_or_none()
+        if first is None:
+            raise ValueError("data: found no samples, expected at least one")
+        return first
+
+    def _first_or_none(self) -> Batch | None:
+        if self._first is None:
+            batches = self._read()
+            self._first = next(batches, None)
+            self._rest = batches if self._once else None
+        return self._first
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.empty:
+            return iter(())
+        return self._pass() if self.watch is None else self.watch(self._pass())
+
+    def _pass(self) -> Iterator[Batch]:
+        if not self._once:
+            return self._read()
+        if self.started:
+            raise ValueError(
+                "data: an iterator can be gone through once, and this needs another pass: give "
+                "a list, Dataset or DataLoader, or raise memory_limit"
+            )
+        self.started = True
+        return self._read_on()
+
+    def _read_on(self) -> Iterator[Batch]:
+        yield self.first()
+        assert self._rest is not None
+        yield from self._rest
+
+    def _read(self) -> Iterator[Batch]:
+        if self._repeats:
+            for generator, state in self._random:
+                generator.set_state(state)
+        on_gpu = self._device.type == "cuda"
+        parsed = self._ahead() if on_gpu else map(self._parse, self._source)
+        return (batch for batch in parsed if samples_of(batch) != 0)
+
+    def _ahead(self) -> Iterator[Batch]:
+        """Batches, each copied to the GPU while the GPU computes on the batch before it."""
+        copies, ready = torch.cuda.Stream(self._device), deque[tuple[Batch, torch.cuda.Event]]()
+
+        def next_one() -> Batch:
+            batch, copied = ready.popleft()
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            return batch.map(partial(_used_on, current))
+
+        for batch in self._source:
+            with torch.cuda.stream(copies):
+                ready.append((self._parse(batch), copies.record_event()))
+            if len(ready) > 1:
+                yield next_one()
+        if ready:
+            yield next_one()
+
+    def _parse(self, batch: object) -> Batch:
+        kwargs: dict[str, Any] = {}
+        args: tuple[Any, ...] = ()
+        targets = None
+        if isinstance(batch, Mapping):
+            key = next((key for key in TARGET_KEYS if key in batch), None)
+            targets = None if key is None else batch[key]
+            kwargs = {str(n): self._move(value) for n, value in batch.items() if n != key}
+        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+            *inputs, targets = batch
+            if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
+                inputs = list(inputs[0])
+            args = tuple(self._move(value) for value in inputs)
+        else:
+            single = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(single, Tensor):
+                raise TypeError(
+                    f"data: found a batch of type {type(batch).__name__}, expected a tensor, "
+                    "(inputs, targets) or a dict"
+                )
+            args = (self._move(single),)
+        if targets is not None:
+            if not isinstance(targets, (Tensor, int, float, list)) and not _is_array(targets):
+                raise TypeError(
+                    f"data: found targets of type {type(targets).__name__}, expected a tensor"
+                )
+            targets = self._move(_tensor(targets), cast=False)
+        return Batch(args, kwargs, targets)
+
+    def _move(self, value: Any, cast: bool = True) -> Any:
+        if not isinstance(value, Tensor):
+            if hasattr(value, "__array__"):
+                value = _tensor(value)
+            else:
+                return value
+        self.on_gpu = self.on_gpu or value.is_cuda
+        dtype = self._dtype if cast and value.is_floating_point() else None
+        to_gpu = self._device.type == "cuda"
+        if to_gpu and not value.is_cuda and not value.is_pinned():
+            value = value.pin_memory()  # only copies from pinned memory run in the background
+        return value.to(self._device, dtype, non_blocking=to_gpu)
+
+
+def generators_of(source: object) -> list[torch.Generator]:
+    """The generators that a DataLoader and its samplers draw from, besides torch's global one."""
+    if not isinstance(source, DataLoader):
+        return []
+    batched = source.batch_sampler
+    owners = source, source.sampler, batched, getattr(batched, "sampler", None)
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
+
+
+def _random_states(source: object) -> list[tuple[torch.Generator, Tensor]]:
+    """The states of all generators that a DataLoader draws from, torch's global one included."""
+    if not isinstance(source, DataLoader):
+        return []
+    generators = torch.default_generator, *generators_of(source)
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:
+    """Keeps a tensor's memory until this stream has finished with it."""
+    if isinstance(value, Tensor) and value.is_cuda:
+        value.record_stream(stream)
+    return value
+
+
+def _tensor(value: Any) -> Tensor:
+    with warnings.catch_warnings():  # the array is only read
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(value)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def batches_in(data: object) -> Iterable[Any]:
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        data = tuple(data.tensors)
+    if isinstance(data, Tensor) or hasattr(data, "__array__"):
+        data = (_tensor(data),)
+    if isinstance(data, tuple) and data and all(_is_array(part) for part in _flat(data)):
+        if len(data) > 2:
+            raise TypeError(f"data: found {len(data)} tensors, expected (inputs, targets)")
+        return _Slices(data)
+    if isinstance(data, Mapping):
+        return [data]
+    if hasattr(data, "with_format") and hasattr(data, "iter"):
+        return _Rows(data)
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=BATCH)
+    if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+        return data
+    raise TypeError(
+        f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader "
+        "or an iterable of batches"
+    )
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    """All samples in one batch; ValueError where they are of different shapes."""
+    parts = list(batches)
+    if not parts:
+        return Batch((), {}, None)
+    counts = [samples_of(part) for part in parts]
+
+    def cat(values: list[Any]) -> Any:
+        first = values[0]
+        if not (isinstance(first, Tensor) and first.dim() and len(first) == counts[0]):
+            return first  # it has no entry for each sample
+        if any(value.shape[1:] != first.shape[1:] for value in values):
+            raise ValueError(
+                f"batch_size: found samples of shapes {tuple(first.shape[1:])} and others, "
+                "expected one shape, to make batches of so many of them"
+            )
+        return torch.cat(values)
+
+    for count, part in zip(counts, parts, strict=True):
+        if part.targets is not None and (not part.targets.dim() or len(part.targets) != count):
+            raise ValueError(
+                f"batch_size: found targets of shape {tuple(part.targets.shape)} for {count} "
+                "samples, expected one for each, to make batches of so many of them"
+            )
+    return Batch(
+        tuple(cat(list(values)) for values in zip(*(part.args for part in parts), strict=True)),
+        {name: cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs},
+        cat([part.targets for part in parts]),
+    )
+
+
+class _Slices:
+    """(inputs, targets) of the same length, in batches of about the same size."""
+
+    def __init__(self, data: tuple[Any, ...]) -> None:
+        self._inputs = [_tensor(part) for part in _flat(data[:1])]
+        self._targets = [_tensor(part) for part in _flat(data[1:])]
+        for tensor in (*self._inputs, *self._targets):
+            if not tensor.dim():
+                raise ValueError("data: found a tensor of shape (), expected one entry a sample")
+        self._length = len(self._inputs[0])
+        for tensor in (*self._inputs, *self._targets):
+            if len(tensor) != self._length:
+                raise ValueError(
+                    f"data: found {self._length} inputs and {len(tensor)} targets, expected one "
+                    "for each"
+                )
+
+    def __len__(self) -> int:
+        return -(-self._length // BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        size = -(-self._length // max(1, len(self)))
+        for i in range(0, self._length, max(1, size)):
+            inputs = tuple(t[i : i + size] for t in self._inputs)
+            targets = (t[i : i + size] for t in self._targets)
+            yield (inputs if len(inputs) > 1 else inputs[0], *targets)
+
+
+class _Rows:
+    """A dataset of Hugging Face's `datasets`, read from its files as dicts of tensors."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data.with_format("torch")
+
+    def __len__(self) -> int:
+        return -(-len(self._data) // BATCH)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self._data.iter(batch_size=BATCH))
+
+
+def _flat(parts: tuple[Any, ...]) -> list[Any]:
+    return [item for p in parts for item in (p if isinstance(p, (tuple, list)) else (p,))]
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+
+
+def samples_of(batch: Batch) -> int | None:
+    for value in (*batch.args, *batch.kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    return None

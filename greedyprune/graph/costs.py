@@ -1,0 +1,127 @@
+"""What a model costs, in parameters or FLOPs, as a function of how many units its layers keep.
+
+The parameters of a group's layers, and the FLOPs of its layers and of its matrix products, are in
+proportion to the number of units. Where two groups share a weight, as two convolutions in a row do,
+they are in proportion to the product of both numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .groups import Group
+from .tracing import LAYER_TYPES
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An amount that shrinks with the widths of the layers; a *width* is a number of units.
+
+    dense: the dense model's amount
+    units: how many units each layer has in the dense model
+    parts: for one layer, or for several: the part of `dense` in proportion to the width, or to the
+           product of the widths; what no layer's width changes is in no part
+    """
+
+    dense: int
+    units: Mapping[str, int]
+    parts: Mapping[tuple[str, ...], int]
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        """The amount with these widths; layers that are not named keep all units."""
+        saved = 0
+        for layers, amount in self.parts.items():
+            full = math.prod(self.units[name] for name in layers)
+            kept = math.prod(widths.get(name, self.units[name]) for name in layers)
+            saved += amount * (full - kept) // full
+        return self.dense - saved
+
+    def of(self, layer: str) -> int:
+        """The part of the dense model's amount that this layer's width changes."""
+        return sum(amount for layers, amount in self.parts.items() if layer in layers)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"dense": self.dense, "units": dict(self.units), "parts": list(self.parts.items())}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Cost:
+        parts = {tuple(layers): amount for layers, amount in value["parts"]}
+        return cls(value["dense"], value["units"], parts)
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """How widths were chosen for a budget.
+
+    what:      "flops", "params" or "latency"
+    share:     the share of the dense model's amount that was asked for
+    reached:   the share that the pruned model has, measured
+    objective: summed over the layers: the loss of pruning this layer alone to its width, as a
+               share of its loss without units
+    gap:       no widths within the budget have a sum below objective - gap; 0: these are the best
+    """
+
+    what: str
+    share: float
+    reached: float
+    objective: float
+    gap: float
+
+
+def count_flops(run: Callable[[], T]) -> tuple[T, int, dict[str, int]]:
+    """Calls a function: its result, its FLOPs, and the FLOPs of each module that it runs, by name.
+
+    Counted by torch.utils.flop_counter: a multiplication with an addition is two.
+    """
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+    by_module = {
+        name.partition(".")[2]: sum(by_operation.values())
+        for name, by_operation in counter.get_flop_counts().items()
+    }
+    return result, counter.get_total_flops(), by_module
+
+
+def costs_of(
+    model: nn.Module, groups: Sequence[Group], total: int, flops: Mapping[str, int]
+) -> dict[str, Cost]:
+    """The costs "params" and "flops".
+
+    total: FLOPs of one run of the dense model
+    flops: FLOPs of each of its modules in that run
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sizes = {
+        name: parameters[name].numel()
+        for group in groups for name in group.slices if name in parameters
+    }  # fmt: skip
+    layers = {
+        f"{name}.weight": flops.get(name, 0)
+        for name, module in model.named_modules()
+        if isinstance(module, LAYER_TYPES) or type(module).__name__ == "Conv1D"
+    }
+    products = {name: amount for group in groups for name, amount in group.products.items()}
+    units = {group.producer: group.units for group in groups}
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "params": Cost(dense, units, _parts(groups, sizes)),
+        "flops": Cost(total, units, _parts(groups, layers | products)),
+    }
+
+
+def _parts(groups: Sequence[Group], amounts: Mapping[str, int]) -> dict[tuple[str, ...], int]:
+    """The amounts of tensors and products, summed over those that the same groups cut."""
+    parts: dict[tuple[str, ...], int] = {}
+    for name, amount in amounts.items():
+        layers = tuple(g.producer for g in groups if name in g.slices or name in g.products)
+        if layers:
+            parts[layers] = parts.get(layers, 0) + amount
+    return parts

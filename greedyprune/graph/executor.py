@@ -1,0 +1,386 @@
+"""A model's exported graph, run in pieces: from one layer to the next, with given weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from ..data.batches import Batch
+from .propagate import IDENTITY, RESHAPING
+from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
+
+MOST_SHAPES = 16  # of batches: each shape takes a trace of its own
+SMALLEST_SCALE = 1e-3  # of the largest one: channels that are scaled by less are not corrected
+
+# The values of nodes that have run and are still needed: tensors, or tuples of them.
+Values = dict[fx.Node, Any]
+
+
+class LinearPath(NamedTuple):
+    """What a layer's output goes through before anything nonlinear: end = scale * output + ...
+
+    end:       the last node of the path
+    scale:     (C,), by which each output channel has been multiplied; None: 1
+    norm:      the batch normalisation that follows the layer at once, if it is the only one: a
+               constant for the output can be added to its bias. None: there is none
+    shortcut:  the node that is added on the way, if one is
+    rectified: a ReLU follows `end`
+    """
+
+    end: fx.Node
+    scale: Tensor | None
+    norm: str | None
+    shortcut: fx.Node | None
+    rectified: bool
+
+    def as_output(self, difference: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """By how much the layer's output, of this shape, has to change for a difference at `end`.
+
+        0 for channels whose scale is next to nothing.
+        """
+        difference = difference.reshape(shape)
+        if self.scale is None:
+            return difference
+        scale = self.scale.reshape(-1, *[1] * (len(shape) - 2))
+        corrected = scale.abs() > SMALLEST_SCALE * scale.abs().max()
+        return torch.where(corrected, difference / torch.where(corrected, scale, 1.0), 0.0)
+
+
+class OverwrittenError(ValueError):
+    """The model changes a part of a tensor in place, which running its graph does not support."""
+
+
+class GraphExecutor:
+    """Runs a model's graph for batches of one shape, any range of its nodes at a time.
+
+    nodes:        all nodes, in the order in which they run
+    place:        each layer's index in `nodes`, by its name
+    layers:       the layers by their names
+    linear_paths: what follows each layer until something nonlinear, by its name
+    refittable:   the layers by their index, if nothing else uses their weights
+
+    Raises OverwrittenError for a model that can't be run in this way.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        graph = Graph(model, batch.args, batch.kwargs)
+        self._graph, self.nodes = graph, graph.nodes
+        self._check_in_place()
+        self._interpreter = fx.Interpreter(graph.program.graph_module)
+        self.layers = {layer.name: layer for layer in graph.layers.values()}
+        self.place = {layer.name: graph.position[node] for node, layer in graph.layers.items()}
+        last_use = {
+            source: i for i, node in enumerate(self.nodes) for source in node.all_input_nodes
+        }
+        self._last_uses: list[list[fx.Node]] = [[] for _ in self.nodes]
+        for source, i in last_use.items():
+            self._last_uses[i].append(source)
+        placeholders = (node for node in self.nodes if node.op == "placeholder")
+        specs = graph.program.graph_signature.input_specs
+        self._inputs = list(zip(placeholders, specs, strict=True))
+        self.linear_paths = {
+            name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
+        }
+        self.refittable = self._refittable()
+
+    def inputs(self, batch: Batch) -> Values:
+        """The values of the model's inputs."""
+        leaves = iter(tree_leaves((batch.args, self._graph.kwargs | batch.kwargs)))
+        return {
+            node: next(leaves) for node, spec in self._inputs if spec.kind == InputKind.USER_INPUT
+        }
+
+    def constants(self, tensors: Mapping[str, Tensor]) -> Values:
+        """The values that are no input of the model: parameters, buffers, constants of the trace.
+
+        tensors: parameters and buffers by name
+        """
+        traced = self._graph.program.constants
+        return {
+            node: tensors[spec.target] if spec.target in tensors else traced[spec.target]
+            for node, spec in self._inputs
+            if spec.kind != InputKind.USER_INPUT
+        }
+
+    def run(self, values: Values, tensors: Mapping[str, Tensor], start: int, end: int) -> None:
+        """Runs nodes [start, end) on `values`, in place; values without later use are dropped."""
+        constants = self.constants(tensors)
+        env = constants | values
+        for i in range(start, end):
+            node = self.nodes[i]
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                break
+            value = self.evaluate(node, env)
+            if node.users:
+                env[node] = value
+            for source in self._last_uses[i]:
+                env.pop(source, None)
+        values.clear()
+        values.update({node: value for node, value in env.items() if node not in constants})
+        self._interpreter.env = {}
+
+    def evaluate(self, node: fx.Node, values: Values) -> Any:
+        """One operation; in place ones act on a copy, since two networks may share the values."""
+        self._interpreter.env = values
+        if not in_place(node):
+            return self._interpreter.run_node(node)
+        args: Any = self._interpreter.map_nodes_to_values(node.args, node)
+        options: Any = self._interpreter.map_nodes_to_values(node.kwargs, node)
+        target: Any = node.target
+        return target(args[0].clone(), *args[1:], **options)
+
+    def outputs(self, values: Values, tensors: Mapping[str, Tensor], start: int) -> Any:
+        """The model's output from the values just before node `start`; these are not changed."""
+        values = dict(values)
+        self.run(values, tensors, start, len(self.nodes))
+        return self.returned(values)
+
+    def returned(self, values: Values) -> Any:
+        """The model's output, in its own structure, once all nodes have run."""
+        leaves = [
+            values.get(leaf) if isinstance(leaf, fx.Node) else leaf
+            for leaf in self.nodes[-1].args[0]
+        ]
+        return tree_unflatten(leaves, self._graph.program.call_spec.out_spec)
+
+    def path_ends(
+        self, batch: Batch, tensors: Mapping[str, Tensor], layers: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """The values at the ends of these layers' linear paths, past the ReLU that follows.
+
+        Where the paths of several layers end in the same sum, only for the last of those layers.
+        """
+        by_end = {self._end(layer): layer for layer in layers}
+        values, start, ends = self.inputs(batch), 0, dict[str, Tensor]()
+        for end, layer in sorted(by_end.items()):
+            self.run(values, tensors, start, end)
+            start, path = end, self.linear_paths[layer]
+            value: Tensor = values[path.end]
+            ends[layer] = value.relu() if path.rectified else value
+        return ends
+
+    def input_of(self, layer: str, values: Values, padded: bool = False) -> Tensor:
+        """A layer's input, from the values just before the layer.
+
+        padded: with a convolution's padding where the graph pads in a node of its own
+        """
+        node, module = self.nodes[self.place[layer]], self._graph.model.get_submodule(layer)
+        inputs: Tensor = values[data_input(node)]
+        if padded or getattr(module, "padding_mode", "zeros") == "zeros":
+            return inputs
+        padding: Any = module._reversed_padding_repeated_twice
+        return nn.functional.pad(inputs, [-size for size in padding])
+
+    def output_of(self, layer: str, values: Values) -> Tensor:
+        """A layer's output, from the values just after the layer."""
+        return values[self.nodes[self.place[layer]]]
+
+    def linear_map(self, layer: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A layer's output for its (padded) inputs, with this weight and bias."""
+        node = self.nodes[self.place[layer]]
+        if operation(node) == "addmm":
+            return inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
+        target: Any = node.target
+        options = {name: value for name, value in node.kwargs.items() if name != "bias"}
+        return target(inputs, weight, bias, *node.args[3:], **options)
+
+    def shortcut_error(
+        self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor | None:
+        """The shortcut's error, dense minus pruned, as a change of the layer's output.
+
+        A layer that adds it to its output also compensates for the shortcut's error. None: nothing
+        is added to the layer's output.
+
+        dense, pruned: the two networks' values just before the layer
+        tensors:       the two networks' weights
+        """
+        path = self.linear_paths[layer]
+        if path.shortcut is None:
+            return None
+        end = self._end(layer) - 1
+        goal, value = self._values_at(path.shortcut, layer, (dense, pruned), tensors, end)
+        return path.as_output(goal - value, shape_of(self.nodes[self.place[layer]]))
+
+    def output_error(
+        self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor:
+        """The change of the layer's output that makes both networks equal at its path's end.
+
+        Where a ReLU follows, negative values of the dense network only need to stay negative (the
+        target of Zhang et al. 2015, arXiv:1505.06798, for one step).
+
+        Arguments as for `shortcut_error`.
+        """
+        path = self.linear_paths[layer]
+        goal, value = self._values_at(path.end, layer, (dense, pruned), tensors, self._end(layer))
+        if path.rectified:
+            goal = torch.where(goal > 0, goal, value.clamp(max=0))
+        return path.as_output(goal - value, shape_of(self.nodes[self.place[layer]]))
+
+    def _end(self, layer: str) -> int:
+        """The index just behind a layer's linear path."""
+        return self._graph.position[self.linear_paths[layer].end] + 1
+
+    def _values_at(
+        self, node: fx.Node, layer: str, networks: Sequence[Values],
+        tensors: Sequence[Mapping[str, Tensor]], end: int,
+    ) -> list[Tensor]:  # fmt: skip
+        """A node's value in each network, from the values just before the layer."""
+        results = []
+        for before, weights in zip(networks, tensors, strict=True):
+            values = dict(before)
+            self.run(values, weights, self.place[layer], end)
+            results.append(values[node])
+        return results
+
+    def _linear_path(self, layer: fx.Node) -> LinearPath:
+        node, scale, norm, shortcut = layer, None, None, None
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            op = operation(user)
+            if op == "relu":
+                return LinearPath(node, scale, norm, shortcut, True)
+            if shortcut is not None:
+                break
+            if op == "batch_norm" and self._is_fixed(user) and len(shape_of(user)) > 1:
+                bias, norm = user.args[2], None
+                if node is layer and isinstance(bias, fx.Node) and len(bias.users) == 1:
+                    norm = self._graph.tensors[bias.name].rpartition(".")[0]
+                factor = self._norm_scale(user)
+                scale = factor if scale is None else scale * factor
+            elif op == "add" and all(isinstance(arg, fx.Node) for arg in user.args):
+                others = [arg for arg in user.all_input_nodes if arg is not node]
+                # Not a sum with itself, nor with what both networks have alike.
+                if len(others) != 1 or others[0].op == "placeholder" or user.kwargs:
+                    break
+                if shape_of(others[0]) != shape_of(user) or layer in ancestors(others[0]):
+                    break
+                shortcut = others[0]
+            elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
+                break
+            node = user
+        return LinearPath(node, scale, norm, shortcut, False)
+
+    def _is_fixed(self, norm: fx.Node) -> bool:
+        """Does a batch normalisation use stored statistics and the model's own parameters only?"""
+        arguments = norm.all_input_nodes[1:]
+        return norm.args[5] is False and all(
+            argument.name in self._graph.tensors for argument in arguments
+        )
+
+    def _norm_scale(self, norm: fx.Node) -> Tensor:
+        """By what a batch normalisation multiplies each channel, (C,)."""
+        weight, variance = self._tensor(norm.args[1]), self._tensor(norm.args[4])
+        assert variance is not None
+        factor = (variance + float(norm.args[7])).rsqrt()  # type: ignore[arg-type]
+        return factor if weight is None else factor * weight
+
+    def _tensor(self, node: object) -> Tensor | None:
+        name = self._graph.tensor_of(node)
+        if name is None:
+            return None
+        module, _, attribute = name.rpartition(".")
+        return getattr(self._graph.model.get_submodule(module), attribute).detach()
+
+    def _refittable(self) -> dict[int, Layer]:
+        graph = self._graph
+        parameters = graph.model.named_parameters(remove_duplicate=False)
+        names = Counter(id(parameter) for _, parameter in parameters)
+        uses: Counter[str] = Counter()
+        for node in self.nodes:
+            uses[graph.tensors.get(node.name, "")] += len(node.users)
+
+        def is_own(name: str) -> bool:
+            return uses[name] == 1 and names[id(graph.model.get_parameter(name))] == 1
+
+        return {
+            graph.position[node]: layer
+            for node, layer in graph.layers.items()
+            if layer.groups == 1
+            and is_own(layer.weight)
+            and (layer.bias is None or is_own(layer.bias))
+        }
+
+    def _check_in_place(self) -> None:
+        """In-place operations act on a copy: no later node may use a tensor that shares memory."""
+        for node in filter(in_place, self.nodes):
+            base = node.args[0]
+            while isinstance(base, fx.Node) and _is_alias(base):
+                base = base.args[0]
+            aliases, todo = set[fx.Node](), [base]
+            while todo:
+                alias = todo.pop()
+                if isinstance(alias, fx.Node) and alias is not node and alias not in aliases:
+                    aliases.add(alias)
+                    todo += [user for user in alias.users if _is_alias(user)]
+            users = {user for alias in aliases for user in alias.users}
+            if any(self._graph.position[user] > self._graph.position[node] for user in users):
+                raise OverwrittenError(
+                    f"model: {node.target} changes a part of a tensor in place, and the whole is "
+                    "used later; expected operations that return new tensors, or sequential=False "
+                    "in the objective of `select`"
+                )
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """May a node's value share memory with its first operand's?"""
+    if node.op != "call_function" or not node.args:
+        return False
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(arg.alias_info for arg in schema.arguments[:1])
+    name = getattr(node.target, "__name__", "")
+    return is_view or operation(node) in IDENTITY or name == "getitem"
+
+
+class GraphExecutors:
+    """A model's executors, one for each shape of batches, made when first needed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._by_shapes: dict[object, GraphExecutor] = {}
+
+    def of(self, batch: Batch) -> GraphExecutor:
+        """The executor for a batch; ValueError for more than MOST_SHAPES shapes."""
+        executor = self.find(batch)
+        if executor is None:
+            raise ValueError(
+                f"data: found batches of more than {MOST_SHAPES} shapes, each of which takes a "
+                "trace of the model; expected batches of one size, or sequential=False in the "
+                "objective of `select`"
+            )
+        return executor
+
+    def find(self, batch: Batch) -> GraphExecutor | None:
+        """The executor for a batch; None for more than MOST_SHAPES shapes."""
+        leaves = tree_leaves((batch.args, batch.kwargs))
+        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves)
+        if shapes not in self._by_shapes and len(self._by_shapes) < MOST_SHAPES:
+            self._by_shapes[shapes] = GraphExecutor(self._model, batch)
+        return self._by_shapes.get(shapes)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by every name that they have."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def bytes_held(values: Sequence[Values]) -> int:
+    """The memory of all tensors among these values, each counted once."""
+    tensors = {
+        id(value): value
+        for value in tree_leaves([list(nodes.values()) for nodes in values])
+        if isinstance(value, Tensor)
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

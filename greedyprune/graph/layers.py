@@ -1,0 +1,162 @@
+"""The public table of what can be pruned in a model: `greedyprune.layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch
+from .costs import Cost, costs_of, count_flops
+from .groups import Group, analyse, why_not
+from .tracing import LAYER_TYPES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """A group of units that are removed together: neurons, channels or attention heads.
+
+    units:      how many there are
+    features:   how many inputs of the first consumer each unit has, times a convolution's taps
+    producers:  the layers whose outputs are the units
+    consumers:  the layers that take them as inputs
+    parameters: how many of the model's parameters belong to the units, in all of these layers and
+                between them
+    flops:      of these layers and of the units' matrix products (attention's), on the example; a
+                multiplication with an addition counts as two
+    """
+
+    units: int
+    features: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    parameters: int
+    flops: int
+
+
+class Layers(Mapping[str, Prunable]):
+    """The layers that `select` can prune, by the name of their first producer.
+
+    refused: the other layers, and why each can't be pruned
+    """
+
+    def __init__(self, prunable: Mapping[str, Prunable], refused: Mapping[str, str]) -> None:
+        self._prunable, self.refused = dict(prunable), dict(refused)
+
+    def __getitem__(self, name: str) -> Prunable:
+        return self._prunable[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._prunable)
+
+    def __len__(self) -> int:
+        return len(self._prunable)
+
+    def summary(self) -> Table:
+        """A rich table with a row for each layer: `rich.print(layers.summary())`."""
+        from rich.table import Table
+
+        table = Table(title=f"{len(self)} of {len(self) + len(self.refused)} layers can be pruned")
+        for column in ("layer", "units", "features", "with", "taken by", "parameters", "FLOPs"):
+            left = column in ("layer", "with", "taken by")
+            table.add_column(column, justify="left" if left else "right")
+        for name, layer in self.items():
+            table.add_row(
+                name, f"{layer.units}", f"{layer.features}", ", ".join(layer.producers[1:]),
+                ", ".join(layer.consumers), f"{layer.parameters:,}", f"{layer.flops:,}",
+            )  # fmt: skip
+        for name, reason in self.refused.items():
+            table.add_row(name, "-", "-", reason, style="dim")
+        return table
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name!r}: {layer.units} units" for name, layer in self.items())
+        return f"Layers({{{names}}}, {len(self.refused)} refused)"
+
+
+def layers(model: nn.Module, example: object) -> Layers:
+    """Which layers of a model `select` can prune, and why not the others.
+
+    The model is traced once and run once. A model that works only with its dense sizes (`view`
+    with a constant, say) is recognised later, by `select`.
+
+    Args:
+        model: any nn.Module that torch.export can trace; its parameters may be on the meta device
+        example: inputs for one forward pass: a tensor, a tuple of tensors, or a dict of keyword
+            arguments
+
+    Raises:
+        TypeError: `model` is no nn.Module, or `example` is none of these
+        ValueError: the model can't be traced, or can't be run on the example
+
+    Example:
+        >>> import torch, greedyprune
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> table = greedyprune.layers(model, torch.randn(1, 3, 9, 9))
+        >>> table
+        Layers({'0': 8 units}, 1 refused)
+        >>> table["0"].features  # each channel enters 3 * 3 taps of the next convolution
+        9
+        >>> table.refused
+        {'2': "its units are the model's output"}
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    batch = _batch(example)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            structure = analyse(model, batch)
+            _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"model: torch.export can't trace it ({first[0]})") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
+    costs = costs_of(model, list(groups.values()), total, flops)
+    prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
+    refused = {
+        name: str(reason).removeprefix(f"layer {name!r}: ")
+        for name, reason in structure.items()
+        if not isinstance(reason, Group)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LAYER_TYPES) and name not in structure:
+            refused[name] = why_not(module)
+    return Layers(prunable, refused)
+
+
+def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:
+    at = group.slices[f"{group.consumer}.weight"]
+    weight = model.get_parameter(f"{group.consumer}.weight")
+    return Prunable(
+        units=group.units,
+        features=weight.numel() // weight.shape[1 - at.dim] // group.units,
+        producers=group.producers,
+        consumers=group.consumers,
+        parameters=costs["params"].of(group.producer),
+        flops=costs["flops"].of(group.producer),
+    )
+
+
+def _batch(example: object) -> Batch:
+    if isinstance(example, Tensor):
+        return Batch((example,), {}, None)
+    if isinstance(example, Mapping):
+        return Batch((), {str(name): value for name, value in example.items()}, None)
+    if isinstance(example, (tuple, list)):
+        return Batch(tuple(example), {}, None)
+    raise TypeError(
+        f"example: found {type(example).__name__}, expected a tensor, a tuple of the forward's "
+        "arguments or a dict of keyword arguments"
+    )

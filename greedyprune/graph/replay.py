@@ -1,0 +1,186 @@
+"""Two copies of a network run side by side: the dense one and the one pruned so far.
+
+Both run through the exported graph from layer to layer (executor.py), so that a whole network is
+selected in one pass through each copy. Between two layers the values of every batch are kept; where
+they do not fit in memory, they are computed again from the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data.batches import Batch, Batches
+from ..runtime.resume import Pass
+from .executor import (
+    GraphExecutor,
+    GraphExecutors,
+    LinearPath,
+    Values,
+    bytes_held,
+    tensors_of,
+)
+from .tracing import Layer
+
+
+class _State:
+    """One batch in both networks, run up to the same node; `pruned` is None while they agree."""
+
+    def __init__(self, batch: Batch, executor: GraphExecutor) -> None:
+        self.executor, self.at, self.mark = executor, 0, batch.mark
+        self.dense = executor.inputs(batch)
+        self.pruned: Values | None = None
+
+    @property
+    def bytes(self) -> int:
+        return bytes_held([self.dense, self.pruned or {}])
+
+    def advance(self, to: int, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        """Runs both networks, with these weights, up to node `to`."""
+        if self.pruned is not None:
+            self.executor.run(self.pruned, pruned, self.at, to)
+        self.executor.run(self.dense, dense, self.at, to)
+        self.at = to
+
+
+class Replay:
+    """All batches in both networks, advanced from layer to layer.
+
+    limit: bytes that the values between two layers may take, of all batches together
+
+    Raises OverwrittenError for a model that can't be run in pieces, ValueError for too many shapes.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
+        self._batches, self._limit, self.ranks = batches, limit, batches.ranks
+        self._dense = tensors_of(model)
+        self._changed: dict[str, Tensor] = {}
+        self._first_change: str | None = None
+        self._executors = GraphExecutors(model)
+        self._states: list[_State] | None = None  # None: computed from the inputs in every pass
+
+    def _first_executor(self) -> GraphExecutor:
+        return self._executors.of(self._batches.first())
+
+    def order(self, names: Sequence[str]) -> dict[str, int]:
+        """At which place in the graph each of these layers runs."""
+        place = self._first_executor().place
+        return {name: place[name] for name in names}
+
+    def after_changes(self) -> list[Layer]:
+        """The layers that run from the first changed one on, in order; only those whose weights
+        nothing else uses."""
+        executor, first = self._first_executor(), self._first_change
+        if first is None:
+            return []
+        return [layer for i, layer in executor.refittable.items() if i >= executor.place[first]]
+
+    def linear_path(self, layer: str) -> LinearPath:
+        return self._first_executor().linear_paths[layer]
+
+    def change(self, layer: str, **tensors: Tensor) -> None:
+        """Gives a layer of the pruned network this weight or bias.
+
+        Layers are changed in the order in which they run.
+        """
+        self._changed |= {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+        self._first_change = self._first_change or layer
+        for state in self._states or []:
+            if state.pruned is None:
+                state.pruned = dict(state.dense)
+
+    def visit(
+        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None],
+        bar: Callable[..., Any], resumed: Pass,
+    ) -> None:  # fmt: skip
+        """Calls add(layer, inputs, target) for each of the layers and each batch.
+
+        The inputs are those that the layer receives in the pruned network. The target is the
+        layer's output in the dense network; where it is added to a shortcut, the target also
+        compensates for the shortcut's error in the pruned network.
+
+        Leaves both networks just before the first of the layers.
+
+        resumed: the pass over the data; its batches that were added before are left out
+        """
+        layers = sorted(layers, key=self.order(layers).__getitem__)
+        tensors = self._dense, self._dense | self._changed
+        for state in self._all(bar):
+            state.advance(state.executor.place[layers[0]], *tensors)
+            if resumed.contains(state.mark):
+                continue
+            self._visit_batch(state, layers, tensors, add)
+            resumed.added()
+        resumed.end()
+
+    def _visit_batch(
+        self, state: _State, layers: Sequence[str], tensors: Sequence[Mapping[str, Tensor]],
+        add: Callable[[str, Tensor, Tensor], None],
+    ) -> None:  # fmt: skip
+        executor, at = state.executor, state.at
+        dense = dict(state.dense)
+        pruned = dict(state.dense if state.pruned is None else state.pruned)
+        for layer in layers:
+            place = executor.place[layer]
+            executor.run(pruned, tensors[1], at, place)
+            executor.run(dense, tensors[0], at, place)
+            inputs, after = executor.input_of(layer, pruned), dict(dense)
+            executor.run(after, tensors[0], place, place + 1)
+            target = executor.output_of(layer, after)
+            if state.pruned is not None:
+                error = executor.shortcut_error(layer, dense, pruned, tensors)
+                target = target if error is None else target + error
+            add(layer, inputs, target)
+            at = place
+
+    def errors(self, layer: str, bar: Callable[..., Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """A layer's inputs in the pruned network and the error of its output, for each batch.
+
+        The error is what has to be added to the output (`GraphExecutor.output_error`).
+        """
+        for state in self._all(bar):
+            tensors = self._dense, self._dense | self._changed
+            state.advance(state.executor.place[layer], *tensors)
+            pruned = state.pruned or state.dense
+            error = state.executor.output_error(layer, state.dense, pruned, tensors)
+            yield state.executor.input_of(layer, pruned), error
+
+    def _all(self, bar: Callable[..., Any]) -> Iterator[_State]:
+        """Every batch, at the layer where the last pass left it or at the inputs."""
+        if self._states is not None:
+            yield from self._held(bar)
+            return
+        unchanged, held, states = not self._changed, 0, list[_State]()
+        for batch in bar(self._batches, "activations"):
+            state = _State(batch, self._executors.of(batch))
+            if not unchanged:
+                first = self._first_change
+                assert first is not None
+                state.advance(state.executor.place[first], self._dense, self._dense)
+                state.pruned = dict(state.dense)
+            yield state
+            held += state.bytes
+            if held > self._limit:
+                states.clear()
+            else:
+                states.append(state)
+        if held <= self._limit:
+            self._states = states
+
+    def _held(self, bar: Callable[..., Any]) -> Iterator[_State]:
+        """Every batch where the last pass left it; all are dropped once they exceed the limit."""
+        assert self._states is not None
+        states: list[_State | None] = [*self._states]
+        held, fits = sum(state.bytes for state in self._states), True
+        self._states = None
+        for i, state in enumerate(bar(states, "activations")):
+            held -= state.bytes
+            yield state
+            held += state.bytes
+            fits = fits and held <= self._limit
+            if not fits:
+                states[: i + 1] = [None] * (i + 1)
+        if fits:
+            self._states = [state for state in states if state is not None]

@@ -1,0 +1,132 @@
+"""A layer's inputs, outputs and weights as matrices, so that a convolution is a matrix product.
+
+A *position* is one sample's token or pixel: one output of the layer for every channel. A *feature*
+is one of the numbers that a layer's weight multiplies at a position: one input channel of a Linear,
+one input channel at one of the kernel's taps of a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..kernels.products import PRODUCT
+from .groups import Group
+from .propagate import Slice
+from .tracing import CONVOLUTION_TYPES
+
+PART = 2**24  # bytes of unfolded inputs at a time
+
+
+def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:
+    """How many output channels a consumer of the group has."""
+    weight = weight_of(model.get_submodule(consumer))
+    return weight.shape[1 - group.slices[f"{consumer}.weight"].dim]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    return module.get_parameter("weight")
+
+
+def unit_major(weight: Tensor, at: Slice, units: int) -> Tensor:
+    """A consumer's weight as (C, N * w): C outputs, and the w features of each of N units together.
+
+    at: where the weight holds the units
+    """
+    if at.dim == 0:  # transformers' Conv1D: its weight is (inputs, outputs)
+        weight = weight.T
+    taps = weight[0, 0].numel()
+    shaped = weight.reshape(len(weight), at.outer, units, at.inner, taps)
+    return shaped.transpose(1, 2).reshape(len(weight), -1)
+
+
+def module_weight(new: Tensor, at: Slice, like: Tensor) -> Tensor:
+    """The inverse of `unit_major`: new (C, K, w), for K units, as a consumer's weight.
+
+    at:   where the dense weight holds the units
+    like: the dense weight, for a convolution's kernel size
+    """
+    outputs, units = new.shape[:2]
+    taps = like[0, 0].numel() if at.dim == 1 else 1
+    shaped = new.reshape(outputs, units, at.outer, at.inner, taps).transpose(1, 2)
+    if at.dim == 0:
+        return shaped.reshape(outputs, -1).T
+    return shaped.reshape(outputs, -1, *like.shape[2:])
+
+
+def unfolded_parts(
+    module: nn.Module, inputs: Tensor, outputs: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's inputs as `unfolded` and its outputs as `as_columns`, a few samples at a time.
+
+    A part has at most PART bytes of unfolded inputs (or, where that is more, one sample, or PRODUCT
+    positions): the system would give larger arrays fresh pages of memory for every batch.
+    """
+    inputs = _batched(module, inputs)
+    outputs = None if outputs is None else _batched(module, outputs)
+    taps, positions = 1, 1
+    if isinstance(module, CONVOLUTION_TYPES):
+        taps, strides = math.prod(module.kernel_size), math.prod(module.stride)
+        positions = math.ceil(inputs[0, 0].numel() / strides)
+    sample = inputs.shape[1] * taps * positions * inputs.element_size()
+    samples = max(1, PART // sample, PRODUCT // positions)
+    for i in range(0, len(inputs), samples):
+        target = None if outputs is None else as_columns(module, outputs[i : i + samples])
+        yield unfolded(module, inputs[i : i + samples]), target
+
+
+def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer's inputs as (channels, taps, positions), float32 or float64.
+
+    The layer's output, as `as_columns`, is its weight as (C, channels * taps) times these.
+    """
+    if inputs.dtype not in (torch.float32, torch.float64):
+        inputs = inputs.float()
+    inputs = _batched(module, inputs)
+    if not isinstance(module, CONVOLUTION_TYPES):
+        return inputs.T[:, None]
+    spatial = len(module.kernel_size)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    sizes = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    ]
+    taps = math.prod(module.kernel_size)
+    columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
+    for tap in range(taps):
+        part, rest = padded, tap
+        for dim in reversed(range(spatial)):
+            rest, offset = divmod(rest, module.kernel_size[dim])
+            start, stride = offset * module.dilation[dim], module.stride[dim]
+            part = part.narrow(dim + 2, start, stride * (sizes[dim] - 1) + 1)
+            part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
+        columns[:, tap] = part.transpose(0, 1)
+    return columns.flatten(2)
+
+
+def as_columns(module: nn.Module, outputs: Tensor) -> Tensor:
+    """A layer's outputs as (C, positions), the positions in the order of `unfolded`."""
+    return _batched(module, outputs).transpose(0, 1).flatten(1)
+
+
+def _batched(module: nn.Module, values: Tensor) -> Tensor:
+    """A layer's inputs or outputs as (samples, channels, *positions); a token is a sample."""
+    if not isinstance(module, CONVOLUTION_TYPES):
+        return values.reshape(-1, values.shape[-1])
+    return values if values.dim() == len(module.kernel_size) + 2 else values[None]
+
+
+def by_position(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer's inputs, or values of their shape, as (positions, channels), samples outermost."""
+    if not isinstance(module, CONVOLUTION_TYPES):
+        return inputs.reshape(-1, inputs.shape[-1])
+    channels = inputs.dim() - 1 - len(module.kernel_size)
+    moved = inputs.movedim(channels, -1)
+    return moved.reshape(-1, moved.shape[-1])

@@ -1,0 +1,128 @@
+"""Least squares from a Gram matrix: the ridge, the Cholesky factor, weights on given units.
+
+With features X (F, m) and targets T (C, m), the weights B that minimise |T - B X|^2 solve
+B G = T X^T, G = X X^T. G = L L^T with L lower triangular gives B^T = L^-T (L^-1 X T^T). The factor
+is nested: its first n rows and columns are the factor of the first n features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .path import Refit
+
+# A feature is dependent where the features before it leave less than this share of its own squared
+# norm. The rounding of a float64 Gram matrix of correlated features is smaller by some orders of
+# magnitude. csrc/kernels.h has the same number as kDependent, and a test compares the two.
+DEPENDENT = 1e-10
+
+
+def ridge(gram: Tensor, damping: float) -> float:
+    """The number to add to the diagonal of a Gram matrix before it is factored.
+
+    damping times the mean of the diagonal, so that it scales as the features do. 1.0 where the
+    diagonal is zero, that is where all features are dead: the weights are zero then, whatever the
+    number. Minimising |T - B X|^2 + ridge |B|^2 instead of |T - B X|^2 bounds the weights on
+    features that are nearly dependent.
+
+    Args:
+        gram: (F, F) float64
+        damping: above 0
+
+    Source: Hoerl and Kennard 1970; relative to the diagonal's mean as in Frantar et al. 2022
+        (GPTQ, arXiv:2210.17323).
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels.least_squares import ridge
+        >>> ridge(torch.tensor([[2.0, 1.0], [1.0, 4.0]]), damping=0.5)
+        1.5
+        >>> ridge(torch.zeros(2, 2), damping=0.5)
+        1.0
+    """
+    return damping * float(gram.diagonal().mean()) or 1.0
+
+
+def factored(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of a Gram matrix, some of whose features may depend on earlier ones.
+
+    The matrix is scaled to correlations first, so that DEPENDENT means the same for features of
+    any size. A dependent feature, a dead one among them, gets a row of the identity. It then takes
+    no part in the others' weights; its own entry on the right side is to be set to zero.
+
+    Args:
+        gram: (F, F) float64, symmetric; its memory is used and its content lost
+
+    Returns:
+        the factor (F, F), lower triangular, and which features are dependent, (F,) bool
+
+    Source: Cholesky's factor column by column, right-looking (Golub and Van Loan, Matrix
+        Computations, section 4.2), with pivots below DEPENDENT left out.
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels.least_squares import factored
+        >>> x = torch.tensor([[1.0, 1.0], [2.0, 2.0], [0.0, 3.0]]).double()
+        >>> factored(x @ x.T)[1].tolist()
+        [False, True, False]
+    """
+    scale = gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    correlation = gram.div_(scale).div_(scale[:, None])
+    factor, info = torch.linalg.cholesky_ex(correlation)
+    dependent = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    if int(info) or bool((factor.diagonal() ** 2 < DEPENDENT).any()):
+        del factor
+        factor, dependent = _factor_dependent(correlation)
+    return factor.mul_(torch.where(dependent, 1.0, scale)[:, None]), dependent
+
+
+def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """`factored` for a matrix of correlations with dependent features, column by column."""
+    rest, factor = correlation, torch.zeros_like(correlation)
+    dependent = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
+    for j in range(len(rest)):
+        if rest[j, j] < DEPENDENT:
+            factor[j] = 0
+            factor[j, j] = 1
+            dependent[j] = True
+            continue
+        column = rest[j:, j] / rest[j, j].sqrt()
+        factor[j:, j] = column
+        rest[j:, j:].addr_(column, column, alpha=-1)
+    return factor, dependent
+
+
+def on_units(gram: Tensor, right: Tensor, units: Tensor, width: int, added: float = 0.0) -> Refit:
+    """Least squares on given units, for every number of them in the order given.
+
+    With the ridge, the matrix has to be positive definite. It is factored as it is: scaling it to
+    correlations, as `factored` does, would serve nothing.
+
+    Args:
+        gram: (N w, N w) float64, <x_i, x_j>
+        right: (N w, C) float64, <x_i, t>
+        units: (K,) int64; width: w, the features of a unit, which are side by side
+        added: the ridge, if the diagonal does not have it yet
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not positive definite on these units
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels.least_squares import on_units
+        >>> gram, right = torch.eye(3).double(), torch.tensor([[1.0], [2.0], [3.0]]).double()
+        >>> on_units(gram, right, torch.tensor([2, 0]), width=1).outgoing(2).flatten().tolist()
+        [3.0, 1.0]
+    """
+    rows = feature_rows(units, width)
+    block = gram[rows[:, None], rows]
+    block.diagonal().add_(added)
+    factor = torch.linalg.cholesky(block)
+    return Refit(units, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False))
+
+
+def feature_rows(units: Tensor, width: int) -> Tensor:
+    """The indices of the units' features where each unit has `width` side by side: (K w,) int64."""
+    return (units[:, None] * width + torch.arange(width)).flatten()

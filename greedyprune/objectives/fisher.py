@@ -1,0 +1,147 @@
+"""Gates: units are judged by the loss's second-order model in one gate for each unit.
+
+A gate a_j multiplies unit j's outgoing weights, and u_j(s) is the derivative of the loss of sample
+s in it, with the data's labels. The loss rises with gates a by about half the mean of
+(sum_j (1 - a_j) u_j)^2 (README eq. 5): a squared error with features u_j, whose Gram matrix is the
+empirical Fisher information. One backward pass serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch, samples_of
+from ..data.forward import target_of
+from ..data.losses import Criterion, loss_of_function, slope_in
+from ..graph.groups import Group
+from ..graph.unfold import by_position, outputs_of
+from ..runtime.resume import Pass, Tensors
+from ..surgery.selection import LayerSelection
+from .derivatives import derivatives
+from .job import Job
+from .layer_products import LayerProducts, Products
+from .memory import gates_bytes, turns
+from .options import MOST_SWAPS
+from .quadratic import select_from
+
+GATES = "gates"
+
+
+def select_layer(job: Job, group: Group, products: LayerProducts) -> LayerSelection:
+    """Selects a layer's units by the loss in their gates."""
+    return select_from(
+        job, products, swaps=MOST_SWAPS if job.tolerance is None else 0,
+        damping=job.fisher.damping, loss=job.criterion.kind,
+    )  # fmt: skip
+
+
+def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
+    """Selects all layers from the dense network, shared out to the ranks."""
+    selected: dict[str, LayerSelection] = {}
+    needed = [gates_bytes(job, group) for group in groups]
+    for turn in turns(groups, needed, job.memory_limit, once=job.batches.once):
+        by_name = {group.producer: group for group in turn}
+        products: dict[str, LayerProducts] = {}
+        if any(job.checkpoint.finished(name) is None for name in by_name):
+            products = gate_products(job, turn)
+
+        def layer(name: str) -> LayerSelection:
+            known = job.checkpoint.finished(name)
+            return known or select_layer(job, by_name[name], products[name])  # noqa: B023
+
+        selected |= job.ranks.each(list(by_name), layer, job.checkpoint.finish)
+        products.clear()  # before those of the next turn
+    return selected
+
+
+class Gates(Products):
+    """The products of one layer's gates: a unit has the single feature u_j."""
+
+    def __init__(self, group: Group) -> None:
+        one = torch.ones(1, group.units, dtype=torch.float64)
+        super().__init__(GATES, group.units, one, torch.device("cpu"))
+
+    @property
+    def mass(self) -> float:
+        return 2.0 * self.positions
+
+    def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
+        """inputs: u (samples, N)."""
+        rows = inputs.double().cpu()
+        self.gram.addmm_(rows.T, rows)
+        self.positions += len(rows)
+
+
+def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]:
+    """Every group's products of gates, by the name of its layer, from one backward pass.
+
+    With several ranks, a group's sums are complete only on its owner.
+    """
+    ranks, total = job.ranks, Tensors(mass=torch.zeros((), dtype=torch.float64))
+
+    def slope(outputs: Tensor, batch: Batch) -> Tensor:
+        derivative, mass = _loss_slope(job.criterion, outputs, batch)
+        total.mass += mass
+        return derivative
+
+    by_layer = {group.producer: Gates(group) for group in groups}
+    names = [name for group in groups for name in group.consumers]
+    resumed = Pass(job.checkpoint, f"gates {' '.join(names)}")
+    resumed.hold(total, *by_layer.values())
+    batches = resumed.new(job.bar(job.batches, "Fisher information"))
+    for samples, values in derivatives(job.model, names, batches, slope, inputs=True):
+        for group in groups:
+            by_layer[group.producer].add(_gate_slopes(job, group, samples, values))
+    [mass] = ranks.sum_numbers("mass", float(total.mass))
+    if mass == 0:
+        raise ValueError("data: every label is ignored, expected at least one that counts")
+    for i, gates in enumerate(by_layer.values()):
+        gates.finish(ranks, ranks.owner(i))
+        gates.gram *= (gates.positions / mass) ** 2  # the loss is a mean over all batches
+    return {
+        group.producer: LayerProducts(
+            group, [by_layer[group.producer]],
+            {name: outputs_of(job.model, group, name) for name in group.consumers}, GATES,
+        )
+        for group in groups
+    }  # fmt: skip
+
+
+def _gate_slopes(
+    job: Job, group: Group, samples: int, values: dict[str, tuple[Tensor, Tensor]]
+) -> Tensor:
+    """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs."""
+    total = torch.zeros(())
+    for name in group.consumers:
+        at = group.slices[f"{name}.weight"]
+        inputs, derivative = values[name]
+        products = by_position(job.model.get_submodule(name), inputs * derivative)
+        count = samples if len(products) % samples == 0 else len(products)
+        products = products.view(count, -1, at.outer, group.units, at.inner)
+        total = total + products.sum((1, 2, 4))
+    if not total.isfinite().all():
+        raise ValueError(
+            f"layer {group.producer!r}: NaN or inf in the loss's derivative in its "
+            "activations, expected finite numbers"
+        )
+    return total
+
+
+def _loss_slope(criterion: Criterion, outputs: Tensor, batch: Batch) -> tuple[Tensor, float]:
+    """The derivative, in the outputs, of the batch's loss times its mass; and the mass.
+
+    A loss of the user's own counts as a mean over samples.
+    """
+    target = target_of(criterion, outputs, batch.targets)
+    if criterion.function is not None and batch.targets is not None:
+        samples = samples_of(batch) or 1
+        with torch.enable_grad():
+            leaf = outputs.requires_grad_()
+            value = loss_of_function(criterion.function, leaf, batch.targets)
+            return slope_in(leaf, value) * samples, float(samples)
+    columns = outputs.double().reshape(-1, target.outputs).T
+    derivative = target.gradient(columns).T.reshape(outputs.shape)
+    return derivative.to(outputs.dtype), target.mass

@@ -1,0 +1,101 @@
+"""Imitation: a layer's units are judged by the dense outputs of the layers that take them.
+
+In a network pruned layer by layer, a consumer's inputs come from the network pruned so far, and its
+targets from the dense network (graph/replay.py). Else one pass through the dense network serves all
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from ..graph.groups import Group
+from ..graph.replay import Replay
+from ..graph.unfold import weight_of
+from ..runtime.resume import Pass
+from ..surgery.cut import masked_weight
+from ..surgery.selection import LayerSelection
+from .job import Job
+from .layer_products import LayerProducts, Roots, collect
+from .memory import imitation_bytes, metric_bytes, turns
+from .options import MOST_SWAPS
+from .quadratic import select_from
+
+
+def select_layer(job: Job, group: Group, products: LayerProducts) -> LayerSelection:
+    """Selects a layer's units by the squared error to its consumers' dense outputs."""
+    swaps = MOST_SWAPS if job.imitation.swaps is None else job.imitation.swaps
+    return select_from(
+        job, products, swaps=0 if job.tolerance is not None else swaps,
+        damping=job.imitation.damping,
+    )  # fmt: skip
+
+
+def select_layers(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, LayerSelection]:
+    """Selects layers one after the other, or all from one pass through the dense network.
+
+    roots: of the consumers' metrics, by name; none for metric="none"
+    """
+    if job.imitation.sequential and job.traced and len(groups) > 1:
+        return _in_sequence(job, groups, roots)
+    return _from_one_pass(job, groups, roots)
+
+
+def _from_one_pass(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, LayerSelection]:
+    """Layers from the dense network, shared out to the ranks; each turn takes a pass."""
+    ranks, selected = job.ranks, dict[str, LayerSelection]()
+    limit = job.memory_limit - metric_bytes(job, groups)
+    needed = [imitation_bytes(job, group) for group in groups]
+    for turn in turns(groups, needed, limit, once=job.batches.once):
+        by_name = {group.producer: group for group in turn}
+        products: dict[str, LayerProducts] = {}
+        if any(job.checkpoint.finished(name) is None for name in by_name):
+            products = collect(
+                job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True
+            )
+
+        def layer(name: str) -> LayerSelection:
+            known = job.checkpoint.finished(name)
+            return known or select_layer(job, by_name[name], products[name])  # noqa: B023
+
+        selected |= ranks.each(list(by_name), layer, job.checkpoint.finish)
+        products.clear()  # before those of the next turn
+    return selected
+
+
+def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, LayerSelection]:
+    """Layers in the order of the graph, each in the network pruned so far."""
+    largest = max(imitation_bytes(job, group).together for group in groups)
+    limit = job.memory_limit - metric_bytes(job, groups) - largest
+    replay = Replay(job.model, job.batches, limit)
+    place = replay.order([name for group in groups for name in group.consumers])
+    selected = {}
+    for group in sorted(groups, key=lambda group: min(place[name] for name in group.consumers)):
+        layer = job.checkpoint.finished(group.producer)
+        if layer is None:
+            products = _replayed(job, group, replay, roots)
+            layer = job.ranks.on_first(group.producer, partial(select_layer, job, group, products))
+        selected[group.producer] = job.checkpoint.finish(group.producer, layer)
+        for name in sorted(group.consumers, key=place.__getitem__):
+            weight = weight_of(job.model.get_submodule(name))
+            replay.change(name, weight=masked_weight(weight, layer, name))
+    return selected
+
+
+def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProducts:
+    """One group's products: inputs from the network pruned so far, targets from the dense one."""
+    products = LayerProducts.of_consumers(job.model, group, roots, given=True)
+    by_name = {consumer.name: consumer for consumer in products.consumers}
+    resumed = Pass(job.checkpoint, group.producer)
+    resumed.hold(*products.consumers)
+
+    def add(name: str, inputs: Tensor, targets: Tensor) -> None:
+        by_name[name].add(inputs, targets)
+
+    replay.visit(group.consumers, add, job.bar, resumed)
+    for consumer in products.consumers:
+        consumer.finish(replay.ranks)
+    return products

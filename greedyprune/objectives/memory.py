@@ -1,0 +1,172 @@
+"""The one account of bytes: what selecting a layer takes in memory, known before it starts.
+
+Layers that imitate, and gates, are chosen from matrices of products of their features. As many
+layers are chosen together as `memory_limit` allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from ..graph.groups import Group
+from ..graph.unfold import outputs_of, weight_of
+from ..kernels.exchange import ELIMINATION_FEATURES
+from ..kernels.path import Rule
+from ..kernels.products import FLOAT64_ENTRIES
+from .job import Job
+
+WORD = 8  # bytes of a float64
+WIDEST = 64  # features a unit that exchanges are tried with
+
+
+class Bytes(NamedTuple):
+    """sums: of the matrices a layer is chosen from; work: of choosing, besides, at most."""
+
+    sums: int
+    work: int
+
+    @property
+    def together(self) -> int:
+        return self.sums + self.work
+
+
+def bytes_of(
+    model: nn.Module, group: Group, rule: Rule, weights: str, *, swaps: bool = False,
+    picked: bool = False, gates: bool = False,
+) -> Bytes:  # fmt: skip
+    """The bytes of one layer.
+
+    swaps:  may exchanges follow?
+    picked: are the units known already, and only their weights refitted?
+    gates:  is the layer judged by gates, of one feature a unit?
+    """
+    units, shapes = group.units, [(group.units, 1)]  # features and outputs of each consumer
+    if not gates:
+        shapes = []
+        for name in group.consumers:
+            outputs = outputs_of(model, group, name)
+            shapes.append((weight_of(model.get_submodule(name)).numel() // outputs, outputs))
+    features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
+    sums = sum(f * f + 2 * f * c for f, c in shapes)  # with weights and right sides
+    picks, width = rule.most(units), features // units
+    kept, whole, sides = picks * width, features**2, 3 * features * outputs
+    if weights not in ("auto", "refit"):
+        gram = 0 if width == 1 else units**2
+        work = max(f for f, _ in shapes) ** 2 + gram + max(3 * picks**2, sides)
+        return Bytes(WORD * sums, WORD * work)
+    if picked:
+        return Bytes(WORD * sums, WORD * (3 * kept**2 + sides))
+    steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
+    exchanges = 0
+    if swaps and width <= WIDEST:  # a swept matrix; for elimination an inverse too
+        exchanges = whole + kept**2 if features > ELIMINATION_FEATURES else 2 * (whole + kept**2)
+        sides += 4 * kept * outputs
+    side_by_side = whole + kept**2 if len(shapes) > 1 else 0
+    return Bytes(WORD * sums, WORD * (side_by_side + sides + max(steps, exchanges)))
+
+
+def imitation_bytes(job: Job, group: Group) -> Bytes:
+    """The bytes of a layer that imitates."""
+    swaps = job.imitation.swaps != 0 and job.tolerance is None
+    return bytes_of(job.model, group, job.rule(group), job.weights, swaps=swaps)
+
+
+def gates_bytes(job: Job, group: Group, *, swaps: bool = True) -> Bytes:
+    """The bytes of a layer that is judged by gates."""
+    swaps = swaps and job.tolerance is None
+    return bytes_of(job.model, group, job.rule(group), job.weights, swaps=swaps, gates=True)
+
+
+def refit_bytes(job: Job, group: Group) -> Bytes:
+    """The bytes of least squares on units that the network's loss has picked."""
+    return bytes_of(job.model, group, job.rule(group), "refit", picked=True)
+
+
+def metric_bytes(job: Job, groups: Sequence[Group]) -> int:
+    """The bytes of the square roots of all consumers' metrics."""
+    if job.imitation.metric == "none":
+        return 0
+    names = ((group, name) for group in groups for name in group.consumers)
+    return sum(WORD * outputs_of(job.model, group, name) ** 2 for group, name in names)
+
+
+def refitted_units(job: Job, group: Group, imitation: bool) -> int:
+    """How many units get least squares from features after all picks; 0 where that is unknown."""
+    known = job.weights == "refit" and not imitation and job.tolerance is None
+    return job.rule(group).most(group.units) if known else 0
+
+
+def least_squares_bytes(picks: int) -> int:
+    """The bytes of least squares on so many features in memory."""
+    return 3 * WORD * picks**2
+
+
+def check_least_squares(layer: str, picks: int, limit: int) -> None:
+    """ValueError where least squares on so many units takes more than `limit` bytes."""
+    needed = least_squares_bytes(picks)
+    if needed > max(limit, WORD * FLOAT64_ENTRIES):  # a block of samples takes so much anyway
+        raise ValueError(
+            f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
+            f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"
+        )
+
+
+def check_imitation(job: Job, group: Group, held: int = 0) -> None:
+    """ValueError where a layer that imitates takes more than the limit; says what would do.
+
+    held: bytes that something else takes
+    """
+    needed, limit = imitation_bytes(job, group), job.memory_limit
+    if needed.together + held <= limit:
+        return
+    fewer = replace(job, imitation=replace(job.imitation, swaps=0))
+    other = imitation_bytes(fewer, group).together
+    less = f", or {other + held} with Imitation(swaps=0)" if other < needed.together else ""
+    raise _too_much(group, needed, limit, held, less)
+
+
+def check_bytes(group: Group, needed: Bytes, limit: int) -> None:
+    """ValueError where choosing a layer takes more than the limit."""
+    if needed.together > limit:
+        raise _too_much(group, needed, limit, 0, "")
+
+
+def _too_much(group: Group, needed: Bytes, limit: int, held: int, less: str) -> ValueError:
+    metric = f", {held} for the metric" if held else ""
+    return ValueError(
+        f"memory_limit: found {limit} bytes, but layer {group.producer!r} needs {needed.sums} for "
+        f"the products of its features{metric} and {needed.work} to choose by them; expected "
+        f"{needed.together + held}{less}"
+    )
+
+
+def turns(
+    groups: Sequence[Group], needed: Sequence[Bytes], limit: int, *, once: bool = False
+) -> list[list[Group]]:
+    """The groups in their order, as many at a time as fit in `limit` bytes, and at least one.
+
+    needed: the bytes of each group
+    once:   are the data an iterator, which has one pass? ValueError where that is not enough
+    """
+    result: list[list[Group]] = []
+    members: list[Bytes] = []
+    for group, size in zip(groups, needed, strict=True):
+        together = [*members, size]
+        fits = sum(member.sums for member in together) + max(m.work for m in together) <= limit
+        if result and fits:
+            result[-1].append(group)
+            members = together
+        else:
+            result.append([group])
+            members = [size]
+    if len(result) > 1 and once:
+        total = sum(size.together for size in needed)
+        raise ValueError(
+            f"memory_limit: found {limit} bytes, but all {len(groups)} layers from one pass over "
+            f"an iterator need up to {total}; expected that, or a list, Dataset or DataLoader"
+        )
+    return result

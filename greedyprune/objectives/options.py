@@ -1,0 +1,132 @@
+"""The ways to judge units, as `select(objective=...)` takes them, each with options of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..runtime.arguments import is_int, is_number, one_of, positive_int
+
+METRICS = ("none", "fisher")
+DRAWS = ("random", "gradient")
+MOST_SWAPS = 10_000
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Judges units by the squared error to the dense output of the layers that take them.
+
+    No labels are needed. It is the default for layers inside a network.
+
+    Args:
+        swaps: how many exchanges of a kept for a dropped unit may follow the greedy steps, while
+            they lower the error; only with weights="refit" and without a tolerance. Exchanged
+            units come last in `order`. None: as many as help, where exchanges are possible; 0: none
+        damping: the ridge of least squares, as a share of the mean square of a feature; above 0
+        metric: how output errors count: "none", all alike; "fisher", by their effect on the
+            model's predictions (one more backward pass, with labels drawn from the predictions by
+            `seed`; Martens 2020, arXiv:1412.1193)
+        sequential: True: layer by layer, each on the inputs that it receives from the layers
+            already pruned; False: all layers from one pass through the dense network
+
+    Raises:
+        ValueError, TypeError: an option that is out of range
+
+    Source: Ye et al. 2020, arXiv:2003.01794 (layer-wise imitation); Meng et al. 2024,
+    arXiv:2403.12983 (exchanges); README eq. 2 and 4.
+    """
+
+    swaps: int | None = None
+    damping: float = 1e-4
+    metric: str = "none"
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if self.swaps is not None and not (is_int(self.swaps) and self.swaps >= 0):
+            raise ValueError(f"swaps: found {self.swaps!r}, expected an int of at least 0")
+        _check_damping(self.damping)
+        one_of("metric", self.metric, METRICS)
+        _check_sequential(self.sequential)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Judges units by the model's own loss (README eq. 1).
+
+    It is the default where a Linear that takes the units gives the model's output. Inside a network
+    every candidate is a run of the layers that follow.
+
+    Args:
+        candidates: score only so many candidates in each step (Ye et al. 2020: 50); None: all
+        draw: which candidates: "random" ones, by `seed`; or by the "gradient", those with the
+            lowest derivative of the loss (one backward pass a step)
+        batch_size: score each step on a mini-batch of so many samples, by `seed` (Wolfe et al.
+            2021); the losses reported are those of all samples
+        shortlist: with batch_size: score so many of the mini-batch's best candidates again on all
+            samples
+        metric: a function of all outputs and targets, of which more is better; `tolerance` is then
+            of this metric: a layer is done at (1 - tolerance) times the dense network's value
+        sequential: True: layer by layer, each in the network whose earlier layers are pruned;
+            False: each in the dense network
+
+    Raises:
+        ValueError, TypeError: an option that is out of range, or has no effect without another
+
+    Source: Ye et al. 2020, arXiv:2003.01794; Wolfe et al. 2021, arXiv:2108.00259.
+    """
+
+    candidates: int | None = None
+    draw: str = "random"
+    batch_size: int | None = None
+    shortlist: int | None = None
+    metric: Callable[[Tensor, Tensor], float] | None = None
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "batch_size", "shortlist"):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name)))
+        one_of("draw", self.draw, DRAWS)
+        if self.draw == "gradient" and self.candidates is None:
+            raise ValueError("draw: found 'gradient' without candidates, expected candidates too")
+        if self.shortlist is not None and self.batch_size is None:
+            raise ValueError(
+                f"shortlist: found {self.shortlist} without batch_size, expected batch_size too: "
+                "the shortlist is of those that score best on a mini-batch"
+            )
+        if self.metric is not None and not callable(self.metric):
+            raise TypeError(f"metric: found {self.metric!r}, expected a function or None")
+        _check_sequential(self.sequential)
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Judges units by the loss's second-order model in one gate for each unit (README eq. 5).
+
+    One backward pass through the dense network serves all layers. Samples lie along the first
+    dimension, and the loss is a mean over them.
+
+    Args:
+        damping: the ridge of least squares on the gates, as a share of the mean square; above 0
+
+    Raises:
+        ValueError: damping that is out of range
+
+    Source: the empirical Fisher information; Martens 2020, arXiv:1412.1193, section 10.
+    """
+
+    damping: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_damping(self.damping)
+
+
+def _check_damping(damping: object) -> None:
+    if not (is_number(damping) and damping > 0):
+        raise ValueError(f"damping: found {damping!r}, expected a number above 0")
+
+
+def _check_sequential(sequential: object) -> None:
+    if not isinstance(sequential, bool):
+        raise TypeError(f"sequential: found {sequential!r}, expected True or False")

@@ -1,0 +1,69 @@
+"""From a layer's products to its selection: for imitation, and for gates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from ..data.losses import bound
+from ..kernels import ops
+from ..kernels.path import Refit
+from ..surgery.selection import LayerSelection, distinct_counts, first_picks
+from .job import (
+    Job,
+    loop_has_kept_weights,
+    until,
+    warn_of_missed_tolerance,
+    warn_of_repeats,
+)
+from .layer_products import LayerProducts, reweighted_losses, unscaled_path
+
+
+def select_from(
+    job: Job, products: LayerProducts, *, swaps: int, damping: float, loss: str = "mse"
+) -> LayerSelection:
+    """Selects a layer by the squared error in its products (README eq. 2, and eq. 4 with a refit).
+
+    swaps, damping: of least squares refitted in each step
+    loss: the kind of loss that gates are of; "mse" for imitation
+    """
+    group, rule = products.group, job.rule(products.group)
+    weights = "refit" if job.weights == "auto" else job.weights
+    as_picked = loop_has_kept_weights(weights, rule)
+    gram, moments = (None, None) if weights == "refit" else products.moments()
+    dense_loss, empty_loss = products.end_losses()
+    goal = -math.inf if job.tolerance is None else job.tolerance * empty_loss
+    fitted: dict[str, Refit] = {}
+    with job.bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
+        stop = until(goal, shown)
+        if gram is None or moments is None:
+            path, fitted = products.refit_path(
+                rule, job.solver_backend, stop, swaps=swaps, damping=damping
+            )
+        elif weights == "none" and not rule.replacement:
+            path = unscaled_path(gram, moments, rule, job.solver_backend, until(-math.inf, shown))
+        else:
+            path = ops.greedy_gram(
+                gram, moments, rule, with_gap=as_picked,
+                step=stop if as_picked else until(-math.inf, shown), backend=job.solver_backend,
+            )  # fmt: skip
+    if gram is not None and moments is not None and not as_picked:
+        along = reweighted_losses(first_picks(path.order), weights, gram, moments)
+        path = replace(path, losses=along[distinct_counts(path.order) - 1])
+    reached = (path.losses <= goal).nonzero()
+    k = int(reached[0]) + 1 if len(reached) else len(path.losses)
+    order, losses, gap = path.order[:k], path.losses[:k], path.gap
+    warn_of_missed_tolerance(group, losses, goal)
+    warn_of_repeats(job, group, order)
+    certified = moments is not None and weights == "counts" and rule.replacement
+    gates = fitted.pop(products.gates) if fitted and products.gates else None
+    return LayerSelection.of_path(
+        group.units, order, weights, fitted or None, gates, losses=losses,
+        gap=None if gap is None else gap[:k],
+        dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
+        bound=bound(dense_loss, moments.spread, k) if certified and moments else None,
+        slices=dict(group.slices), outputs=products.outputs, loss=loss,
+        objective="fisher" if products.gates else "imitation",
+    )  # fmt: skip

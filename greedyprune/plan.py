@@ -1,0 +1,212 @@
+"""Which layer is selected by which objective, in which order, and with which sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+
+from torch import Tensor, nn
+
+from .budget import Budget, relative_losses, within_budget
+from .data.batches import Batches
+from .graph.costs import BudgetReport, Cost
+from .graph.groups import Group
+from .graph.unfold import outputs_of, weight_of
+from .objectives import fisher, imitation, memory, network_loss, output_loss, output_metric
+from .objectives.job import Job
+from .objectives.layer_products import LayerProducts, collect
+from .objectives.memory import WIDEST
+from .objectives.quadratic import select_from
+from .request import Request
+from .surgery.cut import masked
+from .surgery.selection import LayerSelection, Selection
+
+# How a layer is judged:
+OUTPUT_LOSS = "output loss"  # by the model's loss; its consumer gives the model's output
+NETWORK_LOSS = "network loss"  # by the model's loss, through the layers that follow
+IMITATION = "imitation"  # by its consumers' dense outputs, from products of its features
+COLUMNS = "imitation by columns"  # the same, from columns of the Gram matrix
+FISHER = "fisher"  # by the loss in its gates
+
+
+def judge_of(request: Request, group: Group) -> str:
+    """How a layer is judged, before its memory is known."""
+    if request.objective == "fisher":
+        return FISHER
+    draws_by_gradient = request.loss.draw == "gradient"
+    if request.objective != "imitation" and group.output:
+        by_network = request.loss.metric is not None or draws_by_gradient
+        return NETWORK_LOSS if by_network else OUTPUT_LOSS
+    return NETWORK_LOSS if request.objective == "loss" else IMITATION
+
+
+def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
+    """How each layer is judged, by its name.
+
+    Raises:
+        ValueError: a layer that takes more memory than there is, data that give too few passes, or
+            an option that none of the layers can use
+    """
+    judges = {group.producer: judge_of(request, group) for group in groups}
+    imitating = [group for group in groups if judges[group.producer] == IMITATION]
+    held = memory.metric_bytes(job, imitating)
+    for group in groups:
+        judge = judges[group.producer]
+        if judge == IMITATION and _fits_by_columns(job, group, len(imitating)):
+            judges[group.producer] = COLUMNS
+        elif judge == IMITATION:
+            memory.check_imitation(job, group, held)
+        elif judge == FISHER:
+            memory.check_bytes(group, memory.gates_bytes(job, group), job.memory_limit)
+        elif judge == NETWORK_LOSS and job.weights == "refit":
+            memory.check_bytes(group, memory.refit_bytes(job, group), job.memory_limit)
+        elif judge == OUTPUT_LOSS:
+            units = memory.refitted_units(job, group, imitation=False)
+            memory.check_least_squares(group.producer, units, job.memory_limit)
+    _check_passes(job.batches, judges, request.budget)
+    if request.imitation.swaps:
+        _check_swaps(job.model, imitating, request.imitation.swaps)
+    return judges
+
+
+def _fits_by_columns(job: Job, group: Group, imitating: int) -> bool:
+    """Must, and may, a layer imitate by columns of its Gram matrix?
+
+    It must where its products take more memory than there is. It may where columns give the same
+    picks and losses: with the theory's weights, all errors alike, one consumer that takes one
+    feature of each unit, and the dense network's inputs.
+    """
+    dense_inputs = not job.imitation.sequential or not job.traced or imitating < 2
+    same = job.weights in ("counts", "uniform") and job.imitation.metric == "none" and dense_inputs
+    too_large = memory.imitation_bytes(job, group).together > job.memory_limit
+    return too_large and same and is_simple(job.model, group)
+
+
+def is_simple(model: nn.Module, group: Group) -> bool:
+    """Does each unit have one feature, which one Linear takes?"""
+    consumer = model.get_submodule(group.consumer)
+    at = group.slices[f"{group.consumer}.weight"]
+    return len(group.consumers) == 1 and type(consumer) is nn.Linear and at.width == 1
+
+
+def _check_passes(batches: Batches, judges: Mapping[str, str], budget: Budget | None) -> None:
+    why = ""
+    if budget is not None:
+        why = "a budget, which takes a pass for each layer"
+    elif NETWORK_LOSS in judges.values():
+        why = "objective='loss' inside a network, which takes a pass for each candidate"
+    elif len(judges) > 1 and set(judges.values()) != {FISHER}:
+        why = f"{len(judges)} layers, which takes a pass for each layer"
+    if batches.once and why:
+        raise ValueError(
+            f"data: found an iterator for {why}; expected a list, Dataset or DataLoader"
+        )
+
+
+def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
+    for group in groups:
+        width = 0
+        for name in group.consumers:
+            weight = weight_of(model.get_submodule(name))
+            width += weight.numel() // outputs_of(model, group, name) // group.units
+        if width > WIDEST:
+            raise ValueError(
+                f"swaps: found {swaps}, but a unit of layer {group.producer!r} has {width} "
+                f"features; expected at most {WIDEST}, or swaps=None, which leaves such layers out"
+            )
+
+
+def sizes_within(
+    job: Job, request: Request, groups: Sequence[Group], costs: Mapping[str, Cost]
+) -> tuple[dict[str, int], BudgetReport]:
+    """The sizes for a budget, from whole paths of layers by themselves."""
+    assert request.budget is not None
+    budget, by_gates = request.budget, request.objective == "fisher"
+    whole = replace(request, size=1.0, budget=None, replacement=False, round_to=1)
+    job = replace(
+        job, tolerance=None, imitation=replace(job.imitation, swaps=0),
+        rules={group.producer: whole.rule(group, by_loss=False) for group in groups},
+    )  # fmt: skip
+    needed = [
+        memory.gates_bytes(job, group, swaps=False) if by_gates
+        else memory.imitation_bytes(job, group)
+        for group in groups
+    ]  # fmt: skip
+    for group, size in zip(groups, needed, strict=True):  # however it is judged afterwards
+        memory.check_bytes(group, size, job.memory_limit)
+    turns = memory.turns(groups, needed, job.memory_limit, once=job.batches.once)
+    damping = job.fisher.damping if by_gates else job.imitation.damping
+    kind = job.criterion.kind if by_gates else "mse"
+
+    def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
+        if by_gates:
+            return fisher.gate_products(job, turn)
+        return collect(
+            job.model, turn, job.batches, {}, job.bar, job.checkpoint, "for a budget ", owned=True
+        )
+
+    def path_of(products: LayerProducts) -> LayerSelection:
+        return select_from(job, products, swaps=0, damping=damping, loss=kind)
+
+    def losses() -> dict[str, Tensor]:
+        by_layer: dict[str, Tensor] = {}
+        for turn in turns:
+            by_layer |= relative_losses(turn, products_of(turn), path_of, job.ranks)
+        return by_layer
+
+    def compute() -> tuple[dict[str, int], dict[str, object]]:
+        sizes, report = within_budget(
+            budget, job.model, groups, job.batches, costs.get(budget.kind), request.round_to, losses
+        )
+        return sizes, asdict(report)
+
+    sizes, report = job.checkpoint.value("sizes", compute)
+    return sizes, BudgetReport(**report)  # type: ignore[arg-type]
+
+
+def select_layers(
+    job: Job, groups: Sequence[Group], judges: Mapping[str, str]
+) -> dict[str, LayerSelection]:
+    """Selects all layers: those inside the network first, those that give its output last."""
+    by_judge = {
+        judge: [group for group in groups if judges[group.producer] == judge]
+        for judge in dict.fromkeys(judges.values())
+    }
+    selected: dict[str, LayerSelection] = {}
+    for judge, select in _TOGETHER.items():
+        if judge in by_judge:
+            selected |= select(job, by_judge[judge])
+    sequential = job.imitation.sequential and job.loss.sequential
+    if sequential and by_judge.get(OUTPUT_LOSS) and selected:
+        job = replace(job, model=masked(job.model, Selection(selected)))
+    for group in by_judge.get(OUTPUT_LOSS, []):
+        layer = job.checkpoint.finished(group.producer)
+        layer = layer or output_loss.select_layer(job, group)
+        selected[group.producer] = job.checkpoint.finish(group.producer, layer)
+    return selected
+
+
+def _imitation(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
+    roots: dict[str, Tensor] = {}
+    if job.imitation.metric == "fisher":
+        names = ((group, name) for group in groups for name in group.consumers)
+        outputs = {name: outputs_of(job.model, group, name) for group, name in names}
+        roots = output_metric.roots(job, outputs)
+    return imitation.select_layers(job, groups, roots)
+
+
+def _by_columns(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
+    selected = {}
+    for group in groups:
+        layer = job.checkpoint.finished(group.producer)
+        layer = layer or output_loss.select_layer(job, group, imitation=True)
+        selected[group.producer] = job.checkpoint.finish(group.producer, layer)
+    return selected
+
+
+_TOGETHER: Mapping[str, Callable[[Job, Sequence[Group]], dict[str, LayerSelection]]] = {
+    FISHER: fisher.select_layers,
+    IMITATION: _imitation,
+    COLUMNS: _by_columns,
+    NETWORK_LOSS: network_loss.select_layers,
+}

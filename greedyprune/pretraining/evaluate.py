@@ -1,0 +1,72 @@
+"""The loss and the metric of a whole network over batches of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch
+from ..data.forward import evaluating, main_output, run_model
+from ..data.losses import Criterion, Metric, number
+
+ACCURACY = "accuracy"  # counted batch by batch; a function of the user's needs all outputs at once
+
+
+def metric_of(metric: object, criterion: Criterion) -> str | Metric | None:
+    """The metric that `PretrainingMonitor(metric=...)` means for this loss."""
+    if metric == "auto":
+        return ACCURACY if criterion.kind in ("cross_entropy", "bce_with_logits") else None
+    if metric is None or callable(metric):
+        return metric
+    raise TypeError(f"metric: found {metric!r}, expected 'auto', a function or None")
+
+
+def loss_and_metric(
+    model: nn.Module, batches: Iterable[Batch], criterion: Criterion, metric: str | Metric | None
+) -> tuple[float, float | None]:
+    """The loss over all samples, reduced as torch reduces it, and the metric (None: there is none).
+
+    A loss or metric that is a function of the user's is called once, with the outputs and targets
+    of all batches concatenated. The model is left as it was (see `evaluating`).
+
+    Raises:
+        ValueError: data without targets, or that the model or the loss does not take
+        TypeError: a function of the user's that returns no number
+    """
+    loss_sum, mass, correct, labelled = 0.0, 0.0, 0, 0
+    pairs: list[tuple[Tensor, Tensor]] = []  # outputs and targets, for the user's functions
+    with evaluating(model):
+        for batch in batches:
+            outputs = main_output(run_model(model, batch))
+            if (targets := batch.targets) is None:
+                raise ValueError(
+                    "data: found inputs without targets, expected both, to measure the loss"
+                )
+            if criterion.function is not None or callable(metric):
+                pairs.append((outputs, targets))
+            if criterion.function is None:
+                target = criterion.target(targets, tuple(outputs.shape) or (1,))
+                columns = outputs.reshape(-1, target.outputs).T  # (C, m)
+                loss_sum += float(target.loss_sum(columns.double()))
+                mass += target.mass
+            if metric == ACCURACY:
+                batch_correct, batch_labelled = _correct(outputs, targets, criterion)
+                correct, labelled = correct + batch_correct, labelled + batch_labelled
+        concatenated = [torch.cat(tensors) for tensors in zip(*pairs, strict=True)]
+        if criterion.function is not None:
+            loss_sum, mass = number("loss", criterion.function(*concatenated)), 1.0
+        if callable(metric):
+            return loss_sum / mass, number("metric", metric(*concatenated))
+    return loss_sum / mass, correct / labelled if metric == ACCURACY else None
+
+
+def _correct(outputs: Tensor, targets: Tensor, criterion: Criterion) -> tuple[int, int]:
+    """How many predictions are correct, and how many predictions have a label."""
+    if criterion.kind == "bce_with_logits":
+        return int(((outputs > 0) == (targets > 0.5)).sum()), targets.numel()
+    if targets.is_floating_point():  # class probabilities
+        targets = targets.argmax(-1)
+    labelled = targets != criterion.ignore_index
+    return int(((outputs.argmax(-1) == targets) & labelled).sum()), int(labelled.sum())

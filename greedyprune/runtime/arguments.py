@@ -1,0 +1,38 @@
+"""Checks of plain arguments: each error names the argument, what was found, what was expected."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import TypeGuard
+
+import numpy as np
+
+
+def positive_int(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    whole = isinstance(value, float) and value.is_integer()
+    if not (is_int(value) or whole):
+        raise TypeError(f"{name}: found {value!r}, expected an int")
+    checked = int(value)  # type: ignore[call-overload]
+    if checked < 1:
+        raise ValueError(f"{name}: found {value!r}, expected at least 1")
+    return int(checked)
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{name}: found {value!r}, expected one of {', '.join(map(repr, allowed))}"
+        )
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """An int, Python's or NumPy's, and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A finite real number, Python's or NumPy's, and no bool."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)

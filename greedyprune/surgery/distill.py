@@ -1,0 +1,121 @@
+"""All layers of a pruned network trained together, towards the outputs of the dense one's layers.
+
+Least squares fits one layer to the inputs that it receives, and can't change these. Here gradients
+go through the whole pruned network, to lower
+
+    sum over layers of  |a - a_dense|^2 / |a_dense|^2
+
+a is a layer's output after the linear operations that follow it: its normalisation and its sum with
+a shortcut. Where a ReLU follows, a is only the positive part (graph/executor.py). The dense
+network's values are the only targets. This is the regression of intermediate layers in knowledge
+distillation (Romero et al. 2015, arXiv:1412.6550), for all layers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch, Batches, samples_of
+from ..data.forward import evaluating
+from ..graph.executor import GraphExecutors, tensors_of
+from ..graph.propagate import Slice
+from ..graph.tracing import Layer
+from .selection import Selection
+
+RATE = 1e-3  # Adam's (Kingma and Ba 2015), falling to 0 along a cosine
+SAMPLES = 128  # in one step of Adam
+SEED = 0  # of the order of the samples
+TINY = 1e-12  # the least |a_dense|^2 to divide by
+
+
+def distill(
+    model: nn.Module, small: nn.Module, selection: Selection, layers: Sequence[Layer],
+    batches: Batches, epochs: int, bar: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Changes the weights of `small`, in place.
+
+    Args:
+        model: the dense model
+        small: the pruned model
+        selection: the selection that `small` was cut by
+        layers: the layers whose outputs are compared
+        epochs: passes over the batches
+        bar: draws a progress bar
+    """
+    kept_outputs = _kept_outputs(selection, layers)
+    dense, pruned = GraphExecutors(model), GraphExecutors(small)
+    trained = {id(p): p.detach().clone().requires_grad_() for p in small.parameters()}
+    dense_tensors = tensors_of(model)
+    tensors = {name: trained.get(id(t), t) for name, t in tensors_of(small).items()}
+    optimiser = torch.optim.Adam(trained.values(), RATE)
+    count = len(batches) or sum(1 for _ in batches)
+    torch.manual_seed(SEED)  # `evaluating` restores torch's random state
+    with evaluating(small):
+        for epoch in bar(range(epochs), "distilling"):
+            for i, batch in enumerate(batches):
+                parts = _parts(batch)
+                for j, part in enumerate(parts):
+                    done = (epoch + (i + j / len(parts)) / count) / epochs
+                    optimiser.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * done)) / 2
+                    with torch.no_grad():
+                        targets = dense.of(part).path_ends(part, dense_tensors, kept_outputs)
+                    with torch.enable_grad():
+                        outputs = pruned.of(part).path_ends(part, tensors, kept_outputs)
+                        errors = [
+                            _relative_error(outputs[name], targets[name], kept_outputs[name])
+                            for name in outputs
+                        ]
+                        optimiser.zero_grad()
+                        torch.stack(errors).sum().backward()
+                    optimiser.step()
+    for parameter in small.parameters():
+        parameter.data.copy_(trained[id(parameter)].detach())
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """The batch in parts of at most SAMPLES samples, which are drawn anew in every call."""
+    samples = samples_of(batch)
+    if samples is None:
+        return [batch]
+    return [batch.take(drawn) for drawn in torch.randperm(samples).split(SAMPLES)]
+
+
+class _KeptOutputs(NamedTuple):
+    """The units (K,) int64 of a layer's outputs that are kept, of `total` units."""
+
+    at: Slice  # where the layer's weight has them
+    units: Tensor
+    total: int
+
+    def of(self, target: Tensor, like: Tensor) -> Tensor:
+        """The dense network's values of the outputs that `like` has."""
+        for dim, size in enumerate(target.shape):
+            if size != like.shape[dim]:
+                unsplit = size == self.at.width * self.total  # otherwise a dimension of heads, say
+                at = self.at if unsplit else Slice(dim, 1, size // self.total)
+                entries = at.entries(self.units, self.total)
+                return target.index_select(dim, entries.to(target.device))
+        return target
+
+
+def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _KeptOutputs | None]:
+    """The kept outputs of each layer, by its name in the dense model; None: all."""
+    kept_outputs: dict[str, _KeptOutputs | None] = {layer.name: None for layer in layers}
+    for layer in layers:
+        for selected in selection.layers.values():
+            at = selected.slices.get(layer.weight)
+            if at is not None and at.dim == layer.out_dim:
+                units = _KeptOutputs(at, selected.kept, len(selected.counts))
+                kept_outputs[layer.name] = units
+    return kept_outputs
+
+
+def _relative_error(output: Tensor, target: Tensor, kept: _KeptOutputs | None) -> Tensor:
+    """|output - target|^2 / |target|^2, a scalar."""
+    target = target if kept is None else kept.of(target, output)
+    return (output - target).square().mean() / target.square().mean().clamp(min=TINY)

@@ -1,0 +1,250 @@
+"""`refit`: least squares for each layer of a pruned network, towards the dense network's outputs.
+
+A selection gives new weights only to the layers that take the selected units as inputs. The layers
+after them also receive inputs that differ from the dense network's. `refit` visits all these layers
+in the order in which they run. It solves for each one's weights on the inputs that the layer
+receives from the layers refitted before it:
+
+    min over D of  |t - (W + D) x|^2 + ridge |D|^2
+
+x is the layer's input in the pruned network, W its weights there, D their change, and t the layer's
+output in the dense network. Where the output is added to a shortcut, t also compensates for the
+shortcut's error (graph/replay.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ..data.batches import Batches
+from ..data.forward import evaluating
+from ..graph.propagate import Slice
+from ..graph.replay import Replay
+from ..graph.tracing import Layer
+from ..graph.unfold import module_weight, unfolded_parts
+from ..kernels.least_squares import ridge
+from ..kernels.products import add_right, add_upper_product, mirror
+from ..runtime.arguments import is_int, positive_int
+from ..runtime.distributed import Ranks, ranks_of, unwrapped
+from ..runtime.fingerprint import same_on_all
+from ..runtime.free_memory import room
+from ..runtime.progress import Bar, bars
+from .cut import check_made_for, cut, masked
+from .distill import distill
+from .hf_config import describe
+from .selection import Selection
+
+DAMPING = 1e-3  # the ridge, as a share of the features' mean square
+ROUNDS = 4  # of least squares before a ReLU: each takes its target from the last one's outputs
+
+
+def refit(
+    model: nn.Module,
+    selection: Selection,
+    data: object,
+    *,
+    epochs: int = 0,
+    memory_limit: int | None = None,
+    progress: bool | None = None,
+    process_group: ProcessGroup | None = None,
+) -> nn.Module:
+    """Returns a pruned model like `prune`'s, in which the layers' weights are solved for again.
+
+    Every Linear and convolution that runs after the first cut gets the weights with which its
+    outputs come closest to those in the dense network, by least squares on the pruned network's
+    inputs. Layers are solved in the order in which they run. This takes no labels and, without
+    `epochs`, no gradients. Where a layer has a bias, the bias is solved for, too. Where it has none
+    but a normalisation with a bias follows, that bias is solved for. No bias is added. Grouped
+    convolutions and weights that several layers share stay as they are.
+
+    Args:
+        model: the dense model that the selection was made for; it is not changed
+        selection: from `select`
+        data: as for `select`, and best the same; targets are not used
+        epochs: passes over the data in which all layers are then trained together, by gradients,
+            towards the outputs of the dense network's layers. 0: none. 20 gain a point of accuracy
+            or more where much was cut
+        memory_limit: bytes for the activations between two layers. Where they do not fit, they are
+            computed again for every layer. None: half the memory that is free
+        progress: False: no progress bars
+        process_group: of torch.distributed. Each rank brings its own part of the data, and all
+            ranks get the same model. None: the default group, where it is initialised
+
+    Returns:
+        a new, physically smaller nn.Module, with the same shapes as `prune`'s
+
+    Raises:
+        TypeError: `model` is no nn.Module, `selection` no Selection, `data` no data
+        ValueError: a selection for another model, data without samples or an iterator, NaN or inf
+            in a layer's inputs, `epochs` that are no count or that are given to several ranks, a
+            `memory_limit` below 1, or a model that torch.export can't trace
+
+    Example:
+        >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> data = torch.randn(32, 4), torch.randn(32, 1)
+        >>> small = greedyprune.refit(model, greedyprune.select(model, data, size=3), data)
+        >>> small[0].weight.shape
+        torch.Size([3, 4])
+    """
+    ranks = ranks_of(process_group)
+    with ranks.together():
+        model = unwrapped(model)
+        check_made_for(model, selection)
+        _check_epochs(epochs, ranks)
+        memory_limit = positive_int("memory_limit", memory_limit)
+        batches = _batches_of(data, model, ranks)
+        bar = bars(progress if ranks.rank == 0 else False)
+        shared = memory_limit is None and not batches.on_gpu
+        limit = ranks.memory(memory_limit or room(batches.device), shared)
+        selected = selection.layers.items()
+        kept = {f"kept of {name!r}": repr(layer.kept.tolist()) for name, layer in selected}
+        with same_on_all(ranks, model, kept):
+            return _refit(model, selection, batches, epochs, limit, bar)
+
+
+def _check_epochs(epochs: int, ranks: Ranks) -> None:
+    if not is_int(epochs) or epochs < 0:
+        raise ValueError(f"epochs: found {epochs!r}, expected an int, 0 or more")
+    if epochs and ranks.size > 1:
+        raise ValueError(
+            f"epochs: found {epochs} with {ranks.size} ranks, expected 0, or a process_group of "
+            "one process"
+        )
+
+
+def _batches_of(data: object, model: nn.Module, ranks: Ranks) -> Batches:
+    """The data as batches that can be read once for each layer."""
+    batches = Batches(data, model, ranks)
+    batches.share_first()
+    if batches.once:
+        raise ValueError(
+            "data: found an iterator, but every layer takes a pass; expected a list, Dataset or "
+            "DataLoader"
+        )
+    return batches
+
+
+def _refit(
+    model: nn.Module, selection: Selection, batches: Batches, epochs: int, limit: int, bar: Bar
+) -> nn.Module:
+    full = masked(model, selection)
+    cut_inputs = {name: layer for layer in selection.layers.values() for name in layer.outputs}
+    with evaluating(model):
+        replay = Replay(model, batches, limit)
+        place = replay.order(list(cut_inputs))
+        for name in sorted(cut_inputs, key=place.__getitem__):
+            replay.change(name, weight=full.get_parameter(f"{name}.weight"))
+        layers = replay.after_changes()
+        for layer in layers:
+            channels = None
+            if layer.name in cut_inputs:
+                inputs = cut_inputs[layer.name]
+                at = inputs.slices[layer.weight]
+                channels = at.entries(inputs.kept, len(inputs.counts))
+            _refit_layer(full, layer, channels, replay, bar)
+        del replay  # and the activations that it holds
+        small = cut(full, selection)
+        if epochs and layers:
+            distill(model, small, selection, layers, batches, epochs, bar)
+    describe(small, selection)
+    return small
+
+
+def _refit_layer(
+    full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Bar
+) -> None:
+    """Changes one layer of `full` and of the replay's pruned network.
+
+    channels: those of the layer's input channels that are kept; None: all
+    """
+    path, scale, shifted = replay.linear_path(layer.name), None, None
+    if layer.bias is not None:
+        shifted = layer.name
+    elif path.norm is not None:
+        shifted, scale = path.norm, path.scale
+    bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
+    problem = _LeastSquares(full.get_submodule(layer.name), layer, channels, bias, scale)
+    for _ in range(ROUNDS if path.rectified else 1):
+        for inputs, error in replay.errors(layer.name, bar):
+            problem.add(inputs, error)
+        problem.solve(replay.ranks)
+        replay.change(layer.name, weight=full.get_parameter(layer.weight))
+        if shifted is not None and bias is not None:
+            replay.change(shifted, bias=bias)
+
+
+class _LeastSquares:
+    """One layer's least squares: sums over all data, in float64, and their solution.
+
+    A row of the sums is a feature: an input channel, for a convolution one of its taps, and last a
+    constant 1, where there is a bias.
+
+    channels: those of the layer's input channels that are kept; None: all
+    bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
+        normalisation's; None: there is no constant
+    scale: (outputs,), the normalisation's factors of the layer's outputs; None: 1
+    """
+
+    def __init__(
+        self, module: nn.Module, layer: Layer, channels: Tensor | None, bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._module, self._name, self._dim = module, layer.name, layer.in_dim
+        self._weight = module.get_parameter("weight")
+        self._bias, self._scale = bias, scale
+        if channels is None:
+            channels = torch.arange(self._weight.shape[self._dim])
+        self._channels = channels.to(self._weight.device)
+        taps = self._weight[0, 0].numel()
+        rows, outputs = len(channels) * taps, self._weight.shape[1 - self._dim]
+        rows += self._bias is not None
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
+        self._gram, self._right = zeros(rows, rows), zeros(rows, outputs)
+        self._factor: Tensor | None = None
+        self._gram_is_whole = False  # the inputs are the same in every round
+
+    def add(self, inputs: Tensor, error: Tensor) -> None:
+        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
+        if not inputs.isfinite().all():
+            raise ValueError(
+                f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
+            )
+        for columns, target in unfolded_parts(self._module, inputs, error):
+            assert target is not None
+            rows = columns[self._channels].flatten(0, 1)
+            if self._bias is not None:
+                rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
+            add_right(self._right, rows, target, rows.dtype)
+            if not self._gram_is_whole:
+                add_upper_product(self._gram, rows, rows.dtype)
+
+    def solve(self, ranks: Ranks) -> None:
+        """Changes the layer's weight and the bias, in place, for the sums over all ranks."""
+        ranks.sum(f"right side {self._name!r}", self._right)
+        if not self._gram_is_whole:
+            ranks.sum_upper(f"products {self._name!r}", self._gram)
+        self._gram_is_whole = True
+        change = ranks.on_first(f"weights {self._name!r}", lambda: self._solution().cpu())
+        change = change.to(self._right)
+        self._right.zero_()
+        if self._bias is not None:
+            constant = change[:, -1] if self._scale is None else change[:, -1] * self._scale
+            self._bias.add_(constant.to(self._bias.dtype))
+            change = change[:, :-1]
+        shaped = change.reshape(len(change), len(self._channels), -1)
+        shaped = module_weight(shaped, Slice(self._dim), self._weight)
+        self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
+
+    def _solution(self) -> Tensor:
+        """The change of the weights, (outputs, rows); the ridge leaves the constant free."""
+        if self._factor is None:
+            mirror(self._gram)
+            features = len(self._gram) - (self._bias is not None)
+            inputs = self._gram[:features, :features]
+            inputs.diagonal().add_(ridge(inputs, DAMPING))
+            self._factor = torch.linalg.cholesky(self._gram)
+        return torch.cholesky_solve(self._right, self._factor).T

@@ -1,0 +1,171 @@
+"""A pruned model as one safetensors file, and a model of the dense architecture cut to match it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.executor import tensors_of
+from ..runtime.files import read_tensors, write_tensors
+from .hf_config import apply_sizes, config_sizes
+from .module_sizes import can_be_cut, sizes_of
+
+FORMAT = "greedyprune-pruned-1"
+
+
+def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Writes a pruned model as one safetensors file, for `load_pruned`; it contains no pickle.
+
+    The file has all parameters and buffers under their names in the state dict, tied ones once. Its
+    header has the modules' sizes, as JSON. It has neither the modules' code nor their mode, nor
+    which parameters require gradients.
+
+    Args:
+        model: a model that `prune` or `refit` returned, trained since or not; or any nn.Module
+        path: the file to write; it replaces any file of this name once it is complete
+
+    Raises:
+        TypeError: `model` is no nn.Module, has a state outside of its parameters and buffers, or is
+            on the meta device
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> greedyprune.save_pruned(model, "small.safetensors")
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    tensors = tensors_of(model)
+    for name in model.state_dict():
+        if name not in tensors:
+            raise TypeError(f"model: found {name!r} in its state, expected parameters and buffers")
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise TypeError(f"model: {name!r} is on the meta device, expected numbers in memory")
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    header = {
+        "sizes": {name: sizes for name, m in model.named_modules() if (sizes := sizes_of(m))},
+        "tied": {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
+        "config": config_sizes(model),
+    }
+    untied = {name: tensors[name].detach() for name in first.values()}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
+    if len(storages) < len(untied):  # tensors share memory, which the format does not allow
+        untied = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in untied.items()
+        }
+    entries = {key: json.dumps(value) for key, value in header.items()}
+    write_tensors(path, untied, {"format": FORMAT} | entries)
+
+
+def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module]) -> nn.Module:
+    """Reads a file from `save_pruned` into a model of the dense architecture; returns the model.
+
+    The layers of that model are cut to the sizes in the file. Every parameter and buffer comes from
+    the file, with its dtype. Tensors that are tied in the file are tied again.
+
+    Args:
+        path: the file
+        model_factory: a function without arguments, which is called once. It returns a model of the
+            architecture that was pruned, with any weights. A model under `torch.device("meta")`
+            takes no time and memory
+
+    Returns:
+        the factory's model, its tensors on the devices where they were (meta: on the CPU)
+
+    Raises:
+        FileNotFoundError: there is no such file
+        ValueError: the file is no pruned model, or is damaged, or the factory's model has another
+            architecture
+        TypeError: `model_factory` is no function, or does not return an nn.Module
+
+    Example:
+        >>> def dense():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> inputs, targets = torch.randn(32, 4), torch.randn(32, 1)
+        >>> model = dense()
+        >>> small = greedyprune.prune(model, greedyprune.select(model, (inputs, targets), size=3))
+        >>> greedyprune.save_pruned(small, "small.safetensors")
+        >>> greedyprune.load_pruned("small.safetensors", dense)[0]
+        Linear(in_features=4, out_features=3, bias=True)
+    """
+    if isinstance(model_factory, nn.Module) or not callable(model_factory):
+        raise TypeError(
+            f"model_factory: found {type(model_factory).__name__}, expected a function that "
+            "returns the dense model"
+        )
+    tensors, header = read_tensors(path, FORMAT, "pruned model")
+    try:
+        sizes, tied, config = (json.loads(header[key]) for key in ("sizes", "tied", "config"))
+        tensors |= {name: tensors[first] for name, first in tied.items()}
+    except (KeyError, ValueError):
+        raise ValueError(f"path: the header of {str(path)!r} is damaged") from None
+    model = model_factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model_factory: found that it returns {type(model).__name__}, expected an nn.Module"
+        )
+    _check_architecture(model, sizes, tensors)
+    for name, attributes in sizes.items():
+        for attribute, size in attributes.items():
+            setattr(model.get_submodule(name), attribute, size)
+    placed: dict[int, Tensor] = {}
+    for name, dense in tensors_of(model).items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, _placed(tensors[name], dense, placed))
+    apply_sizes(model, config)
+    return model
+
+
+def _placed(tensor: Tensor, dense: Tensor, placed: dict[int, Tensor]) -> Tensor:
+    """A tensor of the file, as what stands in the place of the dense model's tensor.
+
+    placed: by the identity of the file's tensors: those that have a place, for others tied to them
+    """
+    if id(tensor) not in placed:
+        new = tensor if dense.is_meta else tensor.to(dense.device)
+        if isinstance(dense, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=dense.requires_grad)
+        placed[id(tensor)] = new
+    return placed[id(tensor)]
+
+
+def _check_architecture(
+    model: nn.Module, sizes: dict[str, dict[str, int]], tensors: dict[str, Tensor]
+) -> None:
+    """ValueError unless pruning could have made the file's model of this one."""
+    dense, modules = tensors_of(model), dict(model.named_modules())
+    for name in tensors:
+        if name not in dense:
+            raise ValueError(f"model_factory: its model lacks {name!r}, which the file has")
+    for name in dense:
+        if name not in tensors:
+            raise ValueError(f"model_factory: its model has {name!r}, which the file lacks")
+    dense_sizes = {
+        name: module_sizes for name, module in modules.items() if (module_sizes := sizes_of(module))
+    }
+    for name in sorted(sizes.keys() | dense_sizes.keys()):
+        attributes = sizes.get(name, {}).keys()
+        if name not in modules or dense_sizes.get(name, {}).keys() != attributes:
+            kind = type(modules[name]).__name__ if name in modules else "no module"
+            raise ValueError(
+                f"model_factory: found {kind} at {name!r}, expected a module with "
+                f"{sorted(attributes) or 'no sizes'}"
+            )
+    for name, tensor in dense.items():
+        module = modules[name.rpartition(".")[0]]
+        before, after = tuple(tensor.shape), tuple(tensors[name].shape)
+        if len(before) != len(after) or not all(
+            size == full or (size < full and can_be_cut(module, dim))
+            for dim, (full, size) in enumerate(zip(before, after, strict=True))
+        ):
+            raise ValueError(
+                f"model_factory: found {name!r} of shape {before}, expected one that pruning cuts "
+                f"to the file's {after}"
+            )

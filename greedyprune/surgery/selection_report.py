@@ -1,0 +1,119 @@
+"""How a Selection is shown: `Selection.summary` as a table, `Selection.plot` as a figure."""
+
+from __future__ import annotations
+
+import textwrap
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..graph.costs import BudgetReport
+from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
+from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+Change = tuple[int, int] | None  # a cost of the dense and of the pruned model; None: not known
+
+
+class LayerPath(Protocol):
+    """The attributes of a LayerSelection that are shown.
+
+    This module can't import that class, because selection.py imports this module.
+    """
+
+    @property
+    def order(self) -> Tensor: ...
+    @property
+    def counts(self) -> Tensor: ...
+    @property
+    def kept(self) -> Tensor: ...
+    @property
+    def losses(self) -> Tensor: ...
+    @property
+    def dense_loss(self) -> Tensor: ...
+    @property
+    def bound(self) -> Tensor | None: ...
+    @property
+    def gap(self) -> Tensor | None: ...
+    @property
+    def weighting(self) -> str: ...
+    @property
+    def loss(self) -> str: ...
+    @property
+    def objective(self) -> str: ...
+
+
+def summary(
+    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None
+) -> Table:
+    """A table with one row for each layer, and below it the costs and the budget."""
+    from rich.table import Table
+
+    titles = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
+    table = Table(title=f"greedy forward selection ({', '.join(titles)})")
+    for column in ("layer", "kept", "steps", "weights", "loss", "dense loss", "gap", "bound"):
+        table.add_column(column, justify="left" if column in ("layer", "weights") else "right")
+    for name, layer in layers.items():
+        table.add_row(
+            name, f"{len(layer.kept)} of {len(layer.counts)}", str(len(layer.order)),
+            layer.weighting, _last(layer.losses), f"{float(layer.dense_loss):.4g}",
+            _last(layer.gap), _last(layer.bound),
+        )  # fmt: skip
+    table.caption = "\n".join(_caption(params, flops, budget)) or None
+    return table
+
+
+def _last(values: Tensor | None) -> str:
+    """The value at the last step; empty where it is not known."""
+    return "" if values is None else f"{float(values[-1]):.4g}"
+
+
+def _caption(params: Change, flops: Change, budget: BudgetReport | None) -> Iterator[str]:
+    for change, unit in ((params, "parameters"), (flops, "FLOPs of the first batch")):
+        if change is not None:
+            before, after = change
+            yield f"{before:,} {unit} before, {after:,} after ({after / max(1, before):.1%})"
+    if budget is not None:
+        yield (
+            f"{budget.what} {budget.reached:.4g} for a budget of {budget.share:.4g}; loss of the "
+            f"widths {budget.objective:.4g}, at most {budget.gap:.2g} above the best"
+        )
+
+
+def plot(layers: Mapping[str, LayerPath]) -> Figure:
+    """A figure with one panel for each layer; ImportError without matplotlib."""
+    figure, panels = panels_of(len(layers))
+    for panel, (name, layer) in zip(panels, layers.items(), strict=True):
+        _draw(panel, layer)
+        title = [*textwrap.wrap(f"layer {name}", 30)]
+        title.append(f"{len(layer.kept)} of {len(layer.counts)} units kept")
+        panel.set_title("\n".join(title), fontsize="medium")
+    legend_below(figure)
+    return figure
+
+
+def _draw(panel: Axes, layer: LayerPath) -> None:
+    """The loss against the steps, the proved bound and the dense loss, where they are known."""
+    steps = torch.arange(1, len(layer.order) + 1)
+    marker = "o" if len(steps) < 10 else ""
+    panel.plot(steps, layer.losses, marker=marker, markersize=4, color=BLUE, label="pruned")
+    lowest, highest = float(layer.losses.min()), float(layer.losses.max())
+    if layer.bound is not None:
+        panel.plot(steps, layer.bound, ":", color=GREY, label="proved bound (eq. 3)")
+        highest = max(highest, float(layer.bound.max()))
+    if layer.objective == "loss":
+        dense = float(layer.dense_loss)
+        panel.axhline(dense, linestyle="--", color=BLACK, linewidth=1, label="dense")
+        lowest = min(lowest, dense)
+    if 0 < 10 * lowest < highest:
+        panel.set_yscale("log")
+    panel.locator_params(axis="x", integer=True, min_n_ticks=1)
+    panel.set_xlabel("greedy steps k")
+    panel.set_ylabel(f"{layer.objective} ({layer.loss})")

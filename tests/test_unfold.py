@@ -1,0 +1,85 @@
+"""Layers as matrix products: inputs, outputs and weights brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from greedyprune.graph import unfold
+from greedyprune.graph.propagate import Slice
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (5, 6)),
+    "linear, tokens": (lambda: nn.Linear(6, 4), (5, 3, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3, stride=2, dilation=2, padding=1), (5, 6, 11)),
+    "conv1d, one sample": (lambda: nn.Conv1d(6, 4, 3), (6, 11)),
+    "conv2d": (lambda: nn.Conv2d(6, 4, (3, 2), (1, 2), (2, 1), (2, 1)), (5, 6, 9, 8)),
+    "conv2d, same": (lambda: nn.Conv2d(6, 4, (3, 4), padding="same"), (5, 6, 9, 8)),
+    "conv2d, reflect": (
+        lambda: nn.Conv2d(6, 4, 3, padding=(1, 2), padding_mode="reflect"), (5, 6, 9, 8)
+    ),
+    "conv3d": (lambda: nn.Conv3d(6, 4, (2, 1, 3), padding=(0, 1, 2)), (5, 6, 3, 4, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@torch.no_grad()
+def test_a_layer_is_a_product(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight times its unfolded inputs, plus the bias, is its output; in parts, too."""
+    torch.manual_seed(0)
+    module, inputs = make().double(), torch.randn(shape, dtype=torch.float64)
+    outputs = module(inputs)
+
+    def check() -> int:
+        parts = list(unfold.unfolded_parts(module, inputs, outputs))
+        columns = torch.cat([part for part, _ in parts], 2).flatten(0, 1)
+        expected = torch.cat([target for _, target in parts], 1)
+        product = module.weight.flatten(1) @ columns + module.bias[:, None]
+        torch.testing.assert_close(product, expected)
+        return len(parts)
+
+    assert check() == 1
+    monkeypatch.setattr(unfold, "PART", 1)  # one sample in each part
+    monkeypatch.setattr(unfold, "PRODUCT", 1)
+    tokens = inputs[..., 0].numel() if isinstance(module, nn.Linear) else len(inputs)
+    assert check() == (1 if shape == (6, 11) else tokens)
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_inputs_by_position(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """A layer with kernel size 1 and stride 1 has the same positions in both forms."""
+    module, inputs = make(), torch.randn(shape)
+    if not isinstance(module, nn.Linear):
+        module = type(module)(6, 4, 1)
+    expected = unfold.unfolded(module, inputs).flatten(0, 1).T
+    assert unfold.by_position(module, inputs).equal(expected)
+
+
+@pytest.mark.parametrize("outer", [1, 2])
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d"])
+def test_weights_by_unit_and_back(kind: str, outer: int, inner: int) -> None:
+    """`unit_major` puts each unit's features together, and `module_weight` puts them back."""
+    units, features = 5, 5 * outer * inner
+    kernel = (2, 3) if kind == "Conv2d" else ()
+    weight = torch.randn(4, features, *kernel)
+    at = Slice(1, outer, inner)
+    if kind == "Conv1D":
+        weight, at = weight.T.contiguous(), Slice(0, outer, inner)
+    by_unit = unfold.unit_major(weight, at, units)
+    for unit in range(units):
+        entries = at.entries(torch.tensor([unit]), units)
+        expected = weight.index_select(at.dim, entries)
+        expected = expected.T if kind == "Conv1D" else expected.flatten(1)
+        assert by_unit.view(4, units, -1)[:, unit].equal(expected)
+    assert unfold.module_weight(by_unit.view(4, units, -1), at, weight).equal(weight)
+
+
+def test_half_precision_is_unfolded_as_float32() -> None:
+    inputs = torch.randn(5, 6).bfloat16()
+    assert unfold.unfolded(nn.Linear(6, 4), inputs).dtype == torch.float32
