@@ -32,6 +32,7 @@ from baselines import (
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import Loss
 from greedyprune.data.losses import Criterion
 from greedyprune.kernels import cuda as _cuda
 from greedyprune.kernels import ops, reference
@@ -294,8 +295,8 @@ def small() -> None:
     hows: list[dict[str, Any]] = [
         {"steps": 6},
         {"size": 5},
-        {"steps": 6, "candidates": 7},
-        {"steps": 5, "batch_size": 50, "shortlist": 4},
+        {"steps": 6, "objective": Loss(candidates=7)},
+        {"steps": 5, "objective": Loss(batch_size=50, shortlist=4)},
     ]
     criteria = (
         nn.CrossEntropyLoss(),

@@ -144,7 +144,7 @@ def test_another_call_is_refused(tmp_path: Path) -> None:
         ("with memory_limit None, found 90000;", lambda: select(name, folder, memory_limit=90000)),
         ("first batch ", lambda: select(name, folder, batches_of((inputs + 1, classes), 60))),
         ("first batch ", lambda: select(name, folder, batches_of((inputs, classes), 59))),
-        ("with loss 'cross_entropy', found 'mse';",
+        ("with loss cross_entropy, found mse;",
          lambda: select(name, folder, batches_of((inputs, shares), 60))),
         ("with model: '2.bias' ", lambda: greedyprune.select(
             other_model(), batches_of((inputs, classes), 60), steps=30, checkpoint=folder)),
@@ -333,7 +333,7 @@ def test_a_shuffled_loader_with_a_seed_goes_on(kind: str, tmp_path: Path) -> Non
 
     def run(folder: Path) -> Selection:
         return greedyprune.select(
-            two_layers(), shuffled(kind), size=9, memory_limit=32_000,
+            two_layers(), shuffled(kind), size=9, memory_limit=42_000,
             objective=Imitation(swaps=0, sequential=False), checkpoint=folder,
         )  # fmt: skip
 
@@ -483,8 +483,11 @@ for line in sys.stdin:
 @pytest.mark.usefixtures("one_thread")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """kill -9, twice in each run, and then to the end. A process that has threads can't fork, so
-    one that has none does."""
-    rng, took = random.Random(KILLS), dict[str, float]()
+    one that has none does.
+
+    A kill lands where the run had begun its folder and was not at its end.
+    """
+    rng, took, landed = random.Random(KILLS), dict[str, float](), 0
     command = [sys.executable, "-c", FORKS, str(Path(__file__).parent)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -499,10 +502,12 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
                 forks.stdin.write("\n")
                 forks.stdin.flush()
                 status, elapsed = json.loads(forks.stdout.readline())
-                assert status == (-signal.SIGKILL if attempt < 2 else 0) or status == 0
+                assert status == 0 or (attempt < 2 and status == -signal.SIGKILL)
+                landed += status != 0 and (tmp_path / f"{kill}" / "call-0.json").is_file()
                 took[name] = max(took.get(name, 0.0), elapsed)
             check_same(Selection.load(out), select(name), exactly=True)
         forks.stdin.close()
+    assert landed >= KILLS // 4
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:

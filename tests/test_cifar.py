@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import greedyprune
+from greedyprune import Imitation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar import accuracy, kept, read_cifar
@@ -28,8 +29,8 @@ def test_some_of_a_resnet20() -> None:
     layers = [name for name, _ in model.named_modules() if name.endswith("conv1")]
     found = {}
     for how, options in {
-        "counts": {"weights": "counts", "sequential": False},
-        "refit": {"sequential": False},
+        "counts": {"weights": "counts", "objective": Imitation(sequential=False)},
+        "refit": {"objective": Imitation(sequential=False)},
         "in sequence": {},
     }.items():
         selection = greedyprune.select(model, data, layers=layers, **options)

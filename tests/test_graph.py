@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
+from greedyprune import Loss
 from greedyprune.data.batches import Batch
 from greedyprune.graph import layers as layers_module
 from greedyprune.graph.groups import Group, analyse, find_groups
@@ -400,7 +401,7 @@ def test_extreme_scales(scale: float) -> None:
         for parameter in model[0].parameters():
             parameter *= scale
         model[2].weight /= scale
-    for options in ({"steps": 30}, {"steps": 30, "batch_size": 50}):
+    for options in ({"steps": 30}, {"steps": 30, "objective": Loss(batch_size=50)}):
         selection = greedyprune.select(model, (x, y), backend="cpu", **options)
         expected = greedyprune.select(model, (x, y), backend="reference", **options)
         assert selection.order.equal(expected.order)

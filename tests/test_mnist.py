@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import Loss
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -36,7 +37,7 @@ def trained(request: pytest.FixtureRequest, mnist_folder: Path) -> tuple[nn.Modu
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 150}, {"size": 0.1}, {"steps": 40, "batch_size": 256}]
+    "options", [{"steps": 150}, {"size": 0.1}, {"steps": 40, "objective": Loss(batch_size=256)}]
 )
 def test_picks_are_the_float64_references(
     trained: tuple[nn.Module, Tensor, Tensor], options: dict[str, object]

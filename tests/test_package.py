@@ -152,7 +152,9 @@ model = nn.Sequential(nn.Linear(4, 4096), nn.ReLU(), nn.Linear(4096, 50))
 inputs, targets = torch.randn(40000, 4), torch.randint(50, (40000,))
 print("start", flush=True)
 try:
-    greedyprune.select(model, (inputs, targets), steps={steps}, progress=False, **{options})
+    greedyprune.select(
+        model, (inputs, targets), steps={steps}, progress=False, objective={objective}
+    )
 except KeyboardInterrupt:
     assert not model[2]._forward_pre_hooks and model.training
     print("interrupted", flush=True)
@@ -160,10 +162,10 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"loss": "cross_entropy", "batch_size": 30000}], ids=["full", "mini-batches"]
+    "objective", ["'loss'", "greedyprune.Loss(batch_size=30000)"], ids=["full", "mini-batches"]
 )
-def test_ctrl_c_stops_a_kernel_within_a_second(options: dict[str, object]) -> None:
-    code = INTERRUPTED.format(steps=300, options=options)
+def test_ctrl_c_stops_a_kernel_within_a_second(objective: str) -> None:
+    code = INTERRUPTED.format(steps=300, objective=objective)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "start\n"

@@ -156,8 +156,8 @@ def test_bound_and_gap_are_their_formulas(backend: str, loss: str) -> None:
         ({"weights": "uniform"}, False, False),
         ({"weights": "none"}, False, False),
         ({"weights": "refit"}, False, False),
-        ({"candidates": 6}, False, False),
-        ({"batch_size": 20}, False, False),
+        ({"objective": Loss(candidates=6)}, False, False),
+        ({"objective": Loss(batch_size=20)}, False, False),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import greedyprune
+from greedyprune import Imitation
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def pruned(model: nn.Module, inputs: object, **options: object) -> nn.Module:
     data = inputs if isinstance(inputs, dict) else [inputs]
     selection = greedyprune.select(
-        model, data, **{"objective": "imitation", "weights": "none", "sequential": False} | options
+        model, data, **{"objective": Imitation(sequential=False), "weights": "none"} | options
     )
     return greedyprune.prune(model, selection)
 

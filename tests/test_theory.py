@@ -10,6 +10,7 @@ from oracle import Dense, problem
 from torch import nn
 
 import greedyprune
+from greedyprune import Loss
 from greedyprune.kernels import backend
 from greedyprune.pretraining import theory
 from greedyprune.pretraining.theory import (
@@ -81,7 +82,11 @@ def test_the_certificate_of_a_gram_matrix_is_that_of_the_selection() -> None:
 
 def test_no_certificate_where_the_bound_is_not_proved() -> None:
     model, x, y = problem("mse", c=3)
-    for options in ({"size": 4}, {"steps": 4, "candidates": 3}, {"steps": 4, "weights": "refit"}):
+    for options in (
+        {"size": 4},
+        {"steps": 4, "objective": Loss(candidates=3)},
+        {"steps": 4, "weights": "refit"},
+    ):
         selection = greedyprune.select(model, (x, y), **options)
         with pytest.raises(ValueError, match="selection: found one without a bound"):
             certificate(selection)
