@@ -1,4 +1,4 @@
-"""A layer inside a network, judged by the loss of the whole network: README eq. 1 as it stands.
+"""A layer inside a network, judged by the loss of the whole network: eq. (1) as it stands.
 
 Each candidate is a run of the layers that follow (Ye et al. 2020, arXiv:2003.01794).
 """
@@ -144,7 +144,7 @@ def _checked(metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class NetworkObjective:
-    """README eq. 1 for a layer inside a network, whose loss need not be convex in its output.
+    """eq. (1) for a layer inside a network, whose loss need not be convex in its output.
 
     scaled:  are the picked units' outgoing weights times N c / k? Else they stay as they are
     batches: mini-batches of the data's samples, of which step k scores on one
