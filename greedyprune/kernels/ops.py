@@ -28,7 +28,7 @@ from .checks import (
     check_target,
     checked_units,
 )  # fmt: skip
-from .path import Exact, Moments, NestedLeastSquares, Path, Rule, Step
+from .path import Exact, Moments, NestedFit, Path, Rule, Step
 from .products import columns_rounding, float64_rounding
 from .structs import Extent
 
@@ -308,7 +308,7 @@ def greedy_pointwise(
 def greedy_refit(
     gram: Tensor, right: Tensor, target_norm: float, rule: Rule, *, width: int = 1,
     scale: float = 1.0, step: Step | None = None, backend: str = "cpu",
-) -> tuple[Path, NestedLeastSquares]:  # fmt: skip
+) -> tuple[Path, NestedFit]:  # fmt: skip
     """All greedy steps of least squares that is refitted in every step.
 
     Each step adds the unit with the largest drop of min_B |t - B x_S|^2, where S are the picked
@@ -322,7 +322,7 @@ def greedy_refit(
         scale: factor of the losses; 1 gives the squared errors
         backend: "cuda" computes on the processor, as "cpu" does: no kernel is written for a GPU
 
-    Source: README, "NestedLeastSquares": a Cholesky factor, of which a column is formed when its unit is picked.
+    Source: eq. (4): a Cholesky factor, of which a column is formed when its unit is picked.
     """
     check_backend(backend, "cpu", "cuda", "reference")
     features = len(gram)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Called after each greedy step with (k, unit, loss). The path ends there if it returns True.
 Step = Callable[[int, int, float], bool]
-NORM_ROWS = 256  # rows of the inverse factor that `NestedLeastSquares.norms` multiplies at a time
+NORM_ROWS = 256  # rows of the inverse factor that `NestedFit.norms` multiplies at a time
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Path:
 
 
 @dataclass(frozen=True)
-class NestedLeastSquares:
+class NestedFit:
     """Least squares on the units in the order of their first picks, for every number of them.
 
     A unit has w features side by side: one as the input of a Linear, its taps for a convolution.

@@ -20,7 +20,7 @@ from ..graph.groups import Group
 from ..graph.unfold import unfolded_parts, unit_major, weight_of
 from ..kernels import exchange, ops
 from ..kernels.least_squares import on_units, ridge
-from ..kernels.path import Moments, NestedLeastSquares, Path, Rule, Step
+from ..kernels.path import Moments, NestedFit, Path, Rule, Step
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.checkpoint import NO_CHECKPOINT, Checkpoint
 from ..runtime.distributed import Ranks
@@ -220,7 +220,7 @@ class LayerProducts:
 
     def refit_path(
         self, rule: Rule, backend: str, step: Step | None, *, swaps: int, damping: float
-    ) -> tuple[Path, dict[str, NestedLeastSquares]]:
+    ) -> tuple[Path, dict[str, NestedFit]]:
         """Greedy steps of least squares refitted in each (eq. (4)), then exchanges.
 
         The losses are those without the ridge. Several consumers take a unit through features of
@@ -255,9 +255,7 @@ class LayerProducts:
             if len(self.consumers) > 1:
                 rows = torch.arange(len(fitted.factor)).view(-1, width)[:, columns].flatten()
                 solved = fitted.solved[rows][:, outputs].clone()
-                part = NestedLeastSquares(
-                    fitted.units.clone(), fitted.factor[rows[:, None], rows], solved
-                )
+                part = NestedFit(fitted.units.clone(), fitted.factor[rows[:, None], rows], solved)
             losses = losses - its_ridge / self.mass * part.norms()[at]
             if consumer.root is not None:  # the weights themselves are the same in any metric
                 plain = torch.linalg.solve(consumer.root, part.solved, left=False)
@@ -265,7 +263,7 @@ class LayerProducts:
             by_consumer[consumer.name] = part
         return replace(path, losses=losses.clamp(min=0)), by_consumer
 
-    def refit_on(self, units: Tensor, damping: float) -> dict[str, NestedLeastSquares]:
+    def refit_on(self, units: Tensor, damping: float) -> dict[str, NestedFit]:
         """Each consumer's least squares on given units (K,) int64."""
         return {
             consumer.name: on_units(

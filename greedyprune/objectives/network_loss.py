@@ -29,7 +29,7 @@ from .job import (
 from .layer_products import LayerProducts, collect
 from .memory import refit_bytes
 from .minibatches import MiniBatches, mini_batches
-from .network import Network, State
+from .network import Network, NetworkState
 from .options import Imitation
 
 NEAR = 1e-5  # relative: losses so close are computed again in float64 (float32's differ by 1e-7)
@@ -161,7 +161,7 @@ class NetworkObjective:
         self._steps = Steps(job.checkpoint, group.producer)
         self._counts = torch.zeros(group.units, dtype=torch.float64)
         self._loss = math.nan
-        self._seen: dict[Network, tuple[int, list[State]]] = {}
+        self._seen: dict[Network, tuple[int, list[NetworkState]]] = {}
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
         label = f"scores {k} {everywhere}"
@@ -209,7 +209,7 @@ class NetworkObjective:
     def _factors(self, k: int) -> Tensor:
         return self._counts * self._one(k)
 
-    def _states(self, network: Network, k: int, everywhere: bool) -> list[State] | None:
+    def _states(self, network: Network, k: int, everywhere: bool) -> list[NetworkState] | None:
         """The mini-batch of step k, run up to the layer; None: all data."""
         if everywhere or self._batches is None or self._samples is None:
             return None

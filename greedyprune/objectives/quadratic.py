@@ -9,7 +9,7 @@ import torch
 
 from ..data.losses import bound
 from ..kernels import ops
-from ..kernels.path import NestedLeastSquares
+from ..kernels.path import NestedFit
 from ..surgery.selection import LayerSelection, distinct_counts, first_picks
 from .job import (
     Job,
@@ -35,7 +35,7 @@ def select_from(
     gram, moments = (None, None) if weights == "refit" else products.moments()
     dense_loss, empty_loss = products.end_losses()
     goal = -math.inf if job.tolerance is None else job.tolerance * empty_loss
-    fitted: dict[str, NestedLeastSquares] = {}
+    fitted: dict[str, NestedFit] = {}
     with job.bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
         stop = until(goal, shown)
         if gram is None or moments is None:

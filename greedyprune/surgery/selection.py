@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
-from ..kernels.path import NestedLeastSquares
+from ..kernels.path import NestedFit
 from ..runtime.arguments import is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
 from . import selection_report
@@ -28,7 +28,7 @@ FORMAT = "greedyprune-selection-2"
 TENSORS = (
     "order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct",
 )  # fmt: skip
-REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(NestedLeastSquares))
+REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(NestedFit))
 MOST_NAMES = 8  # of layers in an error message
 
 
@@ -76,13 +76,13 @@ class LayerSelection:
     weighting: str
     loss: str
     objective: str
-    fitted: Mapping[str, NestedLeastSquares] | None = field(default=None, repr=False)
-    gates: NestedLeastSquares | None = field(default=None, repr=False)
+    fitted: Mapping[str, NestedFit] | None = field(default=None, repr=False)
+    gates: NestedFit | None = field(default=None, repr=False)
 
     @classmethod
     def of_path(
-        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, NestedLeastSquares] | None,
-        gates: NestedLeastSquares | None = None, **fields: Any,
+        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, NestedFit] | None,
+        gates: NestedFit | None = None, **fields: Any,
     ) -> LayerSelection:  # fmt: skip
         """The record of the picks `order` (k,) among `units` units.
 
@@ -131,7 +131,7 @@ class LayerSelection:
         return _outgoing_ascending(self.fitted[consumer], len(self.kept))
 
 
-def _outgoing_ascending(fitted: NestedLeastSquares, distinct: int) -> Tensor:
+def _outgoing_ascending(fitted: NestedFit, distinct: int) -> Tensor:
     """The least squares on the first `distinct` units, with these units in ascending order."""
     return fitted.outgoing(distinct)[:, fitted.units[:distinct].argsort()]
 
@@ -274,9 +274,7 @@ class Selection:
             fields |= {key: tensors.get(f"{i}.{key}") for key in TENSORS}
             fields["slices"] = {key: Slice(*at) for key, at in fields["slices"].items()}
             refits = {
-                key: NestedLeastSquares(
-                    **{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS}
-                )
+                key: NestedFit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
                 for key in ("gates", *(f"fitted.{consumer}" for consumer in fields["outputs"]))
                 if f"{i}.{key}.units" in tensors
             }
