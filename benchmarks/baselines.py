@@ -186,7 +186,7 @@ def by_products(p: Candidates) -> Tensor:
 
 
 def greedy_vectorised(layer: Layer, steps: int, form: Form) -> list[int]:
-    """README eq. 1, literally: computes every candidate's outputs in every step."""
+    """eq. (1), literally: computes every candidate's outputs in every step."""
     z, order = layer.nothing(), []
     for k in range(1, steps + 1):
         i = int(vectorised(layer.candidates(z, k), form).argmin())
@@ -196,7 +196,7 @@ def greedy_vectorised(layer: Layer, steps: int, form: Form) -> list[int]:
 
 
 def greedy_matrix_vector(layer: Layer, steps: int) -> list[int]:
-    """README eq. 2; each step computes one column of the Gram matrix, H @ h_i."""
+    """eq. (2); each step computes one column of the Gram matrix, H @ h_i."""
     norm, beta = sums(layer)
     c, order = torch.zeros_like(norm), []
     for k in range(1, steps + 1):
@@ -207,7 +207,7 @@ def greedy_matrix_vector(layer: Layer, steps: int) -> list[int]:
 
 
 def sums(layer: Layer) -> tuple[Tensor, Tensor]:
-    """|phi_j|^2 and <phi_j, t> of README eq. 2, both (N,) float64."""
+    """|phi_j|^2 and <phi_j, t> of eq. (2), both (N,) float64."""
     norm = torch.linalg.vector_norm(layer.features, dim=1).square()
     norm = norm * layer.outgoing.square().sum(1)
     beta = ((layer.features @ (layer.targets - layer.bias)) * layer.outgoing).sum(1)
@@ -223,7 +223,7 @@ def gram_matrix(layer: Layer) -> Tensor:
 def greedy_on_gram(
     gram: Tensor, norm: Tensor, beta: Tensor, steps: int, replacement: bool = True
 ) -> list[int]:
-    """README eq. 2 on the whole Gram matrix, in O(N) per step."""
+    """eq. (2) on the whole Gram matrix, in O(N) per step."""
     base, c, order = norm / 2, torch.zeros_like(norm), []
     for k in range(1, steps + 1):
         i = int((base + c - k * beta).argmin())

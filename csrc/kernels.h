@@ -1,6 +1,6 @@
 // The whole contract between Python and the compiled half: types, shapes, launchers.
 //
-// Notation (README, "What it computes"): N units, m samples, C outputs. Unit j adds
+// Notation (docs/how-it-works.md): N units, m samples, C outputs. Unit j adds
 // phi_j(s) = h_j(s) * w_j to the outputs, with h the features and w the outgoing weights
 // (already scaled by N, the papers' mean-field scaling). A greedy step k picks
 //
@@ -96,7 +96,7 @@ struct Workspace {      // the greedy loop's scratch
   int64_t ranks;        // the number of processes
 };
 
-// Squared error through sums over the samples (README eq. 2). `scale` is 1 / (m C).
+// Squared error through sums over the samples (eq. (2)). `scale` is 1 / (m C).
 struct Quadratic {
   int64_t units;
   double scale;

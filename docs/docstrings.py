@@ -2,7 +2,7 @@
 
 The package writes a record's fields as `name: text` without a heading, several names before one
 text, "Example:" in the singular, headings between the arguments of a long list, and equations as
-"README eq. 1".
+"eq. (1)".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import griffe
 
 ENTRY = re.compile(r"^(?P<indent> *)(?P<names>[a-z]\w*(?:, [a-z]\w*)*):(?P<text>(?: .*)?)$")
 SECTION = re.compile(r"^ *[A-Z][a-z]+:")
-EQUATION = re.compile(r"README eq\. (\d)")
+EQUATION = re.compile(r"\beq\. \((\d)\)")
 EQUATIONS = {  # where how-it-works.md has them
     "1": "greedy-forward-selection",
     "2": "squared-error-sums-over-samples-are-enough",

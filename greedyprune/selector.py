@@ -66,7 +66,7 @@ def select(
     """Selects the units to keep, by greedy forward selection.
 
     Each step adds the unit that lowers the loss most (Ye et al. 2020, arXiv:2003.01794; Wolfe et
-    al. 2021, arXiv:2108.00259; README eq. 1). The model is not changed; `prune` cuts it.
+    al. 2021, arXiv:2108.00259; eq. (1)). The model is not changed; `prune` cuts it.
 
     Args:
         model: any nn.Module; it runs in eval mode without gradients

@@ -92,6 +92,18 @@ def test_the_house_names_every_room() -> None:
         assert f"`{folder.name}/`" in page, folder.name
 
 
+def test_the_house_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "house.md").read_text()
+    names = set(re.findall(r"`([a-z_/]+\.(?:py|h|cpp|toml|md))`", page))
+    assert len(names) > 20
+    folders = ("greedyprune", "csrc", "tests", "docs")
+    files = [f"/{file.name}" for file in ROOT.iterdir()]
+    for folder in folders:
+        files += [f"/{name(file)}" for file in (ROOT / folder).rglob("*.*")]
+    for path in sorted(names):
+        assert any(file.endswith(f"/{path}") for file in files), path
+
+
 def test_the_readme_is_short_and_names_the_first_commands() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 130

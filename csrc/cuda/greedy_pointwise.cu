@@ -390,8 +390,7 @@ __global__ void settle(Progress* progress, Path path, Pointwise p, int64_t k, do
   constexpr double epsilon = Number<double>::epsilon;
   path.losses[k - 1] = loss;
   progress->tangent = {
-      loss, along,
-      epsilon * (kTotalRoundings * fabs(loss) + (terms + kTotalRoundings) * magnitude)};
+      loss, along, epsilon * fma(terms + kTotalRoundings, magnitude, kTotalRoundings * fabs(loss))};
   // The error of a slope relative to |phi_j| (rounding.h): of its sums in float32 over the outputs
   // and a thread's samples (at most 8), of the gradient, and of products that underflow.
   progress->slope_error =

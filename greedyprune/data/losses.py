@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # For each loss: the number that the kernels know it by, and the smoothness of l in the outputs
-# (B of README eq. 3 before any mean over the outputs).
+# (B of eq. (3) before any mean over the outputs).
 KINDS = {"mse": (0, 2.0), "cross_entropy": (1, 0.5), "bce_with_logits": (2, 0.25)}
 _FUNCTIONS: dict[object, str] = {
     functional.mse_loss: "mse",
@@ -442,7 +442,7 @@ def harmonic(steps: int) -> Tensor:
 
 
 def bound(dense_loss: float, spread: float, steps: int) -> Tensor:
-    """The right side of README eq. 3, L_N + (B/2) V H_k / k, for k = 1 ... steps: (steps,) float64.
+    """The right side of eq. (3), L_N + (B/2) V H_k / k, for k = 1 ... steps: (steps,) float64.
 
     dense_loss: L_N
     spread:     (B/2) V, where samples have the weights that they have in the loss

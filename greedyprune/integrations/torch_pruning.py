@@ -82,7 +82,7 @@ class GreedyImportance(Importance):
         >>> model[0].out_channels
         4
 
-    Source: Ye et al. 2020, arXiv:2003.01794; README eq. 2 for imitation.
+    Source: Ye et al. 2020, arXiv:2003.01794; eq. (2) for imitation.
     """
 
     def __init__(self, model: nn.Module, data: object) -> None:

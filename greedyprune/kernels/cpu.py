@@ -15,7 +15,7 @@ from ..data.losses import Target
 from ..runtime.distributed import Ranks
 from .backend import extension
 from .least_squares import feature_rows
-from .path import Exact, Moments, Path, Refit, Rule, Step
+from .path import Exact, Moments, NestedFit, Path, Rule, Step
 from .structs import Extent, Native, Run, Structs, type_number
 
 FORESEEN_RANK = 128  # rank of the approximate Gram matrix that coming picks are foreseen with
@@ -174,7 +174,7 @@ def greedy_pointwise(
 def greedy_refit(
     gram: Tensor, right: Tensor, target_norm: float, rule: Rule, width: int, scale: float,
     step: Step | None,
-) -> tuple[Path, Refit]:  # fmt: skip
+) -> tuple[Path, NestedFit]:  # fmt: skip
     features, outputs = right.shape
     units = features // width
     run, most = Run(rule, units, False), rule.most(units)
@@ -210,7 +210,7 @@ def greedy_refit(
     root = factor[feature_rows(picked, width), :size].contiguous()
     diagonal = root.diagonal()
     diagonal[diagonal == 0] = 1  # of a dependent feature, as in least_squares.factored
-    return path, Refit(picked, root, solved[:size].clone())
+    return path, NestedFit(picked, root, solved[:size].clone())
 
 
 def swap_gains(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import ops
 from .least_squares import on_units
-from .path import Refit
+from .path import NestedFit
 
 TRIED_UNITS = 8  # kept units that an exchange is tried for in a round: the cheapest to drop
 LEAST_GAIN = 1e-9  # share of |t|^2 that an exchange has to gain, well above the gains' rounding
@@ -42,7 +42,7 @@ class Swept(NamedTuple):
 def best_exchanged(
     gram: Tensor, right: Tensor, target_norm: float, kept: Tensor, width: int, limit: int,
     backend: str,
-) -> Refit:  # fmt: skip
+) -> NestedFit:  # fmt: skip
     """Least squares on the units that are kept after exchanges from two starts, the better one.
 
     One start is `kept`. The other is what elimination leaves, if there are at most

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .path import Refit
+from .path import NestedFit
 
 # A feature is dependent where the features before it leave less than this share of its own squared
 # norm. The rounding of a float64 Gram matrix of correlated features is smaller by some orders of
@@ -95,7 +95,9 @@ def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
     return factor, dependent
 
 
-def on_units(gram: Tensor, right: Tensor, units: Tensor, width: int, added: float = 0.0) -> Refit:
+def on_units(
+    gram: Tensor, right: Tensor, units: Tensor, width: int, added: float = 0.0
+) -> NestedFit:
     """Least squares on given units, for every number of them in the order given.
 
     With the ridge, the matrix has to be positive definite. It is factored as it is: scaling it to
@@ -121,7 +123,7 @@ def on_units(gram: Tensor, right: Tensor, units: Tensor, width: int, added: floa
     block = gram[rows[:, None], rows]
     block.diagonal().add_(added)
     factor = torch.linalg.cholesky(block)
-    return Refit(units, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False))
+    return NestedFit(units, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False))
 
 
 def feature_rows(units: Tensor, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The greedy loop in Python (README eq. 1), for objectives that no kernel runs as a whole."""
+"""The greedy loop in Python (eq. (1)), for objectives that no kernel runs as a whole."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Objective(Protocol):
 def greedy(objective: Objective, rule: Rule, step: Step | None = None) -> Path:
     """Runs greedy forward selection.
 
-    Source: README eq. 1 (Ye et al. 2020; Wolfe et al. 2021, algorithm 1).
+    Source: eq. (1) (Ye et al. 2020; Wolfe et al. 2021, algorithm 1).
     """
     available = list(range(objective.units))
     order: list[int] = []

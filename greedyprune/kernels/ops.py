@@ -28,7 +28,7 @@ from .checks import (
     check_target,
     checked_units,
 )  # fmt: skip
-from .path import Exact, Moments, Path, Refit, Rule, Step
+from .path import Exact, Moments, NestedFit, Path, Rule, Step
 from .products import columns_rounding, float64_rounding
 from .structs import Extent
 
@@ -108,7 +108,7 @@ def candidate_loss(
     Returns:
         (n,) float64: sums, to be divided by `target.mass`
 
-    Source: README eq. 1.
+    Source: eq. (1).
 
     Example:
         >>> import torch
@@ -170,7 +170,7 @@ def candidate_slope(
 def gram_columns(
     features: Tensor, outgoing: Tensor, units: Tensor, out: Tensor, spread: bool = False
 ) -> None:
-    """Writes columns of the Gram matrix: out[i, j] = <phi_units[i], phi_j>, README eq. 2.
+    """Writes columns of the Gram matrix: out[i, j] = <phi_units[i], phi_j>, eq. (2).
 
     The error of an entry is at most `columns_rounding(features.dtype)` |phi_i| |phi_j|.
 
@@ -198,7 +198,7 @@ def greedy_gram(
         ranks: the processes that the samples of `exact` are spread over; Gram matrix and moments
             are those of all samples
 
-    Source: README eq. 2.
+    Source: eq. (2).
 
     Example:
         >>> import torch
@@ -237,7 +237,7 @@ def greedy_columns(
         capacity: the most columns that are kept
         backend: "cpu" or "cuda"
 
-    Source: README eq. 2. Which columns are fetched together changes no number.
+    Source: eq. (2). Which columns are fetched together changes no number.
     """
     check_backend(backend, "cpu", "cuda")
     _check_exact(exact, moments, backend, ranks)
@@ -283,7 +283,7 @@ def greedy_pointwise(
             this one may have none; mass is that of all samples
         backend: "cpu" or "cuda"
 
-    Source: README eq. 1.
+    Source: eq. (1).
     """
     check_backend(backend, "cpu", "cuda")
     check_features(features, outgoing, backend, spread=ranks.size > 1)
@@ -308,7 +308,7 @@ def greedy_pointwise(
 def greedy_refit(
     gram: Tensor, right: Tensor, target_norm: float, rule: Rule, *, width: int = 1,
     scale: float = 1.0, step: Step | None = None, backend: str = "cpu",
-) -> tuple[Path, Refit]:  # fmt: skip
+) -> tuple[Path, NestedFit]:  # fmt: skip
     """All greedy steps of least squares that is refitted in every step.
 
     Each step adds the unit with the largest drop of min_B |t - B x_S|^2, where S are the picked
@@ -322,7 +322,7 @@ def greedy_refit(
         scale: factor of the losses; 1 gives the squared errors
         backend: "cuda" computes on the processor, as "cpu" does: no kernel is written for a GPU
 
-    Source: README, "Refit": a Cholesky factor, of which a column is formed when its unit is picked.
+    Source: eq. (4): a Cholesky factor, of which a column is formed when its unit is picked.
     """
     check_backend(backend, "cpu", "cuda", "reference")
     features = len(gram)

@@ -1,6 +1,6 @@
 """The records that every backend takes and returns: rule, sums, path and refitted weights.
 
-A greedy step picks one unit. A path is the sequence of the picks. README, "What it computes", has
+A greedy step picks one unit. A path is the sequence of the picks. docs/how-it-works.md has
 the equations and the notation: N units, m samples, C outputs, phi_j what unit j adds to the
 outputs, t the targets less the bias.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Called after each greedy step with (k, unit, loss). The path ends there if it returns True.
 Step = Callable[[int, int, float], bool]
-NORM_ROWS = 256  # rows of the inverse factor that `Refit.norms` multiplies at a time
+NORM_ROWS = 256  # rows of the inverse factor that `NestedFit.norms` multiplies at a time
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Refit:
+class NestedFit:
     """Least squares on the units in the order of their first picks, for every number of them.
 
     A unit has w features side by side: one as the input of a Linear, its taps for a convolution.
@@ -120,7 +120,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over all samples that squared error needs beside the Gram matrix (README eq. 2).
+    """Sums over all samples that squared error needs beside the Gram matrix (eq. (2)).
 
     samples:     m
     mass:        what the sums are divided by to give the loss
@@ -128,7 +128,7 @@ class Moments:
     beta:        (N,) float64, <phi_j, t>
     target_norm: |t|^2
     dense_loss:  the loss of the layer with all its units
-    spread:      (B/2) V of README eq. 3
+    spread:      (B/2) V of eq. (3)
     empty_loss:  the loss of the layer without units
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.losses import Target
 from .least_squares import on_units
 from .loop import greedy
-from .path import Moments, Path, Refit, Rule, Step
+from .path import Moments, NestedFit, Path, Rule, Step
 
 CHUNK_ENTRIES = 2**24  # the most entries of a temporary
 
@@ -57,7 +57,7 @@ def candidate_slope(
 
 
 class QuadraticObjective:
-    """Squared error by README eq. 2 on the Gram matrix, for `loop.greedy`."""
+    """Squared error by eq. (2) on the Gram matrix, for `loop.greedy`."""
 
     def __init__(self, gram: Tensor, moments: Moments, with_gap: bool = True) -> None:
         self.units = len(gram)
@@ -149,7 +149,7 @@ def greedy_refit(
     width: int = 1,
     scale: float = 1.0,
     step: Step | None = None,
-) -> tuple[Path, Refit]:
+) -> tuple[Path, NestedFit]:
     """All greedy steps of least squares that is refitted in every step."""
     path = greedy(RefitObjective(gram, right, target_norm, width, scale), rule, step)
     picked = torch.tensor(list(dict.fromkeys(path.order.tolist())))

@@ -2,7 +2,7 @@
 
 A gate a_j multiplies unit j's outgoing weights, and u_j(s) is the derivative of the loss of sample
 s in it, with the data's labels. The loss rises with gates a by about half the mean of
-(sum_j (1 - a_j) u_j)^2 (README eq. 5): a squared error with features u_j, whose Gram matrix is the
+(sum_j (1 - a_j) u_j)^2 (eq. (5)): a squared error with features u_j, whose Gram matrix is the
 empirical Fisher information. One backward pass serves all layers.
 """
 

@@ -77,7 +77,7 @@ def generator(seed: int, stream: int) -> torch.Generator:
 
 
 def loop_has_kept_weights(weights: str, rule: Rule) -> bool:
-    """Does the loop of README eq. 1 evaluate the network that is kept?
+    """Does the loop of eq. (1) evaluate the network that is kept?
 
     It does for weights N c / k, which are N / kept where no unit is picked twice.
     """

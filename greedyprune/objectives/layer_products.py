@@ -2,7 +2,7 @@
 
 Each consumer's input is unfolded to one column for each position (a convolution's input as its
 patches), and K = X X^T is added up. With w_a the weights on feature a, units i and j have
-G_ij = N^2 sum of K_ab <w_a, w_b> over their features a and b (README eq. 2). The right side of
+G_ij = N^2 sum of K_ab <w_a, w_b> over their features a and b (eq. (2)). The right side of
 every least squares problem is K W^T.
 """
 
@@ -20,7 +20,7 @@ from ..graph.groups import Group
 from ..graph.unfold import unfolded_parts, unit_major, weight_of
 from ..kernels import exchange, ops
 from ..kernels.least_squares import on_units, ridge
-from ..kernels.path import Moments, Path, Refit, Rule, Step
+from ..kernels.path import Moments, NestedFit, Path, Rule, Step
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.checkpoint import NO_CHECKPOINT, Checkpoint
 from ..runtime.distributed import Ranks
@@ -200,7 +200,7 @@ class LayerProducts:
         return max(0.0, dense) / self.mass, empty / self.mass
 
     def moments(self) -> tuple[Tensor, Moments]:
-        """G (N, N) float64 and the sums of README eq. 2, for the dense output as the target."""
+        """G (N, N) float64 and the sums of eq. (2), for the dense output as the target."""
         units, (first, *others) = self.group.units, self.consumers
         gram = first.unit_gram()
         for consumer in others:
@@ -220,8 +220,8 @@ class LayerProducts:
 
     def refit_path(
         self, rule: Rule, backend: str, step: Step | None, *, swaps: int, damping: float
-    ) -> tuple[Path, dict[str, Refit]]:
-        """Greedy steps of least squares refitted in each (README eq. 4), then exchanges.
+    ) -> tuple[Path, dict[str, NestedFit]]:
+        """Greedy steps of least squares refitted in each (eq. (4)), then exchanges.
 
         The losses are those without the ridge. Several consumers take a unit through features of
         their own: their least squares problems are one, whose matrices are zero between them.
@@ -255,7 +255,7 @@ class LayerProducts:
             if len(self.consumers) > 1:
                 rows = torch.arange(len(fitted.factor)).view(-1, width)[:, columns].flatten()
                 solved = fitted.solved[rows][:, outputs].clone()
-                part = Refit(fitted.units.clone(), fitted.factor[rows[:, None], rows], solved)
+                part = NestedFit(fitted.units.clone(), fitted.factor[rows[:, None], rows], solved)
             losses = losses - its_ridge / self.mass * part.norms()[at]
             if consumer.root is not None:  # the weights themselves are the same in any metric
                 plain = torch.linalg.solve(consumer.root, part.solved, left=False)
@@ -263,7 +263,7 @@ class LayerProducts:
             by_consumer[consumer.name] = part
         return replace(path, losses=losses.clamp(min=0)), by_consumer
 
-    def refit_on(self, units: Tensor, damping: float) -> dict[str, Refit]:
+    def refit_on(self, units: Tensor, damping: float) -> dict[str, NestedFit]:
         """Each consumer's least squares on given units (K,) int64."""
         return {
             consumer.name: on_units(
@@ -297,7 +297,7 @@ class LayerProducts:
 def unscaled_path(
     gram: Tensor, moments: Moments, rule: Rule, backend: str, step: Step | None = None
 ) -> Path:
-    """Greedy steps for weights that stay as they are: README eq. 2 with N in the place of k.
+    """Greedy steps for weights that stay as they are: eq. (2) with N in the place of k.
 
     A unit's share of the target is then a constant, like its norm. A number that is added to all
     units' constants, so that none is below the norm, changes no pick. The path's losses are those

@@ -1,4 +1,4 @@
-"""The sums over all samples that a selection by features needs, in one pass: README eq. 2 and 3."""
+"""The sums over all samples that a selection by features needs, in one pass: eq. (2) and (3)."""
 
 from __future__ import annotations
 

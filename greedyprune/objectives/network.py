@@ -35,7 +35,7 @@ SAMPLES = {"cpu": PART, "cuda": 8192}  # candidates times samples that run toget
 LAYERS = 16  # at most so many values as large as the layer's output are in memory at once
 
 
-class State:
+class NetworkState:
     """A batch in the network, run up to a node; without a executor it is run from its inputs."""
 
     def __init__(self, batch: Batch, executors: GraphExecutors | None) -> None:
@@ -74,7 +74,7 @@ class _Loss:
         self.sum = torch.zeros((), dtype=torch.float64)
         self.mass = 0.0
 
-    def add(self, state: State, outputs: Tensor) -> None:
+    def add(self, state: NetworkState, outputs: Tensor) -> None:
         if self._criterion.kind == "custom" and state.batch.targets is not None:
             self._outputs.append(outputs.to(self._outputs[0].dtype))
             self._targets.append(state.batch.targets)
@@ -121,7 +121,7 @@ class Network:
         self._executors: GraphExecutors | None = GraphExecutors(model) if traced else None
         self._layer: str | None = None
         self._suffixes: dict[GraphExecutor, NetworkSuffix] = {}
-        self._states: list[State] | None = None  # None: run from the inputs every time
+        self._states: list[NetworkState] | None = None  # None: run from the inputs every time
         self._changed: dict[str, Tensor] = {}
         self._traced, self._vmaps = traced, True
         self._exact: Network | None = None
@@ -197,9 +197,9 @@ class Network:
         if self._exact is not None:
             self._exact.change(weights)
 
-    def states_of(self, batch: Batch) -> list[State]:
+    def states_of(self, batch: Batch) -> list[NetworkState]:
         """The samples of a batch, run up to the layer."""
-        states = [State(part, self._executors) for part in self._parts(batch)]
+        states = [NetworkState(part, self._executors) for part in self._parts(batch)]
         for state in states:
             assert self._layer is not None
             state.advance(self._layer, self._tensors)
@@ -216,7 +216,7 @@ class Network:
 
     def losses(
         self, group: Group, factors: Tensor, candidates: Sequence[int | None], one: float,
-        states: Iterable[State] | None = None,
+        states: Iterable[NetworkState] | None = None,
     ) -> Tensor:  # fmt: skip
         """The loss for each candidate: (candidates,) float64.
 
@@ -233,7 +233,7 @@ class Network:
         return _values(totals, self.criterion, self.ranks)
 
     def slopes(
-        self, group: Group, factors: Tensor, states: Iterable[State] | None = None
+        self, group: Group, factors: Tensor, states: Iterable[NetworkState] | None = None
     ) -> Tensor:
         """The loss's derivatives in the factors: (N,) float64."""
         leaf, total = factors.clone().requires_grad_(), _Loss(self.criterion, self._nothing)
@@ -263,7 +263,7 @@ class Network:
         }
 
     def _outputs(
-        self, state: State, group: Group, factors: Tensor, candidates: Sequence[int | None],
+        self, state: NetworkState, group: Group, factors: Tensor, candidates: Sequence[int | None],
         one: float,
     ) -> Iterator[Tensor]:  # fmt: skip
         if state.executor is not None and len(group.consumers) == 1:
@@ -276,7 +276,7 @@ class Network:
             yield state.outputs(self.model, self._tensors | self._scaled(group, changed))
 
     def _through_suffix(
-        self, state: State, group: Group, factors: Tensor, candidates: Sequence[int | None],
+        self, state: NetworkState, group: Group, factors: Tensor, candidates: Sequence[int | None],
         one: float,
     ) -> Iterator[Tensor]:  # fmt: skip
         executor, name = state.executor, group.consumer
@@ -319,11 +319,11 @@ class Network:
         fit = self._limit // (LAYERS * output.numel() * output.element_size())
         return max(1, min(fit, SAMPLES[output.device.type] // len(output)))
 
-    def _all(self) -> Iterator[State]:
+    def _all(self) -> Iterator[NetworkState]:
         if self._states is not None:
             yield from self._states
             return
-        held, kept = 0, list[State]()
+        held, kept = 0, list[NetworkState]()
         for batch in self._bar(self._batches, "activations"):
             states = self.states_of(batch)
             yield from states

@@ -1,4 +1,4 @@
-"""A layer inside a network, judged by the loss of the whole network: README eq. 1 as it stands.
+"""A layer inside a network, judged by the loss of the whole network: eq. (1) as it stands.
 
 Each candidate is a run of the layers that follow (Ye et al. 2020, arXiv:2003.01794).
 """
@@ -29,7 +29,7 @@ from .job import (
 from .layer_products import LayerProducts, collect
 from .memory import refit_bytes
 from .minibatches import MiniBatches, mini_batches
-from .network import Network, State
+from .network import Network, NetworkState
 from .options import Imitation
 
 NEAR = 1e-5  # relative: losses so close are computed again in float64 (float32's differ by 1e-7)
@@ -144,7 +144,7 @@ def _checked(metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class NetworkObjective:
-    """README eq. 1 for a layer inside a network, whose loss need not be convex in its output.
+    """eq. (1) for a layer inside a network, whose loss need not be convex in its output.
 
     scaled:  are the picked units' outgoing weights times N c / k? Else they stay as they are
     batches: mini-batches of the data's samples, of which step k scores on one
@@ -161,7 +161,7 @@ class NetworkObjective:
         self._steps = Steps(job.checkpoint, group.producer)
         self._counts = torch.zeros(group.units, dtype=torch.float64)
         self._loss = math.nan
-        self._seen: dict[Network, tuple[int, list[State]]] = {}
+        self._seen: dict[Network, tuple[int, list[NetworkState]]] = {}
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
         label = f"scores {k} {everywhere}"
@@ -209,7 +209,7 @@ class NetworkObjective:
     def _factors(self, k: int) -> Tensor:
         return self._counts * self._one(k)
 
-    def _states(self, network: Network, k: int, everywhere: bool) -> list[State] | None:
+    def _states(self, network: Network, k: int, everywhere: bool) -> list[NetworkState] | None:
         """The mini-batch of step k, run up to the layer; None: all data."""
         if everywhere or self._batches is None or self._samples is None:
             return None

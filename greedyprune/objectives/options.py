@@ -35,7 +35,7 @@ class Imitation:
         ValueError, TypeError: an option that is out of range
 
     Source: Ye et al. 2020, arXiv:2003.01794 (layer-wise imitation); Meng et al. 2024,
-    arXiv:2403.12983 (exchanges); README eq. 2 and 4.
+    arXiv:2403.12983 (exchanges); eq. (2) and (4).
     """
 
     swaps: int | None = None
@@ -53,7 +53,7 @@ class Imitation:
 
 @dataclass(frozen=True)
 class Loss:
-    """Judges units by the model's own loss (README eq. 1).
+    """Judges units by the model's own loss (eq. (1)).
 
     It is the default where a Linear that takes the units gives the model's output. Inside a network
     every candidate is a run of the layers that follow.
@@ -102,7 +102,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Fisher:
-    """Judges units by the loss's second-order model in one gate for each unit (README eq. 5).
+    """Judges units by the loss's second-order model in one gate for each unit (eq. (5)).
 
     One backward pass through the dense network serves all layers. Samples lie along the first
     dimension, and the loss is a mean over them.

@@ -1,4 +1,4 @@
-"""A layer whose consumer gives the model's output: README eq. 1, from the units' features.
+"""A layer whose consumer gives the model's output: eq. (1), from the units' features.
 
 Also a layer that imitates with the theory's weights and whose Gram matrix does not fit in memory:
 its consumer's dense output is then the target, and columns of the Gram matrix suffice.

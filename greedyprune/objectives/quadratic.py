@@ -9,7 +9,7 @@ import torch
 
 from ..data.losses import bound
 from ..kernels import ops
-from ..kernels.path import Refit
+from ..kernels.path import NestedFit
 from ..surgery.selection import LayerSelection, distinct_counts, first_picks
 from .job import (
     Job,
@@ -24,7 +24,7 @@ from .layer_products import LayerProducts, reweighted_losses, unscaled_path
 def select_from(
     job: Job, products: LayerProducts, *, swaps: int, damping: float, loss: str = "mse"
 ) -> LayerSelection:
-    """Selects a layer by the squared error in its products (README eq. 2, and eq. 4 with a refit).
+    """Selects a layer by the squared error in its products (eq. (2), and eq. 4 with a refit).
 
     swaps, damping: of least squares refitted in each step
     loss: the kind of loss that gates are of; "mse" for imitation
@@ -35,7 +35,7 @@ def select_from(
     gram, moments = (None, None) if weights == "refit" else products.moments()
     dense_loss, empty_loss = products.end_losses()
     goal = -math.inf if job.tolerance is None else job.tolerance * empty_loss
-    fitted: dict[str, Refit] = {}
+    fitted: dict[str, NestedFit] = {}
     with job.bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
         stop = until(goal, shown)
         if gram is None or moments is None:

@@ -1,6 +1,6 @@
 """What the kept units' outgoing weights become, and the losses of the network so weighted.
 
-Picks follow README eq. 1 whatever the weights. A unit picked c times of k then keeps its outgoing
+Picks follow eq. (1) whatever the weights. A unit picked c times of k then keeps its outgoing
 weights times N c / k ("counts"), N / kept ("uniform") or 1 ("none"), or gets new ones by least
 squares ("refit").
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.least_squares import factored, ridge
-from ..kernels.path import Refit
+from ..kernels.path import NestedFit
 from ..surgery.selection import distinct_counts, first_picks
 from .features import InMemory, Streamed
 from .memory import check_least_squares
@@ -35,7 +35,7 @@ class Reweighting:
         self._features, self._weights = features, weights
         self._mass, self._limit = mass, limit
 
-    def losses(self, order: Tensor) -> tuple[Tensor, Refit | None]:
+    def losses(self, order: Tensor) -> tuple[Tensor, NestedFit | None]:
         """The loss after each step of `order` (k,): (k,) float64; and the least squares, if any."""
         fitted = None
         if self._weights == "refit":
@@ -44,7 +44,7 @@ class Reweighting:
             fitted = self._least_squares(order)
         return self._losses(order, fitted), fitted
 
-    def _least_squares(self, order: Tensor) -> Refit:
+    def _least_squares(self, order: Tensor) -> NestedFit:
         """Least squares of the layer's output on the kept units' features, one pass over the data.
 
         For mse the output is the target itself, for other losses the dense network's output.
@@ -68,9 +68,9 @@ class Reweighting:
         factor, dropped = factored(gram)
         solved = torch.linalg.solve_triangular(factor, right, upper=False)
         solved[dropped] = 0
-        return Refit(units, factor.cpu(), solved.cpu())
+        return NestedFit(units, factor.cpu(), solved.cpu())
 
-    def _losses(self, order: Tensor, fitted: Refit | None) -> Tensor:
+    def _losses(self, order: Tensor, fitted: NestedFit | None) -> Tensor:
         features = self._features
         units = first_picks(order).to(features.device)
         custom = None

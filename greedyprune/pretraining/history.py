@@ -21,7 +21,7 @@ class LayerCheck:
                  layer pruned, and with the layers that were pruned before it. For the other
                  objectives it is the layer's own error.
     dense_loss:  the objective of the dense layer
-    gap, bound:  the Frank-Wolfe gap and README eq. 3 at the last step; None where not known
+    gap, bound:  the Frank-Wolfe gap and eq. (3) at the last step; None where not known
     """
 
     name: str
@@ -90,7 +90,7 @@ class Check:
 
     @property
     def bound(self) -> float | None:
-        """The bound of README eq. 3 on the model's loss on `data`; None where `gap` is None."""
+        """The bound of eq. (3) on the model's loss on `data`; None where `gap` is None."""
         layer = self._layer_by_loss()
         return None if layer is None else layer.bound
 

@@ -1,6 +1,6 @@
 """What theory says of greedy forward selection: its bound, computed, and fits to measurements.
 
-Proved, and checked in the tests: the bound, README eq. 3. Let L be the mean over samples of a loss
+Proved, and checked in the tests: the bound, eq. (3). Let L be the mean over samples of a loss
 that is convex and B-smooth in the outputs. Let all N units be candidates in every step, and let
 repeats be allowed. Then, after k steps,
 
@@ -52,7 +52,7 @@ HALVINGS = 40  # of a Gauss-Newton step that does not lower the sum of squares
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """README eq. 3 and the Frank-Wolfe gap along a greedy path of k steps. All tensors are float64.
+    """eq. (3) and the Frank-Wolfe gap along a greedy path of k steps. All tensors are float64.
 
     losses:     (k,) the loss after each step
     dense_loss: L_N
@@ -143,7 +143,7 @@ def certificate(selection: Selection | LayerSelection) -> Certificate:
 def certificate_of_gram(
     gram: Tensor, beta: Tensor, target_norm: float, *, samples: int, outputs: int, steps: int
 ) -> Certificate:
-    """The same for squared error, from `steps` greedy steps on a Gram matrix (README eq. 2).
+    """The same for squared error, from `steps` greedy steps on a Gram matrix (eq. (2)).
 
     Args:
         gram: (N, N), G_ij = <phi_i, phi_j> with phi_j = N w_j h_j, summed over samples and outputs

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
-from ..kernels.path import Refit
+from ..kernels.path import NestedFit
 from ..runtime.arguments import is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
 from . import selection_report
@@ -28,7 +28,7 @@ FORMAT = "greedyprune-selection-2"
 TENSORS = (
     "order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct",
 )  # fmt: skip
-REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(Refit))
+REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(NestedFit))
 MOST_NAMES = 8  # of layers in an error message
 
 
@@ -48,7 +48,7 @@ class LayerSelection:
                 there are several consumers, they are the first one's
     losses:     (k,) float64, the objective after each step, of the network with these weights
     dense_loss: () float64, the objective of the dense layer
-    bound:      (k,) float64, README eq. 3; None where its conditions do not hold
+    bound:      (k,) float64, eq. (3); None where its conditions do not hold
     gap:        (k,) float64, the Frank-Wolfe gap: losses - gap is at most the loss of any convex
                 reweighting of all units; None where it is not known
     distinct:   (k,) int64, the number of distinct units after each step
@@ -76,13 +76,13 @@ class LayerSelection:
     weighting: str
     loss: str
     objective: str
-    fitted: Mapping[str, Refit] | None = field(default=None, repr=False)
-    gates: Refit | None = field(default=None, repr=False)
+    fitted: Mapping[str, NestedFit] | None = field(default=None, repr=False)
+    gates: NestedFit | None = field(default=None, repr=False)
 
     @classmethod
     def of_path(
-        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, Refit] | None,
-        gates: Refit | None = None, **fields: Any,
+        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, NestedFit] | None,
+        gates: NestedFit | None = None, **fields: Any,
     ) -> LayerSelection:  # fmt: skip
         """The record of the picks `order` (k,) among `units` units.
 
@@ -131,7 +131,7 @@ class LayerSelection:
         return _outgoing_ascending(self.fitted[consumer], len(self.kept))
 
 
-def _outgoing_ascending(fitted: Refit, distinct: int) -> Tensor:
+def _outgoing_ascending(fitted: NestedFit, distinct: int) -> Tensor:
     """The least squares on the first `distinct` units, with these units in ascending order."""
     return fitted.outgoing(distinct)[:, fitted.units[:distinct].argsort()]
 
@@ -191,7 +191,7 @@ class Selection:
 
     @property
     def bound(self) -> Tensor | None:
-        """(k,) float64, README eq. 3; None where its conditions do not hold."""
+        """(k,) float64, eq. (3); None where its conditions do not hold."""
         return self._only_layer("bound").bound
 
     @property
@@ -274,7 +274,7 @@ class Selection:
             fields |= {key: tensors.get(f"{i}.{key}") for key in TENSORS}
             fields["slices"] = {key: Slice(*at) for key, at in fields["slices"].items()}
             refits = {
-                key: Refit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
+                key: NestedFit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
                 for key in ("gates", *(f"fitted.{consumer}" for consumer in fields["outputs"]))
                 if f"{i}.{key}.units" in tensors
             }
