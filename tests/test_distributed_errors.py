@@ -218,6 +218,7 @@ def test_a_group_of_others(team: Team) -> None:
 def test_a_rank_that_dies_ends_the_others() -> None:
     team = Team(3)
     try:
+        team.results(3, rank_of)  # they have started
         for pipe in team.pipes:
             pipe.send((3, dies, ()))
         for rank in (0, 2):
@@ -227,6 +228,10 @@ def test_a_rank_that_dies_ends_the_others() -> None:
             assert f"process_group: rank {rank} of 3 lost the others" in found.text
     finally:
         team.close()
+
+
+def rank_of(rank: int) -> int:
+    return rank
 
 
 def dies(rank: int) -> Selection:
