@@ -117,11 +117,14 @@ def test_wrapped_models(team: Team) -> None:
 def test_stopped_and_gone_on(team: Team, name: str, tmp_path: Path) -> None:
     """Each rank keeps its own sums, the first one what is found; whichever is stopped."""
     [expected, *_] = team.results(4, select, 4, name)
+    stops = 0
     for stop, rank in ((2, 0), (3, 2), (4, 3), (5, 0), (9, 2), (12, 0)):
         for found in team.run(4, checkpointed, name, str(tmp_path / f"{stop}"), rank, stop):
             assert isinstance(found, Selection) or "Stop" in found.where
+            stops += not isinstance(found, Selection)
         for found in team.results(4, checkpointed, name, str(tmp_path / f"{stop}"), 0, 0):
             check_same(found, expected, exactly=True)
+    assert stops >= 8  # two of the six, on all ranks
 
 
 def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int) -> Selection:

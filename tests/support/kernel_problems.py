@@ -106,11 +106,14 @@ class BruteForce:
         return float(along - (self.phi * gradient).sum((1, 2)).min())
 
 
+TIE = 1e-10  # relative: float64 scores so close may be ordered by their rounding
+
+
 def assert_same_path(path: Path, expected: Path, margins: list[float]) -> None:
-    """The same picks and numbers up to the first step at which two candidates nearly tie."""
-    ties = [i for i, margin in enumerate(margins) if margin < 1e-6]
+    """The same picks and numbers up to the first tie that float64 cannot decide, near the end."""
+    ties = [i for i, margin in enumerate(margins) if margin < TIE]
     steps = min([len(expected.order), *ties])
-    assert steps > 0
+    assert steps >= 0.9 * len(expected.order)
     assert path.order[:steps].tolist() == expected.order[:steps].tolist()
     assert len(path.order) == len(expected.order)
     torch.testing.assert_close(path.losses[:steps], expected.losses[:steps], rtol=1e-9, atol=1e-12)
