@@ -13,6 +13,7 @@ import torch
 from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 
 from greedyprune.kernels import backend as _backend
+from greedyprune.runtime import resume
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
     torch.set_num_threads(1)
@@ -92,6 +93,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint writes everything when it is known."""
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(resume, "SHARE", 0)
 
 
 @pytest.fixture(scope="session")

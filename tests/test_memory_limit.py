@@ -136,7 +136,9 @@ def test_the_same_or_a_sentence(name: str, targets: str) -> None:
 
 def enough_by(message: str, limit: int) -> int:
     """The bytes that an error says would do."""
-    told = re.fullmatch(rf"memory_limit: found {limit} bytes, .*; expected (\d+|that)\b.*", message)
+    told = re.fullmatch(
+        rf"memory_limit: found {limit} bytes, .*; expected (?:at least )?(\d+|that)\b.*", message
+    )
     assert told is not None, message
     return int(re.findall(r"needs (\d+)", message)[-1] if told[1] == "that" else told[1])
 

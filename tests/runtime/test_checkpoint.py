@@ -9,27 +9,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from cases import CASES, batches_of, check_same, mlp, tensors, two_layers
 from cases import kept_select as select
 from safetensors import safe_open
-from stops import stopped
+from stops import opened, stopped
 from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Loss, Selection
-from greedyprune.runtime import checkpoint, resume
-from greedyprune.selector import _load, _save
-
-
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is written when it is known."""
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
-    monkeypatch.setattr(resume, "SHARE", 0)
 
 
 def other_model() -> nn.Module:
@@ -198,10 +188,6 @@ def test_the_networks_loss_knows_its_data(backend: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is of other data, of 4 batches, found 4"):
         run([*data[:3], (data[3][0] + 1, data[3][1])])
     check_same(run(data), expected, exactly=True)
-
-
-def opened(folder: Path) -> checkpoint.Checkpoint[Any]:
-    return checkpoint.Checkpoint(folder, {}, save=_save, load=_load)
 
 
 HOLDS = """

@@ -16,15 +16,14 @@ import pytest
 import torch
 from cases import CASES, batches_of, check_same, mlp, tensors, two_layers
 from cases import kept_select as select
-from stops import stopped
+from stops import opened, stopped
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import greedyprune
 from greedyprune import Imitation, Selection
 from greedyprune.data.batches import Batches
-from greedyprune.runtime import checkpoint, resume
-from greedyprune.selector import _load, _save
+from greedyprune.runtime import resume
 
 KILLS = int(os.environ.get("GREEDYPRUNE_KILLS", "28"))  # of the test that kills at random moments
 NAMES = [
@@ -33,13 +32,6 @@ NAMES = [
     "budget", "budget, gates", "the network's loss", "the network's loss, refit",
     "the network's loss, mini-batches",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is written when it is known."""
-    monkeypatch.setattr(resume, "SECONDS", 0.0)
-    monkeypatch.setattr(resume, "SHARE", 0)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -160,10 +152,6 @@ def test_without_a_checkpoint_loaders_shuffle_anew() -> None:
     batches = Batches(loader, mlp())
     first, second = ([batch.targets for batch in batches] for _ in range(2))
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def opened(folder: Path) -> checkpoint.Checkpoint[Any]:
-    return checkpoint.Checkpoint(folder, {}, save=_save, load=_load)
 
 
 @pytest.mark.usefixtures("at_once")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from greedyprune.runtime import checkpoint, resume
+from greedyprune.selector import _load, _save
 
 
 class StopError(Exception):
@@ -41,3 +43,8 @@ def stopped(at: int, call: Callable[[], object], *, after: bool = True) -> bool:
         except StopError:
             return True
     return False
+
+
+def opened(folder: Path) -> checkpoint.Checkpoint[Any]:
+    """The checkpoint of a call of which nothing is said."""
+    return checkpoint.Checkpoint(folder, {}, save=_save, load=_load)
