@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import textwrap
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,8 +10,6 @@ import torch
 from torch import Tensor
 
 from ..graph.costs import BudgetReport
-from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
-from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
 from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
 
 if TYPE_CHECKING:
