@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/
 
 CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard benchmarks/*.cpp tests/emulated/*.h tests/emulated/*.cpp)
 
-.PHONY: help test demo docs lint format bench bench-quick gpu-check clean install
+.PHONY: help test test-all demo docs lint format bench bench-quick gpu-check clean install
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,8 +21,11 @@ help:  ## what there is
 
 install: .venv/installed  ## .venv with the package (editable) and what developing it needs
 
-test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/installed  ## the tests but for the longest, in a process for each processor
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+
+test-all: .venv/installed  ## the whole test suite
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 demo: .venv/installed  ## train, prune and fine-tune on digits: a table and out/digits_mlp.png
 	$(BIN)/python examples/digits_mlp.py

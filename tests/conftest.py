@@ -1,28 +1,30 @@
-"""What the tests share: backends, instruction sets, tolerances, data."""
+"""Fixtures that all tests share."""
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import emulated
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 
-from greedyprune.data.losses import Target
 from greedyprune.kernels import backend as _backend
-from greedyprune.kernels import ops
-from greedyprune.kernels.path import Moments, Rule
-from greedyprune.kernels.path import Path as GreedyPath
 
-# Relative: how far a kernel computing in a dtype may be from the float64 reference. Losses are
-# means over samples, so that rounding mostly cancels; this is what one sample may be off by.
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-INSTRUCTION_SETS = _backend.extension().instruction_sets() if _backend.has_extension() else []
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -49,16 +51,6 @@ def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_backend, "cuda_device", lambda device: device)
 
 
-ON_GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(not _backend.has_cuda(), reason="no GPU, or built without CUDA"),
-    ],
-)
-BACKENDS = ["cpu", "reference", "emulated", ON_GPU]
-
-
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     """A name for `select(backend=...)`; "emulated" is "cuda" on the host."""
@@ -66,43 +58,6 @@ def backend(request: pytest.FixtureRequest) -> str:
         return str(request.param)
     request.getfixturevalue("emulated_cuda")
     return "cuda"
-
-
-class Kernels:
-    """The functions of `ops` on some device, for tensors on the CPU and with results there."""
-
-    def __init__(self, backend: str, device: str) -> None:
-        self.backend, self.device = backend, torch.device(device)
-
-    def few(self, rule: Rule, steps: int = 20) -> Rule:
-        """The rule with fewer steps where each takes some milliseconds: emulated."""
-        emulated = self.backend == "cuda" and self.device.type == "cpu"
-        return replace(rule, steps=min(rule.steps, steps)) if emulated else rule
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._call, getattr(ops, name))
-
-    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        there = [self._there(value) for value in args]
-        named = {key: self._there(value) for key, value in kwargs.items() if key != "step"}
-        steps = {"step": kwargs["step"]} if "step" in kwargs else {}
-        found = function(*there, **named, **steps, backend=self.backend)
-        return found if isinstance(found, GreedyPath) else found.cpu()
-
-    def _there(self, value: Any) -> Any:
-        if isinstance(value, (Tensor, Target)):
-            return value.to(self.device)
-        if isinstance(value, Moments):
-            return replace(value, norm=value.norm.to(self.device), beta=value.beta.to(self.device))
-        if callable(value) and self.device.type != "cpu":  # columns(units, out)
-
-            def columns(units: Tensor, out: Tensor) -> None:
-                here = torch.empty(out.shape, dtype=out.dtype)
-                value(units.cpu(), here)
-                out.copy_(here)
-
-            return columns
-        return value
 
 
 @pytest.fixture(params=[*INSTRUCTION_SETS, "emulated", ON_GPU])

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from cases import alone, batches_of, check_same, cnn, mlp, part, select, tensors
 from processes import TIMEOUT, Raised, Team, group_of
-from test_distributed import alone, batches_of, check_same, cnn, mlp, part, select, tensors
 from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Selection
 from greedyprune.kernels.backend import extension
 from greedyprune.runtime.distributed import Ranks
+
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,7 @@ def test_a_group_of_others(team: Team) -> None:
 def test_a_rank_that_dies_ends_the_others() -> None:
     team = Team(3)
     try:
+        team.results(3, rank_of)  # they have started
         for pipe in team.pipes:
             pipe.send((3, dies, ()))
         for rank in (0, 2):
@@ -225,6 +228,10 @@ def test_a_rank_that_dies_ends_the_others() -> None:
             assert f"process_group: rank {rank} of 3 lost the others" in found.text
     finally:
         team.close()
+
+
+def rank_of(rank: int) -> int:
+    return rank
 
 
 def dies(rank: int) -> Selection:

@@ -7,7 +7,6 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,20 +15,20 @@ from processes import Team
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune import Budget, Imitation, Loss
+from greedyprune import Imitation, Loss
 from greedyprune.graph.executor import GraphExecutor
-from greedyprune.graph.groups import Group
 from greedyprune.kernels.products import FLOAT64_ENTRIES
-from greedyprune.objectives import fisher, imitation, memory
-from greedyprune.runtime.free_memory import free_in_cgroups
+from greedyprune.objectives import memory
 
 UNITS = 3200  # a matrix of them takes 82 MB
 BATCH = 32
 # Beside what is counted: what libraries keep, and a batch.
 SLACK = 3 * 2**24 + 5 * BATCH * UNITS * 4
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-pytestmark = pytest.mark.skipif(not RESET.exists(), reason="the system has no peak to reset")
+pytestmark = [
+    pytest.mark.skipif(not RESET.exists(), reason="the system has no peak to reset"),
+    pytest.mark.xdist_group("processes"),
+]
 
 
 def one_layer(units: int = UNITS, outputs: int = 10) -> nn.Module:
@@ -164,106 +163,6 @@ def bytes_alive() -> int:
         if type(each) is Tensor
     }
     return sum(storages.values())
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "free"),
-    [
-        ("0::/job/step", {"job/memory.max": "900", "job/memory.current": "700",
-                          "job/memory.stat": "anon 5\ninactive_file 30\nactive_file 20\nfile 9",
-                          "job/step/memory.max": "max", "job/step/memory.current": "3"}, [250]),
-        ("5:cpu:/a\n4:memory:/a", {"memory/a/memory.limit_in_bytes": "900",
-                                   "memory/a/memory.usage_in_bytes": "950",
-                                   "memory/memory.limit_in_bytes": "1000",
-                                   "memory/memory.usage_in_bytes": "960"}, [0, 40]),
-        ("0::/elsewhere", {"memory.max": "900", "memory.current": "100"}, [800]),
-        ("4:cpu:/", {}, []),
-    ],
-)  # fmt: skip
-def test_limits_of_containers(
-    groups: str, files: dict[str, str], free: list[int], tmp_path: Path
-) -> None:
-    """Of version 2 and 1, of the group and those it is in."""
-    for name, text in {"../../../proc/self/cgroup": groups, **files}.items():
-        path = (tmp_path / "sys/fs/cgroup" / name).resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    assert list(free_in_cgroups(tmp_path)) == free
-
-
-def test_too_little_is_a_sentence() -> None:
-    """It says what would do; that does."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 4, 3))
-    data = [torch.randn(8, 3, 7, 7)]
-    expected = (
-        r"'0' needs (\d+) for .* and (\d+) to .*; expected (\d+), "
-        r"or (\d+) with Imitation\(swaps=0\)"
-    )
-    with pytest.raises(ValueError, match=expected) as raised:
-        greedyprune.select(model, data, size=0.5, memory_limit=10_000)
-    found = re.search(expected, str(raised.value))
-    assert found is not None
-    sums, work, enough, less = map(int, found.groups())
-    assert sums + work == enough > less
-    greedyprune.select(model, data, size=0.5, memory_limit=enough)
-    greedyprune.select(model, data, size=0.5, memory_limit=less, **in_sequence(swaps=0))
-    for limit, swaps in ((enough - 1, None), (less - 1, 0)):
-        with pytest.raises(ValueError, match="memory_limit: found"):
-            greedyprune.select(model, data, size=0.5, memory_limit=limit, **in_sequence(swaps))
-
-
-def test_least_squares_from_features_is_counted_too() -> None:
-    model = one_layer(2000)
-    data = [(torch.randn(16, 32), torch.randint(10, (16,)))]
-    message = r"memory_limit: found 1000000 bytes, but least squares on .* '0' needs 81077856;"
-    with pytest.raises(ValueError, match=message):
-        greedyprune.select(model, data, size=1838, weights="refit", memory_limit=10**6)
-
-
-def test_a_budget_counts_layers_that_are_judged_otherwise() -> None:
-    """Here by the model's own loss, which takes no sums; the path for the size does."""
-    data = [(torch.randn(16, 32), torch.randint(10, (16,)))]
-    for objective in ("auto", "loss"):
-        with pytest.raises(ValueError, match="memory_limit: found 90000 bytes, but layer '0' nee"):
-            greedyprune.select(
-                one_layer(200), data, size=Budget(params=0.5), objective=objective,
-                memory_limit=90_000,
-            )  # fmt: skip
-
-
-def test_what_does_not_fit_together_takes_turns() -> None:
-    """The picks are those of all layers at once; an iterator can't be gone through twice."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 3)
-    )
-    data = [(torch.randn(60, 6), torch.randint(3, (60,)))]
-    for limit, module, options in (
-        (50_000, imitation, apart(swaps=0)), (28_000, fisher, {"objective": "fisher"})
-    ):  # fmt: skip
-        expected = greedyprune.select(model, data, size=9, **options)
-        with pytest.MonkeyPatch.context() as patch:
-            rounds = counted_turns(patch, module)
-            found = greedyprune.select(model, data, size=9, memory_limit=limit, **options)
-            assert rounds == [2]
-        for name, layer in expected.layers.items():
-            assert found.layers[name].order.equal(layer.order)
-    with pytest.raises(ValueError, match="all 2 layers from one pass over an iterator need up to"):
-        greedyprune.select(model, iter(data), size=9, memory_limit=28_000, objective="fisher")
-
-
-def counted_turns(patch: pytest.MonkeyPatch, module: ModuleType) -> list[int]:
-    """How many turns the layers of an objective's module take, once for each call of `turns`."""
-    counts, turns = list[int](), memory.turns
-
-    def counted(*args: Any, **options: Any) -> list[list[Group]]:
-        groups = turns(*args, **options)
-        counts.append(len(groups))
-        return groups
-
-    patch.setattr(module, "turns", counted)
-    return counts
 
 
 def data(samples: int) -> list[tuple[Tensor, Tensor]]:

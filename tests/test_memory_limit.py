@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Budget, Fisher, Imitation, Loss, Selection
+from greedyprune.graph.groups import Group
+from greedyprune.objectives import fisher, imitation, memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,3 +139,81 @@ def enough_by(message: str, limit: int) -> int:
     told = re.fullmatch(rf"memory_limit: found {limit} bytes, .*; expected (\d+|that)\b.*", message)
     assert told is not None, message
     return int(re.findall(r"needs (\d+)", message)[-1] if told[1] == "that" else told[1])
+
+
+def test_too_little_is_a_sentence() -> None:
+    """It says what would do; that does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 4, 3))
+    data = [torch.randn(8, 3, 7, 7)]
+    expected = (
+        r"'0' needs (\d+) for .* and (\d+) to .*; expected (\d+), "
+        r"or (\d+) with Imitation\(swaps=0\)"
+    )
+    with pytest.raises(ValueError, match=expected) as raised:
+        greedyprune.select(model, data, size=0.5, memory_limit=10_000)
+    found = re.search(expected, str(raised.value))
+    assert found is not None
+    sums, work, enough, less = map(int, found.groups())
+    assert sums + work == enough > less
+    greedyprune.select(model, data, size=0.5, memory_limit=enough)
+    greedyprune.select(model, data, size=0.5, memory_limit=less, objective=Imitation(swaps=0))
+    for limit, swaps in ((enough - 1, None), (less - 1, 0)):
+        with pytest.raises(ValueError, match="memory_limit: found"):
+            greedyprune.select(
+                model, data, size=0.5, memory_limit=limit, objective=Imitation(swaps=swaps)
+            )
+
+
+def test_least_squares_from_features_is_counted_too() -> None:
+    model = one_layer(2000)
+    data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
+    message = r"memory_limit: found 1000000 bytes, but least squares on .* '0' needs 81077856;"
+    with pytest.raises(ValueError, match=message):
+        greedyprune.select(model, data, size=1838, weights="refit", memory_limit=10**6)
+
+
+def test_a_budget_counts_layers_that_are_judged_otherwise() -> None:
+    """Here by the model's own loss, which takes no sums; the path for the size does."""
+    data = [(torch.randn(16, 6), torch.randint(3, (16,)))]
+    for objective in ("auto", "loss"):
+        with pytest.raises(ValueError, match="memory_limit: found 90000 bytes, but layer '0' nee"):
+            greedyprune.select(
+                one_layer(200), data, size=Budget(params=0.5), objective=objective,
+                memory_limit=90_000,
+            )  # fmt: skip
+
+
+def test_what_does_not_fit_together_takes_turns() -> None:
+    """The picks are those of all layers at once; an iterator can't be gone through twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 3)
+    )
+    data = [(torch.randn(60, 6), torch.randint(3, (60,)))]
+    for limit, module, options in (
+        (50_000, imitation, {"objective": Imitation(swaps=0, sequential=False)}),
+        (28_000, fisher, {"objective": "fisher"}),
+    ):  # fmt: skip
+        expected = greedyprune.select(model, data, size=9, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            rounds = counted_turns(patch, module)
+            found = greedyprune.select(model, data, size=9, memory_limit=limit, **options)
+            assert rounds == [2]
+        for name, layer in expected.layers.items():
+            assert found.layers[name].order.equal(layer.order)
+    with pytest.raises(ValueError, match="all 2 layers from one pass over an iterator need up to"):
+        greedyprune.select(model, iter(data), size=9, memory_limit=28_000, objective="fisher")
+
+
+def counted_turns(patch: pytest.MonkeyPatch, module: ModuleType) -> list[int]:
+    """How many turns the layers of an objective's module take, once for each call of `turns`."""
+    counts, turns = list[int](), memory.turns
+
+    def counted(*args: Any, **options: Any) -> list[list[Group]]:
+        groups = turns(*args, **options)
+        counts.append(len(groups))
+        return groups
+
+    patch.setattr(module, "turns", counted)
+    return counts

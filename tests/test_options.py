@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-import pydoc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from small_problems import Problem, accuracy, both, images, inner, one_layer, same
 from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Budget, Fisher, Imitation, Loss, Selection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Problem:
-    """A small network, its data, and the options of `select` that every case shares."""
-
-    def __init__(self, model: nn.Module, targets: str, **options: Any) -> None:
-        torch.manual_seed(0)
-        inputs = torch.randn(120, 6)
-        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        with torch.no_grad():  # so that every class is the largest output of some samples
-            last.weight *= 3
-            last.bias -= model(inputs).mean(0)
-        numbers = model(inputs).detach() + 0.3 * torch.randn(120, 3)
-        self.model, self.options = model, options
-        self.data = inputs, numbers if targets == "numbers" else numbers.argmax(1)
-
-    def select(self, **options: Any) -> Selection:
-        return greedyprune.select(self.model, self.data, **(self.options | options), progress=False)
-
-
-def one_layer(targets: str = "classes", **options: Any) -> Problem:
-    """One hidden layer, whose consumer gives the model's output."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
-    return Problem(model, targets, **({"size": 8} | options))
-
-
-def inner(targets: str = "classes", **options: Any) -> Problem:
-    """Two hidden layers; the first one's consumer is inside the network."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3)
-    )
-    return Problem(model, targets, **({"size": 6, "layers": "0"} | options))
-
-
-def both(targets: str = "classes", **options: Any) -> Problem:
-    return inner(targets, **({"layers": None} | options))
-
-
-def images(targets: str = "classes", **options: Any) -> Problem:
-    """Convolutions, of which the first feeds another."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(12, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3),
-    )  # fmt: skip
-    return Problem(model, targets, **({"size": 4} | options))
-
-
-def same(one: Selection, other: Selection) -> bool:
-    """Do both keep the same units with the same weights, and say the same of them?"""
-    assert list(one.layers) == list(other.layers)
-    for name, layer in one.layers.items():
-        second = other.layers[name]
-        if not (layer.order.equal(second.order) and layer.losses.equal(second.losses)):
-            return False
-        if not layer.weights.equal(second.weights):
-            return False
-    return True
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    return float((outputs.argmax(1) == targets).double().mean())
-
-
-# ---------------------------------------------------------------- what acts
-
 ACTS: dict[str, tuple[Callable[..., Problem], dict[str, Any], dict[str, Any]]] = {
     "swaps, inner layer": (
         inner, {"objective": Imitation(swaps=0)}, {"objective": Imitation(swaps=1)}
@@ -301,8 +232,6 @@ def test_a_budget_acts(name: str, objective: str) -> None:
         assert after <= 0.4 * before
 
 
-# ---------------------------------------------------------------- what is refused
-
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "swaps with a tolerance": (
         {"objective": Imitation(swaps=3), "tolerance": 0.1},
@@ -433,77 +362,3 @@ def test_an_option_belongs_to_the_objective_that_reads_it(kind: type, name: str)
         kind(**{name: 3})
     with pytest.raises(TypeError, match=name):
         one_layer().select(**{name: 3})
-
-
-# ---------------------------------------------------------------- what the seed decides
-
-SEEDED: dict[str, tuple[Callable[..., Problem], object]] = {
-    "random candidates": (one_layer, Loss(candidates=3)),
-    "random candidates, inner layer": (inner, Loss(candidates=3)),
-    "mini-batches": (one_layer, Loss(batch_size=8)),
-    "mini-batches, inner layer": (inner, Loss(batch_size=8)),
-    "mini-batches of candidates by the gradient": (
-        inner, Loss(candidates=3, draw="gradient", batch_size=8)
-    ),
-    "labels for the metric": (inner, Imitation(metric="fisher")),
-}  # fmt: skip
-UNSEEDED: dict[str, tuple[Callable[..., Problem], object]] = {
-    "imitation": (both, Imitation()),
-    "imitation by itself": (both, Imitation(sequential=False)),
-    "loss": (both, Loss()),
-    "squared error": (lambda: one_layer("numbers"), Loss()),
-    "all candidates at random": (one_layer, Loss(candidates=24)),
-    "by the gradient": (both, Loss(candidates=3, draw="gradient")),
-    "all samples in a batch": (inner, Loss(batch_size=120)),
-    "gates": (both, Fisher()),
-    "auto": (both, "auto"),
-}
-
-
-@pytest.mark.parametrize("name", SEEDED)
-def test_what_the_seed_decides(name: str) -> None:
-    make, objective = SEEDED[name]
-    problem = make()
-    first = problem.select(objective=objective, seed=1)
-    torch.manual_seed(99)  # torch's own generator decides nothing
-    assert same(first, problem.select(objective=objective, seed=1))
-    assert not all(same(first, problem.select(objective=objective, seed=s)) for s in (2, 3))
-
-
-@pytest.mark.parametrize("name", UNSEEDED)
-def test_what_the_seed_does_not_decide(name: str) -> None:
-    make, objective = UNSEEDED[name]
-    problem = make()
-    first = problem.select(objective=objective, seed=1)
-    torch.manual_seed(99)
-    for seed in (2, 3):
-        other = problem.select(objective=objective, seed=seed)
-        for producer, layer in first.layers.items():
-            assert layer.order.equal(other.layers[producer].order)
-            torch.testing.assert_close(
-                layer.losses, other.layers[producer].losses, rtol=1e-12, atol=0
-            )
-
-
-# ---------------------------------------------------------------- the door
-
-KEYWORDS = [
-    "size", "steps", "tolerance", "round_to", "layers", "loss", "objective", "weights",
-    "replacement", "seed", "backend", "memory_limit", "process_group", "checkpoint", "progress",
-]  # fmt: skip
-
-
-def test_fifteen_keywords() -> None:
-    parameters = inspect.signature(greedyprune.select).parameters
-    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == ["model", "data"]
-    assert [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == KEYWORDS
-    assert len(parameters) == 17
-
-
-def test_help_is_two_screens() -> None:
-    text = pydoc.render_doc(greedyprune.select, renderer=pydoc.plaintext)
-    assert len(text.splitlines()) <= 100
-    assert max(map(len, text.splitlines()[4:])) <= 104  # the docstring, which help indents
-    for name in KEYWORDS:
-        assert f"        {name}: " in text, name

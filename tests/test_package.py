@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import os
+import pydoc
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from backends import INSTRUCTION_SETS
 from torch import nn
 
 import greedyprune
@@ -175,3 +176,32 @@ def test_ctrl_c_stops_a_kernel_within_a_second(objective: str) -> None:
     assert process.stdout.readline() == "interrupted\n"
     assert time.monotonic() - start < 1
     process.wait(20)
+
+
+def test_show_config_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    greedyprune.show_config()
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert greedyprune.__version__ in text
+
+
+KEYWORDS = [
+    "size", "steps", "tolerance", "round_to", "layers", "loss", "objective", "weights",
+    "replacement", "seed", "backend", "memory_limit", "process_group", "checkpoint", "progress",
+]  # fmt: skip
+
+
+def test_fifteen_keywords() -> None:
+    parameters = inspect.signature(greedyprune.select).parameters
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["model", "data"]
+    assert [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == KEYWORDS
+    assert len(parameters) == 17
+
+
+def test_help_is_two_screens() -> None:
+    text = pydoc.render_doc(greedyprune.select, renderer=pydoc.plaintext)
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines()[4:])) <= 104  # the docstring, which help indents
+    for name in KEYWORDS:
+        assert f"        {name}: " in text, name

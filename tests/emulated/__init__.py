@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -28,12 +29,14 @@ def load() -> ModuleType:
     options = [f"-D{name}={value}" for name, value in settings.items()]
     tools = Path(sys.executable).parent  # where pip puts cmake and ninja
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    for command in (["cmake", "-G", "Ninja", str(ROOT), *options], ["cmake", "--build", "."]):
-        done = subprocess.run(
-            command, cwd=build, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait
+        for command in (["cmake", "-G", "Ninja", str(ROOT), *options], ["cmake", "--build", "."]):
+            done = subprocess.run(
+                command, cwd=build, env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(done.stdout + done.stderr)
     (path,) = (build / "out").glob("_C*.so")
     spec = importlib.util.spec_from_file_location("emulated._C", path)
     assert spec is not None and spec.loader is not None

@@ -1,0 +1,143 @@
+"""The groups of networks with convolutions and attention, and the table of them."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+import torch
+from networks import NETWORKS, Inputs, network
+from rich.console import Console
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import Group, analyse, find_groups
+from greedyprune.graph.propagate import NotPrunableError
+from greedyprune.graph.tracing import LAYER_TYPES
+
+each_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def groups_of(model: nn.Module, inputs: Inputs) -> list[Group]:
+    batch = Batch((), inputs, None) if isinstance(inputs, dict) else Batch((inputs,), {}, None)
+    return find_groups(model, analyse(model, batch), None)
+
+
+@each_network
+def test_groups(name: str) -> None:
+    groups = {
+        group.producer: (group.units, group.producers[1:], group.consumers)
+        for group in groups_of(*network(name))
+    }
+    assert groups == NETWORKS[name][1]
+
+
+@pytest.mark.parametrize("name", ["resnet", "bottleneck", "vgg", "mobilenet", "excited"])
+def test_groups_are_those_of_torch_pruning(name: str) -> None:
+    """The same layers are cut together as in another library's dependency graph."""
+    tp = pytest.importorskip("torch_pruning")
+    model, inputs = network(name)
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
+    names = {module: name for name, module in model.named_modules()}
+    for group in groups_of(model, inputs):
+        root = model.get_submodule(group.producer)
+        prune = tp.prune_conv_out_channels
+        if isinstance(root, nn.Linear):
+            prune = tp.prune_linear_out_channels
+        theirs = {names[dep.target.module] for dep, _ in graph.get_pruning_group(root, prune, [0])
+                  if dep.target.module in names}  # fmt: skip
+        ours = {tensor.rpartition(".")[0] for tensor in group.slices}
+        assert ours == theirs
+
+
+@each_network
+def test_the_table_of_layers(name: str) -> None:
+    model, inputs = network(name)
+    table = greedyprune.layers(model, inputs)
+    rows = {key: (row.units, row.producers[1:], row.consumers) for key, row in table.items()}
+    assert rows == NETWORKS[name][1]
+    layers = {key for key, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+    producers = {producer for row in table.values() for producer in row.producers}
+    assert layers <= producers | set(table.refused)
+    assert all(row.flops > 0 for row in table.values())
+    console = Console(width=400, file=StringIO())
+    console.print(table.summary())
+    assert all(text in console.file.getvalue() for text in [*table, *table.refused.values()])
+
+
+def test_the_numbers_in_the_table_of_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
+    table = greedyprune.layers(model, torch.randn(2, 3, 4, 4))
+    assert model.training
+    assert table["0"].features == 4
+    assert table["0"].parameters == 8 * 27 + 8 + 8 + 8 + 32 * 5
+    assert table["0"].flops == 2 * (2 * 4 * 8 * 27 + 2 * 32 * 5)
+    assert table.refused == {"3": "its units are the model's output"}
+    with pytest.raises(TypeError, match="example: found int"):
+        greedyprune.layers(model, 3)
+    with pytest.raises(ValueError, match=r"model: torch.export can't trace it"):
+        greedyprune.layers(model, torch.randn(2, 4, 4, 4))
+
+
+def test_a_large_model_without_weights() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+        ids = torch.zeros(1, 16, dtype=torch.int64)
+    table = greedyprune.layers(model, {"input_ids": ids})
+    assert len(table) == 2 * 22
+    assert sum(layer.parameters for layer in table.values()) > 9e8
+    assert table["model.layers.7.self_attn.q_proj"].units == 4
+    assert table["model.layers.7.mlp.gate_proj"].units == 5632
+
+
+def refused(model: nn.Module, inputs: Tensor, layer: str) -> str:
+    """The message that refuses a layer."""
+    with pytest.raises(NotPrunableError) as error:
+        find_groups(model, analyse(model.eval(), Batch((inputs,), {}, None)), [layer])
+    return str(error.value)
+
+
+def test_refusals_name_the_operation() -> None:
+    model, inputs = network("resnet")
+    for layer in ("0", "3.conv2", "4.shortcut"):
+        assert "aten.add.Tensor combines its units" in refused(model, inputs, layer)
+    assert "its units are the model's output" in refused(model, inputs, "7")
+    model, inputs = network("resnext")
+    assert "a grouped convolution" in refused(model, inputs, "2")
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.cat([x, self.a(x)], 1))
+
+    assert "aten.cat.default joins its units" in refused(Dense(), torch.randn(2, 3, 4, 4), "a")
+    norm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    assert "aten.group_norm" in refused(norm, torch.randn(2, 3, 4, 4), "0")
+
+
+def test_a_model_whose_code_holds_its_sizes_is_refused() -> None:
+    class LeNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(1, 6, 3), nn.Linear(6 * 16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.conv(x).relu().view(-1, 96))
+
+    with pytest.raises(ValueError, match=r"layer 'conv': .* aten.view.default may have their"):
+        greedyprune.select(LeNet(), [torch.randn(4, 1, 6, 6)])
+
+
+def test_a_group_is_found_by_any_of_its_producers() -> None:
+    model, inputs = network("excited")
+    by_gate = greedyprune.select(model, [inputs], layers=["excite"], size=3)
+    assert list(by_gate.layers) == ["conv"]
