@@ -165,7 +165,7 @@ def select_on(
                     model=module, batches=batches, criterion=criterion, rules={},
                     weights=request.weights, tolerance=request.tolerance,
                     imitation=request.imitation, loss=request.loss, fisher=request.fisher,
-                    traced=request.consumers is None, sized=request.size is not None,
+                    traced=request.consumers is None, sized=False,
                     seed=request.seed, memory_limit=limit, backend=backend, bar=bar,
                     checkpoint=folder,
                 )  # fmt: skip
@@ -197,7 +197,7 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
 
     def with_rules(request: Request) -> Job:
         rules = {g.producer: request.rule(g, by_loss=by_loss[g.producer]) for g in groups}
-        return replace(job, rules=rules)
+        return replace(job, rules=rules, sized=request.size is not None)
 
     layers_plan = plan(with_rules(request), request, groups)
     if request.budget is not None:
