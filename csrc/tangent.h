@@ -20,12 +20,14 @@ namespace GREEDYPRUNE_ISA {
 
 constexpr int64_t kScoredFirst = 512;  // candidates that are scored before any is ruled out
 
-// shrink: 1 / k; slope_error: bound on the rounding error of shrink * slope. What is not finite
+// shrink: 1 / k; slope_error(): bound on the rounding error of shrink * slope, computed after the
+// rest (computed before, it takes a GPU more registers than there are). A bound that is not finite
 // rules nothing out.
-GREEDYPRUNE_INLINE double tangent_bound(const Tangent& tangent, double slope, double slope_error,
-                                        double shrink) {
+template <class Error>
+GREEDYPRUNE_INLINE double tangent_bound(const Tangent& tangent, double slope, double shrink,
+                                        const Error& slope_error) {
   const double bound =
-      tangent.loss + shrink * (slope - tangent.along) - slope_error - tangent.error;
+      tangent.loss + shrink * (slope - tangent.along) - slope_error() - tangent.error;
   return isfinite(bound) ? bound : -static_cast<double>(HUGE_VALF);
 }
 

@@ -118,13 +118,14 @@ def select(
         >>> greedyprune.prune(model, selection)[0].out_features
         16
     """
-    request = checked_request(
-        size=size, steps=steps, tolerance=tolerance, round_to=round_to, layers=layers,
-        objective=objective, weights=weights, replacement=replacement, seed=seed,
-        memory_limit=memory_limit,
-    )  # fmt: skip
     ranks = ranks_of(process_group)
-    return select_on(ranks, model, data, request, loss, backend, checkpoint, progress)
+    with ranks.together():
+        request = checked_request(
+            size=size, steps=steps, tolerance=tolerance, round_to=round_to, layers=layers,
+            objective=objective, weights=weights, replacement=replacement, seed=seed,
+            memory_limit=memory_limit,
+        )  # fmt: skip
+        return select_on(ranks, model, data, request, loss, backend, checkpoint, progress)
 
 
 def select_on(
@@ -137,41 +138,40 @@ def select_on(
     checkpoint: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Selection:
-    """`select` for checked arguments, on given processes."""
-    with ranks.together():
-        module = unwrapped(model)
-        check_model(module)
-        criterion = criterion_of(loss, None)
-        batches = Batches(data, module, ranks)
-        backends.resolve(backend, batches.on_gpu)
-        with evaluating(module):
-            first = batches.share_first()
-            backend = backends.resolve(backend, batches.on_gpu)
-            if loss == "auto":
-                criterion = criterion_of(loss, first.targets)
-            call = _described(request, criterion, backend)
-            processor = {"the processor (GREEDYPRUNE_ISA)": backends.instruction_set(backend)}
-            with same_on_all(ranks, module, call | processor):
-                about = dict[str, str]()
-                if checkpoint is not None:
-                    about = call | {"memory_limit": repr(request.memory_limit)} | of_versions()
-                    about |= {"data's first batch": first.mark} | of_model(module)
-                limit = ranks.memory(*_memory(request.memory_limit, batches, backend))
-                bar = bars(progress if ranks.rank == 0 else False)
-                with Checkpoint(checkpoint, about, ranks, save=_save, load=_load) as folder:
-                    if request.memory_limit is None:
-                        limit = folder.value("memory", lambda: limit)
-                    job = Job(
-                        model=module, batches=batches, criterion=criterion, rules={},
-                        weights=request.weights, tolerance=request.tolerance,
-                        imitation=request.imitation, loss=request.loss, fisher=request.fisher,
-                        traced=request.consumers is None, sized=request.size is not None,
-                        seed=request.seed, memory_limit=limit, backend=backend, bar=bar,
-                        checkpoint=folder,
-                    )  # fmt: skip
-                    with folder.watching(batches, bar):
-                        selection = _selection(job, request, loss_named=loss != "auto")
-                    folder.tidy()
+    """`select` for checked arguments, inside `ranks.together()`."""
+    module = unwrapped(model)
+    check_model(module)
+    criterion = criterion_of(loss, None)
+    batches = Batches(data, module, ranks)
+    backends.resolve(backend, batches.on_gpu)
+    with evaluating(module):
+        first = batches.share_first()
+        backend = backends.resolve(backend, batches.on_gpu)
+        if loss == "auto":
+            criterion = criterion_of(loss, first.targets)
+        call = _described(request, criterion, backend)
+        processor = {"the processor (GREEDYPRUNE_ISA)": backends.instruction_set(backend)}
+        with same_on_all(ranks, module, call | processor):
+            about = dict[str, str]()
+            if checkpoint is not None:
+                about = call | {"memory_limit": repr(request.memory_limit)} | of_versions()
+                about |= {"data's first batch": first.mark} | of_model(module)
+            limit = ranks.memory(*_memory(request.memory_limit, batches, backend))
+            bar = bars(progress if ranks.rank == 0 else False)
+            with Checkpoint(checkpoint, about, ranks, save=_save, load=_load) as folder:
+                if request.memory_limit is None:
+                    limit = folder.value("memory", lambda: limit)
+                job = Job(
+                    model=module, batches=batches, criterion=criterion, rules={},
+                    weights=request.weights, tolerance=request.tolerance,
+                    imitation=request.imitation, loss=request.loss, fisher=request.fisher,
+                    traced=request.consumers is None, sized=False,
+                    seed=request.seed, memory_limit=limit, backend=backend, bar=bar,
+                    checkpoint=folder,
+                )  # fmt: skip
+                with folder.watching(batches, bar):
+                    selection = _selection(job, request, loss_named=loss != "auto")
+                folder.tidy()
     return selection
 
 
@@ -197,7 +197,7 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
 
     def with_rules(request: Request) -> Job:
         rules = {g.producer: request.rule(g, by_loss=by_loss[g.producer]) for g in groups}
-        return replace(job, rules=rules)
+        return replace(job, rules=rules, sized=request.size is not None)
 
     layers_plan = plan(with_rules(request), request, groups)
     if request.budget is not None:

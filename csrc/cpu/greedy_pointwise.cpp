@@ -216,7 +216,8 @@ class PointwiseObjective {
   Status screen_lazily(int64_t k, int64_t* candidates, int64_t& n, double* scores, double* errors) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t j = candidates[i];
-      scores[i] = tangent_bound(tangent_, p_.slopes[j], shrink(k) * p_.slope_errors[j], shrink(k));
+      scores[i] = tangent_bound(tangent_, p_.slopes[j], shrink(k),
+                                [&] { return shrink(k) * p_.slope_errors[j]; });
     }
     double lowest = HUGE_VAL;
     int64_t scored = 0;

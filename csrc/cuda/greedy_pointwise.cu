@@ -162,8 +162,8 @@ struct FinishLoss {
 // Candidate j's lower bound from the tangent at the last step's outputs.
 __device__ __forceinline__ double bound_of(const Progress& progress, const Pointwise& p, int64_t j,
                                            double shrink) {
-  return tangent_bound(progress.tangent, p.slopes[j],
-                       shrink * progress.slope_error * phi_norm(p, j), shrink);
+  return tangent_bound(progress.tangent, p.slopes[j], shrink,
+                       [&] { return shrink * progress.slope_error * phi_norm(p, j); });
 }
 
 // Chooses the candidates that are scored first: of the candidates whose places differ by a multiple
