@@ -175,10 +175,10 @@ def test_refit_is_least_squares_with_the_bias_kept(backend: str, kind: str) -> N
             model[0].weight[9], model[0].bias[9] = model[0].weight[2], model[0].bias[2]
     how = {"weights": "refit", "replacement": kind != "twins", "backend": backend}
     selection = select(model, (x, y), steps=12 if kind == "twins" else 5, **how)
-    hidden = copy.deepcopy(model[:2]).double()(x.double())[:, selection.kept].detach()
-    wanted = y.double() - model[2].bias.detach().double()
+    units = copy.deepcopy(model[:2]).double()(x.double()).detach()
+    hidden, wanted = units[:, selection.kept], y.double() - model[2].bias.detach().double()
     gram = hidden.T @ hidden
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).double()
+    ridge = 1e-4 * units.square().sum(0).mean() * torch.eye(len(gram)).double()
     for k in range(1, len(selection.order) + 1):
         kept = torch.isin(selection.kept, selection.order[:k])
         part = hidden[:, kept]

@@ -7,10 +7,10 @@ from greedyprune.kernels import least_squares
 
 
 def test_a_ridge_scales_as_the_features_do() -> None:
-    gram = torch.diag(torch.tensor([1.0, 2.0, 6.0])).double()
-    assert least_squares.ridge(gram, 1e-2) == pytest.approx(3e-2)
-    assert least_squares.ridge(100 * gram, 1e-2) == pytest.approx(3.0)
-    assert least_squares.ridge(0 * gram, 1e-2) == 1.0  # all features are dead
+    squares = torch.tensor([1.0, 2.0, 6.0]).double()
+    assert least_squares.ridge(squares, 1e-2) == pytest.approx(3e-2)
+    assert least_squares.ridge(100 * squares, 1e-2) == pytest.approx(3.0)
+    assert least_squares.ridge(0 * squares, 1e-2) == 1.0  # all features are dead
 
 
 def test_dependent_features_get_a_row_of_the_identity() -> None:

@@ -171,7 +171,7 @@ def test_summary_and_plot_show_the_layer() -> None:
     dense, pruned = selection.change("params")
     assert f"{dense:,} parameters before, {pruned:,} after ({pruned / dense:.1%})" in text
     (panel,) = selection.plot().axes
-    assert panel.get_title() == f"layer fc1: {len(selection.kept)} of 16 units kept"
+    assert panel.get_title() == f"layer fc1\n{len(selection.kept)} of 16 units kept"
     heights = {
         line.get_label(): [float(height) for height in line.get_ydata()]
         for line in panel.get_lines()
@@ -193,4 +193,4 @@ def test_plot_has_a_panel_for_each_layer() -> None:
     for panel, (name, layer) in zip(panels, selection.layers.items(), strict=True):
         (line,) = panel.get_lines()
         assert torch.as_tensor(line.get_ydata()).equal(layer.losses)
-        assert f"layer {name}:" in panel.get_title()
+        assert panel.get_title().startswith(f"layer {name}\n")
