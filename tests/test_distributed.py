@@ -30,7 +30,7 @@ def team() -> Iterator[Team]:
     team.close()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", CASES)
 def test_parts_of_the_data(team: Team, name: str, size: int) -> None:
     found = team.results(size, select, size, name)
@@ -112,7 +112,8 @@ def test_wrapped_models(team: Team) -> None:
 @pytest.mark.parametrize(
     "name",
     ["cross-entropy, streamed", "squared error, streamed columns", "in sequence", "by themselves",
-     "gates", "budget", "the network's loss"],
+     "gates", pytest.param("budget", marks=pytest.mark.slow),
+     pytest.param("the network's loss", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_stopped_and_gone_on(team: Team, name: str, tmp_path: Path) -> None:
     """Each rank keeps its own sums, the first one what is found; whichever is stopped."""

@@ -89,7 +89,15 @@ def process() -> Iterator[Team]:
     team.close()
 
 
-@pytest.mark.parametrize("name", CASES)
+# Half a minute each.
+LONG = {"least squares, all units", "exchanges from both sides", "in sequence",
+        "one after the other"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES],
+)
 def test_what_sums_need(process: Team, name: str) -> None:
     [[needed, taken]] = process.results(1, measured, name)
     assert needed / 2 < taken < needed + SLACK

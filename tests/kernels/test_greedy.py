@@ -1,6 +1,6 @@
 """Greedy paths of every kernel against equation (1), for each instruction set, dtype and rule."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from greedyprune.kernels import ops
 from greedyprune.kernels.loop import greedy
-from greedyprune.kernels.path import Moments, Rule
+from greedyprune.kernels.path import Moments, Path, Rule
 from greedyprune.kernels.reference import QuadraticObjective
 
 
@@ -121,16 +121,22 @@ def test_near_ties_are_decided_in_float64(on: Kernels) -> None:
         assert path.rescored == 2
 
 
+@lru_cache
+def many_units(criterion: str, steps: int) -> tuple[Problem, Path, list[float]]:
+    """2000 of them, the path, and by how much the best was ahead in each step."""
+    p = Problem(2000, 150, 5, criterion, scale=3.0)
+    p.features = p.features.float().double()
+    brute = BruteForce(p)
+    return p, greedy(brute, Rule(steps, 2001, True)), brute.margins
+
+
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "mse"])
 def test_candidates_that_cannot_win_are_not_scored(on: Kernels, criterion: str) -> None:
     """The tangent bound rules candidates out, but none that would be picked."""
-    p = Problem(2000, 150, 5, criterion, scale=3.0)
-    p.features = p.features.float().double()
     rule = on.few(Rule(60, 2001, True), steps=5)
-    brute = BruteForce(p)
-    expected = greedy(brute, rule)
+    p, expected, margins = many_units(criterion, rule.steps)
     path = on.greedy_pointwise(p.features.float(), p.outgoing, p.bias, p.target, rule)
-    assert_same_path(path, expected, brute.margins)
+    assert_same_path(path, expected, margins)
     assert path.scored < 0.8 * rule.steps * 2000
     all_scored = on.greedy_pointwise(
         p.features.float(), p.outgoing, p.bias, p.target, rule, with_gap=False

@@ -106,7 +106,7 @@ class BruteForce:
         return float(along - (self.phi * gradient).sum((1, 2)).min())
 
 
-TIE = 1e-10  # relative: float64 scores so close may be ordered by their rounding
+TIE = 1e-11  # relative: float64 scores so close may be ordered by their rounding
 
 
 def assert_same_path(path: Path, expected: Path, margins: list[float]) -> None:
