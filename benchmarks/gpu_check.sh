@@ -56,7 +56,7 @@ export PYTHONPATH="$work"
 # -P: not the package of this folder, which has no extension.
 bench="$python benchmarks/gpu_bench.py"
 step build 240 bash -c build || exit 1
-$python -P -c 'from greedyprune import _backend; assert _backend.has_cuda(), "not built"' || exit 1
+$python -P -c 'from greedyprune.kernels import backend; assert backend.has_cuda(), "not built"' || exit 1
 step tests 200 $python -P -m pytest -q --tb=short --durations=10 -m cuda -p no:cacheprovider --maxfail=20 tests
 SHOW=60 step benchmarks 200 $bench --out "$results"
 step memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $bench --small

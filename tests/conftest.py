@@ -15,6 +15,7 @@ from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 from greedyprune.kernels import backend as _backend
 from greedyprune.runtime import resume
 
+os.environ["MPLBACKEND"] = "agg"  # pictures without a screen
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start

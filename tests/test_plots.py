@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from pictures import covered, looks
 from torch import nn
 
 from greedyprune import PretrainingMonitor, Selection, select
+
+pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure
+from pictures import covered, looks
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]

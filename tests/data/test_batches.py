@@ -4,8 +4,8 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -42,8 +42,9 @@ def mapped(tensor: Tensor) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def rows() -> datasets.Dataset:
+def rows() -> Any:
     """From a Parquet file."""
+    datasets = pytest.importorskip("datasets")
     folder = Path(tempfile.mkdtemp())
     table = datasets.Dataset.from_dict({"input": X.tolist(), "label": Y.tolist()})
     table.to_parquet(folder / "rows.parquet")

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import greedyprune
 
+transformers = pytest.importorskip("transformers")
+Image = pytest.importorskip("PIL.Image")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import cifar  # noqa: E402

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable
 
 import hypothesis
-import matplotlib
 import pytest
 import torch
 from backends import BACKENDS
@@ -18,8 +17,6 @@ from torch.func import functional_call
 from torch.nn import functional
 
 import greedyprune
-
-matplotlib.use("Agg")
 
 WEIGHTS = ["counts", "uniform", "none", "refit"]
 LOSSES = {
