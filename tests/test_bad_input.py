@@ -55,13 +55,13 @@ def batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 def fingerprint(model: nn.Module) -> list[str]:
     """What select must leave alone, bad input or not."""
     hooks = [name for name in vars(nn.Module()) if "hooks" in name]
-    found: list = [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads()]
+    state: list = [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads()]
     for name, module in model.named_modules():
-        found.append((name, module.training, sorted(vars(module))))
-        found.append([list(getattr(module, hook) or ()) for hook in hooks])
+        state.append((name, module.training, sorted(vars(module))))
+        state.append([list(getattr(module, hook) or ()) for hook in hooks])
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        found.append((name, id(p), p.requires_grad, p.grad is None, p.tolist()))
-    return [repr(item) for item in found]
+        state.append((name, id(p), p.requires_grad, p.grad is None, p.tolist()))
+    return [repr(item) for item in state]
 
 
 def check_message(error: Exception, *named: str) -> None:

@@ -27,18 +27,18 @@ def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
         outputs_of(model, inputs)
     return {
         "flops": counter.get_total_flops(),
-        "params": sum(each.numel() for each in model.parameters()),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_costs_are_those_of_the_pruned_model(name: str, tmp_path: object) -> None:
     model, inputs = network(name)
-    found = greedyprune.select(model, data_of(inputs), objective="imitation", size=0.7)
-    found.save(f"{tmp_path}/selection.safetensors")
+    whole = greedyprune.select(model, data_of(inputs), objective="imitation", size=0.7)
+    whole.save(f"{tmp_path}/selection.safetensors")
     loaded = greedyprune.Selection.load(f"{tmp_path}/selection.safetensors")
     before = count(model, inputs)
-    for selection in (found, found.at(1), loaded):
+    for selection in (whole, whole.at(1), loaded):
         after = count(greedyprune.prune(model, selection), inputs)
         text = Console(width=200, file=StringIO())
         text.print(selection.summary())
@@ -46,14 +46,14 @@ def test_costs_are_those_of_the_pruned_model(name: str, tmp_path: object) -> Non
             assert selection.change(what) == (before[what], after[what])
             assert f"{before[what]:,}" in text.file.getvalue()
             assert f"{after[what]:,}" in text.file.getvalue()
-    alone = greedyprune.Selection(found.layers)
+    alone = greedyprune.Selection(whole.layers)
     assert alone.change("params") is None
     assert alone.summary().caption is None
 
 
 def relative_losses(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Of every layer by itself, as a share of what it loses without units."""
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, data_of(inputs), objective=Imitation(sequential=False, swaps=0), size=1.0
     )
     outputs: list[Tensor] = []
@@ -64,7 +64,7 @@ def relative_losses(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         outputs.append((out - empty.forward(*args)).double().flatten())
 
     losses = {}
-    for name, layer in found.layers.items():
+    for name, layer in selection.layers.items():
         outputs.clear()
         handles = [model.get_submodule(n).register_forward_hook(record) for n in layer.outputs]
         outputs_of(model, inputs)
@@ -98,11 +98,11 @@ def test_a_budget_s_widths_lose_least(
         model, data_of(inputs), objective="imitation", size=Budget(**{what: share}),
         round_to=round_to,
     )  # fmt: skip
-    found = selection.budget
-    assert (found.what, found.share, found.gap) == (what, share, 0)
+    report = selection.budget
+    assert (report.what, report.share, report.gap) == (what, share, 0)
     before, after = count(model, inputs), count(greedyprune.prune(model, selection), inputs)
     assert after[what] <= share * before[what]
-    assert found.reached == after[what] / before[what]
+    assert report.reached == after[what] / before[what]
 
     losses, allowed = relative_losses(model, inputs), {}
     heads = {"llama": 4, "gpt2": 6}.get(name)  # features a head
@@ -111,16 +111,16 @@ def test_a_budget_s_widths_lose_least(
         allowed[layer] = [w for w in range(1, units + 1)
                           if w == units or w * channels % (round_to or 1) == 0]  # fmt: skip
         assert len(selection.layers[layer].kept) in allowed[layer]
-    assert found.objective == pytest.approx(
+    assert report.objective == pytest.approx(
         tried_out(selection, losses, what, share, allowed), rel=1e-5
     )
-    sizes = {layer: len(each.kept) for layer, each in selection.layers.items()}
+    sizes = {layer: len(selected.kept) for layer, selected in selection.layers.items()}
     assert sum(float(losses[n][k - 1]) for n, k in sizes.items()) == pytest.approx(
-        found.objective, rel=1e-5
+        report.objective, rel=1e-5
     )
     again = greedyprune.select(model, data_of(inputs), objective="imitation", size=sizes)
-    for layer, each in selection.layers.items():
-        assert each.order.equal(again.layers[layer].order)
+    for layer, selected in selection.layers.items():
+        assert selected.order.equal(again.layers[layer].order)
 
 
 def test_a_budget_survives_its_file(tmp_path: object) -> None:
@@ -155,13 +155,13 @@ def test_uniform_widths() -> None:
     model, inputs = Stack(), torch.randn(100, 8)
     with torch.no_grad():
         model.up[1].weight[4:] = 0  # four of its units do
-    own, shared = (
+    free, shared = (
         greedyprune.select(
             model, [inputs], objective="imitation", size=Budget(flops=0.6, uniform=uniform)
         )
         for uniform in (False, True)
     )
-    sizes = [[len(each.kept) for each in s.layers.values()] for s in (own, shared)]
+    sizes = [[len(layer.kept) for layer in s.layers.values()] for s in (free, shared)]
     assert sizes[0][0] != sizes[0][1]
     assert sizes[1][0] == sizes[1][1]
     losses = list(relative_losses(model, inputs).values())
@@ -183,7 +183,7 @@ def test_layers_of_a_kind_that_share_weights() -> None:
     inputs = torch.randn(8, 3, 8, 8)
     groups = find_groups(model, analyse(model, Batch((inputs,), {}, None)), None)
     selection = greedyprune.select(model, [inputs], size=Budget(flops=0.5, uniform=True))
-    assert len({len(each.kept) for each in selection.layers.values()}) == 1
+    assert len({len(layer.kept) for layer in selection.layers.values()}) == 1
     cost = selection.costs["flops"]
     losses = {g.producer: torch.zeros(6) for g in groups}
     problem = knapsack_of([groups[:2], groups[2:]], losses, cost, 1, cost.dense)
@@ -198,8 +198,8 @@ def test_sizes_in_multiples() -> None:
     model, inputs = network("resnet")
 
     def sizes(model: nn.Module, inputs: object, **options: object) -> list[int]:
-        found = greedyprune.select(model, inputs, objective="imitation", **options)
-        return [len(each.kept) for each in found.layers.values()]
+        selection = greedyprune.select(model, inputs, objective="imitation", **options)
+        return [len(layer.kept) for layer in selection.layers.values()]
 
     assert sizes(model, [inputs], size=0.5, round_to=3) == [3, 9]  # of 4 of 8, of 8 of 16
     assert sizes(model, [inputs], size={"3.conv1": 1, "4.conv1": 12}, round_to=8) == [8, 16]
@@ -219,17 +219,17 @@ class Clock:
         self, models: Sequence[nn.Module], batch: Batch, modules: Sequence[str] = ()
     ) -> list[dict[str, float]]:
         self.asked += 1
-        found = []
+        by_model = []
         for model in models:
             with FlopCounterMode(display=False) as counter:
                 model(*batch.args, **batch.kwargs)
-            flops = {name.partition(".")[2]: sum(each.values())
-                     for name, each in counter.get_flop_counts().items()}  # fmt: skip
+            flops = {name.partition(".")[2]: sum(counts.values())
+                     for name, counts in counter.get_flop_counts().items()}  # fmt: skip
             times = {name: float(flops.get(name, 0)) for name in modules}
-            small = len(found) == 1 and len(models) == 2
+            small = len(by_model) == 1 and len(models) == 2
             times[""] = counter.get_total_flops() + self.rest + small * self.wrong
-            found.append(times)
-        return found
+            by_model.append(times)
+        return by_model
 
 
 def test_a_latency_budget(monkeypatch: pytest.MonkeyPatch) -> None:

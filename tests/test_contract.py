@@ -350,9 +350,9 @@ def test_strides_do_not_matter(backend: str, loss: str) -> None:
     strided[:, 1::3] = x
     spread = y.repeat_interleave(2, 0)[::2] if y.dim() == 1 else y.T.contiguous().T
     model[2].weight = nn.Parameter(model[2].weight.detach().T.contiguous().T)
-    found = select(model, (strided[:, 1::3], spread), steps=8, loss=loss, backend=backend)
-    assert torch.equal(found.order, expected.order)
-    assert torch.allclose(found.losses, expected.losses, rtol=1e-6)
+    selection = select(model, (strided[:, 1::3], spread), steps=8, loss=loss, backend=backend)
+    assert torch.equal(selection.order, expected.order)
+    assert torch.allclose(selection.losses, expected.losses, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- invariant 6
@@ -371,7 +371,7 @@ def test_select_and_prune_leave_the_model_as_found(training: bool) -> None:
     model[2].register_forward_hook(lambda *args: None)
     before = fingerprint(model)
     forms: list[dict] = [{}, {"memory_limit": 8192}]
-    forms += [{"objective": each} for each in (Loss(candidates=4), Loss(batch_size=9))]
+    forms += [{"objective": objective} for objective in (Loss(candidates=4), Loss(batch_size=9))]
     forms += [{"objective": "imitation"}, {"weights": "refit"}, {"backend": "reference"}]
     for options in forms:
         selection = select(model, (x, y), size=6, **options)

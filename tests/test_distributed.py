@@ -33,19 +33,19 @@ def team() -> Iterator[Team]:
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", CASES)
 def test_parts_of_the_data(team: Team, name: str, size: int) -> None:
-    found = team.results(size, select, size, name)
-    for each in found[1:]:
-        check_same(each, found[0], exactly=True)
-    check_same(found[0], alone(name))
+    selections = team.results(size, select, size, name)
+    for selection in selections[1:]:
+        check_same(selection, selections[0], exactly=True)
+    check_same(selections[0], alone(name))
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "squared error", "squared error, streamed"])
 def test_sums_of_many_ranks(team: Team, name: str) -> None:
     """Are reduced, not gathered."""
-    found = team.results(4, select_as_many, name)
-    for each in found[1:]:
-        check_same(each, found[0], exactly=True)
-    check_same(found[0], alone(name))
+    selections = team.results(4, select_as_many, name)
+    for selection in selections[1:]:
+        check_same(selection, selections[0], exactly=True)
+    check_same(selections[0], alone(name))
 
 
 def select_as_many(rank: int, name: str) -> Selection:
@@ -56,9 +56,9 @@ def select_as_many(rank: int, name: str) -> Selection:
 
 def test_a_group_of_one_process(team: Team) -> None:
     """No other rank is waited for."""
-    found = team.results(2, by_itself)
-    check_same(found[0], alone("cross-entropy"))
-    assert found[1] is None
+    selections = team.results(2, by_itself)
+    check_same(selections[0], alone("cross-entropy"))
+    assert selections[1] is None
 
 
 def by_itself(rank: int) -> Selection | None:
@@ -102,8 +102,8 @@ def refit_with_epochs(rank: int, selection: Selection) -> None:
 def test_wrapped_models(team: Team) -> None:
     """DistributedDataParallel's inside is selected from; a sharded model is refused."""
     expected = alone("cross-entropy")
-    for found in team.results(2, wrapped):
-        check_same(found, expected)
+    for selection in team.results(2, wrapped):
+        check_same(selection, expected)
     for refused in team.run(4, sharded):
         assert isinstance(refused, Raised) and refused.kind == "TypeError", refused
         assert "sharded over the ranks, expected a whole model: load get_model_sta" in refused.text
@@ -120,11 +120,11 @@ def test_stopped_and_gone_on(team: Team, name: str, tmp_path: Path) -> None:
     [expected, *_] = team.results(4, select, 4, name)
     stops = 0
     for stop, rank in ((2, 0), (3, 2), (4, 3), (5, 0), (9, 2), (12, 0)):
-        for found in team.run(4, checkpointed, name, str(tmp_path / f"{stop}"), rank, stop):
-            assert isinstance(found, Selection) or "Stop" in found.where
-            stops += not isinstance(found, Selection)
-        for found in team.results(4, checkpointed, name, str(tmp_path / f"{stop}"), 0, 0):
-            check_same(found, expected, exactly=True)
+        for answer in team.run(4, checkpointed, name, str(tmp_path / f"{stop}"), rank, stop):
+            assert isinstance(answer, Selection) or "Stop" in answer.where
+            stops += not isinstance(answer, Selection)
+        for answer in team.results(4, checkpointed, name, str(tmp_path / f"{stop}"), 0, 0):
+            check_same(answer, expected, exactly=True)
     assert stops >= 8  # two of the six, on all ranks
 
 
@@ -155,8 +155,8 @@ def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int
 def test_buffers_are_the_first_ranks(team: Team) -> None:
     """Statistics of batches differ from rank to rank after DistributedDataParallel's last step."""
     expected = alone("in sequence")
-    for found in team.results(2, other_buffers):
-        check_same(found, expected)
+    for selection in team.results(2, other_buffers):
+        check_same(selection, expected)
 
 
 def other_buffers(rank: int) -> Selection:

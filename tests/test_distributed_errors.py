@@ -126,16 +126,16 @@ def test_what_is_wrong_on_one_is_raised_on_all(team: Team, what: str) -> None:
     if what == "another processor" and len(extension().instruction_sets()) < 2:
         pytest.skip("this processor has one instruction set")
     kind, text = WRONG[what]
-    for rank, found in enumerate(team.run(3, wrong, what)):
-        assert isinstance(found, Raised), rank
-        assert text in found.text
-        told = found.text.startswith("rank 1: ")
+    for rank, answer in enumerate(team.run(3, wrong, what)):
+        assert isinstance(answer, Raised), rank
+        assert text in answer.text
+        told = answer.text.startswith("rank 1: ")
         if kind in ("ValueError", "TypeError"):
-            assert found.kind == kind
+            assert answer.kind == kind
             assert told == (rank != 1 and what not in ON_ALL)
         else:
-            assert (found.kind, told) == ((kind, False) if rank == 1 else ("RuntimeError", True))
-            assert not told or found.text.startswith(f"rank 1: {kind}")
+            assert (answer.kind, told) == ((kind, False) if rank == 1 else ("RuntimeError", True))
+            assert not told or answer.text.startswith(f"rank 1: {kind}")
     check_same(team.results(2, select, 2, "cross-entropy")[1], alone("cross-entropy"))
 
 
@@ -203,8 +203,8 @@ def ends_in_a_relu(rank: int) -> Selection:
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1), nn.ReLU(inplace=True))
     inputs, _ = tensors("classes")
     positive = model[:3](inputs)[:, 0] > 0
-    some = inputs[positive][:20] if rank == 0 else inputs[~positive][:20]
-    data, group = [(some, some[:, :1])], group_of(2)
+    part = inputs[positive][:20] if rank == 0 else inputs[~positive][:20]
+    data, group = [(part, part[:, :1])], group_of(2)
     return greedyprune.select(model, data, steps=3, process_group=group, layers={"0": "2"})
 
 
@@ -223,9 +223,9 @@ def test_a_rank_that_dies_ends_the_others() -> None:
             pipe.send((3, dies, ()))
         for rank in (0, 2):
             assert team.pipes[rank].poll(TIMEOUT / 2)
-            found = team.pipes[rank].recv()
-            assert isinstance(found, Raised) and found.kind == "RuntimeError"
-            assert f"process_group: rank {rank} of 3 lost the others" in found.text
+            answer = team.pipes[rank].recv()
+            assert isinstance(answer, Raised) and answer.kind == "RuntimeError"
+            assert f"process_group: rank {rank} of 3 lost the others" in answer.text
     finally:
         team.close()
 

@@ -44,8 +44,8 @@ class Printing:
         line = self.lines[sys._getframe(1).f_lineno - 1]
         if about := ABOUT.match(line):
             written = [float(number) for number in NUMBER.findall(about[1])]
-            found = [float(value) for value in values]  # type: ignore[arg-type]
-            assert found == pytest.approx(written, rel=0.1, abs=0.03), line
+            printed = [float(value) for value in values]  # type: ignore[arg-type]
+            assert printed == pytest.approx(written, rel=0.1, abs=0.03), line
 
 
 def name(document: Path) -> str:

@@ -151,24 +151,24 @@ def test_values_between_layers_are_in_the_limit(
         run(self, *args)
 
     monkeypatch.setattr(GraphExecutor, "run", watched)
-    before, found = bytes_alive(), []
+    before, selections = bytes_alive(), []
     for fits in (True, False):
         most = 0
         given = 2**30 if fits else limit
-        found.append(
+        selections.append(
             greedyprune.select(model, batches, layers=["0", "2"], memory_limit=given, **options)
         )
         assert (most - before > limit + 2**21) == fits
-    for name, layer in found[0].layers.items():
-        assert layer.order.equal(found[1].layers[name].order)
+    for name, layer in selections[0].layers.items():
+        assert layer.order.equal(selections[1].layers[name].order)
 
 
 def bytes_alive() -> int:
     """Of all tensors; the process's size says less, as its heap has holes between small ones."""
     storages = {
-        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
-        for each in gc.get_objects()
-        if type(each) is Tensor
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in gc.get_objects()
+        if type(tensor) is Tensor
     }
     return sum(storages.values())
 
@@ -190,9 +190,9 @@ def peak(work: Callable[[], Any]) -> int:
 
 
 def held(what: str) -> int:
-    found = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+    match = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text())
+    assert match is not None
+    return 1024 * int(match[1])
 
 
 def measured(_: int, name: str) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def measured(_: int, name: str) -> tuple[int, int]:
 
         patch.setattr(memory, "bytes_of", noted)
         greedyprune.select(model, batches, progress=False, **options)
-    limit = max(each.together for each in needed)
+    limit = max(bytes_needed.together for bytes_needed in needed)
 
     def select() -> None:
         greedyprune.select(model, batches, progress=False, memory_limit=limit, **options)

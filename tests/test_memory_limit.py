@@ -122,15 +122,15 @@ def test_the_same_or_a_sentence(name: str, targets: str) -> None:
     for limit in LIMITS:
         error = None
         try:
-            found = select(limit)
+            selection = select(limit)
             selected += 1
         except ValueError as raised:
             error = raised
         if error is not None:
             enough = enough_by(str(error), limit)
             assert enough > limit
-            found = select(enough)
-        check_same(found, expected)
+            selection = select(enough)
+        check_same(selection, expected)
     assert selected >= 1
 
 
@@ -154,9 +154,9 @@ def test_too_little_is_a_sentence() -> None:
     )
     with pytest.raises(ValueError, match=expected) as raised:
         greedyprune.select(model, data, size=0.5, memory_limit=10_000)
-    found = re.search(expected, str(raised.value))
-    assert found is not None
-    sums, work, enough, less = map(int, found.groups())
+    told = re.search(expected, str(raised.value))
+    assert told is not None
+    sums, work, enough, less = map(int, told.groups())
     assert sums + work == enough > less
     greedyprune.select(model, data, size=0.5, memory_limit=enough)
     greedyprune.select(model, data, size=0.5, memory_limit=less, objective=Imitation(swaps=0))
@@ -200,10 +200,10 @@ def test_what_does_not_fit_together_takes_turns() -> None:
         expected = greedyprune.select(model, data, size=9, **options)
         with pytest.MonkeyPatch.context() as patch:
             rounds = counted_turns(patch, module)
-            found = greedyprune.select(model, data, size=9, memory_limit=limit, **options)
+            selection = greedyprune.select(model, data, size=9, memory_limit=limit, **options)
             assert rounds == [2]
         for name, layer in expected.layers.items():
-            assert found.layers[name].order.equal(layer.order)
+            assert selection.layers[name].order.equal(layer.order)
     with pytest.raises(ValueError, match="all 2 layers from one pass over an iterator need up to"):
         greedyprune.select(model, iter(data), size=9, memory_limit=28_000, objective="fisher")
 

@@ -174,7 +174,7 @@ def test_a_metric_decides_when_a_layer_is_done() -> None:
 def test_candidates_of_the_output_layer_are_drawn_by_the_gradient() -> None:
     """With one candidate, each pick has the lowest derivative of the loss."""
     problem = one_layer(weights="none", size=5)
-    found = problem.select(objective=Loss(candidates=1, draw="gradient"))
+    selection = problem.select(objective=Loss(candidates=1, draw="gradient"))
     model, (inputs, targets) = problem.model.double(), problem.data
     hidden = model[:2](inputs.double()).detach()
     order: list[int] = []
@@ -186,7 +186,7 @@ def test_candidates_of_the_output_layer_are_drawn_by_the_gradient() -> None:
         [slopes] = torch.autograd.grad(loss, gates)
         slopes[order] = torch.inf
         order.append(int(slopes.argmin()))
-    assert found.order.tolist() == order
+    assert selection.order.tolist() == order
 
 
 BUDGETS: dict[str, tuple[Budget, Budget]] = {

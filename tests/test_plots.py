@@ -66,8 +66,8 @@ def test_a_selection(name: str, panels: int) -> None:
 def test_layers_with_long_names() -> None:
     layer, = select(*network(40), steps=4).layers.values()  # fmt: skip
     names = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(4)]
-    for some in (names, names[:2], names[:1]):
-        assert covered(Selection(dict.fromkeys(some, layer)).plot()) == []
+    for shown in (names, names[:2], names[:1]):
+        assert covered(Selection(dict.fromkeys(shown, layer)).plot()) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": None}], ids=["accuracy", "loss only"])
@@ -90,8 +90,8 @@ def test_a_notebook_shows_it() -> None:
     """By its own method: pyplot registers figures only once it has made one."""
     figure = a_selection("a single step").plot()
     copied = pickle.loads(pickle.dumps(figure))
-    for each in (figure, copied):
-        assert each._repr_png_()[:4] == b"\x89PNG"
+    for shown in (figure, copied):
+        assert shown._repr_png_()[:4] == b"\x89PNG"
 
 
 def test_the_mnist_example() -> None:

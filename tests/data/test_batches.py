@@ -81,9 +81,9 @@ def test_every_source_gives_one_answer(source: object, limit: int) -> None:
             greedyprune.select(MODEL, source(), steps=6, memory_limit=limit)
         assert not MODEL[2]._forward_pre_hooks
         return
-    found = greedyprune.select(MODEL, source(), steps=6, memory_limit=limit)
-    assert found.order.equal(expected.order)
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
+    selection = greedyprune.select(MODEL, source(), steps=6, memory_limit=limit)
+    assert selection.order.equal(expected.order)
+    torch.testing.assert_close(selection.losses, expected.losses, rtol=1e-9, atol=0)
 
 
 def test_a_later_batch_that_does_not_fit() -> None:
@@ -125,13 +125,13 @@ def test_batches_are_copied_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
             taken.append(i)
             yield X[i : i + 2], Y[i : i + 2]
 
-    found = []
+    taken_inputs = []
     for i, batch in enumerate(Batches(source(), MODEL)._ahead()):
-        found.append(batch.args[0])
+        taken_inputs.append(batch.args[0])
         assert len(taken) == min(4, i + 2) == len(copies.log)
         assert now.log[-1] == f"wait for copy {i + 1}"
-    assert all(torch.equal(each, X[i : i + 2]) for i, each in enumerate(found))
-    assert len(found) == 4
+    assert all(torch.equal(inputs, X[i : i + 2]) for i, inputs in enumerate(taken_inputs))
+    assert len(taken_inputs) == 4
 
 
 @pytest.mark.cuda

@@ -38,8 +38,8 @@ each_case = pytest.mark.parametrize(
 @each_case
 def test_is_torchs_loss(module: nn.Module, targets: Tensor) -> None:
     target = criterion_of(module, None).target(targets, (M, C))
-    found = target.loss_sum(LOGITS.T) / target.mass
-    torch.testing.assert_close(found, module(LOGITS, targets), rtol=1e-12, atol=1e-14)
+    loss_value = target.loss_sum(LOGITS.T) / target.mass
+    torch.testing.assert_close(loss_value, module(LOGITS, targets), rtol=1e-12, atol=1e-14)
 
 
 @each_case
@@ -47,8 +47,8 @@ def test_gradient_is_autograds(module: nn.Module, targets: Tensor) -> None:
     outputs = LOGITS.clone().requires_grad_()
     module(outputs, targets).backward()
     target = criterion_of(module, None).target(targets, (M, C))
-    found = target.gradient(LOGITS.T) / target.mass
-    torch.testing.assert_close(found.T, outputs.grad, rtol=1e-10, atol=1e-14)
+    gradient = target.gradient(LOGITS.T) / target.mass
+    torch.testing.assert_close(gradient.T, outputs.grad, rtol=1e-10, atol=1e-14)
 
 
 @each_case
@@ -85,8 +85,8 @@ def test_functions_and_modules_are_known_by_name() -> None:
 
 def test_outputs_without_a_class_dimension() -> None:
     target = Criterion("mse").target(SHARES[:, 0], (M,))
-    found = target.loss_sum(LOGITS.T[:1]) / target.mass
-    torch.testing.assert_close(found, nn.functional.mse_loss(LOGITS[:, 0], SHARES[:, 0]))
+    loss_value = target.loss_sum(LOGITS.T[:1]) / target.mass
+    torch.testing.assert_close(loss_value, nn.functional.mse_loss(LOGITS[:, 0], SHARES[:, 0]))
 
 
 def test_bound_by_hand() -> None:

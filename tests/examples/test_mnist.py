@@ -36,26 +36,34 @@ def trained(request: pytest.FixtureRequest, mnist_folder: Path) -> tuple[nn.Modu
     return model, inputs, targets
 
 
-@pytest.mark.parametrize(
-    "options", [{"steps": 150}, {"size": 0.1}, {"steps": 40, "objective": Loss(batch_size=256)}]
-)
+OPTIONS = [
+    {"steps": 40},
+    {"size": 0.03},
+    {"steps": 15, "objective": Loss(batch_size=256)},
+    pytest.param({"steps": 150}, marks=pytest.mark.slow),
+    pytest.param({"size": 0.1}, marks=pytest.mark.slow),
+    pytest.param({"steps": 40, "objective": Loss(batch_size=256)}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_picks_are_the_float64_references(
     trained: tuple[nn.Module, Tensor, Tensor], options: dict[str, object]
 ) -> None:
     model, inputs, targets = trained
-    found = greedyprune.select(model, (inputs, targets), backend="cpu", **options)
+    selection = greedyprune.select(model, (inputs, targets), backend="cpu", **options)
     expected = greedyprune.select(model, (inputs, targets), backend="reference", **options)
-    assert found.order.tolist() == expected.order.tolist()
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
+    assert selection.order.tolist() == expected.order.tolist()
+    torch.testing.assert_close(selection.losses, expected.losses, rtol=1e-9, atol=0)
     if expected.gap is not None:
-        torch.testing.assert_close(found.gap, expected.gap, rtol=1e-6, atol=0)
+        torch.testing.assert_close(selection.gap, expected.gap, rtol=1e-6, atol=0)
     if expected.bound is not None:
-        assert (found.losses <= found.bound).all()
-    small = greedyprune.prune(model, found)
+        assert (selection.losses <= selection.bound).all()
+    small = greedyprune.prune(model, selection)
     kind = nn.functional.mse_loss if targets.dim() == 2 else nn.functional.cross_entropy
     with torch.no_grad():
         loss = kind(small(inputs), targets)
-    torch.testing.assert_close(loss.double(), found.losses[-1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), selection.losses[-1], rtol=1e-5, atol=0)
 
 
 def test_gram_and_columns_agree(trained: tuple[nn.Module, Tensor, Tensor]) -> None:

@@ -26,7 +26,7 @@ def texts_of(cell: NotebookNode) -> str:
     """All that a cell shows, but for its pictures."""
     shown = (output.get("data") or {"text/plain": output.get("text")} for output in cell.outputs)
     return "\n".join(
-        str(text) for each in shown for kind, text in each.items() if kind.startswith("text/")
+        str(text) for texts in shown for kind, text in texts.items() if kind.startswith("text/")
     )
 
 

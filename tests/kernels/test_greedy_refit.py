@@ -17,7 +17,7 @@ def test_each_pick_is_the_best_refit(
     monkeypatch.setattr("greedyprune.kernels.path.NORM_ROWS", 4)
     p = Fits(*shape)
     steps = min(6, shape[0])
-    path, found = ops.greedy_refit(
+    path, fitted = ops.greedy_refit(
         p.gram, p.right, p.target_norm, Rule(steps, steps, False), width=p.width
     )
     kept: list[int] = []
@@ -27,11 +27,11 @@ def test_each_pick_is_the_best_refit(
         assert int(path.order[k]) == best
         kept.append(best)
         torch.testing.assert_close(float(path.losses[k]), left[best], rtol=1e-8, atol=1e-6)
-        weights = found.outgoing(k + 1).reshape(shape[3], -1)
+        weights = fitted.outgoing(k + 1).reshape(shape[3], -1)
         error = p.y - p.features(kept) @ weights.T
         torch.testing.assert_close(float(error.square().sum()), left[best], rtol=1e-8, atol=1e-6)
-    squares = [float(found.outgoing(k + 1).square().sum()) for k in range(steps)]
-    torch.testing.assert_close(found.norms(), torch.tensor(squares).double())
+    squares = [float(fitted.outgoing(k + 1).square().sum()) for k in range(steps)]
+    torch.testing.assert_close(fitted.norms(), torch.tensor(squares).double())
     other, _ = reference.greedy_refit(
         p.gram, p.right, p.target_norm, Rule(steps, steps, False), width=p.width
     )
@@ -46,11 +46,11 @@ def test_dependent_and_dead_units(instruction_set: str) -> None:
     p.x[:, 6:9] = 0  # unit 2
     p.x[:, 10] = p.x[:, 9]  # a feature of unit 3 twice
     p.gram, p.right = p.x.T @ p.x, p.x.T @ p.y
-    path, found = ops.greedy_refit(p.gram, p.right, p.target_norm, Rule(8, 8, False), width=3)
+    path, fitted = ops.greedy_refit(p.gram, p.right, p.target_norm, Rule(8, 8, False), width=3)
     assert sorted(path.order.tolist()) == list(range(8))
     assert 2 in path.order[-2:].tolist()
     torch.testing.assert_close(float(path.losses[-1]), p.left(list(range(8))), rtol=1e-8, atol=1e-6)
-    weights = found.outgoing(8)
+    weights = fitted.outgoing(8)
     assert weights.abs().max() < 1e3
     assert (path.losses.diff() <= 1e-9 * p.target_norm).all()
 
@@ -65,14 +65,16 @@ def test_ties_go_to_the_lowest_index(instruction_set: str) -> None:
 
 def test_threads_do_not_show(instruction_set: str, threads: None) -> None:
     p = Fits(60, 4, 500, 33)
-    found = []
+    results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(ops.greedy_refit(p.gram, p.right, p.target_norm, Rule(30, 30, False), width=4))
-    for path, fitted in found[1:]:
-        assert path.order.equal(found[0][0].order)
-        assert path.losses.equal(found[0][0].losses)
-        assert fitted.factor.equal(found[0][1].factor)
+        results.append(
+            ops.greedy_refit(p.gram, p.right, p.target_norm, Rule(30, 30, False), width=4)
+        )
+    for path, fitted in results[1:]:
+        assert path.order.equal(results[0][0].order)
+        assert path.losses.equal(results[0][0].losses)
+        assert fitted.factor.equal(results[0][1].factor)
 
 
 def test_bad_tensors() -> None:

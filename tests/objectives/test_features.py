@@ -52,15 +52,15 @@ BYTES = {"mse": 30 * 4 + 4 * 3 * 8, "cross_entropy": 30 * 4 + 4 + 8}
 @pytest.mark.parametrize("loss", ["mse", nn.CrossEntropyLoss(torch.tensor([1.0, 0.2, 3.0]))])
 def test_moments_are_their_definitions(sized: bool, room: int, loss: object, backend: str) -> None:
     """room: for so many samples, in memory_limit"""
-    targets, each = (T, BYTES["mse"]) if loss == "mse" else (Y, BYTES["cross_entropy"])
-    limit = max(1, room * each)
+    targets, bytes_a_sample = (T, BYTES["mse"]) if loss == "mse" else (Y, BYTES["cross_entropy"])
+    limit = max(1, room * bytes_a_sample)
     batches = [(X[i : i + 700], targets[i : i + 700]) for i in range(0, 2500, 700)]
     features = features_of(batches if sized else Unsized(batches), loss, limit, backend)
     gram_too = 0 if sized or loss != "mse" else 30 * 30 * 8
-    assert isinstance(features, Streamed) == (limit < each * 2500 + gram_too)
+    assert isinstance(features, Streamed) == (limit < bytes_a_sample * 2500 + gram_too)
     assert features.bytes_held <= limit or limit == 1
     gram = torch.zeros(30, 30, dtype=torch.float64)
-    found = moments(features, backend, gram)
+    sums = moments(features, backend, gram)
     hidden = MODEL[:2](X).double().T
     phi = hidden[:, None, :] * (30 * MODEL[2].weight.double().T)[:, :, None]
     bias = MODEL[2].bias.double()[:, None]
@@ -69,30 +69,30 @@ def test_moments_are_their_definitions(sized: bool, room: int, loss: object, bac
     size = expected.diagonal().sqrt()
     error = (gram - expected).abs() / (size * size[:, None])
     assert error.max() < (1e-6 if in_float32 else 1e-14)
-    torch.testing.assert_close(found.norm, expected.diagonal())
-    assert found.samples == 2500
+    torch.testing.assert_close(sums.norm, expected.diagonal())
+    assert sums.samples == 2500
     weight = torch.ones(2500).double()
     if loss == "mse":
         t = T.double().T - bias
-        torch.testing.assert_close(found.beta, torch.einsum("ics,cs->i", phi, t))
-        assert found.target_norm == pytest.approx(float(t.square().sum()))
+        torch.testing.assert_close(sums.beta, torch.einsum("ics,cs->i", phi, t))
+        assert sums.target_norm == pytest.approx(float(t.square().sum()))
         dense = nn.functional.mse_loss(MODEL(X).double(), T.double())
         factor, mass = 1.0, 7500.0
     else:
         weight = loss.weight.double()[Y]
         dense = nn.functional.cross_entropy(MODEL(X).double(), Y, loss.weight.double())
         factor, mass = 0.25, float(weight.sum())
-    assert found.dense_loss == pytest.approx(float(dense), rel=1e-6)
+    assert sums.dense_loss == pytest.approx(float(dense), rel=1e-6)
     variance = (phi - phi.mean(0)).square().mean(0).sum(0)
-    assert found.spread == pytest.approx(factor * float((variance * weight).sum()) / mass)
-    assert found.mass == pytest.approx(mass)
+    assert sums.spread == pytest.approx(factor * float((variance * weight).sum()) / mass)
+    assert sums.mass == pytest.approx(mass)
 
 
 def test_squared_error_needs_one_pass_even_streamed() -> None:
     generator = ((X[i : i + 100], T[i : i + 100]) for i in range(0, 2500, 100))
-    found = greedyprune.select(MODEL, generator, steps=20, memory_limit=30 * 30 * 8)
+    selection = greedyprune.select(MODEL, generator, steps=20, memory_limit=30 * 30 * 8)
     expected = greedyprune.select(MODEL, (X, T), steps=20)
-    assert found.order.equal(expected.order)
+    assert selection.order.equal(expected.order)
     assert not MODEL[2]._forward_pre_hooks
 
 
@@ -100,10 +100,10 @@ def test_squared_error_needs_one_pass_even_streamed() -> None:
 @pytest.mark.parametrize("targets", [T, Y], ids=["mse", "cross_entropy"])
 def test_streamed_columns_and_weights(weights: str, targets: Tensor) -> None:
     """No room for features or Gram matrix: columns by passes over the data."""
-    found = greedyprune.select(MODEL, (X, targets), steps=9, weights=weights, memory_limit=100)
+    selection = greedyprune.select(MODEL, (X, targets), steps=9, weights=weights, memory_limit=100)
     expected = greedyprune.select(MODEL, (X, targets), steps=9, weights=weights)
-    assert found.order.equal(expected.order)
-    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
+    assert selection.order.equal(expected.order)
+    torch.testing.assert_close(selection.losses, expected.losses, rtol=1e-9, atol=0)
 
 
 def test_mini_batches_see_every_sample_once_a_pass() -> None:

@@ -22,7 +22,7 @@ def gates_of(
     rows = []
     for i in range(len(targets)):
         one = slice(i, i + 1)
-        own = {n: t[one] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[one]
+        sample = {n: t[one] for n, t in inputs.items()} if isinstance(inputs, dict) else inputs[one]
         gate = torch.ones(len(layer.counts), requires_grad=True)
         weights = {}
         for name in layer.outputs:
@@ -32,7 +32,7 @@ def gates_of(
             shape = [1] * weight.dim()
             shape[at.dim] = -1
             weights[f"{name}.weight"] = weight.detach() * every.view(shape)
-        args, kwargs = ((), own) if isinstance(own, dict) else ((own,), {})
+        args, kwargs = ((), sample) if isinstance(sample, dict) else ((sample,), {})
         out = torch.func.functional_call(model, weights, args, kwargs)
         out = out if isinstance(out, Tensor) else out.logits
         rows.append(torch.autograd.grad(loss(out, targets[one]), gate)[0])
@@ -47,10 +47,10 @@ def test_gates_losses_are_those_of_torchs_derivatives(name: str, weights: str) -
     torch.manual_seed(5)
     targets = torch.randn(outputs_of(model, inputs).shape)
     data = [inputs | {"y": targets}] if isinstance(inputs, dict) else [(inputs, targets)]
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, data, objective="fisher", weights=weights, loss="mse", size=0.5
     )
-    for producer, layer in found.layers.items():
+    for producer, layer in selection.layers.items():
         assert layer.objective == "fisher" and layer.fitted is None
         u = gates_of(model, layer, inputs, targets, nn.functional.mse_loss)
         scale = float(u.sum(1).square().mean())
@@ -82,10 +82,10 @@ def test_gates_of_every_loss() -> None:
         (lambda out, y: nn.functional.l1_loss(out, y), nn.functional.l1_loss, soft),
     ):
         data = [(inputs[:7], targets[:7]), (inputs[7:], targets[7:])]
-        found = greedyprune.select(
+        selection = greedyprune.select(
             model, data, objective="fisher", loss=loss, layers="0", steps=9, weights="counts"
         )
-        (layer,) = found.layers.values()
+        (layer,) = selection.layers.values()
         u = gates_of(model, layer, inputs, targets, plain)
         off = 1 - layer.counts.double() * len(layer.counts) / 9
         expected = float((u @ off).square().mean() / 2)
@@ -97,10 +97,10 @@ def test_gates_are_kept_in_files(tmp_path: Path) -> None:
     model, inputs = network("resnet")
     assert isinstance(inputs, Tensor)
     data = [(inputs, torch.zeros_like(outputs_of(model, inputs)))]
-    found = greedyprune.select(model, data, objective="fisher")
-    found.save(tmp_path / "selection")
+    selection = greedyprune.select(model, data, objective="fisher")
+    selection.save(tmp_path / "selection")
     again = greedyprune.Selection.load(tmp_path / "selection")
-    for name, layer in found.layers.items():
+    for name, layer in selection.layers.items():
         assert again.layers[name].objective == "fisher"
         assert again.layers[name].at(3).weights.equal(layer.at(3).weights)
 
@@ -121,10 +121,10 @@ def test_a_budget_by_what_the_loss_rises_by() -> None:
     """Not by shares of each layer's own outputs, which all count alike."""
     torch.manual_seed(0)
     model, data = Branches(), (torch.randn(300, 6), torch.randint(4, (300,)))
-    found = greedyprune.select(model, data, objective="fisher", size=Budget(params=0.5))
-    assert len(found.layers["a"].kept) > 4 * len(found.layers["b"].kept)
-    found = greedyprune.select(model, data, size=Budget(params=0.5))
-    assert len(found.layers["a"].kept) < 2 * len(found.layers["b"].kept)
+    selection = greedyprune.select(model, data, objective="fisher", size=Budget(params=0.5))
+    assert len(selection.layers["a"].kept) > 4 * len(selection.layers["b"].kept)
+    selection = greedyprune.select(model, data, size=Budget(params=0.5))
+    assert len(selection.layers["a"].kept) < 2 * len(selection.layers["b"].kept)
 
 
 def test_what_gates_refuse() -> None:
@@ -148,8 +148,8 @@ def test_gates_do_not_depend_on_batches() -> None:
     options = {"objective": "fisher", "loss": loss, "layers": "0", "weights": "counts"}
     whole = greedyprune.select(model, (inputs, labels), **options)
     parts = zip(inputs.split(5), labels.split(5), strict=True)
-    found = greedyprune.select(model, parts, **options)  # one pass, so an iterator will do
-    torch.testing.assert_close(found.losses, whole.losses, rtol=1e-5, atol=1e-12)
+    selection = greedyprune.select(model, parts, **options)  # one pass, so an iterator will do
+    torch.testing.assert_close(selection.losses, whole.losses, rtol=1e-5, atol=1e-12)
     with pytest.raises(ValueError, match="data: every label is ignored"):
         greedyprune.select(model, (inputs[:7], labels[:7]), **options)
     both = iter([(inputs, labels)])
@@ -173,9 +173,11 @@ class Overwritten(nn.Module):
 def test_gates_are_of_what_the_consumers_took() -> None:
     torch.manual_seed(0)
     model, data = Overwritten(), {"x": torch.randn(30, 5), "targets": torch.randn(30, 3)}
-    found = [
-        greedyprune.select(model, data | {"in_place": each}, objective="fisher", weights="counts")
-        for each in (True, False)
+    selections = [
+        greedyprune.select(
+            model, data | {"in_place": in_place}, objective="fisher", weights="counts"
+        )
+        for in_place in (True, False)
     ]
-    assert found[0].order.equal(found[1].order)
-    torch.testing.assert_close(found[0].losses, found[1].losses, rtol=1e-6, atol=0)
+    assert selections[0].order.equal(selections[1].order)
+    torch.testing.assert_close(selections[0].losses, selections[1].losses, rtol=1e-6, atol=0)

@@ -76,14 +76,14 @@ def test_types_and_normalisations_that_stay_as_they_are(
     inputs = inputs.bfloat16() if "oat" in name else inputs
     targets = model.eval()(inputs).detach().float() + 0.3 * torch.randn(20, 3)
     layer = "0" if "oat" in name else "a"
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, [(inputs, targets)], layers=layer, objective=Loss(batch_size=16), loss="mse",
         size=4, weights="none",
     )  # fmt: skip
     with torch.no_grad():
-        outputs = greedyprune.prune(model, found)(inputs).double()
+        outputs = greedyprune.prune(model, selection)(inputs).double()
     loss = functional.mse_loss(outputs, targets.double())
-    assert float(found.losses[-1]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(selection.losses[-1]) == pytest.approx(float(loss), rel=1e-5)
 
 
 class Twice(nn.Module):
@@ -106,10 +106,10 @@ class Twice(nn.Module):
 def test_what_is_needed_again_is_not_overwritten(alias: bool) -> None:
     torch.manual_seed(0)
     model, pair = Twice(alias), (torch.randn(30, 5), torch.randn(30, 3))
-    found = greedyprune.select(model, [pair], layers="a", objective="loss", size=3)
+    selection = greedyprune.select(model, [pair], layers="a", objective="loss", size=3)
     for k in (1, 2, 3):
-        small = greedyprune.prune(model, found.at(k))
-        assert float(found.losses[k - 1]) == pytest.approx(loss_of(small, pair), rel=1e-5)
+        small = greedyprune.prune(model, selection.at(k))
+        assert float(selection.losses[k - 1]) == pytest.approx(loss_of(small, pair), rel=1e-5)
 
 
 class Float(nn.Module):
@@ -130,8 +130,11 @@ def test_models_that_only_run_in_float32() -> None:
     model, inputs = Float(), torch.randint(256, (40, 5), dtype=torch.uint8)
     data = inputs, model(inputs).detach()
     options = {"layers": "a", "objective": "loss", "weights": "none"}
-    found = greedyprune.select(model, data, size=6, **options)
-    assert set(found.order[:4].tolist()) == {4, 5, 6, 7} and found.order[4:].tolist() == [0, 1]
+    selection = greedyprune.select(model, data, size=6, **options)
+    assert set(selection.order[:4].tolist()) == {4, 5, 6, 7} and selection.order[4:].tolist() == [
+        0,
+        1,
+    ]
     with pytest.raises(ValueError, match="backend: found 'reference', which runs the network in f"):
         greedyprune.select(model, data, size=6, backend="reference", **options)
 
@@ -148,9 +151,9 @@ def test_a_loss_with_tensors_of_its_own(backend: str) -> None:
         return functional.cross_entropy(outputs, targets, weight)
 
     options = {"layers": "0", "objective": "loss", "size": 6, "weights": "none"}
-    found = greedyprune.select(model, data, loss=loss, backend=backend, **options)
+    selection = greedyprune.select(model, data, loss=loss, backend=backend, **options)
     known = greedyprune.select(model, data, loss=nn.CrossEntropyLoss(weight), **options)
-    torch.testing.assert_close(found.losses, known.losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(selection.losses, known.losses, rtol=1e-6, atol=0)
 
 
 class Unseparated(nn.Module):
@@ -186,9 +189,9 @@ def test_batches_that_can_not_be_parted(kind: str) -> None:
     targets = torch.randn(model(**inputs).shape)
     batch = inputs | {"labels": targets}
     options: dict[str, Any] = {"layers": "a", "loss": "mse", "size": 3}
-    found = greedyprune.select(model, [batch], objective="loss", **options)
+    selection = greedyprune.select(model, [batch], objective="loss", **options)
     loss = functional.mse_loss(model(**inputs), targets)
-    assert float(found.dense_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert float(selection.dense_loss) == pytest.approx(float(loss), rel=1e-5)
     if kind == "positions":
         with pytest.raises(ValueError, match=r"batch_size: found targets of shape \(160, 3\) for"):
             greedyprune.select(model, [batch], objective=Loss(batch_size=4), **options)
@@ -278,10 +281,10 @@ def test_what_changes_in_place(kind: str) -> None:
     torch.manual_seed(0)
     model, inputs = InPlace(kind), torch.randn(40, 5)
     data = inputs, torch.randn(40, 3)
-    found = greedyprune.select(model, data, layers="a", objective="loss", size=3)
+    selection = greedyprune.select(model, data, layers="a", objective="loss", size=3)
     for k in (1, 3):
-        small = greedyprune.prune(model, found.at(k))
-        assert float(found.losses[k - 1]) == pytest.approx(loss_of(small, data), rel=1e-5)
+        small = greedyprune.prune(model, selection.at(k))
+        assert float(selection.losses[k - 1]) == pytest.approx(loss_of(small, data), rel=1e-5)
     if kind == "whole":
         assert greedyprune.select(model, data, objective="imitation")
         return
@@ -299,6 +302,6 @@ def test_more_shapes_than_there_are_traces(most: int, monkeypatch: pytest.Monkey
         nn.Flatten(), nn.Linear(4, 2),
     )  # fmt: skip
     pairs = [(torch.randn(5, 2, n), torch.randn(5, 2)) for n in (3, 4, 6)]
-    found = greedyprune.select(model, pairs, layers="0", objective="loss", size=3)
-    losses = [loss_of(greedyprune.prune(model, found), pair) for pair in pairs]
-    assert float(found.losses[-1]) == pytest.approx(sum(losses) / 3, rel=1e-5)
+    selection = greedyprune.select(model, pairs, layers="0", objective="loss", size=3)
+    losses = [loss_of(greedyprune.prune(model, selection), pair) for pair in pairs]
+    assert float(selection.losses[-1]) == pytest.approx(sum(losses) / 3, rel=1e-5)

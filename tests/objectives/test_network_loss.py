@@ -72,13 +72,13 @@ def plain(
 def test_picks_are_those_of_the_plain_loop(name: str) -> None:
     """Layer by layer, each in the network that the layers before it leave."""
     model, pair = with_targets(name)
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, data_of(pair), objective="loss", loss="mse", size=3, backend="reference"
     )
     now, wide = doubled(model, pair)
     # A gap has only the layer of the model's output, which the tests of the kernels are for.
-    inner = {n: layer for n, layer in found.layers.items() if layer.gap is None}
-    assert inner and len(found.layers) - len(inner) <= 1
+    inner = {n: layer for n, layer in selection.layers.items() if layer.gap is None}
+    assert inner and len(selection.layers) - len(inner) <= 1
     for producer, layer in inner.items():
         assert layer.objective == "loss" and layer.bound is None
         assert float(layer.dense_loss) == pytest.approx(loss_of(now, wide), rel=1e-9)
@@ -115,9 +115,9 @@ def test_picks_are_the_references(
     model, pair = with_targets(name)
     monkeypatch.setattr(Network, "_together", lambda *_: together)
     options = {"objective": "loss", "loss": "mse", "size": 3}
-    found = greedyprune.select(model, data_of(pair), **options)
+    selection = greedyprune.select(model, data_of(pair), **options)
     reference = greedyprune.select(model, data_of(pair), backend="reference", **options)
-    for producer, layer in found.layers.items():
+    for producer, layer in selection.layers.items():
         assert layer.order.equal(reference.layers[producer].order)
 
 
@@ -126,11 +126,11 @@ def test_picks_are_the_references(
 def test_losses_are_the_pruned_networks(name: str, weights: str) -> None:
     model, pair = with_targets(name)
     before = copy.deepcopy(model.state_dict())
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, data_of(pair), objective=Loss(sequential=False), loss="mse", size=3,
         weights=weights,
     )  # fmt: skip
-    for producer, layer in found.layers.items():
+    for producer, layer in selection.layers.items():
         for k in range(1, len(layer.order) + 1):
             small = greedyprune.prune(model, greedyprune.Selection({producer: layer.at(k)}))
             assert float(layer.losses[k - 1]) == pytest.approx(loss_of(small, pair), rel=1e-5)
@@ -146,11 +146,11 @@ def test_mini_batches_and_random_candidates(limit: int | None) -> None:
     options: dict[str, Any] = {
         "size": 4, "seed": 2, "objective": Loss(candidates=5, batch_size=7)
     }  # fmt: skip
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, data, layers="4", loss="mse", weights="none", backend="reference",
         memory_limit=limit, **options,
     )  # fmt: skip
-    layer = found.layers["4"]
+    layer = selection.layers["4"]
     [group] = find_groups(model, analyse(model, Batch((inputs,), {}, None)), ["4"])
     job = job_of(model, data, [group], **options)
     batched = mini_batches(job, 4, len(inputs))
@@ -177,11 +177,11 @@ def test_mini_batches_and_random_candidates(limit: int | None) -> None:
 
 def test_repeats_are_weighted_by_their_counts() -> None:
     model, pair = with_targets("conv1d")
-    found = greedyprune.select(model, data_of(pair), objective="loss", loss="mse", steps=12)
-    (layer,) = found.layers.values()
+    selection = greedyprune.select(model, data_of(pair), objective="loss", loss="mse", steps=12)
+    (layer,) = selection.layers.values()
     assert int(layer.counts.sum()) == 12 and int(layer.counts.max()) > 1
     assert float(layer.losses[-1]) == pytest.approx(
-        loss_of(greedyprune.prune(model, found), pair), rel=1e-5
+        loss_of(greedyprune.prune(model, selection), pair), rel=1e-5
     )
 
 
@@ -194,11 +194,11 @@ def test_tolerance_is_of_the_loss_with_all_units(weights: str) -> None:
     options = {"objective": "loss", "layers": "0", "weights": weights}
     whole = greedyprune.select(model, (inputs, targets), size=24, **options)
     enough = 4 * float(whole.dense_loss)
-    found = greedyprune.select(model, (inputs, targets), tolerance=3.0, **options)
-    k = len(found.order)
+    selection = greedyprune.select(model, (inputs, targets), tolerance=3.0, **options)
+    k = len(selection.order)
     assert 1 < k < 24
-    assert float(found.losses[-1]) <= enough < float(found.losses[-2])
-    assert found.order.equal(whole.order[:k]) and found.losses.equal(whole.losses[:k])
+    assert float(selection.losses[-1]) <= enough < float(selection.losses[-2])
+    assert selection.order.equal(whole.order[:k]) and selection.losses.equal(whole.losses[:k])
 
 
 @pytest.mark.parametrize("name", ["resnet", "excited", "gpt2"])
@@ -206,11 +206,11 @@ def test_candidates_drawn_by_the_gradient(name: str) -> None:
     """Picks are the best of those that torch's own derivative puts first."""
     model, pair = with_targets(name)
     producer = next(iter(greedyprune.select(model, data_of(pair)).layers))
-    found = greedyprune.select(
+    selection = greedyprune.select(
         model, data_of(pair), layers=producer, objective=Loss(candidates=2, draw="gradient"),
         loss="mse", size=2, weights="none", backend="reference",
     )  # fmt: skip
-    layer, (wide_model, wide) = found.layers[producer], doubled(model, pair)
+    layer, (wide_model, wide) = selection.layers[producer], doubled(model, pair)
 
     def loss_at(factors: Tensor) -> Tensor:
         weights = {
@@ -251,9 +251,9 @@ def test_tolerance_of_a_metric() -> None:
         return (outputs.argmax(1) == targets).double().mean()
 
     data = [(inputs[:200], labels[:200]), (inputs[200:], labels[200:])]
-    found = greedyprune.select(model, data, objective=Loss(metric=accuracy), tolerance=0.1)
+    selection = greedyprune.select(model, data, objective=Loss(metric=accuracy), tolerance=0.1)
     before = model
-    for name, layer in found.layers.items():
+    for name, layer in selection.layers.items():
         assert 1 < len(layer.order) < len(layer.counts)
         after = [
             accuracy(masked(before, greedyprune.Selection({name: layer.at(k)}))(inputs), labels)
@@ -289,10 +289,10 @@ def test_the_output_layer_follows_the_inner_ones() -> None:
         nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)
     )
     data = torch.randn(60, 4), torch.randint(3, (60,))
-    found = greedyprune.select(model, data, objective="loss", size=0.5)
-    outputs = greedyprune.prune(model, found)(data[0]).detach()
+    selection = greedyprune.select(model, data, objective="loss", size=0.5)
+    outputs = greedyprune.prune(model, selection)(data[0]).detach()
     loss = functional.cross_entropy(outputs, data[1])
-    assert float(found.layers["2"].losses[-1]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(selection.layers["2"].losses[-1]) == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_what_is_refused() -> None:

@@ -20,8 +20,8 @@ def roots_of(model: nn.Module, names: list[str], data: object, kind: str) -> dic
     with evaluating(model):
         modules = {name: model.get_submodule(name) for name in names}
         outputs = {  # GPT-2's Conv1D says nf
-            name: int(getattr(each, "nf", len(each.get_parameter("weight"))))
-            for name, each in modules.items()
+            name: int(getattr(module, "nf", len(module.get_parameter("weight"))))
+            for name, module in modules.items()
         }
         return output_metric.roots(job_of(model, data, loss=kind), outputs)
 
@@ -32,8 +32,8 @@ def test_the_metric_is_that_of_the_slopes(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(inputs, Tensor)
     model.requires_grad_(False)
     monkeypatch.setattr(output_metric, "_slope", lambda outputs, kind, targets: outputs)
-    found = roots_of(model, ["3.conv2", "4.conv2"], [inputs[:2], inputs[2:]], "mse")
-    for name, root in found.items():
+    roots = roots_of(model, ["3.conv2", "4.conv2"], [inputs[:2], inputs[2:]], "mse")
+    for name, root in roots.items():
         block = model.get_submodule(name.split(".")[0])
         hidden = model[: int(name[0])](inputs)
         out = block.conv2(block.bn1(block.conv1(hidden)).relu()).requires_grad_()
@@ -60,8 +60,8 @@ def test_slopes_are_drawn_from_the_predictions(shape: tuple[int, ...]) -> None:
     for kind, covariance in expected.items():
         slopes = output_metric._slope(outputs, kind, None).double()
         assert float(slopes.mean(0).abs().max()) < 5 / many**0.5
-        found = (slopes[..., :, None] * slopes[..., None, :]).mean(0)
-        torch.testing.assert_close(found, covariance, rtol=0, atol=8 / many**0.5)
+        products = (slopes[..., :, None] * slopes[..., None, :]).mean(0)
+        torch.testing.assert_close(products, covariance, rtol=0, atol=8 / many**0.5)
     moved = outputs.movedim(-1, 1) if len(shape) > 1 else outputs
     targets = torch.zeros(many, *shape[:-1], dtype=torch.int64)
     torch.manual_seed(1)
@@ -81,8 +81,8 @@ def test_outputs_that_nothing_depends_on_do_not_count() -> None:
     data = torch.randn(200, 2), torch.randint(3, (200,))
     for metric, unit in (("none", 0), ("fisher", 1)):
         objective = Imitation(metric=metric)
-        found = greedyprune.select(model, data, layers="0", size=1, objective=objective)
-        assert found.kept.tolist() == [unit]
+        selection = greedyprune.select(model, data, layers="0", size=1, objective=objective)
+        assert selection.kept.tolist() == [unit]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -241,10 +241,10 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     selection.save(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert "checksum" in file.metadata()
-    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     folder = tmp_path / "kept"
     select("cross-entropy", folder)
     (folder / ".layer-0~x.safetensors.77.part").write_bytes(b"half")
     select("cross-entropy", folder)
-    assert [each.name for each in folder.glob(".*")] == [".lock-0"]
+    assert [path.name for path in folder.glob(".*")] == [".lock-0"]
     assert json.loads((folder / "call-0.json").read_text())["value"]["steps"] == "30"

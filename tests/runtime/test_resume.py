@@ -72,7 +72,7 @@ def test_what_is_known_is_not_done_again(tmp_path: Path) -> None:
     assert len(ran) == whole - 6
     check_same(run(tmp_path / "a"), expected, exactly=True)
     assert len(ran) == whole - 8
-    assert sorted(each.name.split("-")[0] for each in (tmp_path / "a").iterdir()) == [
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "a").iterdir()) == [
         ".lock", "call", "data", "layer", "layer", "memory.json"
     ]  # fmt: skip
 

@@ -50,8 +50,8 @@ class Kernels:
         there = [self._there(value) for value in args]
         named = {key: self._there(value) for key, value in kwargs.items() if key != "step"}
         steps = {"step": kwargs["step"]} if "step" in kwargs else {}
-        found = function(*there, **named, **steps, backend=self.backend)
-        return found if isinstance(found, GreedyPath) else found.cpu()
+        result = function(*there, **named, **steps, backend=self.backend)
+        return result if isinstance(result, GreedyPath) else result.cpu()
 
     def _there(self, value: Any) -> Any:
         if isinstance(value, (Tensor, Target)):
@@ -61,9 +61,9 @@ class Kernels:
         if callable(value) and self.device.type != "cpu":  # columns(units, out)
 
             def columns(units: Tensor, out: Tensor) -> None:
-                here = torch.empty(out.shape, dtype=out.dtype)
-                value(units.cpu(), here)
-                out.copy_(here)
+                on_cpu = torch.empty(out.shape, dtype=out.dtype)
+                value(units.cpu(), on_cpu)
+                out.copy_(on_cpu)
 
             return columns
         return value

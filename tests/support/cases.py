@@ -174,8 +174,8 @@ def batches_of(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Ten
 def part(rank: int, size: int, kind: str) -> list[tuple[Tensor, Tensor]]:
     inputs, targets = tensors(kind)
     start = sum(PARTS[size][:rank])
-    own = slice(start, start + PARTS[size][rank])
-    return batches_of((inputs[own], targets[own]), BATCHES[rank])
+    samples = slice(start, start + PARTS[size][rank])
+    return batches_of((inputs[samples], targets[samples]), BATCHES[rank])
 
 
 def select(rank: int, size: int, name: str) -> Selection:

@@ -13,7 +13,7 @@ def covered(figure: Figure) -> list[str]:
     """What lies on something else or goes over the edge, in words; empty for a good picture."""
     FigureCanvasAgg(figure).draw()  # lays the figure out
     legends = [*figure.legends, *(legend for a in figure.axes if (legend := a.get_legend()))]
-    found = [
+    problems = [
         f"a legend on the line {line.get_label()!r}"
         for legend in legends for axes in figure.axes for line in axes.get_lines()
         if crosses(axes, line, legend.get_window_extent())
@@ -24,12 +24,12 @@ def covered(figure: Figure) -> list[str]:
     boxes |= {f"panel {i}": axes.get_tightbbox() for i, axes in enumerate(figure.axes)}
     if figure.get_suptitle():
         boxes["the title"] = figure._suptitle.get_window_extent()
-    found += [
+    problems += [
         f"{a} on {b}" for (a, first), (b, second) in itertools.combinations(boxes.items(), 2)
         if Bbox.intersection(first.padded(-1), second.padded(-1)) is not None
     ]  # fmt: skip
     page = figure.bbox.padded(1)
-    return found + [
+    return problems + [
         f"{name} over the edge" for name, box in boxes.items()
         if (Bbox.union([page, box]).size > page.size).any()
     ]  # fmt: skip

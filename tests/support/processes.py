@@ -33,31 +33,31 @@ class Team:
         store = str(Path(self._folder.name) / "store")
         self.pipes, self.processes = [], []
         for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            parent, child = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, child), daemon=True)
             process.start()
-            self.pipes.append(here)
+            self.pipes.append(parent)
             self.processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """function(rank, *args) on the first `size` ranks: what each returned, or a Raised."""
         for pipe in self.pipes[:size]:
             pipe.send((size, function, args))
-        found = []
+        answers = []
         for rank, pipe in enumerate(self.pipes[:size]):
             if not pipe.poll(2 * TIMEOUT):
                 self.close()
                 raise AssertionError(f"rank {rank} of {size} hangs")
-            found.append(pipe.recv())
-        return found
+            answers.append(pipe.recv())
+        return answers
 
     def results(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """The same, where nothing may be raised."""
-        found = self.run(size, function, *args)
-        for each in found:
-            if isinstance(each, Raised):
-                raise AssertionError(each.where)
-        return found
+        answers = self.run(size, function, *args)
+        for answer in answers:
+            if isinstance(answer, Raised):
+                raise AssertionError(answer.where)
+        return answers
 
     def close(self) -> None:
         for process in self.processes:
