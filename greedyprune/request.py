@@ -181,11 +181,11 @@ def _objective(objective: object) -> tuple[str, object]:
     for name, options in OBJECTIVES.items():
         if isinstance(objective, options):
             return name, objective
-    if objective != "auto" and objective not in OBJECTIVES:
-        names = ", ".join(map(repr, ("auto", *OBJECTIVES)))
+    names = "auto", *OBJECTIVES
+    if objective not in names:
         raise ValueError(
-            f"objective: found {objective!r}, expected one of {names}, or an Imitation, Loss or "
-            "Fisher with options"
+            f"objective: found {objective!r}, expected one of {', '.join(map(repr, names))}, or "
+            "an Imitation, Loss or Fisher with options"
         )
     return str(objective), None
 

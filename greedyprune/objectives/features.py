@@ -123,7 +123,7 @@ class InMemory(LayerFeatures):
             rows = self.features[i : i + height]
             rows.copy_(rows[:, order])
         self.target = self.target[order]
-        if self.targets is not None and len(self.targets) == len(order):
+        if self.targets is not None:
             self.targets = self.targets[order]
 
 
@@ -215,10 +215,10 @@ def layer_features(job: Job, group: Group, *, imitation: bool, limit: int) -> In
     blocks = first_pass(source, resumed, raw)
     try:
         features = _collected(source, resumed, blocks, raw, limit)
+        _agree(features)
     except BaseException:
         blocks.close()  # takes the hook off
         raise
-    _agree(features)
     return features
 
 

@@ -214,7 +214,7 @@ class NetworkObjective:
         if everywhere or self._batches is None or self._samples is None:
             return None
         if network not in self._seen or self._seen[network][0] != k:
-            part = slice(int(self._batches.starts[k - 1]), int(self._batches.stops[k - 1]))
+            part = self._batches.part(k)
             batch = self._samples.take(self._batches.order[part])
             if network is not self._network:
                 batch = batch.to(torch.float64)

@@ -125,6 +125,12 @@ def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> Mi
     if not isinstance(features, InMemory) or not features.in_memory:
         samples = sum(block.features.shape[1] for block in features.blocks())
         raise features.source.too_large(features.sample_bytes, samples, "batch_size")
+    if features.targets is not None and len(features.targets) != features.samples:
+        raise ValueError(
+            f"batch_size: found {len(features.targets)} targets for {features.samples} samples of "
+            f"layer {features.group.producer!r}, expected one for each: a loss of your own is "
+            "called with the targets of a mini-batch"
+        )
     batches = mini_batches(job, rule.steps, features.samples)
     assert batches is not None
     features.shuffle(batches.order)
@@ -178,7 +184,7 @@ class Solver:
         features, rule = self.features, self._rule
         if features.criterion.kind == "custom":
             assert isinstance(features, InMemory)
-            return greedy(CustomObjective(features), rule, step)
+            return greedy(CustomObjective(features, self._batches), rule, step)
         exact = self._exact()
         ranks = features.ranks if exact is not None else ALONE  # without it no sample is looked at
         if self._gram is not None:
