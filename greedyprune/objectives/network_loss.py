@@ -30,10 +30,9 @@ from .layer_products import LayerProducts, collect
 from .memory import refit_bytes
 from .minibatches import MiniBatches, mini_batches
 from .network import Network, NetworkState
-from .options import Imitation
+from .options import DAMPING
 
 NEAR = 1e-5  # relative: losses so close are computed again in float64 (float32's differ by 1e-7)
-DAMPING = Imitation().damping  # the ridge of weights="refit"
 
 
 def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:

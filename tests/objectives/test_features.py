@@ -175,6 +175,20 @@ def test_mini_batches_for_a_loss_of_ones_own_need_a_target_for_each_sample() -> 
         )
 
 
+@pytest.mark.filterwarnings("ignore:loss. a function of your own")
+@pytest.mark.parametrize("loss", ["mse", squared])
+def test_the_memory_that_an_error_asks_for_is_enough(loss: object) -> None:
+    """Also where the first batch is the largest: later ones are taken to be like it."""
+    data = [(X[i:j], T[i:j]) for i, j in ((0, 200), (200, 220), (220, 240))]
+    options = {"steps": 3, "loss": loss, "objective": Loss(batch_size=10)}
+    with pytest.raises(ValueError, match=r"^memory_limit: found 1000 bytes,") as caught:
+        greedyprune.select(MODEL, data, memory_limit=1000, **options)
+    enough = int(str(caught.value).rpartition("at least ")[2].split()[0])
+    assert len(greedyprune.select(MODEL, data, memory_limit=enough, **options).order) == 3
+    with pytest.raises(ValueError, match=r"^memory_limit: found"):
+        greedyprune.select(MODEL, data, memory_limit=enough - 1, **options)
+
+
 def test_no_hook_stays_after_an_error_on_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(_: object) -> None:
         raise ValueError("rank 1: lost")
