@@ -30,7 +30,8 @@ class Imitation:
             model's predictions (one more backward pass, with labels drawn from the predictions by
             `seed`; Martens 2020, arXiv:1412.1193)
         sequential: True: layer by layer, each on the inputs that it receives from the layers
-            already pruned; False: all layers from one pass through the dense network
+            already pruned; False: all layers from one pass through the dense network, as always
+            where `layers` names the consumers by hand
 
     Raises:
         ValueError, TypeError: an option that is out of range
