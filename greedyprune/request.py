@@ -12,7 +12,7 @@ from .budget import Budget, nearest, size_step
 from .graph.groups import Group
 from .kernels.path import Rule
 from .objectives.job import REPEATS_LIMIT, generator
-from .objectives.options import Fisher, Imitation, Loss
+from .objectives.options import DAMPING, Fisher, Imitation, Loss
 from .runtime.arguments import is_int, is_number, one_of, positive_int
 
 OBJECTIVES = {"imitation": Imitation, "loss": Loss, "fisher": Fisher}
@@ -181,11 +181,11 @@ def _objective(objective: object) -> tuple[str, object]:
     for name, options in OBJECTIVES.items():
         if isinstance(objective, options):
             return name, objective
-    if objective != "auto" and objective not in OBJECTIVES:
-        names = ", ".join(map(repr, ("auto", *OBJECTIVES)))
+    names = "auto", *OBJECTIVES
+    if objective not in names:
         raise ValueError(
-            f"objective: found {objective!r}, expected one of {names}, or an Imitation, Loss or "
-            "Fisher with options"
+            f"objective: found {objective!r}, expected one of {', '.join(map(repr, names))}, or "
+            "an Imitation, Loss or Fisher with options"
         )
     return str(objective), None
 
@@ -205,10 +205,9 @@ def _check_effects(request: Request) -> None:
             raise ValueError(f"{swaps} weights={request.weights!r}, expected weights='refit'")
         if request.replacement:
             raise ValueError(f"{swaps} replacement, expected none: units are kept once")
-    default = Imitation().damping
     refits = request.weights in ("auto", "refit")
     for options in (request.imitation, request.fisher):
-        if options.damping != default and not refits:
+        if options.damping != DAMPING and not refits:
             raise ValueError(
                 f"damping: found {options.damping} with weights={request.weights!r}, expected "
                 "weights='refit', whose least squares it is the ridge of"

@@ -31,7 +31,7 @@ from .plan import (
     select_layers,
     sizes_within,
 )
-from .request import Request, check_model, checked_request
+from .request import Request, Size, check_model, checked_request
 from .runtime.checkpoint import Checkpoint
 from .runtime.distributed import Ranks, ranks_of, unwrapped
 from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
@@ -39,8 +39,6 @@ from .runtime.free_memory import room
 from .runtime.progress import bars, warn
 from .surgery.selection import LayerSelection, Selection
 from .surgery.trial_cut import groups_of
-
-Size = int | float
 
 
 def select(

@@ -118,6 +118,7 @@ ARGUMENTS: list[tuple[dict, list[str]]] = [
     ({"replacement": "maybe"}, ["replacement", "maybe|str"]),
     ({"objective": Loss(candidates=13)}, ["candidates", "hidden", "13", "12"]),
     ({"objective": 3}, ["objective", "3", "imitation"]),
+    ({"objective": ["loss"]}, ["objective", "['loss']", "imitation"]),
     ({"memory_limit": 0}, ["memory_limit", r"\b0\b"]),
     ({"memory_limit": -1}, ["memory_limit", "-1"]),
     ({"seed": "lucky"}, ["seed", "lucky|str"]),

@@ -123,7 +123,7 @@ class InMemory(LayerFeatures):
             rows = self.features[i : i + height]
             rows.copy_(rows[:, order])
         self.target = self.target[order]
-        if self.targets is not None and len(self.targets) == len(order):
+        if self.targets is not None:
             self.targets = self.targets[order]
 
 
@@ -134,6 +134,7 @@ class Streamed(LayerFeatures):
     rest of the data.
 
     resumed: the first pass, as a checkpoint keeps it
+    width:   samples in the first batch
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Streamed(LayerFeatures):
         self.resumed = resumed
         self._collected, self._rest = collected, rest
         self._first = True  # is the first pass still to come?
-        self.sample_bytes = bytes_a_sample
+        self.sample_bytes, self.width = bytes_a_sample, collected[0].features.shape[1]
         self._total = 0  # samples in the first pass
 
     def release(self, limit: int) -> None:
@@ -215,10 +216,10 @@ def layer_features(job: Job, group: Group, *, imitation: bool, limit: int) -> In
     blocks = first_pass(source, resumed, raw)
     try:
         features = _collected(source, resumed, blocks, raw, limit)
+        _agree(features)
     except BaseException:
         blocks.close()  # takes the hook off
         raise
-    _agree(features)
     return features
 
 
@@ -247,7 +248,8 @@ def _collected(
             if source.criterion.kind == "custom":
                 rest = sum(block.features.shape[1] for block in blocks)
                 samples = store.filled + block.features.shape[1] + rest
-                raise source.too_large(size, samples, "a loss of your own")
+                width = first.features.shape[1]
+                raise source.too_large(size, samples, width, "a loss of your own")
             return Streamed(source, resumed, [*store.blocks(), block], blocks, size)
         store.append(block)
         block = next(blocks, None)

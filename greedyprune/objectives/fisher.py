@@ -9,6 +9,7 @@ empirical Fisher information. One backward pass serves all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .job import Job
 from .layer_products import LayerProducts, Products
 from .memory import gates_bytes, turns
 from .options import MOST_SWAPS
-from .quadratic import select_from
+from .quadratic import select_from, select_in_turns
 
 GATES = "gates"
 
@@ -40,21 +41,9 @@ def select_layer(job: Job, group: Group, products: LayerProducts) -> LayerSelect
 
 def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
     """Selects all layers from the dense network, shared out to the ranks."""
-    selected: dict[str, LayerSelection] = {}
     needed = [gates_bytes(job, group) for group in groups]
-    for turn in turns(groups, needed, job.memory_limit, once=job.batches.once):
-        by_name = {group.producer: group for group in turn}
-        products: dict[str, LayerProducts] = {}
-        if any(job.checkpoint.finished(name) is None for name in by_name):
-            products = gate_products(job, turn)
-
-        def layer(name: str) -> LayerSelection:
-            known = job.checkpoint.finished(name)
-            return known or select_layer(job, by_name[name], products[name])  # noqa: B023
-
-        selected |= job.ranks.each(list(by_name), layer, job.checkpoint.finish)
-        products.clear()  # before those of the next turn
-    return selected
+    in_memory = turns(groups, needed, job.memory_limit, once=job.batches.once)
+    return select_in_turns(job, in_memory, partial(gate_products, job), select_layer)
 
 
 class Gates(Products):

@@ -22,7 +22,7 @@ from .job import Job
 from .layer_products import LayerProducts, Roots, collect
 from .memory import imitation_bytes, metric_bytes, turns
 from .options import MOST_SWAPS
-from .quadratic import select_from
+from .quadratic import select_from, select_in_turns
 
 
 def select_layer(job: Job, group: Group, products: LayerProducts) -> LayerSelection:
@@ -46,24 +46,14 @@ def select_layers(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, 
 
 def _from_one_pass(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, LayerSelection]:
     """Layers from the dense network, shared out to the ranks; each turn takes a pass."""
-    ranks, selected = job.ranks, dict[str, LayerSelection]()
     limit = job.memory_limit - metric_bytes(job, groups)
     needed = [imitation_bytes(job, group) for group in groups]
-    for turn in turns(groups, needed, limit, once=job.batches.once):
-        by_name = {group.producer: group for group in turn}
-        products: dict[str, LayerProducts] = {}
-        if any(job.checkpoint.finished(name) is None for name in by_name):
-            products = collect(
-                job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True
-            )
 
-        def layer(name: str) -> LayerSelection:
-            known = job.checkpoint.finished(name)
-            return known or select_layer(job, by_name[name], products[name])  # noqa: B023
+    def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
+        return collect(job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True)
 
-        selected |= ranks.each(list(by_name), layer, job.checkpoint.finish)
-        products.clear()  # before those of the next turn
-    return selected
+    in_memory = turns(groups, needed, limit, once=job.batches.once)
+    return select_in_turns(job, in_memory, products_of, select_layer)
 
 
 def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, LayerSelection]:

@@ -24,6 +24,10 @@ class MiniBatches:
     stops: Tensor
     size: int
 
+    def part(self, k: int) -> slice:
+        """The shuffled samples that step k scores on; none where other ranks have all of them."""
+        return slice(int(self.starts[k - 1]), int(self.stops[k - 1]))
+
     def of_rank(self, ranks: Ranks, samples: int) -> MiniBatches:
         """The part of each mini-batch that this rank has; samples are numbered rank after rank."""
         first = sum(ranks.gather("samples", samples)[: ranks.rank])

@@ -30,10 +30,9 @@ from .layer_products import LayerProducts, collect
 from .memory import refit_bytes
 from .minibatches import MiniBatches, mini_batches
 from .network import Network, NetworkState
-from .options import Imitation
+from .options import DAMPING
 
 NEAR = 1e-5  # relative: losses so close are computed again in float64 (float32's differ by 1e-7)
-DAMPING = Imitation().damping  # the ridge of weights="refit"
 
 
 def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
@@ -214,7 +213,7 @@ class NetworkObjective:
         if everywhere or self._batches is None or self._samples is None:
             return None
         if network not in self._seen or self._seen[network][0] != k:
-            part = slice(int(self._batches.starts[k - 1]), int(self._batches.stops[k - 1]))
+            part = self._batches.part(k)
             batch = self._samples.take(self._batches.order[part])
             if network is not self._network:
                 batch = batch.to(torch.float64)

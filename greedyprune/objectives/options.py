@@ -12,6 +12,7 @@ from ..runtime.arguments import is_int, is_number, one_of, positive_int
 METRICS = ("none", "fisher")
 DRAWS = ("random", "gradient")
 MOST_SWAPS = 10_000
+DAMPING = 1e-4  # the ridge of least squares, as a share of the mean square of a feature
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Imitation:
             model's predictions (one more backward pass, with labels drawn from the predictions by
             `seed`; Martens 2020, arXiv:1412.1193)
         sequential: True: layer by layer, each on the inputs that it receives from the layers
-            already pruned; False: all layers from one pass through the dense network
+            already pruned; False: all layers from one pass through the dense network, as always
+            where `layers` names the consumers by hand
 
     Raises:
         ValueError, TypeError: an option that is out of range
@@ -39,7 +41,7 @@ class Imitation:
     """
 
     swaps: int | None = None
-    damping: float = 1e-4
+    damping: float = DAMPING
     metric: str = "none"
     sequential: bool = True
 
@@ -116,7 +118,7 @@ class Fisher:
     Source: the empirical Fisher information; Martens 2020, arXiv:1412.1193, section 10.
     """
 
-    damping: float = 1e-4
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         _check_damping(self.damping)

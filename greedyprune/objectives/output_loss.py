@@ -124,7 +124,14 @@ def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> Mi
         return None
     if not isinstance(features, InMemory) or not features.in_memory:
         samples = sum(block.features.shape[1] for block in features.blocks())
-        raise features.source.too_large(features.sample_bytes, samples, "batch_size")
+        width = features.width if isinstance(features, Streamed) else 0
+        raise features.source.too_large(features.sample_bytes, samples, width, "batch_size")
+    if features.targets is not None and len(features.targets) != features.samples:
+        raise ValueError(
+            f"batch_size: found {len(features.targets)} targets for {features.samples} samples of "
+            f"layer {features.group.producer!r}, expected one for each: a loss of your own is "
+            "called with the targets of a mini-batch"
+        )
     batches = mini_batches(job, rule.steps, features.samples)
     assert batches is not None
     features.shuffle(batches.order)
@@ -178,7 +185,7 @@ class Solver:
         features, rule = self.features, self._rule
         if features.criterion.kind == "custom":
             assert isinstance(features, InMemory)
-            return greedy(CustomObjective(features), rule, step)
+            return greedy(CustomObjective(features, self._batches), rule, step)
         exact = self._exact()
         ranks = features.ranks if exact is not None else ALONE  # without it no sample is looked at
         if self._gram is not None:
@@ -194,7 +201,7 @@ class Solver:
             )
             columns = self._fetcher(self._free - 8 * features.units * capacity)
             if not features.in_memory:
-                columns = self._kept(columns)
+                columns = self._remembered(columns)
             return ops.greedy_columns(
                 columns, self.moments, rule, exact=exact, block=block, capacity=capacity,
                 with_gap=with_gap, step=step, ranks=ranks, backend=self._backend,
@@ -253,17 +260,19 @@ class Solver:
             target=features.target.value - features.bias[:, None],
         )
 
-    def _kept(self, fetch: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+    def _remembered(
+        self, fetch: Callable[[Tensor, Tensor], None]
+    ) -> Callable[[Tensor, Tensor], None]:
         """Fetches that a checkpoint keeps, because each takes a pass."""
 
-        def kept(units: Tensor, out: Tensor) -> None:
+        def remembered(units: Tensor, out: Tensor) -> None:
             def compute() -> Tensor:
                 fetch(units, out)
                 return out
 
             out.copy_(self._steps.once(f"columns {units.tolist()}", compute))
 
-        return kept
+        return remembered
 
     def _fetcher(self, free: int) -> Callable[[Tensor, Tensor], None]:
         """Fetches columns of the Gram matrix: out[i] = <phi_units[i], phi_j> for every j.

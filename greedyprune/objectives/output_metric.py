@@ -37,7 +37,7 @@ def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
             "metric: found 'fisher' with a loss of your own, expected 'mse', "
             "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
         )
-    torch.manual_seed(job.seed + job.ranks.rank)  # the caller has forked the generators
+    torch.manual_seed((job.seed + job.ranks.rank) % 2**64)  # the caller has forked the generators
 
     def slope(outputs: Tensor, batch: Batch) -> Tensor:
         return _slope(outputs, kind, batch.targets)

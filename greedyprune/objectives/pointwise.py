@@ -127,10 +127,10 @@ class PointwiseObjective:
         if self._batches is None:
             return self._features.blocks()
         assert isinstance(self._features, InMemory)
-        batch = slice(int(self._batches.starts[k - 1]), int(self._batches.stops[k - 1]))
-        if batch.start == batch.stop:  # other ranks have all of its samples
+        part = self._batches.part(k)
+        if part.start == part.stop:
             return []
-        return [Block(self._features.features[:, batch], self._features.target[batch])]
+        return [Block(self._features.features[:, part], self._features.target[part])]
 
     def _outputs(self, features: Tensor, k: int) -> Tensor:
         """b + z / k for the samples of features (N, b): (C, b) float64."""
@@ -140,26 +140,37 @@ class PointwiseObjective:
 
 
 class CustomObjective:
-    """A loss of the user's own: one call of it for every candidate. Slow, and a warning says so."""
+    """A loss of the user's own: one call of it for every candidate. Slow, and a warning says so.
 
-    def __init__(self, features: InMemory) -> None:
+    batches: step k scores on one of them; None: on all samples
+    """
+
+    def __init__(self, features: InMemory, batches: MiniBatches | None = None) -> None:
         assert features.targets is not None
         self.units = features.units
-        self._features = features
+        self._features, self._batches = features, batches
         self._targets = features.ranks.joined("targets", features.targets)
         self._sum = torch.zeros(
             features.outputs, features.samples, dtype=torch.float64, device=features.device
         )
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
-        losses = [self._loss_at(self._sum + self._phi(int(j)), k) for j in candidates]
+        part, targets = slice(None), self._targets
+        if self._batches is not None and not everywhere:
+            part = self._batches.part(k)
+            assert self._features.targets is not None
+            targets = self._features.ranks.joined("targets", self._features.targets[part])
+        losses = [
+            self._loss_at(self._sum[:, part] + self._phi(int(j), part), k, targets)
+            for j in candidates
+        ]
         return torch.tensor(losses, dtype=torch.float64)
 
     def add(self, k: int, unit: int) -> None:
         self._sum += self._phi(unit)
 
     def loss(self, k: int) -> float:
-        return self._loss_at(self._sum, k)
+        return self._loss_at(self._sum, k, self._targets)
 
     def gap(self, k: int) -> float | None:
         return None  # the loss may not be convex
@@ -167,16 +178,21 @@ class CustomObjective:
     def dense_loss(self) -> float:
         return self.outputs_loss(self._features.dense_outputs(self._features.features))
 
-    def _loss_at(self, z: Tensor, k: int) -> float:
-        return self.outputs_loss(self._features.bias[:, None] + z / k)
-
-    def _phi(self, unit: int) -> Tensor:
-        weights = self._features.outgoing[unit]
-        return weights[:, None] * self._features.features[unit].double()
-
     def outputs_loss(self, outputs: Tensor) -> float:
-        """The loss of outputs (C, m) float64."""
+        """The loss of outputs (C, m) float64 for all samples of this rank."""
+        return self._loss_of(outputs, self._targets)
+
+    def _phi(self, unit: int, part: slice = slice(None)) -> Tensor:
+        """phi_unit for some of this rank's samples: (C, b) float64."""
+        weights = self._features.outgoing[unit]
+        return weights[:, None] * self._features.features[unit, part].double()
+
+    def _loss_at(self, z: Tensor, k: int, targets: Tensor) -> float:
+        return self._loss_of(self._features.bias[:, None] + z / k, targets)
+
+    def _loss_of(self, outputs: Tensor, targets: Tensor) -> float:
+        """The loss of this rank's outputs (C, b) joined with the others'; targets: of all ranks."""
         outputs = self._features.ranks.joined("outputs", outputs, 1)
         shaped = outputs.T.reshape(-1, *self._features.output_shape)
         shaped = shaped.to(self._features.features.dtype)
-        return float(loss_of_function(self._features.criterion.function, shaped, self._targets))
+        return float(loss_of_function(self._features.criterion.function, shaped, targets))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from ..data.losses import bound
+from ..graph.groups import Group
 from ..kernels import ops
 from ..kernels.path import NestedFit
 from ..surgery.selection import LayerSelection, distinct_counts, first_picks
@@ -19,6 +21,35 @@ from .job import (
     warn_of_repeats,
 )
 from .layer_products import LayerProducts, reweighted_losses, unscaled_path
+
+
+def select_in_turns(
+    job: Job, turns: Sequence[Sequence[Group]],
+    collect: Callable[[Sequence[Group]], dict[str, LayerProducts]],
+    select_layer: Callable[[Job, Group, LayerProducts], LayerSelection],
+) -> dict[str, LayerSelection]:  # fmt: skip
+    """Selects layers that do not wait for one another, shared out to the ranks.
+
+    turns:   the groups whose products are in memory together
+    collect: the products of one turn's groups by the names of their layers, each on its owner
+    """
+    selected: dict[str, LayerSelection] = {}
+    known = job.checkpoint.finished
+    for turn in turns:
+        by_name = {group.producer: group for group in turn}
+        products: dict[str, LayerProducts] = {}
+        if any(known(name) is None for name in by_name):
+            products = collect(turn)
+
+        def layer(
+            name: str, groups: dict[str, Group] = by_name,
+            products: dict[str, LayerProducts] = products,
+        ) -> LayerSelection:  # fmt: skip
+            return known(name) or select_layer(job, groups[name], products[name])
+
+        selected |= job.ranks.each(list(by_name), layer, job.checkpoint.finish)
+        products.clear()  # before those of the next turn
+    return selected
 
 
 def select_from(
@@ -33,7 +64,9 @@ def select_from(
     weights = "refit" if job.weights == "auto" else job.weights
     as_picked = loop_has_kept_weights(weights, rule)
     gram, moments = (None, None) if weights == "refit" else products.moments()
-    dense_loss, empty_loss = products.end_losses()
+    dense_loss, empty_loss = (
+        products.end_losses() if moments is None else (moments.dense_loss, moments.empty_loss)
+    )
     goal = -math.inf if job.tolerance is None else job.tolerance * empty_loss
     fitted: dict[str, NestedFit] = {}
     with job.bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:

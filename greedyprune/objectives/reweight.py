@@ -15,10 +15,9 @@ from ..kernels.path import NestedFit
 from ..surgery.selection import distinct_counts, first_picks
 from .features import InMemory, Streamed
 from .memory import check_least_squares
-from .options import Imitation
+from .options import DAMPING
 from .pointwise import CustomObjective
 
-DAMPING = Imitation().damping  # the ridge of least squares after picks by the loss
 CHUNK = 2**22  # entries of outputs that are computed at a time
 
 
@@ -73,9 +72,9 @@ class Reweighting:
     def _losses(self, order: Tensor, fitted: NestedFit | None) -> Tensor:
         features = self._features
         units = first_picks(order).to(features.device)
-        custom = None
+        custom, blocks = None, iter(features.blocks())
         if isinstance(features, InMemory) and features.criterion.kind == "custom":
-            custom = CustomObjective(features)
+            custom, blocks = CustomObjective(features), iter(features.whole())
         # With orthonormal features, earlier coefficients stay when a unit is added.
         factor = None if fitted is None else fitted.factor.to(features.device)
         total = torch.zeros(len(units), dtype=torch.float64, device=features.device)
@@ -87,8 +86,7 @@ class Reweighting:
             directions = directions / features.units
         elif fitted is not None:
             directions = fitted.solved.to(features.device)
-        whole = isinstance(features, InMemory) and custom is not None
-        for block in features.whole() if whole else features.blocks():  # type: ignore[union-attr]
+        for block in blocks:
             rows = block.features[units].double()
             if factor is not None:
                 rows = torch.linalg.solve_triangular(factor, rows, upper=False)
@@ -102,7 +100,9 @@ class Reweighting:
                 if custom is None:
                     total[part] += block.target.loss_sum(outputs)
                 else:
-                    total[part] += total.new_tensor([custom.outputs_loss(f) for f in outputs])
+                    total[part] += total.new_tensor(
+                        [custom.outputs_loss(output) for output in outputs]
+                    )
         if custom is None:
             features.ranks.sum("losses", total)
             total = total / self._mass

@@ -121,12 +121,13 @@ class Source:
                 "expected finite numbers"
             )
 
-    def too_large(self, sample_bytes: int, samples: int, what: str) -> ValueError:
+    def too_large(self, sample_bytes: int, samples: int, width: int, what: str) -> ValueError:
         """The error for features that do not fit in memory, where something needs all of them.
 
         sample_bytes: what a sample takes; samples: how many this rank has
+        width: samples in the first batch; all batches but the last are taken to have as many
         """
-        needed = sample_bytes * samples
+        needed = sample_bytes * max(samples, width * (len(self.job.batches) - 1) + 1)
         if not len(self.job.batches) and self.criterion.kind == "mse":
             needed += 8 * self.group.units**2 + sample_bytes  # left free for the Gram matrix
         reserved = least_squares_bytes(refitted_units(self.job, self.group, self.imitation))

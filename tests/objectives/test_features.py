@@ -11,6 +11,7 @@ import greedyprune
 from greedyprune import Loss
 from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.objectives import features as features_module
 from greedyprune.objectives.features import InMemory, Streamed, layer_features
 from greedyprune.objectives.minibatches import mini_batches
 from greedyprune.objectives.moments import moments
@@ -147,3 +148,53 @@ def test_a_loss_that_is_not_finite() -> None:
         pytest.raises(ValueError, match="loss: your function returned nan"),
     ):
         greedyprune.select(MODEL, (X, Y), steps=5, loss=lambda o, t: (o * torch.nan).sum())
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:loss. a function of your own")
+@pytest.mark.parametrize("shortlist", [None, 3])
+def test_a_loss_of_ones_own_scores_on_mini_batches(shortlist: int | None) -> None:
+    data, objective = (X[:300], T[:300]), Loss(batch_size=20, shortlist=shortlist)
+    expected = greedyprune.select(MODEL, data, steps=8, objective=objective)
+    selection = greedyprune.select(MODEL, data, steps=8, objective=objective, loss=squared)
+    on_all = greedyprune.select(MODEL, data, steps=8)
+    assert selection.order.equal(expected.order) and not selection.order.equal(on_all.order)
+    torch.testing.assert_close(selection.losses, expected.losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:loss. a function of your own")
+def test_mini_batches_for_a_loss_of_ones_own_need_a_target_for_each_sample() -> None:
+    model = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3))
+    data = X[:40].view(10, 4, 6), T[:40].view(10, 4, 3)  # a unit has four samples a row
+    with pytest.raises(ValueError, match=r"^batch_size: found 10 targets for 40 .* expected one"):
+        greedyprune.select(
+            model, data, layers={"0": "2"}, steps=3, loss=squared, objective=Loss(batch_size=5)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:loss. a function of your own")
+@pytest.mark.parametrize("loss", ["mse", squared])
+def test_the_memory_that_an_error_asks_for_is_enough(loss: object) -> None:
+    """Also where the first batch is the largest: later ones are taken to be like it."""
+    data = [(X[i:j], T[i:j]) for i, j in ((0, 200), (200, 220), (220, 240))]
+    options = {"steps": 3, "loss": loss, "objective": Loss(batch_size=10)}
+    with pytest.raises(ValueError, match=r"^memory_limit: found 1000 bytes,") as caught:
+        greedyprune.select(MODEL, data, memory_limit=1000, **options)
+    enough = int(str(caught.value).rpartition("at least ")[2].split()[0])
+    assert len(greedyprune.select(MODEL, data, memory_limit=enough, **options).order) == 3
+    with pytest.raises(ValueError, match=r"^memory_limit: found"):
+        greedyprune.select(MODEL, data, memory_limit=enough - 1, **options)
+
+
+def test_no_hook_stays_after_an_error_on_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> None:
+        raise ValueError("rank 1: lost")
+
+    monkeypatch.setattr(features_module, "_agree", lost)
+    with pytest.raises(ValueError, match="lost") as error:  # it holds the frames of the call
+        greedyprune.select(MODEL, (X, Y), steps=5, memory_limit=100)
+    assert error.tb is not None
+    assert not MODEL[2]._forward_pre_hooks

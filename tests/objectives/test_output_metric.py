@@ -124,6 +124,17 @@ def test_the_best_weights_are_the_same_in_any_metric() -> None:
         torch.testing.assert_close(layer.weights, again, rtol=1e-7, atol=1e-9)
 
 
+def test_seeds_may_be_larger_than_torch_takes() -> None:
+    model, inputs = network("vgg")
+    objective = Imitation(metric="fisher")
+    one, other = (
+        greedyprune.select(model, [inputs], size=1, objective=objective, seed=seed)
+        for seed in (5, 2**64 + 5)
+    )
+    for name, layer in one.layers.items():
+        assert layer.losses.equal(other.layers[name].losses)
+
+
 def test_what_a_metric_refuses() -> None:
     model, inputs = network("vgg")
     with pytest.raises(ValueError, match="metric: found 'other', expected one of 'none', 'fish"):

@@ -109,6 +109,10 @@ CASES = {
     ),
     "reference": Case(mlp, "classes", {"steps": 9, "backend": "reference"}),
     "a loss of one's own": Case(mlp, "numbers", {"steps": 5, "loss": absolute}),
+    "a loss of one's own, mini-batches": Case(
+        mlp, "numbers",
+        {"steps": 5, "loss": absolute, "objective": Loss(batch_size=20, shortlist=3)},
+    ),
     "imitation": Case(mlp, "classes", {"size": 12, "objective": "imitation"}),
     "imitation, columns": Case(
         lambda: mlp(hidden=300), "classes",
