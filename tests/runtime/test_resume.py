@@ -43,7 +43,7 @@ def test_goes_on_after_every_write(name: str, tmp_path: Path) -> None:
     at, again = 1, 0
     while stopped(at, lambda: select(name, tmp_path / f"{at}"), after=at % 2 == 0):  # noqa: B023
         check_same(select(name, tmp_path / f"{at}"), expected, exactly=True)
-        at += 1 if at < 12 else 7
+        at += 1 if at < 8 else 7
     while stopped(1 + again % 3, lambda: select(name, tmp_path / "again")):
         again += 1
     check_same(select(name, tmp_path / "again"), expected, exactly=True)
