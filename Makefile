@@ -22,10 +22,10 @@ help:  ## what there is
 install: .venv/installed  ## .venv with the package (editable) and what developing it needs
 
 test: .venv/installed  ## the tests but for the longest, in a process for each processor
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup -m "not slow"
 
 test-all: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 demo: .venv/installed  ## train, prune and fine-tune on digits: a table and out/digits_mlp.png
 	$(BIN)/python examples/digits_mlp.py
