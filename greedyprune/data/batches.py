@@ -318,37 +318,6 @@ def batches_in(data: object) -> Iterable[Any]:
     )
 
 
-def joined(batches: Iterable[Batch]) -> Batch:
-    """All samples in one batch; ValueError where they are of different shapes."""
-    parts = list(batches)
-    if not parts:
-        return Batch((), {}, None)
-    counts = [samples_of(part) for part in parts]
-
-    def cat(values: list[Any]) -> Any:
-        first = values[0]
-        if not (isinstance(first, Tensor) and first.dim() and len(first) == counts[0]):
-            return first  # it has no entry for each sample
-        if any(value.shape[1:] != first.shape[1:] for value in values):
-            raise ValueError(
-                f"batch_size: found samples of shapes {tuple(first.shape[1:])} and others, "
-                "expected one shape, to make batches of so many of them"
-            )
-        return torch.cat(values)
-
-    for count, part in zip(counts, parts, strict=True):
-        if part.targets is not None and (not part.targets.dim() or len(part.targets) != count):
-            raise ValueError(
-                f"batch_size: found targets of shape {tuple(part.targets.shape)} for {count} "
-                "samples, expected one for each, to make batches of so many of them"
-            )
-    return Batch(
-        tuple(cat(list(values)) for values in zip(*(part.args for part in parts), strict=True)),
-        {name: cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs},
-        cat([part.targets for part in parts]),
-    )
-
-
 class _Slices:
     """(inputs, targets) of the same length, in batches of about the same size."""
 

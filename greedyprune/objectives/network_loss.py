@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, joined, samples_of
+from ..data.batches import Batch, samples_of
 from ..data.losses import Criterion, Metric, number
 from ..graph.groups import Group
 from ..graph.unfold import outputs_of
@@ -28,7 +28,7 @@ from .job import (
 )
 from .layer_products import LayerProducts, collect
 from .memory import refit_bytes
-from .minibatches import MiniBatches, mini_batches
+from .minibatches import MiniBatches, joined, mini_batches
 from .network import Network, NetworkState
 from .options import DAMPING
 
