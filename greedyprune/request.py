@@ -147,7 +147,7 @@ def checked_request(
     budget, names = size if isinstance(size, Budget) else None, _layers(layers)
     if multiple and (steps is not None or tolerance is not None):
         other = "tolerance" if tolerance is not None else "steps"
-        raise ValueError(f"round_to: found with {other}, expected a size")
+        raise ValueError(f"round_to: found {multiple} with {other}, expected a size")
     if budget is not None and tolerance is not None:
         raise ValueError("size: found a Budget and tolerance, expected one of them")
     if isinstance(size, Mapping):
