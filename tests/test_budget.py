@@ -283,8 +283,8 @@ BAD: list[tuple[dict, str]] = [
     ({"size": Budget(flops=0.9), "memory_limit": 100}, r"memory_limit: found 100 bytes, but"),
     ({"round_to": 0}, "round_to: found 0, expected at least 1"),
     ({"round_to": "8"}, "round_to: found '8', expected an int"),
-    ({"round_to": 8, "steps": 5}, "round_to: found with steps, expected a size"),
-    ({"round_to": 8, "tolerance": 0.1}, "round_to: found with tolerance, expected a size"),
+    ({"round_to": 8, "steps": 5}, "round_to: found 8 with steps, expected a size"),
+    ({"round_to": 8, "tolerance": 0.1}, "round_to: found 8 with tolerance, expected a size"),
 ]
 
 

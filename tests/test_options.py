@@ -267,11 +267,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "round_to with steps": (
         {"round_to": 4, "steps": 5},
-        "round_to: found with steps, expected a size",
+        "round_to: found 4 with steps, expected a size",
     ),
     "round_to with a tolerance": (
         {"round_to": 4, "tolerance": 0.1},
-        "round_to: found with tolerance, expected a size",
+        "round_to: found 4 with tolerance, expected a size",
     ),
     "a budget with a tolerance": (
         {"size": Budget(flops=0.5), "tolerance": 0.1},
