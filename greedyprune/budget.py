@@ -30,6 +30,7 @@ from .runtime.progress import warn
 from .surgery.cut import cut_to
 from .surgery.selection import LayerSelection
 
+COSTS = ("flops", "params", "latency")
 ROUNDS = 4  # a cost is measured, and the limit lowered by the excess, at most so often
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of every layer's units, where latencies are measured
 SECONDS, RUNS = 2.0, 5  # measuring takes at least so long, and so many runs of each model
@@ -70,10 +71,10 @@ class Budget:
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        given = {name: share for name in KINDS if (share := getattr(self, name)) is not None}
+        given = {name: share for name in COSTS if (share := getattr(self, name)) is not None}
         if len(given) != 1:
-            what = ", ".join(given) or "none"
-            raise ValueError(f"Budget: found {what}, expected one of {', '.join(KINDS)}")
+            names = ", ".join(given) or "none"
+            raise ValueError(f"Budget: found {names}, expected one of {', '.join(COSTS)}")
         [(name, share)] = given.items()
         if not is_number(share):
             raise TypeError(f"{name}: found {share!r}, expected a share in (0, 1]")
@@ -83,17 +84,14 @@ class Budget:
             raise TypeError(f"uniform: found {self.uniform!r}, expected True or False")
 
     @property
-    def kind(self) -> str:
+    def what(self) -> str:
         """Which cost is limited."""
-        return next(name for name in KINDS if getattr(self, name) is not None)
+        return next(name for name in COSTS if getattr(self, name) is not None)
 
     @property
     def share(self) -> float:
         """The share of the dense model's cost."""
-        return float(getattr(self, self.kind))
-
-
-KINDS = ("flops", "params", "latency")
+        return float(getattr(self, self.what))
 
 
 def nearest(size: int, units: int, step: int) -> int:
@@ -146,7 +144,7 @@ def within_budget(
     least = {g.producer: nearest(1, g.units, size_step(g, round_to)) for g in groups}
     if cost.at(least) > share * cost.dense:
         raise ValueError(
-            f"{budget.kind}: found {share:g}, but the smallest sizes of the layers leave "
+            f"{budget.what}: found {share:g}, but the smallest sizes of the layers leave "
             f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least that"
         )
     kinds = kinds_of(model, groups, budget.uniform)
@@ -160,7 +158,7 @@ def within_budget(
             for group in kind
         }
         reached = ranks.on_first(
-            "cost", partial(_measured, budget.kind, model, groups, sizes, batch, cost.dense)
+            "cost", partial(_measured, budget.what, model, groups, sizes, batch, cost.dense)
         )
         if reached <= share:
             break
@@ -168,10 +166,10 @@ def within_budget(
         knapsack = replace(knapsack, limit=max(smallest, knapsack.limit - over))
     else:
         warn(
-            f"{budget.kind}: found {reached:.4g} of the dense model's, above the {share:.4g} that "
+            f"{budget.what}: found {reached:.4g} of the dense model's, above the {share:.4g} that "
             "was asked for",
         )
-    return sizes, BudgetReport(budget.kind, share, reached, best.value, best.gap)
+    return sizes, BudgetReport(budget.what, share, reached, best.value, best.gap)
 
 
 def relative_losses(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from .data.batches import Batches
 from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
 from .graph.unfold import outputs_of, weight_of
+from .kernels.path import Rule
 from .objectives import fisher, imitation, memory, network_loss, output_loss, output_metric
 from .objectives.job import Job
 from .objectives.layer_products import LayerProducts, collect
@@ -38,6 +40,16 @@ def judge_of(request: Request, group: Group) -> str:
         by_network = request.loss.metric is not None or draws_by_gradient
         return NETWORK_LOSS if by_network else OUTPUT_LOSS
     return NETWORK_LOSS if request.objective == "loss" else IMITATION
+
+
+def rules_of(request: Request, groups: Sequence[Group]) -> dict[str, Rule]:
+    """Each layer's rule, by its name; ValueError for sizes that a layer does not allow."""
+    return {
+        group.producer: request.rule(
+            group, by_loss=judge_of(request, group) in (OUTPUT_LOSS, NETWORK_LOSS)
+        )
+        for group in groups
+    }
 
 
 def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
@@ -156,7 +168,7 @@ def sizes_within(
 
     def compute() -> tuple[dict[str, int], dict[str, object]]:
         sizes, report = within_budget(
-            budget, job.model, groups, job.batches, costs.get(budget.kind), request.round_to, losses
+            budget, job.model, groups, job.batches, costs.get(budget.what), request.round_to, losses
         )
         return sizes, asdict(report)
 
@@ -179,11 +191,7 @@ def select_layers(
     sequential = job.imitation.sequential and job.loss.sequential
     if sequential and by_judge.get(OUTPUT_LOSS) and selected:
         job = replace(job, model=masked(job.model, Selection(selected)))
-    for group in by_judge.get(OUTPUT_LOSS, []):
-        layer = job.checkpoint.finished(group.producer)
-        layer = layer or output_loss.select_layer(job, group)
-        selected[group.producer] = job.checkpoint.finish(group.producer, layer)
-    return selected
+    return selected | _one_by_one(job, by_judge.get(OUTPUT_LOSS, []))
 
 
 def _imitation(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
@@ -195,11 +203,14 @@ def _imitation(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
     return imitation.select_layers(job, groups, roots)
 
 
-def _by_columns(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
+def _one_by_one(
+    job: Job, groups: Sequence[Group], *, imitation: bool = False
+) -> dict[str, LayerSelection]:
+    """Layers from their features; imitation: by their consumers' dense outputs."""
     selected = {}
     for group in groups:
         layer = job.checkpoint.finished(group.producer)
-        layer = layer or output_loss.select_layer(job, group, imitation=True)
+        layer = layer or output_loss.select_layer(job, group, imitation=imitation)
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
     return selected
 
@@ -207,6 +218,6 @@ def _by_columns(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
 _TOGETHER: Mapping[str, Callable[[Job, Sequence[Group]], dict[str, LayerSelection]]] = {
     FISHER: fisher.select_layers,
     IMITATION: _imitation,
-    COLUMNS: _by_columns,
+    COLUMNS: partial(_one_by_one, imitation=True),
     NETWORK_LOSS: network_loss.select_layers,
 }

@@ -28,6 +28,7 @@ from .plan import (
     is_simple,
     judge_of,
     plan,
+    rules_of,
     select_layers,
     sizes_within,
 )
@@ -84,7 +85,8 @@ def select(
             (`greedyprune.layers` lists them); a mapping from such a layer to the one that takes its
             units skips the search, for models that torch.export cannot trace
         loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss, or a function of (outputs,
-            targets), which is slow; "auto": cross_entropy for class indices, else mse
+            targets), which is slow; "auto": cross_entropy for class indices, else mse. Layers that
+            imitate use it only for Imitation(metric="fisher")
         objective: "imitation" of dense outputs, the model's "loss", or "fisher", a second-order
             model of the loss; or Imitation(...), Loss(...), Fisher(...) with options; "auto": loss
             where a Linear gives the model's output, else imitation
@@ -184,18 +186,16 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     judges = {judge_of(request, group) for group in groups}
     if judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER}:
         target_of(job.criterion, outputs, first.targets)  # raises what is wrong with the targets
-    elif loss_named and request.objective == "auto":
-        warn(
-            f"loss: not used, because {groups[-1].not_output} follows {groups[-1].consumer!r}: "
-            "the layers imitate their dense output instead",
-        )
-    by_loss = {g.producer: judge_of(request, g) in (OUTPUT_LOSS, NETWORK_LOSS) for g in groups}
+    elif loss_named and request.imitation.metric == "none":
+        reason = "objective='imitation' compares no labels"
+        if request.objective == "auto":
+            reason = f"{groups[-1].not_output} follows {groups[-1].consumer!r}"
+        warn(f"loss: not used, because {reason}: the layers imitate their dense output instead")
     costs, report = costs_of(model, groups, total, flops), None
     costs = job.ranks.from_rank(0, "costs", costs)  # of the first rank's first batch
 
     def with_rules(request: Request) -> Job:
-        rules = {g.producer: request.rule(g, by_loss=by_loss[g.producer]) for g in groups}
-        return replace(job, rules=rules, sized=request.size is not None)
+        return replace(job, rules=rules_of(request, groups), sized=request.size is not None)
 
     layers_plan = plan(with_rules(request), request, groups)
     if request.budget is not None:
@@ -234,10 +234,11 @@ def _run_seen(
     model: nn.Module, batch: Batch, names: Sequence[str] | None = None,
     change: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> tuple[object, set[str]]:  # fmt: skip
-    """Runs the model with these layers' outputs replaced; returns its output, and which of the
-    replaced outputs equal it.
+    """Runs the model with these layers' outputs replaced.
 
     names: None: all Linears
+
+    Returns the model's output, and the layers whose replaced output equals it.
     """
     if names is None:
         names = [name for name, module in model.named_modules() if type(module) is nn.Linear]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,17 @@ def test_an_option_acts(name: str) -> None:
     first = problem.select(**before)
     assert same(first, problem.select(**before))  # nothing else differs between two calls
     assert not same(first, problem.select(**after))
+
+
+def test_a_loss_that_imitation_does_not_use_is_said() -> None:
+    """Labels drawn from the predictions of metric="fisher" depend on the loss: no warning then."""
+    for problem in (inner(), one_layer()):
+        with pytest.warns(UserWarning, match=r"^loss: not used, because objective='imitation'"):
+            named = problem.select(objective="imitation", loss="cross_entropy")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert same(named, problem.select(objective="imitation"))
+            problem.select(objective=Imitation(metric="fisher"), loss="cross_entropy")
 
 
 NAMES = {"imitation": Imitation, "loss": Loss, "fisher": Fisher}

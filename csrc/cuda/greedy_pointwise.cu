@@ -1,7 +1,8 @@
 // Any loss of kernels.h, all greedy steps without a return to the caller, by scoring the
 // candidates' losses: what cpu/greedy_pointwise.cpp says, as a fixed sequence of launches a step.
 // Only the device knows how many candidates a launch works on (`counts`). Once the path is at its
-// end, there are none.
+// end, there are none. The file is long because a step is one sequence of small launches that share
+// their places in memory.
 #include "../rounding.h"
 #include "../tangent.h"
 #include "candidates.h"

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# For each loss: the number that the kernels know it by, and the smoothness of l in the outputs
-# (B of eq. (3) before any mean over the outputs).
-KINDS = {"mse": (0, 2.0), "cross_entropy": (1, 0.5), "bce_with_logits": (2, 0.25)}
+# For each loss the smoothness of l in the outputs: B of eq. (3) before any mean over the outputs.
+SMOOTHNESS = {"mse": 2.0, "cross_entropy": 0.5, "bce_with_logits": 0.25}
 _FUNCTIONS: dict[object, str] = {
     functional.mse_loss: "mse",
     functional.cross_entropy: "cross_entropy",
@@ -223,7 +222,7 @@ class Criterion:
     @property
     def smoothness(self) -> float:
         """The smoothness of l: for one sample, or for one output where the loss is elementwise."""
-        return KINDS[self.kind][1]
+        return SMOOTHNESS[self.kind]
 
     def target(self, targets: Tensor, outputs: tuple[int, ...]) -> Target:
         """The target that `targets` mean for model outputs of shape `outputs`, (..., C).
@@ -371,9 +370,9 @@ def criterion_of(loss: object, targets: Tensor | None) -> Criterion:
             return Criterion("mse")
         return Criterion("cross_entropy")
     if isinstance(loss, str):
-        if loss not in KINDS:
+        if loss not in SMOOTHNESS:
             raise ValueError(
-                f"loss: found {loss!r}, expected one of {['auto', *KINDS]} or a callable"
+                f"loss: found {loss!r}, expected one of {['auto', *SMOOTHNESS]} or a callable"
             )
         return Criterion(loss)
     if isinstance(loss, type):

@@ -8,11 +8,11 @@ they do not fit in memory, they are computed again from the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
+from ..runtime.progress import Bar
 from ..runtime.resume import Pass
 from .executor import (
     GraphExecutor,
@@ -70,8 +70,7 @@ class Replay:
         return {name: place[name] for name in names}
 
     def after_changes(self) -> list[Layer]:
-        """The layers that run from the first changed one on, in order; only those whose weights
-        nothing else uses."""
+        """The layers from the first changed one on, in order, whose weights nothing else uses."""
         executor, first = self._first_executor(), self._first_change
         if first is None:
             return []
@@ -93,7 +92,7 @@ class Replay:
 
     def visit(
         self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None],
-        bar: Callable[..., Any], resumed: Pass,
+        bar: Bar, resumed: Pass,
     ) -> None:  # fmt: skip
         """Calls add(layer, inputs, target) for each of the layers and each batch.
 
@@ -135,7 +134,7 @@ class Replay:
             add(layer, inputs, target)
             at = place
 
-    def errors(self, layer: str, bar: Callable[..., Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor]]:
         """A layer's inputs in the pruned network and the error of its output, for each batch.
 
         The error is what has to be added to the output (`GraphExecutor.output_error`).
@@ -147,7 +146,7 @@ class Replay:
             error = state.executor.output_error(layer, state.dense, pruned, tensors)
             yield state.executor.input_of(layer, pruned), error
 
-    def _all(self, bar: Callable[..., Any]) -> Iterator[_State]:
+    def _all(self, bar: Bar) -> Iterator[_State]:
         """Every batch, at the layer where the last pass left it or at the inputs."""
         if self._states is not None:
             yield from self._held(bar)
@@ -169,7 +168,7 @@ class Replay:
         if held <= self._limit:
             self._states = states
 
-    def _held(self, bar: Callable[..., Any]) -> Iterator[_State]:
+    def _held(self, bar: Bar) -> Iterator[_State]:
         """Every batch where the last pass left it; all are dropped once they exceed the limit."""
         assert self._states is not None
         states: list[_State | None] = [*self._states]

@@ -15,7 +15,7 @@ from ..data.losses import Target
 from ..runtime.distributed import Ranks
 from .backend import extension
 from .least_squares import feature_rows
-from .path import Exact, Moments, NestedFit, Path, Rule, Step
+from .path import Exact, Moments, NestedFit, Path, Rule, Step, first_picks
 from .structs import Extent, Native, Run, Structs, type_number
 
 FORESEEN_RANK = 128  # rank of the approximate Gram matrix that coming picks are foreseen with
@@ -205,7 +205,7 @@ def greedy_refit(
         run.path, problem, run.rule, run.workspace, torch.get_num_threads(), step
     )
     path = run.result()
-    picked = torch.tensor(list(dict.fromkeys(path.order.tolist())), dtype=torch.int64)
+    picked = first_picks(path.order)
     size = len(picked) * width
     root = factor[feature_rows(picked, width), :size].contiguous()
     diagonal = root.diagonal()

@@ -320,11 +320,11 @@ def greedy_refit(
         target_norm: |t|^2
         width: w, the features of a unit
         scale: factor of the losses; 1 gives the squared errors
-        backend: "cuda" computes on the processor, as "cpu" does: no kernel is written for a GPU
+        backend: "cpu" or "reference"
 
     Source: eq. (4): a Cholesky factor, of which a column is formed when its unit is picked.
     """
-    check_backend(backend, "cpu", "cuda", "reference")
+    check_backend(backend, "cpu", "reference")
     features = len(gram)
     check("gram", gram, (features, features), torch.float64)
     check("right", right, (features, right.shape[-1]), torch.float64)
@@ -354,11 +354,11 @@ def swap_gains(
         kept: (p,) int64, the kept units that are tried; dropped: (d,) int64
         inner: (p, w, w) float64, P = (-A_pp)^-1; pull: (p, w, C) float64, P B_p
         costs: (p,) float64, by how much dropping each raises the error
-        backend: "cuda" computes on the processor, as "cpu" does: no kernel is written for a GPU
+        backend: "cpu" or "reference"
 
     Source: csrc/cpu/swap_gains.cpp has the formula.
     """
-    check_backend(backend, "cpu", "cuda", "reference")
+    check_backend(backend, "cpu", "reference")
     size, outputs = right.shape
     check("swept", swept, (size, size), torch.float64)
     width = inner.shape[-1]

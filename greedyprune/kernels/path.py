@@ -118,6 +118,11 @@ class NestedFit:
         return torch.cat(added).cumsum(0)[self.width - 1 :: self.width]
 
 
+def first_picks(order: Tensor) -> Tensor:
+    """The distinct units of `order` (k,) int64, in the order of their first picks."""
+    return torch.tensor(list(dict.fromkeys(order.tolist())), dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums over all samples that squared error needs beside the Gram matrix (eq. (2)).

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.losses import Target
 from .least_squares import on_units
 from .loop import greedy
-from .path import Moments, NestedFit, Path, Rule, Step
+from .path import Moments, NestedFit, Path, Rule, Step, first_picks
 
 CHUNK_ENTRIES = 2**24  # the most entries of a temporary
 
@@ -152,7 +152,7 @@ def greedy_refit(
 ) -> tuple[Path, NestedFit]:
     """All greedy steps of least squares that is refitted in every step."""
     path = greedy(RefitObjective(gram, right, target_norm, width, scale), rule, step)
-    picked = torch.tensor(list(dict.fromkeys(path.order.tolist())))
+    picked = first_picks(path.order)
     return path, on_units(gram, right, picked, width)
 
 

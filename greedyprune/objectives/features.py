@@ -62,9 +62,8 @@ class LayerFeatures(ABC):
 
     def _small(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The same samples in smaller blocks."""
-        entries = (
-            FLOAT64_ENTRIES if self.device.type == "cpu" else 8 * FLOAT64_ENTRIES
-        )  # a GPU launches for each block
+        # Larger on a GPU, where every block is a launch.
+        entries = FLOAT64_ENTRIES if self.device.type == "cpu" else 8 * FLOAT64_ENTRIES
         size = max(64, entries // max(self.units, self.outputs))
         for block in blocks:
             samples = block.features.shape[1]
@@ -254,7 +253,7 @@ def _collected(
         store.append(block)
         block = next(blocks, None)
     target = store.targets.joined()
-    targets = None if raw.targets is None else torch.cat(raw.targets)
+    targets = torch.cat(raw.targets) if raw.targets else None
     return InMemory(
         source, store.features, target, store.extent, targets, raw.output_shape, store.largest,
         size,

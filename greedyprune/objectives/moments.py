@@ -34,7 +34,7 @@ def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = N
     for block in features.blocks():
         squares = None
         if known is None:
-            squares = _squares(block)
+            squares = squares_of(block)
             norm += squares
         numbers = _add_outputs(features, block, backend, squares, beta, variance)
         sums.numbers += torch.tensor(numbers, dtype=torch.float64)
@@ -64,7 +64,7 @@ def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = N
     return Moments(int(count), mass, norm, beta, target_norm, dense, spread, empty)
 
 
-def _squares(block: Block) -> Tensor:
+def squares_of(block: Block) -> Tensor:
     """|h_j|^2 over a block, (N,) float64."""
     if block.extent is not None:
         return block.extent.squares

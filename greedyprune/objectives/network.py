@@ -36,7 +36,7 @@ LAYERS = 16  # at most so many values as large as the layer's output are in memo
 
 
 class NetworkState:
-    """A batch in the network, run up to a node; without a executor it is run from its inputs."""
+    """A batch in the network, run up to a node; without an executor it is run from its inputs."""
 
     def __init__(self, batch: Batch, executors: GraphExecutors | None) -> None:
         self.batch, self.at = batch, 0

@@ -17,9 +17,10 @@ from ..data.losses import Criterion, Metric, number
 from ..graph.groups import Group
 from ..graph.unfold import outputs_of
 from ..kernels.loop import greedy
+from ..kernels.path import first_picks
 from ..runtime.resume import Steps
 from ..surgery.cut import masked
-from ..surgery.selection import LayerSelection, Selection, first_picks
+from ..surgery.selection import LayerSelection, Selection
 from .job import (
     Job,
     loop_has_kept_weights,

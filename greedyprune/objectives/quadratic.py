@@ -11,8 +11,8 @@ import torch
 from ..data.losses import bound
 from ..graph.groups import Group
 from ..kernels import ops
-from ..kernels.path import NestedFit
-from ..surgery.selection import LayerSelection, distinct_counts, first_picks
+from ..kernels.path import NestedFit, first_picks
+from ..surgery.selection import LayerSelection, distinct_counts
 from .job import (
     Job,
     loop_has_kept_weights,
@@ -55,7 +55,7 @@ def select_in_turns(
 def select_from(
     job: Job, products: LayerProducts, *, swaps: int, damping: float, loss: str = "mse"
 ) -> LayerSelection:
-    """Selects a layer by the squared error in its products (eq. (2), and eq. 4 with a refit).
+    """Selects a layer by the squared error in its products (eq. (2), and eq. (4) with a refit).
 
     swaps, damping: of least squares refitted in each step
     loss: the kind of loss that gates are of; "mse" for imitation

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.least_squares import factored, ridge
-from ..kernels.path import NestedFit
-from ..surgery.selection import distinct_counts, first_picks
+from ..kernels.path import NestedFit, first_picks
+from ..surgery.selection import distinct_counts
 from .features import InMemory, Streamed
 from .memory import check_least_squares
+from .moments import squares_of
 from .options import DAMPING
 from .pointwise import CustomObjective
 
@@ -59,8 +60,7 @@ class Reweighting:
             if wanted is None:
                 wanted = features.dense_outputs(block.features)
             gram.addmm_(rows, rows.T)
-            norms = torch.linalg.vector_norm(block.features, dim=1, dtype=torch.float64)
-            squares += norms.square()
+            squares += squares_of(block)
             right.addmm_(rows, (wanted - features.bias[:, None]).T)
         features.ranks.sum("least squares", gram, right, squares)
         gram.diagonal().add_(ridge(squares, DAMPING))

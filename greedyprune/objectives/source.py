@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -150,13 +150,13 @@ class Source:
 class RawTargets:
     """For a loss of the user's own: the targets as they came, and the model's output shape."""
 
-    targets: list[Tensor] | None = None
+    targets: list[Tensor] = field(default_factory=list)
     output_shape: tuple[int, ...] = ()
 
     def add(self, targets: Tensor | None, outputs: object, device: torch.device) -> None:
         assert targets is not None
         self.output_shape = tuple(main_output(outputs).shape[1:])
-        self.targets = [*(self.targets or []), targets.to(device)]
+        self.targets.append(targets.to(device))
 
 
 def first_pass(source: Source, resumed: Pass, raw: RawTargets | None = None) -> Generator[Block]:

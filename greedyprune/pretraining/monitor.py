@@ -22,7 +22,7 @@ from ..data.forward import evaluating
 from ..data.losses import Criterion, Metric, criterion_of
 from ..data.random_state import RepeatedPasses, preserving_random_state
 from ..kernels import backend as backends
-from ..plan import NETWORK_LOSS, OUTPUT_LOSS, judge_of
+from ..plan import rules_of
 from ..request import check_model, checked_request
 from ..runtime.arguments import is_int, is_number
 from ..runtime.distributed import ALONE, unwrapped
@@ -305,9 +305,7 @@ class PretrainingMonitor:
             groups = groups_of(
                 self._model, first, request.layers, request.consumers, request.sized_layers
             )
-            for group in groups:
-                judge = judge_of(request, group)
-                request.rule(group, by_loss=judge in (OUTPUT_LOSS, NETWORK_LOSS))
+            rules_of(request, groups)
         return criterion
 
     def _generators(self) -> list[torch.Generator]:

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.losses import KINDS, bound
+from ..data.losses import SMOOTHNESS, bound
 from ..kernels import backend as backends
 from ..kernels import ops
 from ..kernels.path import Moments, Rule
@@ -98,9 +98,9 @@ def smoothness(loss: str, outputs: int) -> float:
         >>> smoothness("mse", 4)
         0.5
     """
-    if loss not in KINDS:
-        raise ValueError(f"loss: found {loss!r}, expected one of {list(KINDS)}")
-    _, sample_smoothness = KINDS[loss]
+    if loss not in SMOOTHNESS:
+        raise ValueError(f"loss: found {loss!r}, expected one of {list(SMOOTHNESS)}")
+    sample_smoothness = SMOOTHNESS[loss]
     return sample_smoothness if loss == "cross_entropy" else sample_smoothness / outputs
 
 

@@ -59,6 +59,11 @@ def plot(history: History, metric_name: str, measured_on: str, reason: str | Non
 
     See `PretrainingMonitor.plot`.
 
+    Args:
+        history: the checks
+        metric_name: the name for the metric on its axis
+        measured_on: the data of the losses and metrics, in words
+        reason: why pre-training should stop; None while it should go on
     """
     names = ["loss"]
     if any(check.metric is not None for check in history):

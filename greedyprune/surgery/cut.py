@@ -166,7 +166,6 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
                 f"selection: made for {len(layer.counts)} units in layer {name!r}, but the model's "
                 f"{tensor!r} has {size / at.width:g}"
             )
-
     for consumer, outputs in layer.outputs.items():
         at = layer.slices[f"{consumer}.weight"]
         size = tensors[f"{consumer}.weight"].shape[0 if at.dim else 1]

@@ -14,8 +14,8 @@ distillation (Romero et al. 2015, arXiv:1412.6550), for all layers at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..data.forward import evaluating
 from ..graph.executor import GraphExecutors, tensors_of
 from ..graph.propagate import Slice
 from ..graph.tracing import Layer
+from ..runtime.progress import Bar
 from .selection import Selection
 
 RATE = 1e-3  # Adam's (Kingma and Ba 2015), falling to 0 along a cosine
@@ -35,7 +36,7 @@ TINY = 1e-12  # the least |a_dense|^2 to divide by
 
 def distill(
     model: nn.Module, small: nn.Module, selection: Selection, layers: Sequence[Layer],
-    batches: Batches, epochs: int, bar: Callable[..., Any],
+    batches: Batches, epochs: int, bar: Bar,
 ) -> None:  # fmt: skip
     """Changes the weights of `small`, in place.
 

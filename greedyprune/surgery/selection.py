@@ -314,11 +314,6 @@ class Selection:
         return f"Selection({{{layers}}})"
 
 
-def first_picks(order: Tensor) -> Tensor:
-    """The distinct units of `order` (k,) int64, in the order of their first picks."""
-    return torch.tensor(list(dict.fromkeys(order.tolist())), dtype=torch.int64)
-
-
 def distinct_counts(order: Tensor) -> Tensor:
     """The number of distinct units in order[:i + 1], for each i: (k,) int64."""
     seen: set[int] = set()
