@@ -26,6 +26,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune import Loss
+from greedyprune.runtime import progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,6 +229,27 @@ def test_size_counts_distinct_units(size: object, kept: int) -> None:
     assert len(selection.kept) == len(selection.order) == kept
     if kept == 20:
         assert float(selection.losses[-1]) == near(float(selection.dense_loss))
+
+
+@pytest.mark.parametrize("weights", ["refit", "none"])
+def test_a_tolerance_on_other_weights_ends_the_steps_soon_after_it_is_reached(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of weights that the loop does not have are computed at few steps, but not last."""
+    model, x, y = problem(n=400, m=200)
+    steps = 0
+
+    class Counting(progress.tqdm):
+        def update(self, n: float = 1) -> bool | None:
+            nonlocal steps
+            steps += int(n)
+            return super().update(n)
+
+    monkeypatch.setattr(progress, "tqdm", Counting)
+    selection = select(model, (x, y), tolerance=10.0, weights=weights)
+    goal = float(selection.dense_loss) * 11
+    assert float(selection.losses[-1]) <= goal < float(selection.losses[:-1].min())
+    assert len(selection.order) <= steps == (128 if weights == "none" else 32)  # of 400
 
 
 def test_size_with_replacement_stops_at_that_many_distinct_units() -> None:
