@@ -180,8 +180,8 @@ class Batches:
             return self._read()
         if self.started:
             raise ValueError(
-                "data: an iterator can be gone through once, and this needs another pass: give "
-                "a list, Dataset or DataLoader, or raise memory_limit"
+                "data: found an iterator, which can be read only once, but another pass is needed; "
+                "expected a list, Dataset or DataLoader, or a larger memory_limit"
             )
         self.started = True
         return self._read_on()

@@ -81,7 +81,8 @@ def group_of(graph: Graph, node: fx.Node) -> Group:
     layer = graph.layers[node]
     if layer.groups > 1:
         raise NotPrunableError(
-            f"layer {layer.name!r}: a grouped convolution, whose units are those of its input"
+            f"layer {layer.name!r}: it is a grouped convolution, so its units are those of its "
+            "input"
         )
     units = shape_of(node)[layer.channel_dim]
     return _closed_group(graph, layer.name, units, {node: Slice(layer.channel_dim)})
@@ -285,12 +286,12 @@ def why_not(module: nn.Module) -> str:
     """Why a module is no producer, where the graph has no layer of its name."""
     kind = type(module).__name__
     if not isinstance(module, LAYER_TYPES):
-        return f"{kind}: no Linear or convolution"
+        return f"{kind}: not a Linear or convolution"
     if "weight" not in module._parameters:
         return f"{kind}: its weight is computed, by a parametrization or torch.nn.utils.prune"
     if type(module) in LAYER_TYPES:
         return f"{kind}: it does not run, or shares its weight"
-    return f"{kind}: no plain Linear or convolution"
+    return f"{kind}: not a plain Linear or convolution"
 
 
 def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:

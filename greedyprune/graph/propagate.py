@@ -203,7 +203,9 @@ class Propagation:
         """A consumer, or a convolution whose groups keep the units apart."""
         layer, inputs = self.graph.layers.get(node), data_input(node)
         if layer is None or inputs not in self.carrying:
-            raise self.refusal(f"{node.target} takes its units, but its weight is no module's own")
+            raise self.refusal(
+                f"{node.target} takes its units, but its weight is not a module's own"
+            )
         at = self.carrying[inputs]
         if at.dim != layer.channel_dim:
             raise self.refusal(f"{node.target} sums over another dimension than that of its units")

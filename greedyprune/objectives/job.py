@@ -99,8 +99,8 @@ def warn_of_repeats(job: Job, group: Group, order: Tensor) -> None:
     rule, distinct = job.rule(group), int(distinct_counts(order)[-1])
     if job.sized and rule.replacement and len(order) == rule.steps and distinct < rule.size:
         warn(
-            f"layer {group.producer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
-            f"size) repeats left it at {distinct} of {rule.size} distinct units",
+            f"layer {group.producer!r}: because of repeats, {rule.steps} steps ({REPEATS_LIMIT} "
+            f"times its size) picked only {distinct} of {rule.size} distinct units",
         )
 
 

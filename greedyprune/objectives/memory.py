@@ -111,7 +111,7 @@ def check_least_squares(layer: str, picks: int, limit: int) -> None:
     if needed > max(limit, WORD * FLOAT64_ENTRIES):  # a block of samples takes so much anyway
         raise ValueError(
             f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
-            f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"
+            f"{layer!r} needs {needed} bytes; expected at least that, fewer units or weights='none'"
         )
 
 
@@ -139,8 +139,8 @@ def _too_much(group: Group, needed: Bytes, limit: int, held: int, less: str) -> 
     metric = f", {held} for the metric" if held else ""
     return ValueError(
         f"memory_limit: found {limit} bytes, but layer {group.producer!r} needs {needed.sums} for "
-        f"the products of its features{metric} and {needed.work} to choose by them; expected "
-        f"{needed.together + held}{less}"
+        f"the products of its features{metric} and {needed.work} to select from them; expected at "
+        f"least {needed.together + held}{less}"
     )
 
 
@@ -167,6 +167,7 @@ def turns(
         total = sum(size.together for size in needed)
         raise ValueError(
             f"memory_limit: found {limit} bytes, but all {len(groups)} layers from one pass over "
-            f"an iterator need up to {total}; expected that, or a list, Dataset or DataLoader"
+            f"an iterator need up to {total}; expected at least that, or a list, Dataset or "
+            "DataLoader"
         )
     return result

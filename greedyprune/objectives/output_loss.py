@@ -65,8 +65,8 @@ def _selected(job: Job, rule: Rule, features: InMemory | Streamed) -> LayerSelec
     group, kind = features.group, features.criterion.kind
     if kind == "custom":
         warn(
-            "loss: a function of your own takes the slow path, a call for each candidate and step; "
-            "'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
+            "loss: a function of your own takes the slow path: it is called for each candidate in "
+            "each step; 'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
         )
     weights = "counts" if job.weights == "auto" else job.weights
     batches = _shuffled_batches(job, rule, features)

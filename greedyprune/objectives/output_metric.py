@@ -35,7 +35,7 @@ def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
     if kind == "custom":
         raise ValueError(
             "metric: found 'fisher' with a loss of your own, expected 'mse', "
-            "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
+            "'cross_entropy' or 'bce_with_logits', from whose predictions labels can be drawn"
         )
     torch.manual_seed((job.seed + job.ranks.rank) % 2**64)  # the caller has forked the generators
 

@@ -133,8 +133,8 @@ class Source:
         reserved = least_squares_bytes(refitted_units(self.job, self.group, self.imitation))
         return ValueError(
             f"memory_limit: found {self.job.memory_limit + reserved} bytes, but {what} needs all "
-            f"features of layer {self.group.producer!r} in memory, with what they are compared "
-            f"with; expected at least {needed + reserved} bytes, or fewer samples"
+            f"features of layer {self.group.producer!r} and their targets in memory; expected at "
+            f"least {needed + reserved} bytes, or fewer samples"
         )
 
     def bytes_a_sample(self, block: Block) -> int:

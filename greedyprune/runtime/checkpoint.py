@@ -184,9 +184,9 @@ class Checkpoint(Generic[Layer]):
     def _compare(self, digest: MarkDigest) -> None:
         if self._data is not None and digest.summary != self._data:
             raise ValueError(
-                f"checkpoint: {str(self.folder)!r} is of other data, of {self._data[0]} batches, "
-                f"found {digest.count}; expected the same in the same order: give a shuffled "
-                "loader a generator with a seed, or take another folder"
+                f"checkpoint: {str(self.folder)!r} belongs to other data, of {self._data[0]} "
+                f"batches, found {digest.count}; expected the same data in the same order: give a "
+                "shuffled loader a generator with a seed, or take another folder"
             )
 
     def finished(self, name: str) -> Layer | None:
@@ -239,8 +239,8 @@ class Checkpoint(Generic[Layer]):
             if differs := difference(checked_read(read_json, file), about):
                 name, before, now = differs
                 raise ValueError(
-                    f"checkpoint: {str(self.folder)!r} is of another call, with {name} {before}, "
-                    f"found {now}; expected the same or another folder"
+                    f"checkpoint: {str(self.folder)!r} belongs to another call, with {name} "
+                    f"{before}, found {now}; expected the same or another folder"
                 )
             return
         names = sorted(entry.name for entry in self.folder.glob("*"))
@@ -251,9 +251,9 @@ class Checkpoint(Generic[Layer]):
             or (name.startswith("pass-") and name.endswith(sums))
         ]  # fmt: skip
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
-            what = f"holds {foreign[0]!r} and no {file.name!r}" if foreign else "is no folder"
+            what = f"holds {foreign[0]!r} and no {file.name!r}" if foreign else "is not a folder"
             raise ValueError(
-                f"checkpoint: {str(self.folder)!r} {what}, expected a folder of its own"
+                f"checkpoint: {str(self.folder)!r} {what}, expected a folder for this call alone"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
