@@ -91,8 +91,8 @@ class Batch:
 class Batches:
     """Iterates over `data` as batches; `len` is known for tensors, Datasets and DataLoaders.
 
-    Raises ValueError for data without samples and TypeError for what is no data. An iterator,
-    such as a generator, has one pass; a second one raises ValueError.
+    Raises ValueError for data without samples and TypeError for values that are no data. An
+    iterator, such as a generator, has one pass; a second one raises ValueError.
 
     ranks: the processes that the samples are spread over: each brings its own part of the data
     """

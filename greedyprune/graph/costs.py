@@ -117,7 +117,7 @@ def costs_of(
 
 
 def _parts(groups: Sequence[Group], amounts: Mapping[str, int]) -> dict[tuple[str, ...], int]:
-    """The amounts of tensors and products, summed over those that the same groups cut."""
+    """The costs of tensors and products, summed over all that the same groups cut."""
     parts: dict[tuple[str, ...], int] = {}
     for name, amount in amounts.items():
         layers = tuple(g.producer for g in groups if name in g.slices or name in g.products)

@@ -44,7 +44,7 @@ class Group:
     units:         how many there are
     slices:        the parameters and buffers with entries of the units, and where
     output:        the only consumer's output is the model's output
-    not_output:    what stands between the consumer and the model's output; "": nothing
+    not_output:    the operation between the consumer and the model's output; "" if there is none
     may_hold_size: an operation whose arguments may hold the number of units as a constant, or ""
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     """
@@ -125,7 +125,7 @@ def _closed_group(graph: Graph, name: str, units: int, producers: Mapping[fx.Nod
 def _with_producers(
     propagation: Propagation, producers: Mapping[fx.Node, Slice], others: Sequence[fx.Node]
 ) -> tuple[int, dict[fx.Node, Slice]]:
-    """The number of units that these layers and the others have in common, and where they are."""
+    """The number of units that these layers and the others have in common, and their places."""
     layers = propagation.graph.layers
     size = shape_of(others[0])[layers[others[0]].channel_dim]
     common = math.gcd(size, propagation.units)
@@ -283,7 +283,7 @@ def _reasons(model: nn.Module, structure: Structure) -> str:
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a module is no producer, where the graph has no layer of its name."""
+    """The reason why a module is not a producer, if the graph has no layer of its name."""
     kind = type(module).__name__
     if not isinstance(module, LAYER_TYPES):
         return f"{kind}: not a Linear or convolution"

@@ -1,6 +1,6 @@
 """What may be pruned: how each operation carries a layer's units to the layers that take them.
 
-A *unit* is what is removed as a whole: a neuron, a channel, an attention head. The layers whose
+A *unit* is removed as a whole: a hidden unit, a channel, an attention head. The layers whose
 outputs are the units are their *producers*; the layers that sum over them are their *consumers*.
 Units can be removed if every operation between the two keeps them apart. The tables below list the
 operations that do; an operation that no table names makes the layer not prunable.

@@ -108,7 +108,7 @@ class GreedyImportance(Importance):
         return self._scores[item.dep.target.module][[input_of[root] for root in group[0].idxs]]
 
     def _scorable(self, groups: Iterable[PruningGroup]) -> Iterator[Group]:
-        """The groups that can be scored. The others are no error: the pruner may never ask."""
+        """The groups that can be scored. The pruner may never ask for scores of the others."""
         for group in groups:
             try:
                 yield self._converted(group)

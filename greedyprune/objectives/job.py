@@ -1,4 +1,4 @@
-"""What selecting a layer takes besides the layer itself, and what all objectives do alike."""
+"""The data and options with which a layer is selected, and code that all objectives share."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def solver_backend(self) -> str:
-        """The backend for what is computed from sums over the data, which lie on the CPU."""
+        """The backend for computations on sums over the data, which lie on the CPU."""
         return "reference" if self.backend == "reference" else "cpu"
 
     def rule(self, group: Group) -> Rule:

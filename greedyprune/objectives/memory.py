@@ -24,7 +24,7 @@ WIDEST = 64  # features a unit that exchanges are tried with
 
 
 class Bytes(NamedTuple):
-    """sums: of the matrices a layer is chosen from; work: of choosing, besides, at most."""
+    """sums: bytes of the matrices that a layer is selected from; work: the most bytes beside."""
 
     sums: int
     work: int
@@ -101,12 +101,12 @@ def refitted_units(job: Job, group: Group, imitation: bool) -> int:
 
 
 def least_squares_bytes(picks: int) -> int:
-    """The bytes of least squares on so many features in memory."""
+    """The bytes of least squares on this many features in memory."""
     return 3 * WORD * picks**2
 
 
 def check_least_squares(layer: str, picks: int, limit: int) -> None:
-    """ValueError where least squares on so many units takes more than `limit` bytes."""
+    """ValueError if least squares on this many units takes more than `limit` bytes."""
     needed = least_squares_bytes(picks)
     if needed > max(limit, WORD * FLOAT64_ENTRIES):  # a block of samples takes so much anyway
         raise ValueError(
@@ -116,7 +116,7 @@ def check_least_squares(layer: str, picks: int, limit: int) -> None:
 
 
 def check_imitation(job: Job, group: Group, held: int = 0) -> None:
-    """ValueError where a layer that imitates takes more than the limit; says what would do.
+    """ValueError if a layer that imitates takes more than the limit; says how much it needs.
 
     held: bytes that something else takes
     """

@@ -132,7 +132,7 @@ def select_layer(
 
 
 def _checked(metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
-    """A metric of the user's own as a tensor; TypeError or ValueError for no finite number."""
+    """A user's metric as a tensor; TypeError or ValueError if it is not a finite number."""
 
     def value(outputs: Tensor, targets: Tensor) -> Tensor:
         result = number("metric", metric(outputs, targets))

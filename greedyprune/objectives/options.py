@@ -1,4 +1,4 @@
-"""The ways to judge units, as `select(objective=...)` takes them, each with options of its own."""
+"""The objectives of `select(objective=...)`, each with its own options."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> Mi
 
 
 def columns_are_cheaper(units: int, picks: int, backend: str = "cpu") -> bool:
-    """Is fetching the columns of so many picks cheaper than computing half of the Gram matrix?"""
+    """Is fetching the columns of this many picks cheaper than half of the Gram matrix?"""
     return COLUMNS_PER_PICK[backend] * picks / THIN_RATE < units / 2
 
 

@@ -195,7 +195,7 @@ class Fit:
     form:     the law
     a, b:     the parameters
     a_error, b_error: their standard errors. They hold if the residuals are independent and have one
-              variance; nothing here tests that.
+              variance; this is not tested.
     residual: the standard deviation of the residuals, over n - 2 degrees of freedom, in the units
               of the left side of `form`
     """

@@ -1,7 +1,7 @@
 """Several processes that select as one, over torch.distributed.
 
-Before every exchange, each rank sends a code for what it is about to exchange. A rank on which an
-error was raised sends that news instead. So all ranks raise the error, and none waits for another.
+Before every exchange, each rank sends a code that names the exchange. A rank on which an error was
+raised reports the error instead. So all ranks raise the error, and none waits for another.
 Inside a loop of small exchanges, the code travels in the same message as the numbers.
 """
 
@@ -50,7 +50,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises on all ranks what is raised inside on one; no rank leaves before the others."""
+        """Raises an error of one rank on all ranks; no rank leaves before the others."""
         try:
             yield
             if self.size > 1:

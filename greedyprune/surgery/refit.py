@@ -209,7 +209,7 @@ class _LeastSquares:
         self._gram_is_whole = False  # the inputs are the same in every round
 
     def add(self, inputs: Tensor, error: Tensor) -> None:
-        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
+        """Adds one batch: the layer's inputs, and the change that its outputs need."""
         if not inputs.isfinite().all():
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"

@@ -122,9 +122,9 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
 
 
 def _placed(tensor: Tensor, dense: Tensor, placed: dict[int, Tensor]) -> Tensor:
-    """A tensor of the file, as what stands in the place of the dense model's tensor.
+    """A tensor of the file, as the parameter or buffer that replaces the dense model's tensor.
 
-    placed: by the identity of the file's tensors: those that have a place, for others tied to them
+    placed: by the identity of the file's tensors: their replacements so far, for tied tensors
     """
     if id(tensor) not in placed:
         new = tensor if dense.is_meta else tensor.to(dense.device)

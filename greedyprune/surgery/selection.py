@@ -59,7 +59,7 @@ class LayerSelection:
     gates:      after weights="refit" with objective "fisher": the least squares of one factor for
                 each unit's outgoing weights
     weighting, loss, objective: the arguments `weights`, `loss` and `objective` of `select`, with
-                "auto" replaced by what it meant
+                "auto" replaced by its meaning for this layer
     """
 
     order: Tensor
@@ -104,7 +104,7 @@ class LayerSelection:
         )  # fmt: skip
 
     def at(self, k: int) -> LayerSelection:
-        """The same path after k steps; ValueError if it has fewer, TypeError if k is no int."""
+        """The same path after k steps; ValueError if it has fewer, TypeError if k is not an int."""
         expected = f"expected an int from 1 to {len(self.order)}, the path's steps"
         if not is_int(k):
             raise TypeError(f"k: found {k!r}, {expected}")
