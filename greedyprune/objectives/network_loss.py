@@ -1,4 +1,4 @@
-"""A layer inside a network, judged by the loss of the whole network: eq. (1) as it stands.
+"""A layer inside a network, judged by the loss of the whole network: eq. (1) unchanged.
 
 Each candidate is a run of the layers that follow (Ye et al. 2020, arXiv:2003.01794).
 """

@@ -1,4 +1,4 @@
-"""Equation (1) as it stands: the loss of every candidate, for loops that no kernel runs whole."""
+"""Equation (1) itself: the loss of every candidate, for loops that no kernel runs as a whole."""
 
 from __future__ import annotations
 
