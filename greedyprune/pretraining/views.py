@@ -36,7 +36,7 @@ def summary(history: History, metric_name: str, measured_on: str, notes: Iterabl
     if "gap" in known:
         losses_note = "gap and bound are the selection's, on data"
     table = Table(
-        title=f"dense and pruned networks on {measured_on}",
+        title=f"pruned on trial: whole networks on {measured_on}",
         caption="\n".join([losses_note, *notes]),
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), min_width=64,
     )  # fmt: skip
