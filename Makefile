@@ -33,7 +33,7 @@ demo: .venv/installed  ## train, prune and fine-tune on digits: a table and out/
 docs: .venv/installed  ## the documentation site, strictly: out/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-lint: .venv/installed  ## formatting, ruff, mypy, the order of the rooms, clang-format
+lint: .venv/installed  ## formatting, ruff, mypy, the order of imports, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

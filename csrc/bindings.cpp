@@ -53,7 +53,7 @@ class PythonCaller {
 
   static int step(void* self, int64_t k, int64_t unit, double loss) {
     auto* caller = static_cast<PythonCaller*>(self);
-    if (caller->step_.is_none()) {  // look for Ctrl-C, but not at every step of a microsecond
+    if (caller->step_.is_none()) {  // look for Ctrl-C, but not after every step of a microsecond
       const auto now = std::chrono::steady_clock::now();
       if (now - caller->asked_ < std::chrono::milliseconds(50)) return 0;
       caller->asked_ = now;

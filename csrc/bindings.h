@@ -24,8 +24,8 @@ T* at(Address address) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// How many fields a struct has: as many as its braces take initial values. So a struct cannot be
-// bound without one of its fields, and Python (structs.py) cannot fill it without one.
+// The number of a struct's fields: the number of initial values that its braces take. So a struct
+// cannot be bound with a field missing, and Python (structs.py) cannot leave a field empty.
 
 struct AnyValue {
   template <class T>

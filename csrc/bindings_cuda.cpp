@@ -47,7 +47,7 @@ void bind_pointwise(py::module_& m) {
               FIELD(P, slopes), FIELD(P, bounds), FIELD(P, sums), FIELD(P, counts));
 }
 
-// Where in a Progress, taken as 64-bit integers, the ones are that Python reads.
+// The places of the numbers that Python reads, in a Progress taken as 64-bit integers.
 py::dict progress_places() {
   using P = cuda::Progress;
   static_assert(std::is_standard_layout_v<P> && sizeof(P) % sizeof(int64_t) == 0);

@@ -1,4 +1,4 @@
-// The whole contract between Python and the compiled half: types, shapes, launchers.
+// The interface between Python and the compiled kernels: types, shapes, launchers.
 //
 // Notation (docs/how-it-works.md): N units, m samples, C outputs. Unit j adds
 // phi_j(s) = h_j(s) * w_j to the outputs, with h the features and w the outgoing weights
@@ -19,9 +19,9 @@ enum class Loss : int32_t { squared_error = 0, cross_entropy = 1, logistic = 2 }
 // Types of features. Those of 16 bits are for CUDA alone.
 enum class Type : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-// A feature (a column of a Gram matrix) is dependent where the features before it leave less than
-// this share of its squared norm: that is rounding. greedyprune/kernels/least_squares.py has the
-// same number.
+// A feature (a column of a Gram matrix) is dependent if less than this share of its squared norm is
+// left after projecting out the features before it: that much is rounding error.
+// greedyprune/kernels/least_squares.py has the same number.
 constexpr double kDependent = 1e-10;
 
 struct Features {    // the units' activations, unit-major
@@ -59,7 +59,7 @@ struct Caller {
   int32_t threads;
 };
 
-// When the greedy loop stops and what it may pick.
+// When the greedy loop stops and which units it may pick.
 struct Rule {
   int64_t steps;        // the most picks
   int64_t size;         // stop when this many distinct units are picked
@@ -67,7 +67,7 @@ struct Rule {
   int64_t candidates;   // random candidates a step; 0: every unit
   const double* draws;  // (steps, candidates) uniform in [0, 1), or null
   int64_t shortlist;    // for mini-batches: this many of the best candidates are scored again on
-                        // all samples, and that decides; 0: the first score decides
+                        // all samples, and this score decides; 0: the first score decides
 };
 
 struct Path {        // what the greedy loop writes
@@ -83,7 +83,7 @@ struct Path {        // what the greedy loop writes
 struct Tangent {
   double loss;   // L(u)
   double along;  // <L'(u), u - b>
-  double error;  // how far rounding can have moved these two together
+  double error;  // bound on the rounding error of these two together
 };
 
 struct Workspace {      // the greedy loop's scratch
@@ -106,8 +106,8 @@ struct Quadratic {
   double target_norm;           // |t|^2
   double rounding;              // bound on the error of G_ij, relative to |phi_i| |phi_j|
   double* state;                // (N)  c_j = <phi_j, z>; zero on entry
-  // The features, to score candidates again that rounding makes undecidable. Or null, and the
-  // fields below are null, too.
+  // The features, to score candidates again that the bounds on rounding cannot tell apart. Null: no
+  // features; then the fields below are null, too.
   const Features* features;
   const double* outgoing;    // (N, C)
   const double* target;      // (C, m)  t
@@ -130,7 +130,8 @@ struct ColumnCache {
   int64_t* taken;  // (N)  scratch
 };
 
-// Any other loss, or squared error on mini-batches. Screening is in float32, deciding in float64.
+// Any other loss, or squared error on mini-batches. Candidates are screened in float32; float64
+// decides.
 struct Pointwise {
   Features features;
   const double* outgoing;  // (N, C)
@@ -244,7 +245,7 @@ struct Kernels {
   // Every greedy step in one call, on the Gram matrix gram (N, N).
   Status (*greedy_gram)(Path& path, const double* gram, const Quadratic& objective,
                         const Rule& rule, const Workspace& workspace, const Caller& caller);
-  // The same on columns of it, fetched in blocks when a picked unit's column is missing.
+  // The same on columns of the Gram matrix, fetched in blocks if a picked unit's column is missing.
   Status (*greedy_columns)(Path& path, const ColumnCache& cache, const Quadratic& objective,
                            const Rule& rule, const Workspace& workspace, const Caller& caller);
   // The same by scoring the candidates' losses themselves.
@@ -321,7 +322,8 @@ Status candidate_slope_f64(double* slopes, double* partial, const int64_t* units
 Status greedy_gram(Progress* progress, const Path& path, const double* gram,
                    const Quadratic& objective, const Rule& rule, const Workspace& workspace,
                    int64_t last, void* stream);
-// The same on columns of it, until one is missing. Unit j's is row slot_of[j] of columns.
+// The same on columns of the Gram matrix, until one is missing. Unit j's is row slot_of[j] of
+// columns.
 Status greedy_columns(Progress* progress, const Path& path, const double* columns,
                       const int64_t* slot_of, const Quadratic& objective, const Rule& rule,
                       const Workspace& workspace, int64_t last, void* stream);

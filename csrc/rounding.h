@@ -1,8 +1,8 @@
 // Bounds on the rounding errors of what the kernels compute, for the CPU and for CUDA.
 //
 // The scores of candidates come with error bounds. Candidates whose bounds overlap with the lowest
-// score's are scored again, more exactly; so a bound that is too small could cost a pick, and one
-// that is too large only time. u stands for the unit roundoff, Number<Real>::epsilon: 2^-24 or
+// score's are scored again, more exactly. So a bound that is too small could give a wrong pick, and
+// one that is too large only takes time. u is the unit roundoff, Number<Real>::epsilon: 2^-24 or
 // 2^-53. A sum of n terms that are rounded r times each is off by at most (n + r) u times the sum
 // of the terms' magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1;
 // terms in u^2 are covered by the counts below being rounded up).
@@ -117,9 +117,9 @@ constexpr int kTotalRoundings = 32;
 // ---------------------------------------------------------------------------------------------
 // Scores G_jj / 2 + c_j - k beta_j of squared error. c is the sum of the columns picked so far.
 // Column i is off by at most `rounding` |phi_i| |phi_j|: `uncertain` is the sum of |phi_i| over the
-// columns in c that are rounded so, `total` that over all picks. Adding up k columns in float64
-// rounds k times. That many roundings of either sign come to about sqrt(k) u: 64 allows for some
-// thousand steps. Sums over ranks add one rounding each.
+// columns in c with this error, `total` the sum over all picks. Adding up k columns in float64
+// rounds k times. k roundings of either sign add up to about sqrt(k) u: 64 allows for some thousand
+// steps. Sums over ranks add one rounding each.
 
 constexpr int kScoreRoundings = 64;
 

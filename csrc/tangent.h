@@ -1,4 +1,4 @@
-// What the loss after the last step says of the next: a lower bound on every candidate's loss.
+// A lower bound on every candidate's loss in the next step, from the loss after the last step.
 //
 // The losses are convex, so they are nowhere below their tangent at the last step's outputs u. With
 // k the next step, z the sum of the phi picked so far, u = b + z / (k - 1) and the candidate's
@@ -20,9 +20,9 @@ namespace GREEDYPRUNE_ISA {
 
 constexpr int64_t kScoredFirst = 512;  // candidates that are scored before any is ruled out
 
-// shrink: 1 / k; slope_error(): bound on the rounding error of shrink * slope, computed after the
-// rest (computed before, it takes a GPU more registers than there are). A bound that is not finite
-// rules nothing out.
+// shrink: 1 / k; slope_error(): bound on the rounding error of shrink * slope. It is computed after
+// the rest, because computed before it takes more registers than a GPU has. A bound that is not
+// finite rules nothing out.
 template <class Error>
 GREEDYPRUNE_INLINE double tangent_bound(const Tangent& tangent, double slope, double shrink,
                                         const Error& slope_error) {

@@ -1,4 +1,4 @@
-"""Sizes for a budget: how many units each layer keeps, so that the model costs a given share.
+"""Sizes for a budget: how many units each layer keeps within a share of the dense model's cost.
 
 Each layer's greedy path tells its loss at every size. A knapsack (knapsack.py) finds the sizes
 whose losses have the lowest sum within the budget.
@@ -45,16 +45,18 @@ class Budget:
         sum over l of  L_l(k_l) / L_l(0),
 
     where L_l(k) is the squared error to the dense output of layer l's consumers when it keeps the
-    first k units of its greedy path and all other layers are dense. For objective "fisher" it is
-    the sum of the losses in the gates. The sum is minimised exactly, or to the gap that
-    `selection.budget` reports.
+    first k units of its greedy path and all other layers are dense. For objective "fisher", the
+    losses L_l(k) in the gates are summed and not divided. The sum is minimised exactly, or up to
+    the gap that `selection.budget` reports.
 
     Args:
-        flops: of torch.utils.flop_counter, on the first batch; in (0, 1]
-        params: parameters; in (0, 1]
-        latency: seconds a forward pass of the first batch takes on the model's device; in (0, 1]
-        uniform: one size for all layers of a kind: with as many units, between the same kinds of
-            modules, such as the blocks of a transformer
+        flops: share of the FLOPs on the first batch, by torch.utils.flop_counter; in (0, 1]
+        params: share of the parameters; in (0, 1]
+        latency: share of the time of a forward pass of the first batch, measured on the model's
+            device; in (0, 1]
+        uniform: one size for all layers of a kind. Layers are of a kind if they have the same
+            number of units and lie between modules of the same types, such as the feed-forward
+            blocks of a transformer
 
     Raises:
         ValueError, TypeError: none or several of flops, params and latency, or one that is out of
@@ -108,7 +110,7 @@ def size_step(group: Group, round_to: int) -> int:
 
 
 def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[list[Group]]:
-    """Layers that get one size: with as many units, cut at the same places of the same modules."""
+    """Layers that get one size: with equal numbers of units, cut in the same kinds of tensors."""
     if not uniform:
         return [[group] for group in groups]
     kinds: dict[object, list[Group]] = {}
@@ -145,7 +147,7 @@ def within_budget(
     if cost.at(least) > share * cost.dense:
         raise ValueError(
             f"{budget.what}: found {share:g}, but the smallest sizes of the layers leave "
-            f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least that"
+            f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least this share"
         )
     kinds = kinds_of(model, groups, budget.uniform)
     knapsack = knapsack_of(kinds, losses_of(), cost, round_to, share * cost.dense)
@@ -180,8 +182,8 @@ def relative_losses(
 ) -> dict[str, Tensor]:
     """Each layer's losses with its first 1 to N units, (N,).
 
-    They are shares of its loss without units, except for gates: all gates tell how much the model's
-    loss rises.
+    They are divided by its loss without units, except for gates, whose losses are all rises of the
+    model's loss.
     """
 
     def losses(name: str) -> Tensor:

@@ -322,7 +322,7 @@ def _added_excess(
 
 
 def _undominated(keys: Sequence[Indices], cost: Numbers, value: Numbers) -> Indices:
-    """The partial choices without those that another one dominates.
+    """The partial choices that no other one dominates.
 
     One dominates another if they agree in all `keys`, and its cost and value are no higher. The
     keys are the widths of the items whose couplings are still open.

@@ -108,7 +108,7 @@ def _check_passes(batches: Batches, judges: Mapping[str, str], budget: Budget | 
     elif NETWORK_LOSS in judges.values():
         why = "objective='loss' inside a network, which takes a pass for each candidate"
     elif len(judges) > 1 and set(judges.values()) != {FISHER}:
-        why = f"{len(judges)} layers, which takes a pass for each layer"
+        why = f"{len(judges)} layers, which take a pass each"
     if batches.once and why:
         raise ValueError(
             f"data: found an iterator for {why}; expected a list, Dataset or DataLoader"
@@ -124,7 +124,7 @@ def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
         if width > WIDEST:
             raise ValueError(
                 f"swaps: found {swaps}, but a unit of layer {group.producer!r} has {width} "
-                f"features; expected at most {WIDEST}, or swaps=None, which leaves such layers out"
+                f"features; expected at most {WIDEST}, or swaps=None, which exchanges no such units"
             )
 
 

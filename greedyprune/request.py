@@ -194,23 +194,23 @@ def _check_effects(request: Request) -> None:
     """ValueError for options that other arguments would leave without effect."""
     if request.loss.metric is not None and request.tolerance is None:
         raise ValueError(
-            "metric: found a function without a tolerance, expected a tolerance, which is then of "
-            "this metric"
+            "metric: found a function without a tolerance, expected a tolerance too, which says "
+            "how much of the metric may be lost"
         )
     if request.imitation.swaps:
         swaps = f"swaps: found {request.imitation.swaps} with"
         if request.tolerance is not None:
-            raise ValueError(f"{swaps} a tolerance, expected none: exchanges need a known size")
+            raise ValueError(f"{swaps} a tolerance, expected no tolerance: exchanges need a size")
         if request.weights not in ("auto", "refit"):
             raise ValueError(f"{swaps} weights={request.weights!r}, expected weights='refit'")
         if request.replacement:
-            raise ValueError(f"{swaps} replacement, expected none: units are kept once")
+            raise ValueError(f"{swaps} replacement, expected none: exchanges need distinct units")
     refits = request.weights in ("auto", "refit")
     for options in (request.imitation, request.fisher):
         if options.damping != DAMPING and not refits:
             raise ValueError(
                 f"damping: found {options.damping} with weights={request.weights!r}, expected "
-                "weights='refit', whose least squares it is the ridge of"
+                "weights='refit': damping is the ridge of its least squares"
             )
 
 
@@ -237,7 +237,7 @@ def _layers(layers: object) -> tuple[tuple[str, ...] | None, Mapping[str, str] |
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers: found {list(layers)!r}, expected each name once")
         return tuple(layers), None
-    raise TypeError(f"layers: found {layers!r}, expected a name, names or a mapping of names")
+    raise TypeError(f"layers: found {layers!r}, expected a name, a list of names or a mapping")
 
 
 def _checked_size(size: object) -> Size:

@@ -1,4 +1,4 @@
-"""`select`: model and data -> groups -> objective -> kernel -> Selection."""
+"""`select`: finds the groups of a model, runs an objective on the data, returns a Selection."""
 
 from __future__ import annotations
 
@@ -73,43 +73,43 @@ def select(
             is a tuple or a dict, whose targets are under "labels" or "targets"
 
       How much to keep (default: half the units of every layer)
-        size: units to keep: an int, a fraction in (0, 1], a mapping from layer to either, or a
-            Budget for the whole model
-        steps: exactly so many greedy steps, in which units may repeat
-        tolerance: stop a layer once its loss is within this fraction of the dense layer's; for
-            imitation and gates, at most this fraction of the loss without any unit
-        round_to: round sizes to multiples of so many channels
+        size: the number of units to keep: an int, a fraction in (0, 1], a mapping from layer to
+            either, or a Budget for the whole model
+        steps: the exact number of greedy steps; a unit may be picked more than once
+        tolerance: stop a layer once its loss is at most this fraction above the dense layer's; for
+            imitation and gates, once it is at most this fraction of the loss without any unit
+        round_to: round the numbers of channels to multiples of this
 
       What to select and how to judge it
         layers: names of the layers whose outputs are the units; None: all that can be pruned
-            (`greedyprune.layers` lists them); a mapping from such a layer to the one that takes its
-            units skips the search, for models that torch.export cannot trace
+            (`greedyprune.layers` lists them). For models that torch.export cannot trace: a mapping
+            from such a layer to the layer that takes its units
         loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss, or a function of (outputs,
             targets), which is slow; "auto": cross_entropy for class indices, else mse. Layers that
             imitate use it only for Imitation(metric="fisher")
-        objective: "imitation" of dense outputs, the model's "loss", or "fisher", a second-order
-            model of the loss; or Imitation(...), Loss(...), Fisher(...) with options; "auto": loss
-            where a Linear gives the model's output, else imitation
-        weights: of the kept units: "counts" (the theory's), "uniform", "none" (unchanged) or
-            "refit" (least squares); "auto": counts for the loss, else refit
+        objective: "imitation" of the dense outputs, the model's "loss", or "fisher", a second-order
+            approximation of the loss; or Imitation(...), Loss(...), Fisher(...) with options;
+            "auto": loss if the consumer is a Linear that gives the model's output, else imitation
+        weights: outgoing weights of the kept units: "counts" (the theory's), "uniform", "none"
+            (unchanged) or "refit" (least squares); "auto": counts for the loss, else refit
         replacement: may a unit be picked again? None: only with `steps`
-        seed: of random candidates, of mini-batches, and of the labels that metric="fisher" draws
+        seed: seed for random candidates, mini-batches, and the labels that metric="fisher" draws
 
       Where and how it runs
-        backend: "auto", "cpu", "cuda" or "reference" (pure torch, float64)
-        memory_limit: bytes for activations and sums; None: half the free memory. Activations that
-            do not fit are computed again in every pass
-        process_group: of torch.distributed; None: the default group, if there is one. Each process
-            brings its own part of the data, and all get the same Selection
-        checkpoint: a folder, from which the same call goes on after it was killed
+        backend: "auto", "cpu", "cuda" or "reference" (plain torch, float64)
+        memory_limit: bytes for the activations and for sums over the data, such as Gram matrices;
+            None: half the free memory. Activations that do not fit are computed again in every pass
+        process_group: a group of torch.distributed; None: the default group, if there is one. Each
+            process brings its own part of the data, and all get the same Selection
+        checkpoint: a folder for the progress; after an interruption the same call continues from it
         progress: False hides the progress bars
 
     Returns:
         the Selection, for `prune`, `refit`, `.at(k)`, `.save(path)`
 
     Raises:
-        ValueError, TypeError: one sentence on what is wrong: the argument, what was found, what was
-            expected
+        ValueError, TypeError: the message is one sentence that names the argument, what was found
+            and what was expected
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -150,7 +150,7 @@ def select_on(
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
         call = _described(request, criterion, backend)
-        processor = {"the processor (GREEDYPRUNE_ISA)": backends.instruction_set(backend)}
+        processor = {"instruction set (GREEDYPRUNE_ISA)": backends.instruction_set(backend)}
         with same_on_all(ranks, module, call | processor):
             about = dict[str, str]()
             if checkpoint is not None:
@@ -187,10 +187,10 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     if judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER}:
         target_of(job.criterion, outputs, first.targets)  # raises what is wrong with the targets
     elif loss_named and request.imitation.metric == "none":
-        reason = "objective='imitation' compares no labels"
+        reason = "objective='imitation' uses no labels"
         if request.objective == "auto":
             reason = f"{groups[-1].not_output} follows {groups[-1].consumer!r}"
-        warn(f"loss: not used, because {reason}: the layers imitate their dense output instead")
+        warn(f"loss: not used, because {reason}: the layers imitate their dense outputs instead")
     costs, report = costs_of(model, groups, total, flops), None
     costs = job.ranks.from_rank(0, "costs", costs)  # of the first rank's first batch
 
@@ -260,7 +260,7 @@ def _run_seen(
 
 
 def _unmoved(model: nn.Module, batch: Batch, names: set[str]) -> set[str]:
-    """Those of the Linears whose output is the model's for other values too.
+    """The Linears whose output is the model's output for other values, too.
 
     An operation that follows, such as a ReLU, may leave one batch as it is.
     """
@@ -271,9 +271,9 @@ def _unmoved(model: nn.Module, batch: Batch, names: set[str]) -> set[str]:
 
 
 def _with_output(model: nn.Module, group: Group, output_layers: set[str]) -> Group:
-    """The group, marked as one whose consumer gives the model's output only where it does.
+    """The group, with `output` only if its consumer's output is the model's output.
 
-    The loss can be computed from the features of a layer only there.
+    Otherwise the loss cannot be computed from the layer's features.
     """
     if not group.output:
         return group

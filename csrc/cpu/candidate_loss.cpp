@@ -1,11 +1,11 @@
 // The loss of every candidate unit: losses[j] = L(base + shrink * phi_j), phi_j = h_j w_j.
 //
-// Scoring N candidates on m samples with C outputs takes m N C exponentials, and nothing else
-// should take time. No array of size (N, m, C) is ever stored. A group of candidates shares what is
-// loaded: for one vector of samples, their outputs are formed one after the other in registers (one
-// multiply-add each) and reduced at once. Logarithms are few, because a sum of logarithms is the
-// logarithm of a product. Exponentials and logarithms are to base 2 inside, so the features carry a
-// factor log2(e).
+// Scoring N candidates on m samples with C outputs takes m N C exponentials, which should take most
+// of the time. No array of size (N, m, C) is ever stored. A group of candidates shares the loaded
+// numbers: for one vector of samples, their outputs are formed one after the other in registers
+// (one multiply-add each) and reduced at once. Logarithms are few, because a sum of logarithms is
+// the logarithm of a product. Exponentials and logarithms are to base 2 inside, so the features are
+// multiplied by log2(e).
 //
 // Sums of up to about a hundred numbers are in Real, all others in float64. Their order is fixed,
 // so that the result does not depend on the number of threads.

@@ -1,5 +1,5 @@
-// The derivative of the loss in every candidate unit, slopes[j] = <gradient, phi_j>, phi_j = h_j
-// w_j, and the gradient of the loss in the outputs, which the first takes.
+// The derivative of the loss in every candidate unit, slopes[j] = <gradient, phi_j> with phi_j =
+// h_j w_j; and the gradient of the loss in the outputs, which the slopes need.
 #include "candidate_slope.h"
 
 #include <cmath>

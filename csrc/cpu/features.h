@@ -6,7 +6,7 @@
 namespace greedyprune {
 namespace GREEDYPRUNE_ISA {
 
-constexpr int64_t kTile = 128;  // samples whose sums are added up before these join the others
+constexpr int64_t kTile = 128;  // samples that are summed before the sum is added to the total
 
 Status collect_features(void* data, double* squares, double* largest, const void* hidden, Type type,
                         int64_t units, int64_t n, int64_t stride, int64_t first_sample,

@@ -1,8 +1,8 @@
 // Columns of the Gram matrix: columns[i][j] = <phi_units[i], phi_j> = (w_i . w_j) (h_i . h_j).
 //
-// A product of all features with a few of them is bound by reading the features once. The
-// libraries' products take twice as long. Sums over a tile of samples are in the features' own
-// type, lane by lane, and these sums are added up in float64.
+// The time of a product of all features with a few of them is that of reading the features once.
+// The matrix products of libraries take twice as long. Sums over a tile of samples are in the
+// features' own type, lane by lane, and these sums are added up in float64.
 #include "gram_columns.h"
 
 #include "../loss.h"

@@ -41,7 +41,7 @@ inline void add_phi(const Features& f, int64_t unit, const double* outgoing, int
     add_phi(static_cast<const double*>(f.data) + unit * f.stride, w, outputs, sum, f.samples);
 }
 
-// Keeps those of units[0:n] whose score may be the lowest, rounding considered; returns how many.
+// Keeps those of units[0:n] whose score may be the lowest, allowing for rounding; returns how many.
 inline int64_t keep_contenders(int64_t* units, double* scores, double* errors, int64_t n) {
   double lowest = HUGE_VAL;
   for (int64_t i = 0; i < n; ++i) {

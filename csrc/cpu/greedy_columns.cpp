@@ -1,9 +1,10 @@
 // Squared error, all greedy steps on columns of the Gram matrix, for k small beside N: (2) needs
 // only the columns of the units that are picked. When a picked unit's column is missing, the caller
-// computes it together with those of the coming picks (one matrix product). They stay in a ring
-// until later ones need the room. This is exact: which columns are in the ring changes no number.
+// computes it together with those of the predicted next picks (one matrix product). The columns
+// stay in a ring buffer until newer ones replace them. This is exact: the result does not depend on
+// which columns are in the buffer.
 //
-// To foresee the coming picks, the loop runs on with an approximation of G: the partial Cholesky
+// To predict the next picks, the loop runs on with an approximation of G: the partial Cholesky
 // factor F of the columns fetched so far. G = F F^T on these columns, and nearly so elsewhere,
 // because the units of a layer resemble one another.
 #include "greedy_kernels.h"
@@ -46,7 +47,7 @@ struct CachedColumns {
     cache.wanted[wanted++] = unit;
   }
 
-  // Wants the units that would be picked after `unit` at step k.
+  // Adds to `wanted` the units that would be picked after `unit` at step k.
   void foresee(int64_t unit, int64_t k) {
     double* ahead = cache.ahead;
     int64_t* taken = cache.taken;
@@ -62,7 +63,7 @@ struct CachedColumns {
       want(unit);
     }
     if (wanted == cache.block) return;
-    for (int64_t j = 0; j < q.units; ++j)  // then the units with the best foreseen scores
+    for (int64_t j = 0; j < q.units; ++j)  // then the units with the best predicted scores
       if (cache.slot_of[j] >= 0) taken[j] = 1;
     for (int64_t i = 0; i < wanted; ++i) taken[cache.wanted[i]] = 1;
     while (wanted < cache.block) {
@@ -103,7 +104,7 @@ struct CachedColumns {
     });
   }
 
-  // One more column of the factor: what is left of column `unit` without the other columns' part.
+  // One more column of the factor: column `unit` less the part that the other columns give.
   void learn(int64_t unit) {
     if (rank == cache.rank) return;
     const double* column = cache.columns + cache.slot_of[unit] * q.units;
@@ -119,7 +120,7 @@ struct CachedColumns {
 
   bool fetch() {
     if (next + wanted > cache.capacity) next = 0;
-    for (int64_t i = 0; i < wanted; ++i) {  // the oldest columns make room
+    for (int64_t i = 0; i < wanted; ++i) {  // the oldest columns are replaced
       const int64_t replaced = cache.unit_in[next + i];
       if (replaced >= 0) cache.slot_of[replaced] = -1;
       cache.unit_in[next + i] = -1;

@@ -106,8 +106,7 @@ class RefitObjective {
   }
 
  private:
-  // Relative rounding error of the sums in float64: an allowance of some thousand roundings of
-  // 2^-53.
+  // Relative rounding error of the sums in float64: it allows for some thousand roundings of 2^-53.
   static constexpr double kRounding = 1e-12;
 
   int64_t width() const { return p_.width; }

@@ -16,8 +16,8 @@ struct PartialSums {
   int64_t n;
 };
 
-// Mixes a pick into the number that stands for all picks so far. (The multiplier is any odd number
-// that spreads the bits: the one of Python's old hash of tuples.)
+// Mixes a pick into the number that stands for all picks so far. (The multiplier could be any odd
+// number that spreads the bits. This one is from Python's old hash of tuples.)
 inline uint32_t after_pick(uint32_t picks, int64_t unit) {
   return picks * 1000003u + static_cast<uint32_t>(unit) + 1u;
 }
@@ -36,7 +36,7 @@ inline Status add_up(std::initializer_list<PartialSums> all, uint32_t picks,
   return Status::ok;
 }
 
-// Adds to the errors of sums what rounding can do when these are added up over the processes.
+// Adds to the errors of sums the rounding error of adding these up over the processes.
 inline void widen(double* errors, const double* sums, int64_t n, const Workspace& workspace) {
   if (!workspace.exchange) return;
   const double rounding = static_cast<double>(workspace.ranks) * Number<double>::epsilon;

@@ -5,8 +5,8 @@
 //
 // `Columns` gives the rows of G: const double* column(unit, k), or null where the caller could not
 // fetch one. Columns that come from float32 products may be off by `rounding` |phi_i| |phi_j|.
-// Candidates that this leaves open are scored from the features: <phi_j, z - k t> is one pass over
-// h_j.
+// Candidates that this error leaves undecided are scored from the features: <phi_j, z - k t> is one
+// pass over h_j.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// By how much exchanging a kept unit for a dropped one lowers the squared error of least squares.
+// The drop of the squared error of least squares when a kept unit is exchanged for a dropped one.
 //
 // A and B are the Gram matrix K and the right side R, swept on the kept units S (D: the others):
 //

@@ -1,5 +1,5 @@
 // slopes[i] = <gradient, phi_u>, u = units[i], as cpu/candidate_slope.cpp computes it, on a GPU.
-// The product of weights and gradient at a sample comes first, then that with the unit's feature.
+// The product of weights and gradient at a sample comes first, then its product with the feature.
 #include "candidates.h"
 
 namespace greedyprune {

@@ -2,9 +2,9 @@
 // outputs for every candidate, without an array of size (N, m, C).
 //
 // A block takes a few units and one piece of the samples, and each warp takes its tiles of the
-// piece. A thread holds units x samples outputs in registers and goes through the classes. What it
-// loads of base serves all its units; the units' weights, read from shared memory, serve all its
-// samples. Sums over the outputs and over a thread's samples of one tile are in Real, all others in
+// piece. A thread holds units x samples outputs in registers and goes through the classes. It loads
+// base once for all its units, and the units' weights from shared memory once for all its samples.
+// Sums over the outputs and over a thread's samples of one tile are in Real, all others in
 // float64. Their order depends on m alone, and there are no atomics.
 #pragma once
 

@@ -18,7 +18,7 @@ namespace GREEDYPRUNE_ISA {
 constexpr int kGreedyThreads = 512;
 constexpr int kAhead = 4;  // units that a thread has in registers at a time
 
-// The numbers of a unit that its score is made of.
+// The numbers from which a unit's score is computed.
 struct Unit {
   double gram_diagonal, phi_norm, beta;
 };

@@ -1,8 +1,8 @@
 // Any loss of kernels.h, all greedy steps without a return to the caller, by scoring the
-// candidates' losses: what cpu/greedy_pointwise.cpp says, as a fixed sequence of launches a step.
-// Only the device knows how many candidates a launch works on (`counts`). Once the path is at its
-// end, there are none. The file is long because a step is one sequence of small launches that share
-// their places in memory.
+// candidates' losses: the algorithm of cpu/greedy_pointwise.cpp, as a fixed sequence of launches a
+// step. Only the device knows how many candidates a launch works on (`counts`). There are none once
+// the path has ended. The file is long because a step is one sequence of small launches that share
+// memory.
 #include "../rounding.h"
 #include "../tangent.h"
 #include "candidates.h"
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// Keeps the contenders that may be the lowest, rounding considered. They are scored again, unless
+// Keeps the contenders that may be the lowest, allowing for rounding. They are scored again, unless
 // there is one alone.
 __global__ void __launch_bounds__(kBlockThreads)
     keep_contenders(Progress* progress, Pointwise p, Workspace workspace, bool counted) {
@@ -400,7 +400,7 @@ __global__ void settle(Progress* progress, Path path, Pointwise p, int64_t k, do
       static_cast<double>(Number<float>::tiny) * 8 * sqrt(terms);
 }
 
-// Keeps the units that may have the lowest slope, rounding considered. One block.
+// Keeps the units that may have the lowest slope, allowing for rounding. One block.
 __global__ void __launch_bounds__(kBlockThreads)
     keep_steepest(const Progress* progress, Pointwise p, Workspace workspace) {
   const int64_t n = p.counts[kAll];

@@ -49,7 +49,7 @@ __device__ __forceinline__ T lesser(T a, T b) {
 }
 __device__ __forceinline__ double lesser(double a, double b) {
   return fmin(a, b);
-}  // a NaN gives the other
+}  // the other one if one is NaN
 
 // The sum over the warp, the same bits in every lane.
 __device__ __forceinline__ double warp_sum(double x) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ int64_t block_rank(bool flag, int64_t* total) {
   return before;
 }
 
-// May this score be the lowest, rounding considered?
+// May this score be the lowest, allowing for rounding?
 __device__ __forceinline__ bool is_contender(double score, double error, double lowest) {
   return !(score - error > lowest) || !isfinite(score) || !isfinite(error);
 }

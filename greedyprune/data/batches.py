@@ -91,8 +91,8 @@ class Batch:
 class Batches:
     """Iterates over `data` as batches; `len` is known for tensors, Datasets and DataLoaders.
 
-    Raises ValueError for data without samples and TypeError for what is no data. An iterator,
-    such as a generator, has one pass; a second one raises ValueError.
+    Raises ValueError for data without samples and TypeError for values that are no data. An
+    iterator, such as a generator, has one pass; a second one raises ValueError.
 
     ranks: the processes that the samples are spread over: each brings its own part of the data
     """
@@ -180,8 +180,8 @@ class Batches:
             return self._read()
         if self.started:
             raise ValueError(
-                "data: an iterator can be gone through once, and this needs another pass: give "
-                "a list, Dataset or DataLoader, or raise memory_limit"
+                "data: found an iterator, which can be read only once, but another pass is needed; "
+                "expected a list, Dataset or DataLoader, or a larger memory_limit"
             )
         self.started = True
         return self._read_on()

@@ -56,7 +56,7 @@ def run_model(model: nn.Module, batch: Batch) -> object:
         return model(*batch.args, **batch.kwargs)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"data: the model can't run on a batch of it ({lines[0]})") from error
+        raise ValueError(f"data: the model can't run on a batch ({lines[0]})") from error
 
 
 def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:

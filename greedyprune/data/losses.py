@@ -205,7 +205,7 @@ def _absent(name: str) -> float:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A loss: one of torch's, by name and with its options, or a function of the user's.
+    """A loss: one of torch's, by name and with its options, or a user's function.
 
     kind:     "mse", "cross_entropy", "bce_with_logits", or "custom" for a function
     function: the user's function of outputs and targets

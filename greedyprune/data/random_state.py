@@ -31,13 +31,13 @@ class RepeatedPasses:
     def __init__(self, data: object) -> None:
         if getattr(data, "persistent_workers", False):
             raise TypeError(
-                "data: found a DataLoader with persistent_workers, where a second pass ends the "
-                "one that training is in; expected a loader without"
+                "data: found a DataLoader with persistent_workers, in which a check's pass would "
+                "end the pass that training is in; expected persistent_workers=False"
             )
         self._source = batches_in(data)
         if isinstance(self._source, Iterator):
             raise TypeError(
-                f"data: found an iterator ({type(data).__name__}), which can be gone through once; "
+                f"data: found an iterator ({type(data).__name__}), which can be read only once; "
                 "expected tensors, a list, Dataset or DataLoader"
             )
         self.generators = generators_of(self._source)

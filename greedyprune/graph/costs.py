@@ -1,8 +1,8 @@
-"""What a model costs, in parameters or FLOPs, as a function of how many units its layers keep.
+"""The cost of a model, in parameters or FLOPs, as a function of the sizes of its layers.
 
 The parameters of a group's layers, and the FLOPs of its layers and of its matrix products, are in
-proportion to the number of units. Where two groups share a weight, as two convolutions in a row do,
-they are in proportion to the product of both numbers.
+proportion to its size, the number of units. If two groups share a weight, as two convolutions in a
+row do, they are in proportion to the product of both sizes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cost:
-    """An amount that shrinks with the widths of the layers; a *width* is a number of units.
+    """A cost that shrinks with the sizes of the layers, here called widths.
 
-    dense: the dense model's amount
+    dense: the dense model's cost
     units: how many units each layer has in the dense model
-    parts: for one layer, or for several: the part of `dense` in proportion to the width, or to the
-           product of the widths; what no layer's width changes is in no part
+    parts: for one layer or several, the part of `dense` in proportion to the size, or to the
+           product of the sizes; costs that no size changes are in no part
     """
 
     dense: int
@@ -36,7 +36,7 @@ class Cost:
     parts: Mapping[tuple[str, ...], int]
 
     def at(self, widths: Mapping[str, int]) -> int:
-        """The amount with these widths; layers that are not named keep all units."""
+        """The cost with these sizes; layers that are not named keep all units."""
         saved = 0
         for layers, amount in self.parts.items():
             full = math.prod(self.units[name] for name in layers)
@@ -45,7 +45,7 @@ class Cost:
         return self.dense - saved
 
     def of(self, layer: str) -> int:
-        """The part of the dense model's amount that this layer's width changes."""
+        """The part of the dense model's cost that this layer's size changes."""
         return sum(amount for layers, amount in self.parts.items() if layer in layers)
 
     def as_json(self) -> dict[str, Any]:
@@ -59,14 +59,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class BudgetReport:
-    """How widths were chosen for a budget.
+    """How the sizes were chosen for a budget.
 
     what:      "flops", "params" or "latency"
-    share:     the share of the dense model's amount that was asked for
-    reached:   the share that the pruned model has, measured
-    objective: summed over the layers: the loss of pruning this layer alone to its width, as a
-               share of its loss without units
-    gap:       no widths within the budget have a sum below objective - gap; 0: these are the best
+    share:     the share of the dense model's cost that was asked for
+    reached:   the share that the pruned model really has, measured
+    objective: the sum over the layers that `Budget` minimises
+    gap:       no sizes within the budget have a sum below objective - gap; 0: these are the best
     """
 
     what: str
@@ -118,7 +117,7 @@ def costs_of(
 
 
 def _parts(groups: Sequence[Group], amounts: Mapping[str, int]) -> dict[tuple[str, ...], int]:
-    """The amounts of tensors and products, summed over those that the same groups cut."""
+    """The costs of tensors and products, summed over all that the same groups cut."""
     parts: dict[tuple[str, ...], int] = {}
     for name, amount in amounts.items():
         layers = tuple(g.producer for g in groups if name in g.slices or name in g.products)

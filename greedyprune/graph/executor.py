@@ -40,7 +40,7 @@ class LinearPath(NamedTuple):
     rectified: bool
 
     def as_output(self, difference: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """By how much the layer's output, of this shape, has to change for a difference at `end`.
+        """The change of the layer's output, of this shape, that gives a difference at `end`.
 
         0 for channels whose scale is next to nothing.
         """
@@ -97,7 +97,7 @@ class GraphExecutor:
         }
 
     def constants(self, tensors: Mapping[str, Tensor]) -> Values:
-        """The values that are no input of the model: parameters, buffers, constants of the trace.
+        """The values other than the model's inputs: parameters, buffers, constants of the trace.
 
         tensors: parameters and buffers by name
         """
@@ -170,7 +170,7 @@ class GraphExecutor:
     def input_of(self, layer: str, values: Values, padded: bool = False) -> Tensor:
         """A layer's input, from the values just before the layer.
 
-        padded: with a convolution's padding where the graph pads in a node of its own
+        padded: include a convolution's padding if the graph pads in a separate node
         """
         node, module = self.nodes[self.place[layer]], self._graph.model.get_submodule(layer)
         inputs: Tensor = values[data_input(node)]
@@ -278,7 +278,7 @@ class GraphExecutor:
         )
 
     def _norm_scale(self, norm: fx.Node) -> Tensor:
-        """By what a batch normalisation multiplies each channel, (C,)."""
+        """The factors by which a batch normalisation multiplies the channels, (C,)."""
         weight, variance = self._tensor(norm.args[1]), self._tensor(norm.args[4])
         assert variance is not None
         factor = (variance + float(norm.args[7])).rsqrt()  # type: ignore[arg-type]

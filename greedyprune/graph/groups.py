@@ -44,7 +44,7 @@ class Group:
     units:         how many there are
     slices:        the parameters and buffers with entries of the units, and where
     output:        the only consumer's output is the model's output
-    not_output:    what stands between the consumer and the model's output; "": nothing
+    not_output:    the operation between the consumer and the model's output; "" if there is none
     may_hold_size: an operation whose arguments may hold the number of units as a constant, or ""
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     """
@@ -81,7 +81,8 @@ def group_of(graph: Graph, node: fx.Node) -> Group:
     layer = graph.layers[node]
     if layer.groups > 1:
         raise NotPrunableError(
-            f"layer {layer.name!r}: a grouped convolution, whose units are those of its input"
+            f"layer {layer.name!r}: it is a grouped convolution, so its units are those of its "
+            "input"
         )
     units = shape_of(node)[layer.channel_dim]
     return _closed_group(graph, layer.name, units, {node: Slice(layer.channel_dim)})
@@ -124,7 +125,7 @@ def _closed_group(graph: Graph, name: str, units: int, producers: Mapping[fx.Nod
 def _with_producers(
     propagation: Propagation, producers: Mapping[fx.Node, Slice], others: Sequence[fx.Node]
 ) -> tuple[int, dict[fx.Node, Slice]]:
-    """The number of units that these layers and the others have in common, and where they are."""
+    """The number of units that these layers and the others have in common, and their places."""
     layers = propagation.graph.layers
     size = shape_of(others[0])[layers[others[0]].channel_dim]
     common = math.gcd(size, propagation.units)
@@ -282,15 +283,15 @@ def _reasons(model: nn.Module, structure: Structure) -> str:
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a module is no producer, where the graph has no layer of its name."""
+    """The reason why a module is not a producer, if the graph has no layer of its name."""
     kind = type(module).__name__
     if not isinstance(module, LAYER_TYPES):
-        return f"{kind}: no Linear or convolution"
+        return f"{kind}: not a Linear or convolution"
     if "weight" not in module._parameters:
         return f"{kind}: its weight is computed, by a parametrization or torch.nn.utils.prune"
     if type(module) in LAYER_TYPES:
         return f"{kind}: it does not run, or shares its weight"
-    return f"{kind}: no plain Linear or convolution"
+    return f"{kind}: not a plain Linear or convolution"
 
 
 def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:

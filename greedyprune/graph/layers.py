@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prunable:
-    """A group of units that are removed together: neurons, channels or attention heads.
+    """A group: units of the same layers (hidden units, channels or attention heads).
 
-    units:      how many there are
-    features:   how many inputs of the first consumer each unit has, times a convolution's taps
+    units:      the number of units
+    features:   the number of features of a unit: inputs of the first consumer, times the positions
+                of the kernel if that is a convolution
     producers:  the layers whose outputs are the units
-    consumers:  the layers that take them as inputs
-    parameters: how many of the model's parameters belong to the units, in all of these layers and
-                between them
-    flops:      of these layers and of the units' matrix products (attention's), on the example; a
-                multiplication with an addition counts as two
+    consumers:  the layers that take the units as inputs
+    parameters: how many of the model's parameters belong to the units, in these layers and between
+                them
+    flops:      the FLOPs of these layers and of the units' matrix products (attention's) on the
+                example; a multiplication with an addition counts as two
     """
 
     units: int
@@ -83,8 +84,8 @@ class Layers(Mapping[str, Prunable]):
 def layers(model: nn.Module, example: object) -> Layers:
     """Which layers of a model `select` can prune, and why not the others.
 
-    The model is traced once and run once. A model that works only with its dense sizes (`view`
-    with a constant, say) is recognised later, by `select`.
+    The model is traced once and run once. Some models work only with their dense sizes, for example
+    because of a `view` with a constant. Their layers are listed, but `select` refuses them.
 
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
@@ -92,7 +93,7 @@ def layers(model: nn.Module, example: object) -> Layers:
             arguments
 
     Raises:
-        TypeError: `model` is no nn.Module, or `example` is none of these
+        TypeError: `model` is not an nn.Module, or `example` has another type
         ValueError: the model can't be traced, or can't be run on the example
 
     Example:

@@ -1,6 +1,6 @@
 """What may be pruned: how each operation carries a layer's units to the layers that take them.
 
-A *unit* is what is removed as a whole: a neuron, a channel, an attention head. The layers whose
+A *unit* is removed as a whole: a hidden unit, a channel, an attention head. The layers whose
 outputs are the units are their *producers*; the layers that sum over them are their *consumers*.
 Units can be removed if every operation between the two keeps them apart. The tables below list the
 operations that do; an operation that no table names makes the layer not prunable.
@@ -203,7 +203,9 @@ class Propagation:
         """A consumer, or a convolution whose groups keep the units apart."""
         layer, inputs = self.graph.layers.get(node), data_input(node)
         if layer is None or inputs not in self.carrying:
-            raise self.refusal(f"{node.target} takes its units, but its weight is no module's own")
+            raise self.refusal(
+                f"{node.target} takes its units, but its weight is not a module's own"
+            )
         at = self.carrying[inputs]
         if at.dim != layer.channel_dim:
             raise self.refusal(f"{node.target} sums over another dimension than that of its units")

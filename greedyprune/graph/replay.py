@@ -137,7 +137,7 @@ class Replay:
     def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor]]:
         """A layer's inputs in the pruned network and the error of its output, for each batch.
 
-        The error is what has to be added to the output (`GraphExecutor.output_error`).
+        Adding the error to the output would correct it (`GraphExecutor.output_error`).
         """
         for state in self._all(bar):
             tensors = self._dense, self._dense | self._changed

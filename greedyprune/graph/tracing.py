@@ -81,7 +81,7 @@ class Graph:
         return self.tensors.get(node.name) if isinstance(node, fx.Node) else None
 
     def _layer(self, node: fx.Node) -> Layer | None:
-        """The layer that a node is; None where it is none, or its weight is no module's own."""
+        """The layer of a node; None if it is not a layer, or its weight is not a module's own."""
         op = operation(node)
         if node.op != "call_function" or op not in LINEAR | CONVOLUTIONS:
             return None
@@ -149,7 +149,7 @@ def flops_of(node: fx.Node) -> int:
 def ancestors(
     node: fx.Node, stop: Callable[[fx.Node], bool] = lambda node: False
 ) -> Iterator[fx.Node]:
-    """`node` and all nodes that it is computed from, each once; not beyond those that `stop`."""
+    """`node` and all nodes that it is computed from, each once, up to nodes for which `stop`."""
     seen, todo = set[fx.Node](), [node]
     while todo:
         current = todo.pop()

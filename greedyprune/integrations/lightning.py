@@ -16,7 +16,7 @@ except ImportError as error:
 
 
 class PretrainingCallback(Callback):
-    """Calls the monitor's `step` after every optimiser step, and ends training when it says so.
+    """Calls the monitor's `step` after every optimiser step; ends training when it returns True.
 
     The results of each check go to the Trainer's loggers at once, at the step of the check. They
     also go into `trainer.callback_metrics` ("greedyprune/loss", ...), where other callbacks such as
@@ -28,7 +28,7 @@ class PretrainingCallback(Callback):
             data
 
     Raises:
-        TypeError: a monitor that is no PretrainingMonitor
+        TypeError: `monitor` is not a PretrainingMonitor
 
     Example:
         monitor = greedyprune.PretrainingMonitor(module.network, data)

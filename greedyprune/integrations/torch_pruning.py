@@ -42,21 +42,20 @@ TIE_BREAK = 1e-12
 
 
 class GreedyImportance(Importance):
-    """Scores a channel by when greedy forward selection picks it, for Torch-Pruning's pruners.
+    """Scores a channel by how early greedy forward selection picks it, for Torch-Pruning's pruners.
 
-    Greedy selection starts from none of a group's channels. Each step adds the channel that brings
-    the outputs of the layers that take the group's channels closest to their dense outputs. The
-    weights stay as they are, so this is `select(objective="imitation", weights="none")`.
+    Greedy selection starts with no channel of a group. Each step adds the channel that brings the
+    outputs of the layers that take the group's channels closest to their dense outputs. The weights
+    stay as they are, so this is `select(objective="imitation", weights="none")`.
 
-    The squared error before a channel is picked, as a share of the error without any channel, says
-    how much is still missing. A channel's score is the largest such share from its own pick on. So
-    scores fall along the picks, and the scores of several layers can be compared
-    (`global_pruning=True`).
+    Each pick has an error: the squared error before the pick, as a share of the error without any
+    channel. A channel's score is the largest error from its own pick on. So scores fall along the
+    picks, and the scores of several layers can be compared (`global_pruning=True`).
 
-    `select` never prunes the channels of a residual stream; here they are scored, too, by the sum
-    of the errors of all layers that read the stream. Normalisation between the stream and these
-    layers is taken as unchanged. The channels of an attention head are scored one by one, and
-    Torch-Pruning averages them.
+    `select` never prunes the channels of a residual stream. `GreedyImportance` scores them, too, by
+    the sum of the errors of all layers that read the stream. It assumes that the normalisation
+    between the stream and these layers does not change. The channels of an attention head are
+    scored one by one, and Torch-Pruning averages them.
 
     All layers are scored in one pass over the data when a pruner first asks for scores, and again
     when weights have changed, for example between iterative steps.
@@ -66,10 +65,11 @@ class GreedyImportance(Importance):
         data: as for `select`; targets are not used
 
     Raises:
-        TypeError: a model that is no nn.Module, or data that are none
-        ValueError: when a pruner asks: NaN or inf in weights or activations, or a group whose
-            channels are not all the inputs of the Linears and convolutions that take them. That is
-            so for the model's outputs, for parts of a concatenation and for grouped convolutions.
+        TypeError: `model` is not an nn.Module, or `data` has a type that `select` does not take
+        ValueError: raised when a pruner asks for scores: weights or activations have NaN or inf, or
+            the channels of a group are not all the inputs of the Linears and convolutions that take
+            them. Examples are the model's outputs, parts of a concatenation, and grouped
+            convolutions.
 
     Example:
         >>> import torch_pruning as tp
@@ -108,7 +108,7 @@ class GreedyImportance(Importance):
         return self._scores[item.dep.target.module][[input_of[root] for root in group[0].idxs]]
 
     def _scorable(self, groups: Iterable[PruningGroup]) -> Iterator[Group]:
-        """The groups that can be scored. The others are no error: the pruner may never ask."""
+        """The groups that can be scored. The pruner may never ask for scores of the others."""
         for group in groups:
             try:
                 yield self._converted(group)

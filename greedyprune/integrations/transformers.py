@@ -20,18 +20,19 @@ STATE_KEY = "greedyprune"  # in `stateful_callbacks` of a checkpoint's trainer_s
 
 
 class PretrainingCallback(TrainerCallback):
-    """Calls the monitor's `step` after every optimiser step, and ends training when it says so.
+    """Calls the monitor's `step` after every optimiser step; ends training when it returns True.
 
-    The results of each check go through `trainer.log`. So they are in `state.log_history`, and in
-    every service that the Trainer reports to. The Trainer's checkpoints hold the monitor's state.
+    The results of each check are logged by `trainer.log`. So they are in `state.log_history`, and
+    in every service that the Trainer reports to. The Trainer's checkpoints hold the monitor's
+    state.
 
     Args:
-        monitor: a monitor of the Trainer's model. Its data are batches that this model takes: dicts
-            with "labels"
+        monitor: a monitor of the Trainer's model. Its data are batches for this model: dicts with
+            "labels"
         trainer: the Trainer
 
     Raises:
-        TypeError: a monitor that is no PretrainingMonitor, or a trainer that is no Trainer
+        TypeError: `monitor` is not a PretrainingMonitor, or `trainer` is not a Trainer
 
     Example:
         monitor = greedyprune.PretrainingMonitor(model, batches, size=0.5)

@@ -93,7 +93,7 @@ def candidate_slope(features: Tensor, outgoing: Tensor, gradient: Tensor, units:
 
 
 def _scratch(units: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for a number of each unit, and for the sums that it is added up from."""
+    """Memory for one number of each unit, and for the partial sums of that number."""
     pieces, device = extension().cuda_candidate_pieces(features.shape[1]), features.device
     return (
         torch.empty(len(units), dtype=torch.float64, device=device),

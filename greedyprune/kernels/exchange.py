@@ -1,8 +1,8 @@
 """Exchanges of kept units for dropped ones, as long as they lower the least squares error.
 
-A greedy path never takes a pick back. Here, after it, one kept unit at a time is exchanged for a
-dropped one. K is the Gram matrix of the features (with its ridge) and R the right side. Both are
-swept on the features of the kept units S (the sweep operator, Beaton 1964), which gives
+A greedy path never takes a pick back. After it, one kept unit at a time is exchanged for a dropped
+one. K is the Gram matrix of the features (with its ridge) and R the right side. Both are swept on
+the features of the kept units S (the sweep operator, Beaton 1964), which gives
 
     A_SS = -K_SS^-1    A_SD = K_SS^-1 K_SD    A_DD = K_DD - K_DS K_SS^-1 K_SD
     B_S = K_SS^-1 R_S (the weights)           B_D = R_D - K_DS K_SS^-1 R_S
@@ -132,9 +132,9 @@ def eliminated(gram: Tensor, right: Tensor, count: int, width: int) -> Swept:
 
 
 def _dropping(matrix: Tensor, right: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What dropping each of some kept units takes: P = (-A_pp)^-1, P B_p, and tr(B_p^T P B_p).
+    """For dropping each of some kept units: P = (-A_pp)^-1, P B_p, and tr(B_p^T P B_p).
 
-    The last is by how much the error grows. rows: (K, w), the units' features
+    The trace is the growth of the error. rows: (K, w), the units' features
 
     Returns:
         (K, w, w), (K, w, C), (K,)

@@ -1,4 +1,4 @@
-"""The kernels' one door: every argument is checked here, once, and goes to the chosen backend.
+"""The interface of the kernels: checks every argument once and calls the chosen backend.
 
 Backends: "cpu" (cpu.py, the compiled extension), "cuda" (cuda.py, the same on a GPU) and
 "reference" (reference.py, plain torch in float64, which judges the other two).
@@ -48,7 +48,7 @@ def collect_features(
         features: (N, m) float32 or float64
         hidden: (b, N) of the same type, the activations
         at: the column that the first sample goes to
-        extent: that of what is in `features` already, changed in place; None: nothing is
+        extent: that of the samples in `features` so far, changed in place; None: there are none
 
     Returns:
         the extent with the new samples; `largest` is NaN or inf for a unit with such an activation
@@ -343,7 +343,7 @@ def swap_gains(
     swept: Tensor, right: Tensor, norms: Tensor, kept: Tensor, dropped: Tensor, inner: Tensor,
     pull: Tensor, costs: Tensor, *, backend: str = "cpu",
 ) -> Tensor:  # fmt: skip
-    """By how much exchanging a kept for a dropped unit lowers a squared error: (p, d) float64.
+    """The drop of a squared error when a kept unit is exchanged for a dropped one: (p, d) float64.
 
     exchange.py says what A, B and P are.
 
@@ -353,7 +353,7 @@ def swap_gains(
         norms: (N w,) float64, the Gram matrix's diagonal
         kept: (p,) int64, the kept units that are tried; dropped: (d,) int64
         inner: (p, w, w) float64, P = (-A_pp)^-1; pull: (p, w, C) float64, P B_p
-        costs: (p,) float64, by how much dropping each raises the error
+        costs: (p,) float64, the growth of the error when each is dropped
         backend: "cpu" or "reference"
 
     Source: csrc/cpu/swap_gains.cpp has the formula.

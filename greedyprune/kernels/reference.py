@@ -129,7 +129,7 @@ class RefitObjective:
         return None
 
     def _gain(self, unit: int) -> float:
-        """By how much the unit lowers the squared error."""
+        """The drop of the squared error if the unit is picked."""
         if unit in self._picked:
             return 0.0
         rows = self._rows(unit)
@@ -166,7 +166,7 @@ def swap_gains(
     pull: Tensor,
     costs: Tensor,
 ) -> Tensor:
-    """By how much each exchange of a kept for a dropped unit lowers a squared error: (p, d)."""
+    """The drop of a squared error by each exchange of a kept for a dropped unit: (p, d)."""
     width = inner.shape[-1]
     rows = torch.arange(len(right)).view(-1, width)
     gains = torch.empty(len(kept), len(dropped), dtype=torch.float64)

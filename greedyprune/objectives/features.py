@@ -82,7 +82,7 @@ class InMemory(LayerFeatures):
     extent:   of the features, on the CPU
     target:   of all samples
     targets, output_shape: the data's own targets, and the model's output shape after the first
-        dimension; for a loss of the user's own
+        dimension; for a custom loss
     """
 
     def __init__(
@@ -207,7 +207,7 @@ def layer_features(job: Job, group: Group, *, imitation: bool, limit: int) -> In
 
     Raises:
         ValueError: NaN or inf in weights or activations, outputs that do not fit the targets, or a
-            loss of the user's own whose features do not fit in memory
+            custom loss whose features do not fit in memory
     """
     source = Source.of(job, group, imitation)
     resumed = Pass(job.checkpoint, group.producer)
@@ -312,7 +312,7 @@ class _Store:
         self.filled = end
 
     def blocks(self) -> Iterator[Block]:
-        """What is stored, in the blocks it came in."""
+        """The stored features, in the blocks in which they were added."""
         start = 0
         for target in self.targets.blocks():
             yield Block(self._array[:, start : start + target.samples], target)

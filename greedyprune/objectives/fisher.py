@@ -122,7 +122,7 @@ def _gate_slopes(
 def _loss_slope(criterion: Criterion, outputs: Tensor, batch: Batch) -> tuple[Tensor, float]:
     """The derivative, in the outputs, of the batch's loss times its mass; and the mass.
 
-    A loss of the user's own counts as a mean over samples.
+    A custom loss counts as a mean over samples.
     """
     target = target_of(criterion, outputs, batch.targets)
     if criterion.function is not None and batch.targets is not None:

@@ -1,4 +1,4 @@
-"""What selecting a layer takes besides the layer itself, and what all objectives do alike."""
+"""The data and options with which a layer is selected, and code that all objectives share."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def solver_backend(self) -> str:
-        """The backend for what is computed from sums over the data, which lie on the CPU."""
+        """The backend for computations on sums over the data, which lie on the CPU."""
         return "reference" if self.backend == "reference" else "cpu"
 
     def rule(self, group: Group) -> Rule:
@@ -99,8 +99,8 @@ def warn_of_repeats(job: Job, group: Group, order: Tensor) -> None:
     rule, distinct = job.rule(group), int(distinct_counts(order)[-1])
     if job.sized and rule.replacement and len(order) == rule.steps and distinct < rule.size:
         warn(
-            f"layer {group.producer!r}: after {rule.steps} steps ({REPEATS_LIMIT} times its "
-            f"size) repeats left it at {distinct} of {rule.size} distinct units",
+            f"layer {group.producer!r}: because of repeats, {rule.steps} steps ({REPEATS_LIMIT} "
+            f"times its size) picked only {distinct} of {rule.size} distinct units",
         )
 
 

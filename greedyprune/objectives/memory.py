@@ -24,7 +24,7 @@ WIDEST = 64  # features a unit that exchanges are tried with
 
 
 class Bytes(NamedTuple):
-    """sums: of the matrices a layer is chosen from; work: of choosing, besides, at most."""
+    """sums: bytes of the matrices that a layer is selected from; work: the most bytes beside."""
 
     sums: int
     work: int
@@ -101,22 +101,22 @@ def refitted_units(job: Job, group: Group, imitation: bool) -> int:
 
 
 def least_squares_bytes(picks: int) -> int:
-    """The bytes of least squares on so many features in memory."""
+    """The bytes of least squares on this many features in memory."""
     return 3 * WORD * picks**2
 
 
 def check_least_squares(layer: str, picks: int, limit: int) -> None:
-    """ValueError where least squares on so many units takes more than `limit` bytes."""
+    """ValueError if least squares on this many units takes more than `limit` bytes."""
     needed = least_squares_bytes(picks)
     if needed > max(limit, WORD * FLOAT64_ENTRIES):  # a block of samples takes so much anyway
         raise ValueError(
             f"memory_limit: found {limit} bytes, but least squares on {picks} units of layer "
-            f"{layer!r} needs {needed}; expected that, fewer units or weights='none'"
+            f"{layer!r} needs {needed} bytes; expected at least that, fewer units or weights='none'"
         )
 
 
 def check_imitation(job: Job, group: Group, held: int = 0) -> None:
-    """ValueError where a layer that imitates takes more than the limit; says what would do.
+    """ValueError if a layer that imitates takes more than the limit; says how much it needs.
 
     held: bytes that something else takes
     """
@@ -139,8 +139,8 @@ def _too_much(group: Group, needed: Bytes, limit: int, held: int, less: str) -> 
     metric = f", {held} for the metric" if held else ""
     return ValueError(
         f"memory_limit: found {limit} bytes, but layer {group.producer!r} needs {needed.sums} for "
-        f"the products of its features{metric} and {needed.work} to choose by them; expected "
-        f"{needed.together + held}{less}"
+        f"the products of its features{metric} and {needed.work} to select from them; expected at "
+        f"least {needed.together + held}{less}"
     )
 
 
@@ -167,6 +167,7 @@ def turns(
         total = sum(size.together for size in needed)
         raise ValueError(
             f"memory_limit: found {limit} bytes, but all {len(groups)} layers from one pass over "
-            f"an iterator need up to {total}; expected that, or a list, Dataset or DataLoader"
+            f"an iterator need up to {total}; expected at least that, or a list, Dataset or "
+            "DataLoader"
         )
     return result

@@ -41,7 +41,7 @@ class MiniBatches:
 
 
 def mini_batches(job: Job, steps: int, samples: int) -> MiniBatches | None:
-    """The mini-batches of so many steps; None where every step scores on all samples.
+    """The mini-batches of this many steps; None if every step scores on all samples.
 
     They are passes over the shuffled data, as in a training loop: no sample comes twice in a pass,
     and an incomplete last mini-batch is dropped. Passes differ in the order of their mini-batches

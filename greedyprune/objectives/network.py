@@ -64,7 +64,7 @@ class NetworkState:
 class _Loss:
     """The loss of outputs that come batch by batch, on this rank.
 
-    nothing: outputs (in the model's dtype) and targets of no samples, for a loss of the user's own
+    nothing: outputs (in the model's dtype) and targets of no samples, for a custom loss
     """
 
     def __init__(self, criterion: Criterion, nothing: tuple[Tensor, Tensor | None]) -> None:
@@ -85,7 +85,7 @@ class _Loss:
         self.mass += target.mass
 
     def of_function(self, ranks: Ranks) -> Tensor:
-        """() of a function of the user's own; it has derivatives in this rank's outputs."""
+        """() of a user's function; it has derivatives in this rank's outputs."""
         local = torch.cat(self._outputs)
         outputs = ranks.parts("outputs", local.detach())
         outputs[ranks.rank] = local
@@ -343,7 +343,7 @@ def _is_separate(model: nn.Module, batch: Batch, outputs: Tensor) -> bool:
     """Are the outputs for parts of a batch those for the whole batch?
 
     They are not where the model has no batch dimension, normalises over the batch, or takes inputs
-    that are no tensors with one entry for each sample.
+    that are not tensors with one entry for each sample.
     """
     try:
         halves = [run_model(model, part) for part in batch.split(-(-(samples_of(batch) or 1) // 2))]

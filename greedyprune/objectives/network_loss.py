@@ -1,4 +1,4 @@
-"""A layer inside a network, judged by the loss of the whole network: eq. (1) as it stands.
+"""A layer inside a network, judged by the loss of the whole network: eq. (1) unchanged.
 
 Each candidate is a run of the layers that follow (Ye et al. 2020, arXiv:2003.01794).
 """
@@ -132,7 +132,7 @@ def select_layer(
 
 
 def _checked(metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
-    """A metric of the user's own as a tensor; TypeError or ValueError for no finite number."""
+    """A user's metric as a tensor; TypeError or ValueError if it is not a finite number."""
 
     def value(outputs: Tensor, targets: Tensor) -> Tensor:
         result = number("metric", metric(outputs, targets))

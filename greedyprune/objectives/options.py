@@ -1,4 +1,4 @@
-"""The ways to judge units, as `select(objective=...)` takes them, each with options of its own."""
+"""The objectives of `select(objective=...)`, each with its own options."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ DAMPING = 1e-4  # the ridge of least squares, as a share of the mean square of a
 
 @dataclass(frozen=True)
 class Imitation:
-    """Judges units by the squared error to the dense output of the layers that take them.
+    """Judges units by the squared error to the dense outputs of the layers that take them.
 
-    No labels are needed. It is the default for layers inside a network.
+    This needs no labels. It is the default for layers inside a network.
 
     Args:
-        swaps: how many exchanges of a kept for a dropped unit may follow the greedy steps, while
-            they lower the error; only with weights="refit" and without a tolerance. Exchanged
-            units come last in `order`. None: as many as help, where exchanges are possible; 0: none
+        swaps: the largest number of exchanges after the greedy steps. An exchange replaces a kept
+            unit by a dropped one, and is made only if it lowers the error. Exchanges need
+            weights="refit" and no tolerance. Exchanged units come last in `order`. None: no limit,
+            if exchanges are possible; 0: no exchanges
         damping: the ridge of least squares, as a share of the mean square of a feature; above 0
-        metric: how output errors count: "none", all alike; "fisher", by their effect on the
-            model's predictions (one more backward pass, with labels drawn from the predictions by
-            `seed`; Martens 2020, arXiv:1412.1193)
+        metric: how output errors are weighted: "none": all equally; "fisher": by their effect on
+            the model's predictions. This takes one more backward pass, with labels drawn from the
+            predictions by `seed` (Martens 2020, arXiv:1412.1193)
         sequential: True: layer by layer, each on the inputs that it receives from the layers
-            already pruned; False: all layers from one pass through the dense network, as always
-            where `layers` names the consumers by hand
+            already pruned; False: all layers from one pass through the dense network. It is always
+            False if `layers` is a mapping that names the consumers
 
     Raises:
         ValueError, TypeError: an option that is out of range
@@ -57,19 +58,19 @@ class Imitation:
 class Loss:
     """Judges units by the model's own loss (eq. (1)).
 
-    It is the default where a Linear that takes the units gives the model's output. Inside a network
-    every candidate is a run of the layers that follow.
+    It is the default if the units are taken by a Linear that gives the model's output. Inside a
+    network, the layers that follow run for every candidate.
 
     Args:
-        candidates: score only so many candidates in each step (Ye et al. 2020: 50); None: all
-        draw: which candidates: "random" ones, by `seed`; or by the "gradient", those with the
-            lowest derivative of the loss (one backward pass a step)
-        batch_size: score each step on a mini-batch of so many samples, by `seed` (Wolfe et al.
-            2021); the losses reported are those of all samples
-        shortlist: with batch_size: score so many of the mini-batch's best candidates again on all
+        candidates: score only this many candidates in each step (Ye et al. 2020: 50); None: all
+        draw: which candidates to score: "random": drawn by `seed`; "gradient": those with the
+            lowest derivative of the loss, which takes one backward pass a step
+        batch_size: score each step on a mini-batch of this many samples, drawn by `seed` (Wolfe et
+            al. 2021); the reported losses are those of all samples
+        shortlist: with batch_size: score this many of the mini-batch's best candidates again on all
             samples
-        metric: a function of all outputs and targets, of which more is better; `tolerance` is then
-            of this metric: a layer is done at (1 - tolerance) times the dense network's value
+        metric: a function of all outputs and targets, whose value should be high; `tolerance` then
+            refers to it: a layer is done at (1 - tolerance) times the dense network's value
         sequential: True: layer by layer, each in the network whose earlier layers are pruned;
             False: each in the dense network
 
@@ -95,7 +96,7 @@ class Loss:
         if self.shortlist is not None and self.batch_size is None:
             raise ValueError(
                 f"shortlist: found {self.shortlist} without batch_size, expected batch_size too: "
-                "the shortlist is of those that score best on a mini-batch"
+                "the shortlist has the units that score best on a mini-batch"
             )
         if self.metric is not None and not callable(self.metric):
             raise TypeError(f"metric: found {self.metric!r}, expected a function or None")
@@ -104,13 +105,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Fisher:
-    """Judges units by the loss's second-order model in one gate for each unit (eq. (5)).
+    """Judges units by a second-order approximation of the loss in one gate for each unit (eq. (5)).
 
-    One backward pass through the dense network serves all layers. Samples lie along the first
-    dimension, and the loss is a mean over them.
+    A gate is a factor on a unit's outgoing weights. One backward pass through the dense network
+    serves all layers. The samples have to be the first dimension of the inputs, and the loss a mean
+    over them.
 
     Args:
-        damping: the ridge of least squares on the gates, as a share of the mean square; above 0
+        damping: the ridge of least squares on the gates, as a share of the mean square of a gate's
+            derivatives; above 0
 
     Raises:
         ValueError: damping that is out of range

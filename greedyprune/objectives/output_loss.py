@@ -65,8 +65,8 @@ def _selected(job: Job, rule: Rule, features: InMemory | Streamed) -> LayerSelec
     group, kind = features.group, features.criterion.kind
     if kind == "custom":
         warn(
-            "loss: a function of your own takes the slow path, a call for each candidate and step; "
-            "'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
+            "loss: a function of your own takes the slow path: it is called for each candidate in "
+            "each step; 'mse', 'cross_entropy' and 'bce_with_logits' have kernels",
         )
     weights = "counts" if job.weights == "auto" else job.weights
     batches = _shuffled_batches(job, rule, features)
@@ -139,7 +139,7 @@ def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> Mi
 
 
 def columns_are_cheaper(units: int, picks: int, backend: str = "cpu") -> bool:
-    """Is fetching the columns of so many picks cheaper than computing half of the Gram matrix?"""
+    """Is fetching the columns of this many picks cheaper than half of the Gram matrix?"""
     return COLUMNS_PER_PICK[backend] * picks / THIN_RATE < units / 2
 
 

@@ -1,4 +1,4 @@
-"""The metric of output errors for `Imitation(metric="fisher")`: what they do to predictions.
+"""The metric of output errors for `Imitation(metric="fisher")`: their effect on predictions.
 
 Errors e of a layer with C outputs count as e^T F e, with F = sum of g g^T over samples and
 positions, (C, C), and g the derivative of -log p(y | x) in the layer's output. The labels y are
@@ -29,13 +29,13 @@ def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
 
     outputs: the layers, and how many outputs C each has
 
-    ValueError for a loss of the user's own, which has no predictions to draw labels from.
+    ValueError for a custom loss, which has no predictions to draw labels from.
     """
     kind = job.criterion.kind
     if kind == "custom":
         raise ValueError(
             "metric: found 'fisher' with a loss of your own, expected 'mse', "
-            "'cross_entropy' or 'bce_with_logits', which say what the model predicts"
+            "'cross_entropy' or 'bce_with_logits', from whose predictions labels can be drawn"
         )
     torch.manual_seed((job.seed + job.ranks.rank) % 2**64)  # the caller has forked the generators
 

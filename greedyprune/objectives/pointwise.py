@@ -1,4 +1,4 @@
-"""Equation (1) as it stands: the loss of every candidate, for loops that no kernel runs whole."""
+"""Equation (1) itself: the loss of every candidate, for loops that no kernel runs as a whole."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class PointwiseObjective:
 
 
 class CustomObjective:
-    """A loss of the user's own: one call of it for every candidate. Slow, and a warning says so.
+    """A custom loss, called once for every candidate. This is slow, and a warning says so.
 
     batches: step k scores on one of them; None: on all samples
     """

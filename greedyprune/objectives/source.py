@@ -22,7 +22,7 @@ from .memory import least_squares_bytes, refitted_units
 
 @dataclass(frozen=True)
 class Block:
-    """Some samples: features (N, b), unit-major, and what their outputs are compared with.
+    """Some samples: features (N, b), unit-major, and the targets of their outputs.
 
     extent: norms and largest magnitudes of these features, where they are known
     """
@@ -133,8 +133,8 @@ class Source:
         reserved = least_squares_bytes(refitted_units(self.job, self.group, self.imitation))
         return ValueError(
             f"memory_limit: found {self.job.memory_limit + reserved} bytes, but {what} needs all "
-            f"features of layer {self.group.producer!r} in memory, with what they are compared "
-            f"with; expected at least {needed + reserved} bytes, or fewer samples"
+            f"features of layer {self.group.producer!r} and their targets in memory; expected at "
+            f"least {needed + reserved} bytes, or fewer samples"
         )
 
     def bytes_a_sample(self, block: Block) -> int:
@@ -148,7 +148,7 @@ class Source:
 
 @dataclass
 class RawTargets:
-    """For a loss of the user's own: the targets as they came, and the model's output shape."""
+    """For a custom loss: the targets as they came, and the model's output shape."""
 
     targets: list[Tensor] = field(default_factory=list)
     output_shape: tuple[int, ...] = ()

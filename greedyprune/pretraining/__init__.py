@@ -1,1 +1,1 @@
-"""How much pre-training is enough: a monitor, its stopping rules, and what theory says."""
+"""How much pre-training is enough: a monitor, its stopping rules, and the theory."""

@@ -11,7 +11,7 @@ from ..data.batches import Batch
 from ..data.forward import evaluating, main_output, run_model
 from ..data.losses import Criterion, Metric, number
 
-ACCURACY = "accuracy"  # counted batch by batch; a function of the user's needs all outputs at once
+ACCURACY = "accuracy"  # counted batch by batch; a user's function needs all outputs at once
 
 
 def metric_of(metric: object, criterion: Criterion) -> str | Metric | None:
@@ -28,12 +28,12 @@ def loss_and_metric(
 ) -> tuple[float, float | None]:
     """The loss over all samples, reduced as torch reduces it, and the metric (None: there is none).
 
-    A loss or metric that is a function of the user's is called once, with the outputs and targets
-    of all batches concatenated. The model is left as it was (see `evaluating`).
+    A user's function as loss or metric is called once, with the outputs and targets of all batches
+    concatenated. The model is left as it was (see `evaluating`).
 
     Raises:
-        ValueError: data without targets, or that the model or the loss does not take
-        TypeError: a function of the user's that returns no number
+        ValueError: data without targets, or data that do not fit the model or the loss
+        TypeError: a user's function that returns no number
     """
     loss_sum, mass, correct, labelled = 0.0, 0.0, 0, 0
     pairs: list[tuple[Tensor, Tensor]] = []  # outputs and targets, for the user's functions

@@ -1,4 +1,4 @@
-"""The records that a `PretrainingMonitor` keeps: one `Check` for each time it pruned on trial."""
+"""The records that a `PretrainingMonitor` keeps: one `Check` each time that it prunes a copy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Check:
     Losses and metrics are those of whole networks. They are measured on `held_out` where the
     monitor has it, else on `data`. A metric is None where the monitor has none.
 
-    iteration:        how often `step` had been called
+    iteration:        how often `step` had been called before the check
     seconds:          how long the check took
     training_seconds: time since the first `step`, without the checks
     dense_loss, dense_metric: of the network in training

@@ -1,7 +1,7 @@
 """`PretrainingMonitor`: how much pre-training is enough (Wolfe et al. 2021, arXiv:2108.00259).
 
-While a network trains, the monitor prunes a copy of it every so many iterations. A stopping rule
-then looks at the pruned copies so far and decides whether more pre-training pays.
+While a network trains, the monitor prunes a copy of it at fixed intervals. A stopping rule then
+decides from the results so far whether more pre-training helps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Writer(Protocol):
 
 
 class PretrainingMonitor:
-    """Prunes a copy of a network while it trains, and says when more pre-training no longer pays.
+    """Prunes copies of a network while it trains; says when more pre-training no longer helps.
 
         for inputs, targets in loader:
             ...
@@ -62,13 +62,14 @@ class PretrainingMonitor:
         small = greedyprune.prune(model, monitor.selection)
 
     Every `every` iterations the monitor makes a check: it runs `select`, prunes a copy of the
-    network, and measures the loss of the dense and of the pruned network. A check is exact for a
-    network with one hidden layer. A deep network is pruned layer by layer, as by `select`.
+    network, and measures the loss of the dense and of the pruned network. In a network with one
+    hidden layer, units are picked by the network's own loss. A deep network is pruned layer by
+    layer, as by `select`.
 
-    A check changes nothing that training sees. The model's parameters, gradients, modes and buffers
-    stay the same. So does the state of the global random numbers of torch, Python and NumPy, and of
-    the generators of a DataLoader. (A generator inside a Dataset is not protected.) All passes over
-    the data draw the same random numbers, so that checks can be compared with one another.
+    A check does not affect training. The model's parameters, gradients, modes and buffers stay the
+    same. So does the state of the global random number generators of torch, Python and NumPy, and
+    of the generators of a DataLoader. (A generator inside a Dataset is not protected.) All passes
+    over the data draw the same random numbers, so that checks can be compared with one another.
 
     Under torch.distributed, call `step` on every process. The first process makes the checks, on
     its own part of the data, and sends the result to the others.
@@ -85,7 +86,7 @@ class PretrainingMonitor:
         held_out: the data to measure losses and metrics on. None: `data`
         stop: the rule that ends pre-training. One of:
 
-            - "plateau": the pruned network's loss has had no new lowest for `patience` checks
+            - "plateau": the pruned network's loss has had no new lowest value for `patience` checks
             - {"loss": x}: the pruned network's loss is at most x
             - {"metric": x}: the pruned network's metric is at least x
             - {"share": x}: the pruned network's metric is at least x times the dense network's. By
@@ -100,14 +101,13 @@ class PretrainingMonitor:
             than this share of it. The threshold is relative, as in torch's ReduceLROnPlateau.
         metric: "auto": accuracy for cross_entropy and for bce_with_logits (there over all outputs),
             no metric for other losses. Or a function of all outputs and all targets that returns a
-            number, where more is better. None: no metric
+            number, which should be high. None: no metric
         max_overhead: the time that checks may take, as a share of the training time. A check is
-            left out if it would exceed the share, supposing that it takes as long as the last one.
+            left out if it would exceed the share, assuming that it takes as long as the last one.
             The first check is never left out. None: no limit
         writer: a SummaryWriter, for the curves
-        options: further arguments of `select`, such as `layers`, `size` and `loss`; but not
-            `metric`, which has the meaning above, and no arguments for several processes or for
-            resuming
+        options: further arguments of `select`, such as `layers`, `size` and `loss`, but not
+            `process_group` and `checkpoint`
 
     Attributes:
         selection: the newest Selection. None before the first check and after load_state_dict
@@ -115,11 +115,11 @@ class PretrainingMonitor:
         history: the checks so far, a list of Check
         iteration: how often `step` has been called
         skipped: how many checks `max_overhead` has left out
-        metric_name: "accuracy", or "metric" for a function of the user's
+        metric_name: "accuracy", or "metric" for your own function
 
     Raises:
-        ValueError, TypeError: for a wrong argument, at once, in one sentence. A check raises what
-            `select` raises, for example when weights have become NaN.
+        ValueError, TypeError: a wrong argument, reported at once in one sentence. A check raises
+            the errors of `select`, for example when weights have become NaN.
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -162,7 +162,7 @@ class PretrainingMonitor:
             if name in options:
                 raise ValueError(
                     f"{name}: found {options[name]!r}, expected none: the first process alone "
-                    "makes the checks, and none of them resumes"
+                    "makes the checks, and a check is not resumed"
                 )
         if steps is None and not any(options.get(name) is not None for name in STOPPING_OPTIONS):
             steps = STEPS
@@ -202,7 +202,7 @@ class PretrainingMonitor:
         return sum(check.seconds for check in self.history)
 
     def step(self) -> bool:
-        """Counts one iteration, and makes a check where one is due. True: training may stop."""
+        """Counts one iteration, and makes a check if one is due. True: training may stop."""
         if self._clock is None:
             self._clock = time.perf_counter()
         self.iteration += 1
@@ -214,9 +214,9 @@ class PretrainingMonitor:
         return self.reason is not None
 
     def check(self) -> Check:
-        """Makes a check now, whatever `every` and `max_overhead` say.
+        """Makes a check now, whatever `every` and `max_overhead` are.
 
-        Useful before training and at its end.
+        This is useful before training and at its end.
         """
         check, self.selection = self._on_first_process(self._run_check)
         if self._clock is not None:
@@ -232,9 +232,9 @@ class PretrainingMonitor:
     def state_dict(self) -> dict[str, Any]:
         """The history and the progress of the monitor, in plain numbers, strings and lists.
 
-        For torch.save (also with weights_only=True) and for JSON. `selection` is not part of it: it
-        fits weights that training has left behind since. After load_state_dict it is None until the
-        next check.
+        It can be written by torch.save (and read with weights_only=True) or as JSON. `selection` is
+        not part of it, because training has since changed the weights that it was made for. After
+        load_state_dict it is None until the next check.
         """
         return {
             "iteration": self.iteration, "skipped": self.skipped, "reason": self.reason,
@@ -257,7 +257,7 @@ class PretrainingMonitor:
     def summary(self) -> Table:
         """A rich table with a row for each check: `rich.print(monitor.summary())`.
 
-        Losses and metrics are those of whole networks. The gap and the bound, where they are known,
+        Losses and metrics are those of whole networks. The gap and the bound, if they are known,
         are those of the selection on `data`. The losses of single layers are in
         `history[-1].layers` and in `selection.summary()`.
         """
@@ -276,7 +276,7 @@ class PretrainingMonitor:
     def plot(self) -> Figure:
         """A figure of the dense and the pruned network's loss over the iterations.
 
-        A second panel shows the metric, where there is one. ImportError without matplotlib
+        A second panel shows the metric, if there is one. ImportError without matplotlib
         (`pip install greedyprune[plot]`).
         """
         measured_on = "data" if self._held_out is None else "held-out data"

@@ -1,4 +1,4 @@
-"""The stopping rules: when does more pre-training no longer pay?
+"""The stopping rules: when does more pre-training no longer help?
 
 A rule is a function from a monitor's history to a reason to stop (one sentence), or to None while
 training should go on.
@@ -61,7 +61,7 @@ def _plateau(history: History, patience: int, min_delta: float) -> str | None:
         return None
     last = history[-1]
     return (
-        f"the pruned loss, {last.loss:.4g} at iteration {last.iteration}, has been no more than "
+        f"the pruned loss, {last.loss:.4g} at iteration {last.iteration}, has not been more than "
         f"{100 * min_delta:.3g} % below the {best.loss:.4g} of iteration {best.iteration} for "
         f"{checks_since} checks"
     )
@@ -111,5 +111,5 @@ def _ask_user(history: History, stop: Callable[..., object]) -> str | None:
         return answer or None
     if answer is None or isinstance(answer, bool):
         name = getattr(stop, "__name__", type(stop).__name__)
-        return f"{name} said so at iteration {history[-1].iteration}" if answer else None
+        return f"{name} returned True at iteration {history[-1].iteration}" if answer else None
     raise TypeError(f"stop: your function returned {answer!r}, expected a bool or a reason (str)")

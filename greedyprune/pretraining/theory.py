@@ -1,4 +1,4 @@
-"""What theory says of greedy forward selection: its bound, computed, and fits to measurements.
+"""The theory of greedy forward selection: its bound, computed, and fits to measurements.
 
 Proved, and checked in the tests: the bound, eq. (3). Let L be the mean over samples of a loss
 that is convex and B-smooth in the outputs. Let all N units be candidates in every step, and let
@@ -8,7 +8,7 @@ repeats be allowed. Then, after k steps,
 
 where L_N is the dense loss, V = mean_j |phi_j - mean phi|^2 (a mean over samples), and H_k is the
 k-th harmonic number. Proof: the best unit is at least as good as one drawn at random. Write the sum
-of the k - 1 picks so far as z = (k - 1) u, and the mean of all phi_j as p. Over j, the outputs
+of the k - 1 picks so far as z = (k - 1) u, and the mean of all phi_j as p. Over all j, the outputs
 (z + phi_j) / k have the mean ((k - 1) u + p) / k. By smoothness, the mean of their losses is at
 most (B/2) V / k^2 above the loss of that mean. By convexity, the loss of that mean is at most
 ((k - 1) L_{k-1} + L_N) / k. So k L_k <= (k - 1) L_{k-1} + L_N + (B/2) V / k. Sum this over k.
@@ -17,9 +17,9 @@ Proved for any picks: no convex reweighting of the N units has a loss below L_k 
 convex function lies above its tangent (Frank and Wolfe 1956; Jaggi 2013).
 
 Proved by others, under their conditions, and not computed here. Ye et al. (2020, arXiv:2003.01794):
-the rate is 1/k, and 1/k^2 where the targets lie inside the convex hull of the units' outputs. Wolfe
-et al. (2021, arXiv:2108.00259) put a bound on the dense loss under (stochastic) gradient descent
-into such a rate: for a two-layer network that is wide in comparison with the data set, there is a
+the rate is 1/k, and 1/k^2 if the targets lie inside the convex hull of the units' outputs. Wolfe et
+al. (2021, arXiv:2108.00259) combine such a rate with a bound on the dense loss under (stochastic)
+gradient descent. For a two-layer network that is wide in comparison with the data set, they give a
 number of iterations after which the pruned network is good.
 
 Only claimed, by the same paper: this number of iterations grows like the logarithm of the size m of
@@ -111,7 +111,8 @@ def certificate(selection: Selection | LayerSelection) -> Certificate:
     candidates on all data, with weights="counts" and a convex loss.
 
     Raises:
-        ValueError, TypeError: no selection, one of several layers, or one without a bound
+        TypeError: the argument is not a Selection
+        ValueError: the selection has several layers, or no bound
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -131,8 +132,8 @@ def certificate(selection: Selection | LayerSelection) -> Certificate:
         raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
     if selection.bound is None or selection.gap is None:
         raise ValueError(
-            "selection: found one without a bound, expected one by steps=, with all candidates, "
-            "weights='counts' and a loss that is known to be convex"
+            "selection: found one without a bound, expected one from select(steps=...) with all "
+            "candidates, weights='counts' and a loss that is known to be convex"
         )
     dense_loss = float(selection.dense_loss)
     smooth = smoothness(selection.loss, sum(selection.outputs.values()))
@@ -153,7 +154,7 @@ def certificate_of_gram(
         steps: the number of greedy steps; a unit may be picked again
 
     Raises:
-        ValueError: shapes that do not fit, NaN or inf, numbers below 1
+        ValueError: shapes that do not match, NaN or inf, or counts below 1
 
     Example:
         >>> gram, beta = torch.eye(2), torch.ones(2)
@@ -194,7 +195,7 @@ class Fit:
     form:     the law
     a, b:     the parameters
     a_error, b_error: their standard errors. They hold if the residuals are independent and have one
-              variance; nothing here tests that.
+              variance; this is not tested.
     residual: the standard deviation of the residuals, over n - 2 degrees of freedom, in the units
               of the left side of `form`
     """
@@ -259,9 +260,9 @@ def growth(samples: Iterable[float], iterations: Iterable[float]) -> Growth:
 def decay(iterations: Iterable[float], losses: Iterable[float]) -> Fit:
     """The rate at which a dense loss fell, by a least-squares line through its logarithm.
 
-    The law is log(loss) = a - b t, so `b` is the rate per iteration, and the loss falls by the
-    factor exp(-b) in each. Over a whole training the loss hardly ever falls at one rate. Give only
-    the iterations that you mean, and look at the residual.
+    The law is log(loss) = a - b t, so `b` is the rate per iteration, and each iteration multiplies
+    the loss by exp(-b). Over a whole training the loss hardly ever falls at one rate. Pass only the
+    iterations of interest, and look at the residual.
 
     Args:
         iterations: (n,), at least three distinct ones
@@ -298,7 +299,8 @@ def crossing(
         rising: does the curve start below the goal, as an accuracy does, or above, as a loss?
 
     Raises:
-        ValueError, TypeError: no finite numbers, different lengths, iterations that do not ascend
+        ValueError, TypeError: values that are not finite numbers, different lengths, or iterations
+            that do not ascend
 
     Example:
         >>> crossing([0, 100, 200], [0.5, 0.8, 1.0], 0.9)
@@ -306,7 +308,7 @@ def crossing(
     """
     t, curve = _columns("iterations", iterations, "values", values)
     if (np.diff(t) <= 0).any():
-        raise ValueError("iterations: found ones that do not ascend, expected each above the last")
+        raise ValueError("iterations: found numbers that do not ascend, expected ascending ones")
     goals = goal if isinstance(goal, Iterable) else np.full(len(t), goal)
     _, goal_curve = _columns("iterations", iterations, "goal", goals)
     ahead = (curve - goal_curve) * (1 if rising else -1)

@@ -1,4 +1,4 @@
-"""Checks of plain arguments: each error names the argument, what was found, what was expected."""
+"""Checks of simple arguments. An error names the argument, what was found and what was expected."""
 
 from __future__ import annotations
 

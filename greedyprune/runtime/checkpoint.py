@@ -1,6 +1,6 @@
 """A folder that keeps what a call of `select` has computed, so that the same call can go on.
 
-call-0.json              what the call is of: model, arguments, first batch; one file for each rank
+call-0.json              the call's model, arguments and first batch; one file for each rank
 data-0.json              the number of batches in a pass and a digest of them
 layer-NAME.safetensors   a finished layer
 pass-NAME-0.safetensors  sums over the data, and how many batches they contain (resume.py)
@@ -58,11 +58,11 @@ class Batches(Protocol):
 
 
 class Checkpoint(Generic[Layer]):
-    """What one call has finished, in memory and, with a path, in a folder.
+    """The finished work of one call, in memory and, with a path, in a folder.
 
     Args:
         path: the folder; None keeps nothing
-        about: what the call is of, as texts by name; a folder of another call is refused
+        about: the call's model, data and arguments as texts by name; another call's is refused
         ranks: the processes that select together
         save: writes one finished layer: save(file, layer's name, layer)
         load: reads such a file: the layers in it by name
@@ -184,9 +184,9 @@ class Checkpoint(Generic[Layer]):
     def _compare(self, digest: MarkDigest) -> None:
         if self._data is not None and digest.summary != self._data:
             raise ValueError(
-                f"checkpoint: {str(self.folder)!r} is of other data, of {self._data[0]} batches, "
-                f"found {digest.count}; expected the same in the same order: give a shuffled "
-                "loader a generator with a seed, or take another folder"
+                f"checkpoint: {str(self.folder)!r} belongs to other data, of {self._data[0]} "
+                f"batches, found {digest.count}; expected the same data in the same order: give a "
+                "shuffled loader a generator with a seed, or take another folder"
             )
 
     def finished(self, name: str) -> Layer | None:
@@ -230,7 +230,7 @@ class Checkpoint(Generic[Layer]):
         return known
 
     def _enter(self, about: dict[str, str]) -> None:
-        """Raises ValueError where the folder is of another call, or holds other files."""
+        """Raises ValueError if the folder belongs to another call, or holds other files."""
         assert self.folder is not None
         file = self.folder / f"call-{self.ranks.rank}.json"
         about["ranks"] = str(self.ranks.size)
@@ -239,8 +239,8 @@ class Checkpoint(Generic[Layer]):
             if differs := difference(checked_read(read_json, file), about):
                 name, before, now = differs
                 raise ValueError(
-                    f"checkpoint: {str(self.folder)!r} is of another call, with {name} {before}, "
-                    f"found {now}; expected the same or another folder"
+                    f"checkpoint: {str(self.folder)!r} belongs to another call, with {name} "
+                    f"{before}, found {now}; expected the same or another folder"
                 )
             return
         names = sorted(entry.name for entry in self.folder.glob("*"))
@@ -251,9 +251,9 @@ class Checkpoint(Generic[Layer]):
             or (name.startswith("pass-") and name.endswith(sums))
         ]  # fmt: skip
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
-            what = f"holds {foreign[0]!r} and no {file.name!r}" if foreign else "is no folder"
+            what = f"holds {foreign[0]!r} and no {file.name!r}" if foreign else "is not a folder"
             raise ValueError(
-                f"checkpoint: {str(self.folder)!r} {what}, expected a folder of its own"
+                f"checkpoint: {str(self.folder)!r} {what}, expected a folder for this call alone"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()

@@ -1,7 +1,7 @@
 """Several processes that select as one, over torch.distributed.
 
-Before every exchange, each rank sends a code for what it is about to exchange. A rank on which an
-error was raised sends that news instead. So all ranks raise the error, and none waits for another.
+Before every exchange, each rank sends a code that names the exchange. A rank on which an error was
+raised reports the error instead. So all ranks raise the error, and none waits for another.
 Inside a loop of small exchanges, the code travels in the same message as the numbers.
 """
 
@@ -50,7 +50,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises on all ranks what is raised inside on one; no rank leaves before the others."""
+        """Raises an error of one rank on all ranks; no rank leaves before the others."""
         try:
             yield
             if self.size > 1:
@@ -222,7 +222,7 @@ class Ranks:
             other = next(i for i, action in enumerate(doing) if action != doing[0])
             raise RuntimeError(
                 f"process_group: found rank 0 at {doing[0]!r} and rank {other} at {doing[other]!r},"
-                " expected the same model, arguments and kind of processor on all ranks"
+                " expected the same model, arguments and instruction set on all ranks"
             )
 
     def _fail(self, error: BaseException) -> None:
@@ -285,8 +285,8 @@ class Ranks:
             if not isinstance(error, RuntimeError):
                 raise
             raise RuntimeError(
-                f"process_group: rank {self.rank} of {self.size} lost the others; what stopped "
-                f"one of them is in its own output ({error})"
+                f"process_group: rank {self.rank} of {self.size} lost the others; the output of "
+                f"the rank that stopped says why ({error})"
             ) from error
 
 
@@ -301,7 +301,7 @@ def ranks_of(process_group: object) -> Ranks:
     elif ready and isinstance(process_group, distributed.ProcessGroup):
         group = process_group
     elif ready and process_group is distributed.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group: this process is not in it, expected one that it is in")
+        raise ValueError("process_group: this process is not in it, expected a group that has it")
     else:
         raise TypeError(
             f"process_group: found {type(process_group).__name__}, expected a group of "
@@ -325,6 +325,6 @@ def unwrapped(model: Any) -> Any:
                 raise TypeError(
                     f"model: {name!r} is sharded over the ranks, expected a whole model: load "
                     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), "
-                    "from torch.distributed.checkpoint.state_dict, into one that is not"
+                    "from torch.distributed.checkpoint.state_dict, into a model that is not sharded"
                 )
     return model

@@ -20,7 +20,7 @@ _SIZES = {1: (5.5, 3.9), 2: (4.4, 3.6), 3: (3.4, 2.9)}  # inches of a panel, for
 
 
 def panels_of(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, at most three in a row, that a notebook shows.
+    """A figure with this many panels, at most three in a row; notebooks show it.
 
     ImportError without matplotlib (`pip install greedyprune[plot]`).
     """
@@ -47,7 +47,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def legend_below(figure: Figure, columns: int | None = None) -> None:
-    """One legend for all panels, below them: each label once, in one row or so many columns."""
+    """One legend for all panels, below them: each label once, in one row or this many columns."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not fit")
+        raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not match")
     return content["value"]
 
 
@@ -96,7 +96,7 @@ def read_tensors(
         raise ValueError(f"path: {str(path)!r} holds no {what} of this format ({form})")
     checksum = metadata.pop(CHECKSUM, None)
     if checksum is not None and checksum != _checksum(tensors, metadata):
-        raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not fit")
+        raise ValueError(f"path: {str(path)!r} is damaged: its checksum does not match")
     return tensors, metadata
 
 

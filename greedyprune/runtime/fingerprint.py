@@ -1,6 +1,6 @@
 """What a call is of, as texts by name: arguments and model, to be compared between ranks or runs.
 
-Functions of the user's own are known by their qualified names: two functions of one name count as
+The user's functions are compared by their qualified names: two functions of one name count as
 the same.
 """
 

@@ -26,15 +26,16 @@ from .selection import LayerSelection, Selection
 def prune(model: nn.Module, selection: Selection) -> nn.Module:
     """Returns a new, physically smaller model with only the selected units; `model` is untouched.
 
-    Equivalent to: masking the units that were not kept and multiplying the kept units' outgoing
-    weights by `selection.layers[name].weights` (after weights="refit": replacing them by it). Only
-    the structure and those weights change; biases and everything else stay.
+    The new model gives the outputs of the dense model with the dropped units masked and the kept
+    units' outgoing weights multiplied by `selection.layers[name].weights` (after weights="refit":
+    replaced by them). Only the structure and those weights change. Biases and all other parameters
+    stay as they are.
 
-    The config of a Hugging Face model is edited where it can describe the smaller model: where the
-    feed-forward blocks of all layers have one width, or all attention layers have one number of
-    heads and the width of a head does not follow from the hidden size (so in Llama and ViT, not in
-    BERT or GPT-2). Then `save_pretrained` works as always. Otherwise the config is left as it is;
-    `save_pruned` saves any model.
+    The config of a Hugging Face model is edited if it can describe the smaller model. It can if the
+    feed-forward blocks of all layers have one size. It also can if all attention layers have one
+    number of heads and the size of a head does not follow from the hidden size (as in Llama and
+    ViT, but not in BERT or GPT-2). Then `save_pretrained` works as usual. Otherwise the config is
+    left as it is; `save_pruned` saves any model.
 
     Args:
         model: the dense model that the selection was made for. For a model in
@@ -45,7 +46,7 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
         a new nn.Module, with the parameters' dtypes and devices of `model`
 
     Raises:
-        TypeError: `selection` is no Selection, or `model` no nn.Module
+        TypeError: `selection` is not a Selection, or `model` is not an nn.Module
         ValueError: the selection was made for another model
 
     Example:
@@ -73,7 +74,7 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
         data: as for `select`; targets are not used
 
     Raises:
-        TypeError: `model` is no nn.Module, or `data` no data
+        TypeError: `model` is not an nn.Module, or `data` has a type that `select` does not take
         ValueError: the data have no samples
 
     Example:

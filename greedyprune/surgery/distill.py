@@ -1,7 +1,7 @@
 """All layers of a pruned network trained together, towards the outputs of the dense one's layers.
 
-Least squares fits one layer to the inputs that it receives, and can't change these. Here gradients
-go through the whole pruned network, to lower
+Least squares fits one layer to the inputs that it receives, and can't change these. `distill` uses
+gradients through the whole pruned network, to lower
 
     sum over layers of  |a - a_dense|^2 / |a_dense|^2
 

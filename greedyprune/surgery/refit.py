@@ -2,8 +2,8 @@
 
 A selection gives new weights only to the layers that take the selected units as inputs. The layers
 after them also receive inputs that differ from the dense network's. `refit` visits all these layers
-in the order in which they run. It solves for each one's weights on the inputs that the layer
-receives from the layers refitted before it:
+in the order in which they run. It solves for the weights of each layer, on the inputs that the
+layer receives from the layers refitted before it:
 
     min over D of  |t - (W + D) x|^2 + ridge |D|^2
 
@@ -52,36 +52,37 @@ def refit(
     progress: bool | None = None,
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """Returns a pruned model like `prune`'s, in which the layers' weights are solved for again.
+    """Prunes as `prune` does, and solves for the weights of the layers again.
 
-    Every Linear and convolution that runs after the first cut gets the weights with which its
-    outputs come closest to those in the dense network, by least squares on the pruned network's
-    inputs. Layers are solved in the order in which they run. This takes no labels and, without
-    `epochs`, no gradients. Where a layer has a bias, the bias is solved for, too. Where it has none
-    but a normalisation with a bias follows, that bias is solved for. No bias is added. Grouped
+    Every Linear and convolution that runs after the first cut gets new weights, by least squares:
+    on its inputs in the pruned network, its outputs come as close as possible to its outputs in
+    the dense network. Layers are solved in the order in which they run. This takes no labels and,
+    without `epochs`, no gradients. If a layer has a bias, the bias is solved for, too. If it has
+    none but a normalisation with a bias follows, that bias is solved for. No bias is added. Grouped
     convolutions and weights that several layers share stay as they are.
 
     Args:
         model: the dense model that the selection was made for; it is not changed
         selection: from `select`
-        data: as for `select`, and best the same; targets are not used
+        data: as for `select`, preferably the same data; targets are not used
         epochs: passes over the data in which all layers are then trained together, by gradients,
-            towards the outputs of the dense network's layers. 0: none. 20 gain a point of accuracy
-            or more where much was cut
-        memory_limit: bytes for the activations between two layers. Where they do not fit, they are
-            computed again for every layer. None: half the memory that is free
-        progress: False: no progress bars
-        process_group: of torch.distributed. Each rank brings its own part of the data, and all
-            ranks get the same model. None: the default group, where it is initialised
+            towards the outputs of the dense network's layers. 0: none. If many units were removed,
+            20 epochs gain a point of accuracy or more
+        memory_limit: bytes for the activations between two layers. If they do not fit, they are
+            computed again for every layer. None: half the free memory
+        progress: False hides the progress bars
+        process_group: a group of torch.distributed; None: the default group, if there is one. Each
+            process brings its own part of the data, and all get the same model
 
     Returns:
         a new, physically smaller nn.Module, with the same shapes as `prune`'s
 
     Raises:
-        TypeError: `model` is no nn.Module, `selection` no Selection, `data` no data
-        ValueError: a selection for another model, data without samples or an iterator, NaN or inf
-            in a layer's inputs, `epochs` that are no count or that are given to several ranks, a
-            `memory_limit` below 1, or a model that torch.export can't trace
+        TypeError: `model`, `selection` or `data` has another type
+        ValueError: the selection was made for another model; the data are an iterator or have no
+            samples; a layer's inputs have NaN or inf; `epochs` is not an int of 0 or more, or is
+            above 0 with several processes; `memory_limit` is below 1; or torch.export can't trace
+            the model
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -208,7 +209,7 @@ class _LeastSquares:
         self._gram_is_whole = False  # the inputs are the same in every round
 
     def add(self, inputs: Tensor, error: Tensor) -> None:
-        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
+        """Adds one batch: the layer's inputs, and the change that its outputs need."""
         if not inputs.isfinite().all():
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"

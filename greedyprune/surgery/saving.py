@@ -20,17 +20,17 @@ FORMAT = "greedyprune-pruned-1"
 def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     """Writes a pruned model as one safetensors file, for `load_pruned`; it contains no pickle.
 
-    The file has all parameters and buffers under their names in the state dict, tied ones once. Its
-    header has the modules' sizes, as JSON. It has neither the modules' code nor their mode, nor
-    which parameters require gradients.
+    The file has all parameters and buffers under their names in the state dict. Tied tensors are
+    stored once. Its header has the modules' sizes, as JSON. The file does not contain the modules'
+    code or their mode, nor which parameters require gradients.
 
     Args:
-        model: a model that `prune` or `refit` returned, trained since or not; or any nn.Module
+        model: a model that `prune` or `refit` returned, fine-tuned or not; or any nn.Module
         path: the file to write; it replaces any file of this name once it is complete
 
     Raises:
-        TypeError: `model` is no nn.Module, has a state outside of its parameters and buffers, or is
-            on the meta device
+        TypeError: `model` is not an nn.Module, has state that is not in parameters and buffers, or
+            is on the meta device
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -73,17 +73,17 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
     Args:
         path: the file
         model_factory: a function without arguments, which is called once. It returns a model of the
-            architecture that was pruned, with any weights. A model under `torch.device("meta")`
-            takes no time and memory
+            architecture that was pruned, with any weights. If it builds the model under
+            `torch.device("meta")`, this takes no time and no memory
 
     Returns:
-        the factory's model, its tensors on the devices where they were (meta: on the CPU)
+        the factory's model. Its tensors are on the devices that they had (CPU instead of meta)
 
     Raises:
         FileNotFoundError: there is no such file
-        ValueError: the file is no pruned model, or is damaged, or the factory's model has another
+        ValueError: the file is damaged or has no pruned model, or the factory's model has another
             architecture
-        TypeError: `model_factory` is no function, or does not return an nn.Module
+        TypeError: `model_factory` is not a function, or does not return an nn.Module
 
     Example:
         >>> def dense():
@@ -108,9 +108,7 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
         raise ValueError(f"path: the header of {str(path)!r} is damaged") from None
     model = model_factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model_factory: found that it returns {type(model).__name__}, expected an nn.Module"
-        )
+        raise TypeError(f"model_factory: it returned {type(model).__name__}, expected an nn.Module")
     _check_architecture(model, sizes, tensors)
     for name, attributes in sizes.items():
         for attribute, size in attributes.items():
@@ -124,9 +122,9 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
 
 
 def _placed(tensor: Tensor, dense: Tensor, placed: dict[int, Tensor]) -> Tensor:
-    """A tensor of the file, as what stands in the place of the dense model's tensor.
+    """A tensor of the file, as the parameter or buffer that replaces the dense model's tensor.
 
-    placed: by the identity of the file's tensors: those that have a place, for others tied to them
+    placed: by the identity of the file's tensors: their replacements so far, for tied tensors
     """
     if id(tensor) not in placed:
         new = tensor if dense.is_meta else tensor.to(dense.device)

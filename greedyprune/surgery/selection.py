@@ -1,4 +1,4 @@
-"""The result of `select`: a frozen record that can be pruned with, shortened, saved and shown."""
+"""The result of `select`: a frozen record for `prune`, which can be shortened, saved and shown."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LayerSelection:
     gates:      after weights="refit" with objective "fisher": the least squares of one factor for
                 each unit's outgoing weights
     weighting, loss, objective: the arguments `weights`, `loss` and `objective` of `select`, with
-                "auto" replaced by what it meant
+                "auto" replaced by its meaning for this layer
     """
 
     order: Tensor
@@ -104,7 +104,7 @@ class LayerSelection:
         )  # fmt: skip
 
     def at(self, k: int) -> LayerSelection:
-        """The same path after k steps; ValueError if it has fewer, TypeError if k is no int."""
+        """The same path after k steps; ValueError if it has fewer, TypeError if k is not an int."""
         expected = f"expected an int from 1 to {len(self.order)}, the path's steps"
         if not is_int(k):
             raise TypeError(f"k: found {k!r}, {expected}")
@@ -144,9 +144,9 @@ class Selection:
     `counts`, `kept`, `weights`, `losses`, `dense_loss`, `bound`, `gap` and `distinct`. With several
     layers these raise AttributeError; write `selection.layers[name].order`.
 
-    costs:  what the model costs for any widths of the layers: "params", and "flops" of the first
-            batch; None where the selection is not from `select`
-    budget: how the widths were chosen for a budget; None where there was no budget
+    costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
+            None if the selection is not from `select`
+    budget: how the sizes were chosen for a budget; None if there was no budget
     """
 
     layers: Mapping[str, LayerSelection]
@@ -216,10 +216,10 @@ class Selection:
         )
 
     def change(self, what: str) -> tuple[int, int] | None:
-        """The cost of the dense model and of the pruned one; None where they are not known.
+        """The costs of the dense model and of the pruned one; None if they are not known.
 
         Args:
-            what: "params", or "flops": torch.utils.flop_counter's, of the data's first batch
+            what: "params", or "flops": those of the first batch, by torch.utils.flop_counter
 
         Raises:
             ValueError: another `what`
@@ -240,7 +240,7 @@ class Selection:
         return Selection({name: layer.at(k) for name, layer in self.layers.items()}, self.costs)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes one safetensors file; what is not a tensor goes into its header, as JSON."""
+        """Writes one safetensors file. Values that are not tensors go into its header, as JSON."""
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
         for i, (name, layer) in enumerate(self.layers.items()):
@@ -292,9 +292,9 @@ class Selection:
     def summary(self) -> Table:
         """A rich table with one row for each layer: `rich.print(selection.summary())`.
 
-        loss, gap and bound are those of the last step: the loss is at most `gap` above that of any
-        convex reweighting of all units, and at most `bound`, which is proved. Below the table are
-        the parameters and FLOPs (of the first batch) before and after.
+        loss, gap and bound are those of the last step. The loss is at most `gap` above the loss of
+        any convex reweighting of all units, and at most `bound`, which is proved. Below the table
+        are the parameters and FLOPs (of the first batch) before and after.
         """
         params, flops = self.change("params"), self.change("flops")
         return selection_report.summary(self.layers, params, flops, self.budget)

@@ -81,7 +81,7 @@ def _caption(params: Change, flops: Change, budget: BudgetReport | None) -> Iter
     if budget is not None:
         yield (
             f"{budget.what} {budget.reached:.4g} for a budget of {budget.share:.4g}; loss of the "
-            f"widths {budget.objective:.4g}, at most {budget.gap:.2g} above the best"
+            f"sizes {budget.objective:.4g}, at most {budget.gap:.2g} above the best"
         )
 
 

@@ -65,7 +65,7 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     expected = run_model(masked(model, selection), batch)
     reason = f"something between it and {group.consumer!r} mixes them"
     if group.may_hold_size:
-        reason = f"{group.may_hold_size} may have their number written into it"
+        reason = f"{group.may_hold_size} may have their number as a constant"
     try:
         outputs = cut(masked(model, selection), selection)(*batch.args, **batch.kwargs)
         same = alike(main_output(expected), main_output(outputs))
@@ -73,7 +73,8 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
         same = False
     if not same:
         raise NotPrunableError(
-            f"layer {group.producer!r}: cutting units is not what masking them is: {reason}"
+            f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
+            f"{reason}"
         )
 
 

@@ -67,7 +67,7 @@ REFUSED = {
     "sum": (lambda s, h, x: h + s.side(x), "aten.add.Tensor combines"),
     "concatenation": (lambda s, h, x: torch.cat([h, h], 1)[:, :8], "aten.cat.default"),
     "matmul": (lambda s, h, x: h @ torch.eye(8), "aten.matmul.default"),
-    "foreign linear": (lambda s, h, x: functional.linear(h, torch.eye(8)), "no module's own"),
+    "foreign linear": (lambda s, h, x: functional.linear(h, torch.eye(8)), "not a module's own"),
     "mean": (lambda s, h, x: h - h.mean(1, keepdim=True), "aten.mean"),
 }
 

@@ -168,9 +168,9 @@ def test_modules_that_are_no_producers() -> None:
     model.forward = lambda x: model[4](model[3](model[2](model[1](model[0](x)))))
     x = torch.randn(4, 5)
     refused = greedyprune.layers(model, (x,)).refused
-    assert refused["2"] == "Doubled: no plain Linear or convolution"
+    assert refused["2"] == "Doubled: not a plain Linear or convolution"
     assert refused["unused"] == "Linear: it does not run, or shares its weight"
-    with pytest.raises(ValueError, match=r"layers: found '1' \(ReLU: no Linear or convolution\)"):
+    with pytest.raises(ValueError, match=r"layers: found '1' \(ReLU: not a Linear or conv"):
         greedyprune.select(model, [x], layers=["1"])
     with pytest.raises(ValueError, match=r"layers: found '7' \(no such module\), expected any of"):
         greedyprune.select(model, [x], layers=["7"])

@@ -194,7 +194,7 @@ def test_bad_input() -> None:
     for call, error, message in (
         (lambda: crossing([], [], 1), ValueError, "iterations: found"),
         (lambda: crossing([0, 1], [1], 1), ValueError, "values: found 1 numbers, expected 2"),
-        (lambda: crossing([0, 0], [1, 2], 1), ValueError, "iterations: found ones that do not asc"),
+        (lambda: crossing([0, 0], [1, 2], 1), ValueError, "iterations: found numbers that do not"),
         (lambda: crossing([0, 1], [1, math.nan], 1), ValueError, "values: found"),
         (lambda: crossing([0, 1], [1, 2], [1, 2, 3]), ValueError, "goal: found 3 numbers"),
         (lambda: crossing([0, 1], [1, 2], "high"), TypeError, "goal: found 'high'"),

@@ -48,7 +48,7 @@ def test_another_call_is_refused(tmp_path: Path) -> None:
             other_model(), batches_of((inputs, classes), 60), steps=30, checkpoint=folder)),
     ]  # fmt: skip
     for text, call in refused:
-        with pytest.raises(ValueError, match=r"checkpoint: .* is of another call") as error:
+        with pytest.raises(ValueError, match=r"checkpoint: .* belongs to another call") as error:
             call()
         assert text in str(error.value)
         assert str(error.value).endswith("; expected the same or another folder")
@@ -58,7 +58,7 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"checkpoint: .* holds 'notes.txt' and no 'call-0.json'"):
         select("cross-entropy", tmp_path)
-    with pytest.raises(ValueError, match="is no folder, expected a folder of its own"):
+    with pytest.raises(ValueError, match="is not a folder, expected a folder for this call alone"):
         select("cross-entropy", tmp_path / "notes.txt")
     with pytest.raises(TypeError, match="checkpoint: found int, expected the path of a folder"):
         select("cross-entropy", 7)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_other_data_are_refused_once_layers_are_finished(tmp_path: Path) -> None
         folder = wrap.__name__
         expected = run(wrap(data), folder)
         for other, count in ((changed, 4), (data[:2], 2)):
-            with pytest.raises(ValueError, match=rf"of other data, of 4 batches, found {count};"):
+            with pytest.raises(ValueError, match=rf"to other data, of 4 batches, found {count};"):
                 run(wrap(other), folder)
         check_same(run(wrap(data), folder), expected, exactly=True)
 
@@ -139,7 +139,7 @@ def test_another_loss_is_refused(one: object, other: object, text: str, tmp_path
         return greedyprune.select(mlp(), data, steps=3, loss=loss, checkpoint=tmp_path / "a")
 
     expected = run(one)
-    with pytest.raises(ValueError, match=f"is of another call, with the loss's .* {text}"):
+    with pytest.raises(ValueError, match=f"belongs to another call, with the loss's .* {text}"):
         run(other)
     check_same(run(one), expected, exactly=True)
 
@@ -169,7 +169,7 @@ def test_data_of_one_pass_are_compared_in_it(tmp_path: Path) -> None:
     second = sorted(tmp_path.glob("a/layer-*"))[1]
     for other in ([*data[:3], (data[3][0] + 1, data[3][1])], data[:3]):
         second.unlink(missing_ok=True)
-        with pytest.raises(ValueError, match="is of other data, of 4 batches, found"):
+        with pytest.raises(ValueError, match="belongs to other data, of 4 batches, found"):
             run(iter(other))
     check_same(run(iter(data)), expected, exactly=True)
 
@@ -185,7 +185,7 @@ def test_the_networks_loss_knows_its_data(backend: str, tmp_path: Path) -> None:
         )  # fmt: skip
 
     expected = run(data)
-    with pytest.raises(ValueError, match="is of other data, of 4 batches, found 4"):
+    with pytest.raises(ValueError, match="belongs to other data, of 4 batches, found 4"):
         run([*data[:3], (data[3][0] + 1, data[3][1])])
     check_same(run(data), expected, exactly=True)
 
@@ -227,7 +227,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged: its checksum does not fit"):
+    with pytest.raises(ValueError, match="is damaged: its checksum does not match"):
         select("by themselves", folder)
     [call] = folder.glob("call-*")
     call.write_text(call.read_text().replace("0", "1", 1))

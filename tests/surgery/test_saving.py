@@ -197,7 +197,7 @@ def test_factories_of_other_models(tmp_path: Path) -> None:
         greedyprune.load_pruned(path, lambda: wide)
     with pytest.raises(TypeError, match="model_factory: found Sequential, expected a function"):
         greedyprune.load_pruned(path, model)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model_factory: found that it returns int"):
+    with pytest.raises(TypeError, match="model_factory: it returned int"):
         greedyprune.load_pruned(path, lambda: 3)  # type: ignore[arg-type,return-value]
 
 
