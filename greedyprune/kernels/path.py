@@ -117,6 +117,20 @@ class NestedFit:
             added.append(2 * products.sum(1) - products.diagonal(i))
         return torch.cat(added).cumsum(0)[self.width - 1 :: self.width]
 
+    def distances(self, dense: Tensor) -> Tensor:
+        """The squared distance of `outgoing(d)` to dense weights, for d = 1 to K: (K,) float64.
+
+        Units that are not among the first d have the weight 0. With B the weights on the first d
+        units and W the dense ones, |W - B|^2 = |W|^2 - 2 <W, B> + |B|^2, and <W, B> is the sum of
+        (factor^-1 W^T) * solved over the first d w rows.
+
+        dense: (C, N w) float64, the dense weights of all N units
+        """
+        columns = (self.units[:, None] * self.width + torch.arange(self.width)).flatten()
+        along = torch.linalg.solve_triangular(self.factor, dense.T[columns], upper=False)
+        products = (along * self.solved).sum(1).cumsum(0)[self.width - 1 :: self.width]
+        return dense.square().sum() - 2 * products + self.norms()
+
 
 def first_picks(order: Tensor) -> Tensor:
     """The distinct units of `order` (k,) int64, in the order of their first picks."""

@@ -110,6 +110,7 @@ def recorded(
 SEVERAL = [n for n, (_, groups) in NETWORKS.items() if len(groups) > 1 and n != "excited"]
 
 
+@pytest.mark.usefixtures("least_ridge")  # errors are compared on the samples they are fitted to
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.parametrize("weights", ["counts", "refit"])
 @pytest.mark.parametrize("fits", [True, False])
@@ -144,7 +145,7 @@ def test_layers_compensate_for_those_before_them(
         if len(done) > 1 and weights == "refit":
             other = masked(model, greedyprune.Selection({**done, producer: apart.layers[producer]}))
             worse = recorded(other, inputs, *place) - recorded(model, inputs, *place)
-            assert error.square().mean() <= worse.square().mean() * 1.05
+            assert error.square().mean() <= worse.square().mean() * 1.05 + 1e-12
 
 
 def test_dead_layers_and_odd_shortcuts() -> None:
@@ -172,7 +173,8 @@ def test_dead_layers_and_odd_shortcuts() -> None:
         selection = greedyprune.select(model, batches, backend=backend)
         assert all(2 * len(s.kept) == len(s.counts) for s in selection.layers.values())
         assert selection.layers["c"].losses.eq(0).all()
-        assert selection.layers["c"].weights.eq(0).all()
+        dense = model.d.weight.detach().double()[:, selection.layers["c"].kept]
+        torch.testing.assert_close(selection.layers["c"].weights, dense)  # nothing speaks against
         small, inputs = greedyprune.prune(model, selection), torch.cat(batches)
         torch.testing.assert_close(small(inputs), masked(model, selection)(inputs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.surgery import refit as refitting
+from greedyprune.surgery.cut import cut
 from greedyprune.surgery.refit import DAMPING
 
 # Networks of Linears and of convolutions over images, whose patches torch can unfold.
@@ -69,15 +71,16 @@ def matrix(module: nn.Module) -> Tensor:
     ("name", "memory_limit"),
     [*((name, None) for name in PLAIN), ("resnet", 1), ("bert", 1)],  # 1: nothing is held
 )
+@pytest.mark.usefixtures("least_ridge")
 @torch.no_grad()
 def test_the_normal_equations(name: str, memory_limit: int | None) -> None:
-    """(t - W x) x^T = ridge (W - W before) in every layer, and no mean error where it has a bias.
+    """(t - W x) x^T = ridge (W - W dense) in every layer, and no mean error where it has a bias.
 
     t is the layer's output in the dense network, or what the layer has to add to its shortcut.
     """
     model, inputs = network(name)
     selection = greedyprune.select(model, data_of(inputs), objective="imitation")
-    before = greedyprune.prune(model, selection)
+    before = cut(copy.deepcopy(model), selection)  # with the dense weights
     small = greedyprune.refit(model, selection, data_of(inputs), memory_limit=memory_limit)
     totals: dict[str, Any] = dict(TOTALS.get(name, {}))
     changed = 0
@@ -123,6 +126,7 @@ def test_only_weights_after_the_first_cut_change(name: str) -> None:
         assert small.lm_head.weight.equal(model.lm_head.weight)
 
 
+@pytest.mark.usefixtures("least_ridge")
 @torch.no_grad()
 def test_rounds_lower_the_error_behind_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rounds of least squares give a lower squared error of the ReLU's outputs."""
@@ -188,6 +192,7 @@ def test_nothing_cut_nothing_changes() -> None:
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("least_ridge")
 def test_weights_that_are_used_twice_and_grouped_ones_stay() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
