@@ -22,7 +22,7 @@ def in_second_half(batch: Batch) -> Tensor:
 
 def held_out(batch: Batch) -> Tensor:
     """For each of a batch's samples, whether it is among the held-out tenth: (m,) bool, CPU."""
-    return (_hashes(batch) >> 24) % 10 == 0
+    return ((_hashes(batch) >> 44) & 0xFFFFF) % 10 == 0
 
 
 def _hashes(batch: Batch) -> Tensor:

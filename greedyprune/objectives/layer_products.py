@@ -17,7 +17,7 @@ from ..data.forward import check_finite, hooked, run_model
 from ..data.halves import in_second_half
 from ..graph.groups import Group
 from ..kernels import exchange, ops
-from ..kernels.least_squares import chosen_damping, on_units, ridge
+from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
 from ..kernels.path import Moments, NestedFit, Path, Rule, Step
 from ..runtime.checkpoint import NO_CHECKPOINT, Checkpoint
 from ..runtime.progress import Bar
@@ -103,7 +103,9 @@ class LayerProducts:
         kept = max(1, min(kept, self.group.units // 2))
         units = norms.argsort(descending=True, stable=True)[:kept].sort().values
         problems = [consumer.errors_without(units) for consumer in consumers]
-        squares = [consumer.mean_square() for consumer in consumers]
+        squares = [
+            consumer.squares()[feature_rows(units, consumer.width)] for consumer in consumers
+        ]
         return chosen_damping(problems, least, squares)[0]
 
     def refit_path(
@@ -111,22 +113,22 @@ class LayerProducts:
     ) -> tuple[Path, dict[str, NestedFit]]:
         """Greedy steps of least squares refitted in each (eq. (4)), then exchanges.
 
-        The ridge is towards the dense weights: with the weights B on the kept units and the dense
-        weights W, `ridge |W - B|^2` is added to the squared error, where B is 0 for other units.
-        That is least squares with K + ridge I in the place of K, and the right side K W^T + ridge
-        W^T. The losses are those without the ridge. Several consumers take a unit through features
-        of their own: their least squares problems are one, whose matrices are zero between them.
+        The ridge R, a diagonal matrix, is towards the dense weights W: with the weights B on the
+        kept units, tr((W - B) R (W - B)^T) is added to the squared error, where B is 0 for other
+        units. That is least squares with K + R in the place of K, and with the right side
+        (K + R) W^T. The losses are those without the ridge. Several consumers take a unit through
+        features of their own: their problems are one, whose matrices are zero between them.
         """
-        widths = torch.tensor([consumer.width for consumer in self.consumers])
-        ridges = [ridge(consumer.gram.diagonal(), damping) for consumer in self.consumers]
+        width = sum(consumer.width for consumer in self.consumers)
+        ridges = [ridge(consumer.squares(), damping) for consumer in self.consumers]
         gram, right, slices = self._side_by_side(ridges)
         target_norm = sum(
-            consumer.target_norm() + its_ridge * float(consumer.weight.square().sum())
+            consumer.target_norm() + float((consumer.weight.square() * its_ridge).sum())
             for consumer, its_ridge in zip(self.consumers, ridges, strict=True)
         )
-        width, undamped = int(widths.sum()), gram.diagonal().clone()
-        ridge_of = torch.tensor(ridges, dtype=torch.float64).repeat_interleave(widths)
-        gram.diagonal().add_(ridge_of.repeat(self.group.units))
+        undamped = gram.diagonal().clone()
+        by_unit = [its_ridge.view(self.group.units, -1) for its_ridge in ridges]
+        gram.diagonal().add_(torch.cat(by_unit, 1).flatten())
         path, fitted = ops.greedy_refit(
             gram, right, target_norm, rule, width=width, scale=1 / self.mass, step=step,
             backend=backend,
@@ -150,7 +152,7 @@ class LayerProducts:
                 rows = torch.arange(len(fitted.factor)).view(-1, width)[:, columns].flatten()
                 solved = fitted.solved[rows][:, outputs].clone()
                 part = NestedFit(fitted.units.clone(), fitted.factor[rows[:, None], rows], solved)
-            losses = losses - its_ridge / self.mass * part.distances(consumer.weight)[at]
+            losses = losses - part.distances(consumer.weight, its_ridge)[at] / self.mass
             if consumer.root is not None:  # the weights themselves are the same in any metric
                 plain = torch.linalg.solve(consumer.root, part.solved, left=False)
                 part = replace(part, solved=plain)
@@ -161,13 +163,13 @@ class LayerProducts:
         """Each consumer's least squares on given units (K,) int64, towards the dense weights."""
         fitted = {}
         for consumer in self.consumers:
-            added = ridge(consumer.gram.diagonal(), damping)
-            right = consumer.right() + added * consumer.weight.T
+            added = ridge(consumer.squares(), damping)
+            right = consumer.right() + added[:, None] * consumer.weight.T
             fitted[consumer.name] = on_units(consumer.gram, right, units, consumer.width, added)
         return fitted
 
     def _side_by_side(
-        self, ridges: Sequence[float]
+        self, ridges: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
         """All consumers' problem: (N w, N w) and (N w, C), and where each consumer's part is.
 
@@ -175,7 +177,7 @@ class LayerProducts:
         """
         if len(self.consumers) == 1:
             [only] = self.consumers
-            right = only.right() + ridges[0] * only.weight.T
+            right = only.right() + ridges[0][:, None] * only.weight.T
             return only.gram, right, [(slice(None), slice(None))]
         n, width = self.group.units, sum(consumer.width for consumer in self.consumers)
         outputs = sum(consumer.outputs for consumer in self.consumers)
@@ -188,7 +190,7 @@ class LayerProducts:
             column, output = columns.stop, its_outputs.stop
             products = consumer.gram.view(n, consumer.width, n, consumer.width)
             gram[:, columns, :, columns] = products
-            its_right = consumer.right() + its_ridge * consumer.weight.T
+            its_right = consumer.right() + its_ridge[:, None] * consumer.weight.T
             right[:, columns, its_outputs] = its_right.view(n, consumer.width, -1)
             slices.append((columns, its_outputs))
         return gram.view(n * width, n * width), right.view(n * width, outputs), slices

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..graph.groups import Group
 from ..graph.unfold import in_halves, unfolded_parts, unit_major, weight_of
-from ..kernels.least_squares import feature_rows
+from ..kernels.least_squares import Halves, feature_rows
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks
 
@@ -128,24 +128,23 @@ class Products:
     def positions(self) -> int:
         return sum(sums.positions for sums in self.sums)
 
-    def mean_square(self) -> float:
-        """The mean squared norm of a feature."""
-        return sum(float(sums.gram.diagonal().mean()) for sums in self.sums)
+    def squares(self) -> Tensor:
+        """The features' squared norms: (F,) float64."""
+        return torch.stack([sums.gram.diagonal() for sums in self.sums]).sum(0)
 
-    def errors_without(self, units: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """For each half, the least squares of the error that keeping `units` (K,) leaves.
+    def errors_without(self, units: Tensor) -> Halves:
+        """The least squares problem, in both halves, of the error that keeping `units` leaves.
 
-        Returns G of the units' features, (K w, K w), and their products with the error,
-        (K w, C): <x_i, target> - <x_i, output of the units with their dense weights>.
+        units: (K,) int64; they have their dense weights
         """
         rows = feature_rows(units, self.width)
-        grams, rights = [], []
+        dense, grams, rights = self.weight.T[rows], [], []
         for sums in self.sums:
             gram = sums.gram[rows[:, None], rows]
             right = sums.gram[rows] @ self.weight.T if sums.cross is None else sums.cross[rows]
             grams.append(gram)
-            rights.append(right - gram @ self.weight.T[rows])
-        return grams, rights
+            rights.append(right - gram @ dense)
+        return Halves(grams, rights)
 
     @property
     def mass(self) -> float:

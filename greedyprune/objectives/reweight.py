@@ -65,8 +65,9 @@ class Reweighting:
             right.addmm_(rows, (wanted - features.bias[:, None]).T)
         features.ranks.sum("least squares", gram, right, squares)
         added = ridge(squares, DAMPING)  # towards the dense weights
+        added = added[rows_of]
         gram.diagonal().add_(added)
-        right.add_(features.outgoing[rows_of].double(), alpha=added / features.units)
+        right += added[:, None] * features.outgoing[rows_of].double() / features.units
         factor, dropped = factored(gram)
         solved = torch.linalg.solve_triangular(factor, right, upper=False)
         solved[dropped] = 0

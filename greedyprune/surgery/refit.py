@@ -29,7 +29,7 @@ from ..graph.propagate import Slice
 from ..graph.replay import Replay
 from ..graph.tracing import Layer
 from ..graph.unfold import in_halves, module_weight, unfolded_parts
-from ..kernels.least_squares import chosen_damping
+from ..kernels.least_squares import Halves, chosen_damping, ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
 from ..runtime.distributed import Ranks, ranks_of, unwrapped
@@ -233,7 +233,7 @@ class _LeastSquares:
         self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
         self.rows = 0  # positions of all samples
         self._change = zeros(rows, outputs)
-        self._ridge: float | None = None  # chosen in the first round; inf: the weights stay
+        self._damping: float | None = None  # chosen in the first round; inf: the weights stay
 
     def start_from(self, dense: Tensor) -> None:
         """The weights that the ridge is towards: the dense ones of the kept channels."""
@@ -255,7 +255,7 @@ class _LeastSquares:
                 rows = columns[self._channels].flatten(0, 1)
                 if self._free:
                     rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
-                if self._ridge is not None:  # the inputs are the same in every round
+                if self._damping is not None:  # the inputs are the same in every round
                     add_right(self._rights[0], rows, target, rows.dtype)
                     continue
                 self.rows += rows.shape[1]
@@ -265,19 +265,18 @@ class _LeastSquares:
     @property
     def stays(self) -> bool:
         """Are the new weights no better than the dense ones on held-out samples?"""
-        return self._ridge == math.inf
+        return self._damping == math.inf
 
     def solve(self, ranks: Ranks) -> None:
         """Changes the layer's weight and the bias, in place, for the sums over all ranks."""
         for half, right in enumerate(self._rights):
             ranks.sum(f"right side {self._name!r} {half}", right)
-        if self._ridge is None:
+        if self._damping is None:
             for half, gram in enumerate(self._grams):
                 ranks.sum_upper(f"products {self._name!r} {half}", gram)
             [rows] = ranks.sum_numbers(f"rows {self._name!r}", self.rows)
             self.rows = int(rows)
-        change, ridge = ranks.on_first(f"weights {self._name!r}", self._solution)
-        self._ridge = ridge
+        change, self._damping = ranks.on_first(f"weights {self._name!r}", self._solution)
         if self.stays:
             return
         added, self._change = change.to(self._change) - self._change, change.to(self._change)
@@ -293,30 +292,28 @@ class _LeastSquares:
         self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
 
     def _solution(self) -> tuple[Tensor, float]:
-        """The whole change D of the weights, (rows, outputs), and its ridge; inf for no change.
+        """The whole change D of the weights, (rows, outputs), and its damping; inf for no change.
 
         A later round's error is what the change so far leaves. With G = X X^T, its right side
         therefore lacks D G, which is the right side that D solved, less ridge D.
         """
-        if self._ridge is None:
-            for gram in self._grams:
-                mirror(gram)
+        if self._damping is None:
             for gram, right in zip(self._grams, self._rights, strict=True):
+                mirror(gram)
                 right += gram @ self._change
-            squares = sum(float(gram.diagonal()[: self.features].mean()) for gram in self._grams)
-            problem = self._grams, self._rights
+            squares = (self._grams[0] + self._grams[1]).diagonal()[: self.features]
+            problem = Halves(self._grams, self._rights)
             damping, gain = chosen_damping([problem], DAMPING, [squares], self._free)
             if gain < 0:
                 return self._change.cpu(), math.inf
-            self._ridge = damping * squares or 1.0
+            self._damping = damping
+            self._ridge = torch.zeros_like(self._change[:, :1])  # none for the constant
+            self._ridge[: self.features, 0] = ridge(squares, damping)
             damped = self._grams[0].add_(self._grams.pop())
-            damped.diagonal()[: self.features].add_(self._ridge)
+            damped.diagonal().add_(self._ridge[:, 0])
             self._factor = torch.linalg.cholesky(damped)
             del self._grams[0]
             self._whole_right = self._rights[0] + self._rights[1]
         else:
-            explained = self._whole_right - self._ridge * self._change
-            if self._free:
-                explained[-1] = self._whole_right[-1]  # the constant has no ridge
-            self._whole_right = self._rights[0] + explained
-        return torch.cholesky_solve(self._whole_right, self._factor).cpu(), self._ridge
+            self._whole_right += self._rights[0] - self._ridge * self._change
+        return torch.cholesky_solve(self._whole_right, self._factor).cpu(), self._damping
