@@ -17,12 +17,12 @@ from ..runtime.progress import Bar
 from ..runtime.resume import Pass
 from .executor import (
     GraphExecutor,
-    GraphExecutors,
     LinearPath,
     Values,
     bytes_held,
     tensors_of,
 )
+from .executors import GraphExecutors
 from .tracing import Layer
 
 

@@ -18,11 +18,11 @@ from ..data.forward import alike, main_output, run_model, target_of
 from ..data.losses import Criterion, Target, loss_of_function, slope_in
 from ..graph.executor import (
     GraphExecutor,
-    GraphExecutors,
     OverwrittenError,
     bytes_held,
     tensors_of,
 )
+from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import evaluating
 from ..data.halves import held_out
-from ..graph.executor import GraphExecutors, tensors_of
+from ..graph.executor import tensors_of
+from ..graph.executors import GraphExecutors
 from ..graph.propagate import Slice
 from ..graph.tracing import Layer
 from ..runtime.progress import Bar
