@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,8 +17,9 @@ from ..graph.groups import Group
 from ..graph.propagate import Slice
 from ..graph.unfold import module_weight, outputs_of
 from ..runtime.distributed import unwrapped
+from .copying import copied
 from .hf_config import describe
-from .module_sizes import CONV1D, HEADS, SIZES
+from .module_sizes import HEADS, sizes_after
 from .selection import LayerSelection, Selection
 
 
@@ -106,8 +106,8 @@ class _OnBatches(nn.Module):
 
 def masked(model: nn.Module, selection: Selection) -> nn.Module:
     """A copy of the model with the new weights, and with zeros for the units that are dropped."""
-    full = copy.deepcopy(model)
-    with torch.no_grad():
+    full = copied(model)
+    with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             for consumer in layer.outputs:
                 weight = full.get_parameter(f"{consumer}.weight")
@@ -117,7 +117,7 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
 
 def cut(full: nn.Module, selection: Selection) -> nn.Module:
     """Removes the dropped units from a model that `masked` gives, in place; returns the model."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             _cut_layer(full, layer)
     return full
@@ -207,23 +207,29 @@ def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
             size = getattr(module, attribute, None)
             if isinstance(size, int):
                 setattr(module, attribute, size * kept // units)
+    slices_of: dict[str, dict[str, Slice]] = {}
     for name, at in layer.slices.items():
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        dense: Tensor = getattr(module, attribute)
-        small = dense.index_select(at.dim, at.entries(layer.kept, units).to(dense.device))
-        if isinstance(dense, nn.Parameter):
-            small = nn.Parameter(small, requires_grad=dense.requires_grad)
-        setattr(module, attribute, small)
-        size_name = SIZES.get((type(module), attribute, at.dim))
-        if size_name is not None:
-            setattr(module, size_name, small.shape[at.dim])
-        if attribute == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if module.groups > 1:  # each group of the convolution has its own units
-                module.in_channels = module.in_channels * kept // units
-                module.groups = module.groups * kept // units
-        elif attribute == "weight" and type(module).__name__ == "Conv1D":
-            setattr(module, CONV1D[at.dim], small.shape[at.dim])
+        owner, _, tensor = name.rpartition(".")
+        slices_of.setdefault(owner, {})[tensor] = at
+    for owner, slices in slices_of.items():
+        module = model.get_submodule(owner)
+        sizes = sizes_after(module, slices, units, kept)
+        for tensor, at in slices.items():
+            dense: Tensor = getattr(module, tensor)
+            entries = at.entries(layer.kept, units).to(dense.device)
+            # The tensor stays the same object: functions that hold it use the smaller one, too.
+            dense.data = in_format_of(dense, dense.index_select(at.dim, entries))
+        for attribute, size in sizes.items():
+            setattr(module, attribute, size)
+
+
+def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with its dimensions in the order in memory that `like` has, as channels_last."""
+    if tensor.dim() != like.dim():
+        return tensor
+    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    places = sorted(range(like.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(places)
 
 
 def _attention_modules(layer: LayerSelection) -> set[str]:
