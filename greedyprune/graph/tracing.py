@@ -59,8 +59,7 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(getattr(model, "config", None), "use_cache", False):
-            kwargs = {"use_cache": False} | kwargs  # a cache among the outputs is no tensor
+        kwargs = without_cache(model, kwargs)
         disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # torch.export logs whole graphs when it fails
         try:
@@ -107,6 +106,13 @@ class Graph:
         ):
             return Layer(name, weight, bias, 0, 1, module.groups, dims - 1 - int(op[-2]))
         return None
+
+
+def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments, with those that keep a transformer's cache out of its outputs."""
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        return {"use_cache": False} | kwargs  # a cache among the outputs is no tensor
+    return kwargs
 
 
 def operation(node: fx.Node) -> str:

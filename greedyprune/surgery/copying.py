@@ -149,17 +149,22 @@ class _Rebinding:
         return new
 
     def _made_anew(self, value: Any) -> Any:
-        each: Callable[[Iterable[Any]], Iterator[Any]] = functools.partial(map, self._mapped)
+        def each(parts: Iterable[Any]) -> list[Any]:
+            return [self._mapped(part) for part in parts]
+
+        def entries(parts: dict[str, Any]) -> dict[str, Any]:
+            return {name: self._mapped(part) for name, part in parts.items()}
+
+        new: Any
         if isinstance(value, types.MethodType):
             return types.MethodType(self._mapped(value.__func__), self._mapped(value.__self__))
         if isinstance(value, functools.partial):
-            keywords = {name: self._mapped(part) for name, part in value.keywords.items()}
-            new = type(value)(self._mapped(value.func), *each(value.args), **keywords)
-            vars(new).update({name: self._mapped(part) for name, part in vars(value).items()})
+            function, keywords = self._mapped(value.func), entries(value.keywords)
+            new = type(value)(function, *each(value.args), **keywords)
+            vars(new).update(entries(vars(value)))
             return new
         if isinstance(value, _CACHED):
-            cache = functools.lru_cache(**value.cache_parameters())  # type: ignore[attr-defined]
-            return cache(self._mapped(value.__wrapped__))
+            return functools.lru_cache(**value.cache_parameters())(self._mapped(value.__wrapped__))
         if type(value) in _WEAK:
             return type(value)(self._mapped(value()))
         if isinstance(value, dict):
@@ -167,10 +172,9 @@ class _Rebinding:
             new.clear()
             new.update(zip(each(value), each(value.values()), strict=True))
             return new
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*each(value))
         if isinstance(value, (list, tuple, set, frozenset)):
-            return type(value)(each(value))
+            parts = each(value)
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         new = copy.deepcopy(value, self._new)  # a module outside the model that holds its modules
         self._copies |= {id(copy) for copy in self._new.values()}
         self.renew(new)
@@ -194,7 +198,7 @@ class _Rebinding:
         )
         self._remember(function, new)  # before its parts, which may hold the function
         functools.update_wrapper(new, function, updated=())
-        del new.__wrapped__
+        del new.__wrapped__  # type: ignore[attr-defined]
         vars(new).update({name: self._mapped(part) for name, part in vars(function).items()})
         new.__defaults__ = self._mapped(function.__defaults__)
         new.__kwdefaults__ = self._mapped(function.__kwdefaults__)
@@ -249,7 +253,9 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
     names, codes = set[str](), [function.__code__]
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        names |= {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        names |= {
+            step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"
+        }
     values = {name: function.__globals__[name] for name in names & function.__globals__.keys()}
     return {
         name: value for name, value in values.items()

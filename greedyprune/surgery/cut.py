@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from ..data.batches import Batch, Batches
+from ..data.batches import Batch, Batches, example_batch
 from ..graph.groups import Group
 from ..graph.propagate import Slice
 from ..graph.unfold import module_weight, outputs_of
@@ -20,10 +20,11 @@ from ..runtime.distributed import unwrapped
 from .copying import copied
 from .hf_config import describe
 from .module_sizes import HEADS, sizes_after
+from .proof import prove
 from .selection import LayerSelection, Selection
 
 
-def prune(model: nn.Module, selection: Selection) -> nn.Module:
+def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.Module:
     """Returns a new, physically smaller model with only the selected units; `model` is untouched.
 
     The new model gives the outputs of the dense model with the dropped units masked and the kept
@@ -37,17 +38,31 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     ViT, but not in BERT or GPT-2). Then `save_pretrained` works as usual. Otherwise the config is
     left as it is; `save_pruned` saves any model.
 
+    The new model keeps dtypes, devices, memory formats, `requires_grad`, names and hooks. Functions
+    that modules hold, such as a closure in the place of a forward, run the new model's own modules.
+    What torch.compile made of them is dropped: compile the new model again.
+
+    The new model runs once, on at most two samples, and has to give the outputs that the dense
+    model gives with the new weights. This is left out if there are no samples: the Selection comes
+    from a file and there is no `example`.
+
     Args:
         model: the dense model that the selection was made for. For a model in
-            DistributedDataParallel or DataParallel, the module inside is pruned
+            DistributedDataParallel, DataParallel or torch.compile, the module inside is pruned
         selection: from `select`
+        example: inputs for one forward pass, on which the new model is checked: a tensor, a tuple
+            of the forward's arguments or a dict of keyword arguments. None: the samples that the
+            Selection has kept from the data
 
     Returns:
-        a new nn.Module, with the parameters' dtypes and devices of `model`
+        a new nn.Module
 
     Raises:
-        TypeError: `selection` is not a Selection, or `model` is not an nn.Module
-        ValueError: the selection was made for another model
+        TypeError: `selection` is not a Selection, `model` is not an nn.Module, or `example` has
+            another type
+        ValueError: the selection was made for another model; the model can't be copied, because it
+            has an attribute that can't, or a function that holds parameters from outside the model;
+            or the new model gives other outputs than the dense model with the units masked
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -58,7 +73,13 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     """
     model = unwrapped(model)
     check_made_for(model, selection)
-    small = cut(masked(model, selection), selection)
+    batch = selection.example if example is None else example_batch(example)
+    full = masked(model, selection)
+    consumers = {name for layer in selection.layers.values() for name in layer.outputs}
+    weights = {name: full.get_parameter(name).data for name in (f"{c}.weight" for c in consumers)}
+    small = cut(full, selection)
+    if batch is not None:
+        prove(model, weights, small, batch)
     describe(small, selection)
     return small
 
@@ -84,11 +105,12 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
         >>> torch.allclose(model[1].running_mean, model[0](inputs).mean(0), atol=1e-5)
         True
     """
-    if not isinstance(model, nn.Module):
+    module = unwrapped(model)
+    if not isinstance(module, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    batches = Batches(data, model)
+    batches = Batches(data, module)
     batches.first()  # raises where there are no samples
-    update_bn(batches, _OnBatches(model))
+    update_bn(batches, _OnBatches(module))
     return model
 
 
@@ -227,7 +249,8 @@ def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
     """The tensor with its dimensions in the order in memory that `like` has, as channels_last."""
     if tensor.dim() != like.dim():
         return tensor
-    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
     places = sorted(range(like.dim()), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(places)
 

@@ -159,7 +159,7 @@ def test_files_that_hold_no_pruned_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path: .* holds no pruned model of this format"):
         greedyprune.load_pruned(path, lambda: model)
     for broken in ({}, {"sizes": "{", "tied": "{}"}, {"sizes": "{}", "tied": '{"0.weight": "x"}'}):
-        header = {"format": "greedyprune-pruned-1", "config": "{}"} | broken
+        header = {"format": "greedyprune-pruned-2", "config": "{}"} | broken
         save_file(model.state_dict(), path, header)
         with pytest.raises(ValueError, match=r"path: the header of .* is damaged"):
             greedyprune.load_pruned(path, lambda: model)
@@ -189,7 +189,7 @@ def test_factories_of_other_models(tmp_path: Path) -> None:
     other = dense()
     other[0] = nn.ConvTranspose2d(8, 3, 3)
     other[0].bias = nn.Parameter(torch.zeros(8))
-    with pytest.raises(ValueError, match=r"found ConvTranspose2d at '0', expected a module with"):
+    with pytest.raises(ValueError, match=r"found ConvTranspose2d at '0' .*expected a module with"):
         greedyprune.load_pruned(path, lambda: other)
     wide = dense()
     wide[6] = nn.LayerNorm(12)
