@@ -27,6 +27,6 @@ except PackageNotFoundError:  # a checkout on the path, not installed
 
 __all__ = [
     "Budget", "Check", "Fisher", "Imitation", "LayerSelection", "Loss", "PretrainingMonitor",
-    "Selection", "layers", "load_pruned", "prune", "prune_optimizer", "recalibrate", "refit", "save_pruned", "select",
-    "show_config", "theory",
+    "Selection", "layers", "load_pruned", "prune", "prune_optimizer", "recalibrate",
+    "refit", "save_pruned", "select", "show_config", "theory",
 ]  # fmt: skip

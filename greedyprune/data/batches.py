@@ -271,6 +271,8 @@ class Batches:
                 value = _tensor(value)
             else:
                 return value
+        if value.is_inference():  # autograd refuses it
+            value = value.clone()
         self.on_gpu = self.on_gpu or value.is_cuda
         dtype = self._dtype if cast and value.is_floating_point() else None
         to_gpu = self._device.type == "cuda"

@@ -18,8 +18,10 @@ from .losses import Criterion, Target
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Runs the model in eval mode, without gradients, autocast, inference mode and torch.compile.
 
-    Afterwards the attributes of all modules (mode, hooks, tensors that a forward keeps), the
-    buffers, the parameters' `requires_grad` and torch's random numbers are as before.
+    Inside, fake quantisation keeps its ranges, as batch normalisation its statistics, and
+    parameters and buffers that are inference tensors are ordinary ones. Afterwards the
+    attributes of all modules (mode, hooks, tensors that a forward keeps), the buffers, the
+    parameters' `requires_grad` and torch's random numbers are as before.
     """
     state = _State(model)
     devices = {t.device for t in model.parameters()}
@@ -37,6 +39,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.autocast("cpu", enabled=False),
             torch.compiler.set_stance("force_eager"),
         ):
+            for module in model.modules():
+                if (enabled := module._buffers.get("observer_enabled")) is not None:
+                    enabled.zero_()
             yield
     finally:
         state.restore()
@@ -54,8 +59,10 @@ class _State:
             for _, _, attributes in self._modules
             for value in attributes.values() if isinstance(value, (dict, list))
         ]  # fmt: skip
-        self._buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]
         self._required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        _use_ordinary_tensors(model)  # `restore` puts the old ones back as contents
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]
 
     def restore(self) -> None:
         for module, training, attributes in self._modules:
@@ -73,14 +80,30 @@ class _State:
                 holder.clear()
                 (holder.update if isinstance(holder, dict) else holder.extend)(contents)
         for buffer, saved in self._buffers:
-            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                if buffer.shape != saved.shape:  # as observers' do, of which quantisation makes use
+            with torch.inference_mode(False), torch.no_grad():
+                if buffer.shape != saved.shape:  # as those of quantisation's observers
                     buffer.data = saved
                 elif not torch.equal(buffer, saved):
                     buffer.copy_(saved)
         for parameter, required in self._required:
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
+
+
+def _use_ordinary_tensors(model: nn.Module) -> None:
+    """Replaces inference tensors, with which autograd does not work, by ordinary ones."""
+    new: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        if id(tensor) not in new:
+                            ordinary = tensor.detach().clone()
+                            if isinstance(tensor, nn.Parameter):
+                                ordinary = nn.Parameter(ordinary, tensor.requires_grad)
+                            new[id(tensor)] = ordinary
+                        tensors[name] = new[id(tensor)]  # type: ignore[assignment]
 
 
 def _are_identical(now: list[Any], before: list[Any]) -> bool:

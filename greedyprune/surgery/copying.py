@@ -105,21 +105,20 @@ class _Rebinding:
     def __init__(self, memo: dict[int, Any]) -> None:
         self._new = memo
         self._copies = {id(new) for new in memo.values()}
+        self._todo: list[Any] = []  # copies whose entries are still to be replaced
 
     def renew(self, copy: Any) -> None:
         """Replaces functions in a copy and all that it holds, in place."""
-        renewed, todo = set[int](), [copy]
-        while todo:
-            holder = todo.pop()
+        renewed = set[int]()
+        self._todo.append(copy)
+        while self._todo:
+            holder = self._todo.pop()
             if id(holder) in renewed:
                 continue
             renewed.add(id(holder))
             entries = holder if isinstance(holder, (dict, list)) else vars(holder)
             items = entries.items() if isinstance(entries, dict) else enumerate(entries)
             for key, value in list(items):
-                if id(value) in self._copies and _is_changeable(value):
-                    todo.append(value)
-                    continue
                 new = self._mapped(value)
                 if isinstance(holder, nn.Module) and _is_class_method(holder, key, new):
                     del entries[key]
@@ -131,6 +130,9 @@ class _Rebinding:
 
         A value that does is in the memo, or a function or collection of which a new one is made.
         """
+        if self._is_renewed(value):
+            self._todo.append(value)
+            return value
         if not self._holds_original(value):
             return value
         if id(value) in self._new:
@@ -140,8 +142,12 @@ class _Rebinding:
             return self._function(value) if plain is value else self._mapped(plain)
         return self._remember(value, self._made_anew(value))
 
+    def _is_renewed(self, value: Any) -> bool:
+        """Is this a copy whose entries `renew` replaces?"""
+        return id(value) in self._copies and _is_changeable(value)
+
     def _holds_original(self, value: Any) -> bool:
-        return any(id(part) in self._new for part in _reached(value))
+        return any(id(part) in self._new for part in _reached(value, self._is_renewed))
 
     def _remember(self, value: Any, new: Any) -> Any:
         self._new[id(value)] = new
@@ -176,8 +182,8 @@ class _Rebinding:
             parts = each(value)
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         new = copy.deepcopy(value, self._new)  # a module outside the model that holds its modules
-        self._copies |= {id(copy) for copy in self._new.values()}
-        self.renew(new)
+        self._copies |= {id(part) for part in self._new.values()}
+        self._todo.append(new)
         return new
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
@@ -259,7 +265,7 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
     values = {name: function.__globals__[name] for name in names & function.__globals__.keys()}
     return {
         name: value for name, value in values.items()
-        if getattr(value, "__globals__", function.__globals__) is function.__globals__
+        if not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__
     }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +26,9 @@ def prune_optimizer(optimizer: T, model: nn.Module, small: nn.Module, selection:
     that have the shape of their parameter, such as `momentum_buffer`, `exp_avg` and `exp_avg_sq`,
     the entries of the kept units stay. All other state, such as `step`, is copied.
 
-    `prune` multiplies the outgoing weights of the kept units by the selection's weights, or replaces
-    them. Their state is not scaled with them: each entry of momentum goes on as it was. So training
-    the pruned model is the same as training the dense model with the units masked. Adam adapts to
-    the new gradients within about 1 / (1 - beta2) steps.
+    `prune` multiplies the outgoing weights of the kept units by the selection's weights, or
+    replaces them. Their state is not scaled with them: each entry of momentum stays as it was. So
+    training the pruned model is the same as training the dense model with the units masked.
 
     A scheduler belongs to its optimizer: make a new one, with `last_epoch` of the old one.
 
@@ -68,14 +66,13 @@ def prune_optimizer(optimizer: T, model: nn.Module, small: nn.Module, selection:
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     cuts: dict[str, list[_Cut]] = {}
     for layer in selection.layers.values():
-        for name, at in layer.slices.items():
-            cuts.setdefault(name, []).append(_Cut(layer, at))
+        for tensor, at in layer.slices.items():
+            cuts.setdefault(tensor, []).append(_Cut(layer, at))
     groups, state = [], dict[Tensor, dict[str, Any]]()
     for group in optimizer.param_groups:
         parameters = []
         for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
+            if (name := names.get(id(parameter))) is None:
                 raise ValueError(
                     f"optimizer: found a parameter of shape {tuple(parameter.shape)} that is not "
                     "the model's, expected an optimizer of `model`"
@@ -154,10 +151,10 @@ def _cut_value(value: Any, key: str, parameter: Tensor, cuts: list[_Cut]) -> Any
 
 def _like(optimizer: T, groups: list[dict[str, Any]]) -> T:
     """An optimizer of the same class and defaults, without state."""
-    arguments: Mapping[str, Any] = inspect.signature(type(optimizer)).parameters
-    defaults = {name: copy.deepcopy(optimizer.defaults[name]) for name in optimizer.defaults}
+    defaults = copy.deepcopy(optimizer.defaults)
+    known = inspect.signature(type(optimizer)).parameters
     try:
-        new = type(optimizer)(groups, **{k: v for k, v in defaults.items() if k in arguments})  # type: ignore[call-arg]
+        new = type(optimizer)(groups, **{k: v for k, v in defaults.items() if k in known})
     except TypeError as error:
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} can't be made from its groups and defaults "

@@ -93,7 +93,7 @@ def refit(
         torch.Size([3, 4])
     """
     ranks = ranks_of(process_group)
-    with ranks.together():
+    with ranks.together(), torch.inference_mode(False):
         model = unwrapped(model)
         check_made_for(model, selection)
         _check_epochs(epochs, ranks)
