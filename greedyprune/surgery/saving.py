@@ -186,13 +186,6 @@ def _check_architecture(
                 f"model_factory: found {kind} at {name!r}, expected a module with "
                 f"{sorted(attributes) or 'no sizes'}"
             )
-        for attribute, size in sizes.get(name, {}).items():
-            full_size = dense_sizes[name][attribute]
-            if isinstance(size, int) and isinstance(full_size, int) and size > full_size:
-                raise ValueError(
-                    f"model_factory: found {type(modules[name]).__name__} at {name!r} with "
-                    f"{attribute}={full_size}, expected a module with at least {size}"
-                )
     for name, tensor in dense.items():
         module = modules[name.rpartition(".")[0]]
         if name in buffers and not type(module).__module__.startswith("torch."):
@@ -206,3 +199,11 @@ def _check_architecture(
                 f"model_factory: found {name!r} of shape {before}, expected one that pruning cuts "
                 f"to the file's {after}"
             )
+    for name, module_sizes in dense_sizes.items():
+        for attribute, size in sizes[name].items():
+            full_size = module_sizes[attribute]
+            if isinstance(size, int) and isinstance(full_size, int) and size > full_size:
+                raise ValueError(
+                    f"model_factory: found {type(modules[name]).__name__} at {name!r} with "
+                    f"{attribute}={full_size}, expected a module with at least {size}"
+                )
