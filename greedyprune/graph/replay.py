@@ -92,6 +92,11 @@ class Replay:
             if state.pruned is None:
                 state.pruned = dict(state.dense)
 
+    @property
+    def changed(self) -> list[str]:
+        """The names of the tensors that have changed."""
+        return list(self._changed)
+
     def visit(
         self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor, Tensor], None],
         bar: Bar, resumed: Pass,

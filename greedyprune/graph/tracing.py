@@ -68,8 +68,7 @@ class Graph:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         dynamic: bool = False,
     ) -> None:  # fmt: skip
-        if getattr(getattr(model, "config", None), "use_cache", False):
-            kwargs = {"use_cache": False} | kwargs  # a cache among the outputs is no tensor
+        kwargs = without_cache(model, kwargs)
         disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # torch.export logs whole graphs when it fails
         try:
@@ -133,6 +132,13 @@ def _any_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if parameter.kind is parameter.VAR_KEYWORD:
             sizes |= sizes.pop(name, {})
     return sizes
+
+
+def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments, with those that keep a transformer's cache out of its outputs."""
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        return {"use_cache": False} | kwargs  # a cache among the outputs is no tensor
+    return kwargs
 
 
 def operation(node: fx.Node) -> str:

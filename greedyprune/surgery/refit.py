@@ -39,6 +39,7 @@ from ..runtime.progress import Bar, bars, warn
 from .cut import check_made_for, cut, masked
 from .distill import distill
 from .hf_config import describe
+from .proof import example_of, prove
 from .selection import Selection
 
 DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
@@ -87,10 +88,10 @@ def refit(
 
     Raises:
         TypeError: `model`, `selection` or `data` has another type
-        ValueError: the selection was made for another model; the data are an iterator or have no
-            samples; a layer's inputs have NaN or inf; `epochs` is not an int of 0 or more, or is
-            above 0 with several processes; `memory_limit` is below 1; or torch.export can't trace
-            the model
+        ValueError: the selection was made for another model, or one of `prune`'s other reasons; the
+            data are an iterator or have no samples; a layer's inputs have NaN or inf; `epochs` is
+            not an int of 0 or more, or is above 0 with several processes; `memory_limit` is below
+            1; or torch.export can't trace the model
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -100,7 +101,7 @@ def refit(
         torch.Size([3, 4])
     """
     ranks = ranks_of(process_group)
-    with ranks.together():
+    with ranks.together(), torch.inference_mode(False):
         model = unwrapped(model)
         check_made_for(model, selection)
         _check_epochs(epochs, ranks)
@@ -164,8 +165,11 @@ def _refit(
                 f"data: found too few samples to refit {', '.join(stayed)}: the new weights were "
                 "no better on held-out samples, so these layers keep theirs; expected more samples"
             )
+        weights = {name: full.get_parameter(name).data for name in replay.changed}
         del replay  # and the activations that it holds
         small = cut(full, selection)
+        prove(model, weights, small, example_of(model, batches.first()))
+        del weights
         if epochs and layers:
             distill(model, small, selection, layers, batches, epochs, bar)
     describe(small, selection)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.batches import Batch
 from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
 from ..kernels.path import NestedFit
@@ -147,11 +148,14 @@ class Selection:
     costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
             None if the selection is not from `select`
     budget: how the sizes were chosen for a budget; None if there was no budget
+    example: at most two samples of the first batch, on which `prune` checks its result. They stay
+            in memory: a Selection that was loaded, copied or pickled has None
     """
 
     layers: Mapping[str, LayerSelection]
     costs: Mapping[str, Cost] | None = None
     budget: BudgetReport | None = None
+    example: Batch | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
@@ -237,7 +241,8 @@ class Selection:
         """
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
-        return Selection({name: layer.at(k) for name, layer in self.layers.items()}, self.costs)
+        layers = {name: layer.at(k) for name, layer in self.layers.items()}
+        return Selection(layers, self.costs, example=self.example)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file. Values that are not tensors go into its header, as JSON."""
