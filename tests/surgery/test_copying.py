@@ -301,3 +301,33 @@ def test_what_cannot_be_copied_is_one_sentence() -> None:
     model.stream = (i for i in range(3))
     with pytest.raises(ValueError, match=r"model: it can't be copied \(cannot pickle 'generator'"):
         copied(model)
+
+
+def test_a_compiled_forward_is_selected_as_the_plain_one() -> None:
+    """Compiled code may not call the hooks with which `select` reads a layer's values."""
+    plain = nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
+    )  # fmt: skip
+    expected = greedyprune.select(plain, (X, Y), size=4)
+    compiled_calls: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*args: object) -> object:
+            compiled_calls.append(args)
+            return graph(*args)
+
+        return run
+
+    model = copied(plain)
+    model.forward = torch.compile(model.forward, backend=backend)
+    model(X)
+    compiled_calls.clear()
+    for named in (None, {"0": "2"}):
+        selection = greedyprune.select(model, (X, Y), size=4, layers=named)
+        small = greedyprune.prune(model, selection)
+        assert selection.layers["0"].kept.equal(expected.layers["0"].kept)
+    assert greedyprune.refit(model, expected, (X, Y))(X).shape == (64, 3)
+    assert small[0].out_features == 4
+    assert not compiled_calls
+    model(X)
+    assert compiled_calls  # it is compiled as before
