@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
+from ..data.forward import traceable
 from .propagate import IDENTITY, RESHAPING
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
@@ -362,9 +363,10 @@ class GraphExecutors:
     def find(self, batch: Batch) -> GraphExecutor | None:
         """The executor for a batch; None for more than MOST_SHAPES shapes."""
         leaves = tree_leaves((batch.args, batch.kwargs))
-        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves)
+        shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
         if shapes not in self._by_shapes and len(self._by_shapes) < MOST_SHAPES:
-            self._by_shapes[shapes] = GraphExecutor(self._model, batch)
+            with traceable(self._model, batch):
+                self._by_shapes[shapes] = GraphExecutor(self._model, batch)
         return self._by_shapes.get(shapes)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
+from ..runtime.arguments import ByName
 from .costs import Cost, costs_of, count_flops
 from .groups import Group, analyse, why_not
 from .tracing import LAYER_TYPES
@@ -48,7 +49,7 @@ class Layers(Mapping[str, Prunable]):
     """
 
     def __init__(self, prunable: Mapping[str, Prunable], refused: Mapping[str, str]) -> None:
-        self._prunable, self.refused = dict(prunable), dict(refused)
+        self._prunable, self.refused = ByName(prunable), dict(refused)
 
     def __getitem__(self, name: str) -> Prunable:
         return self._prunable[name]

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from ..data.batches import Batch, Batches
+from ..data.forward import run_model
 from ..graph.groups import Group
 from ..graph.propagate import Slice
 from ..graph.unfold import module_weight, outputs_of
@@ -38,7 +41,9 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     left as it is; `save_pruned` saves any model.
 
     Args:
-        model: the dense model that the selection was made for. For a model in
+        model: the dense model that the selection was made for, or one of the same architecture.
+            Weights are not compared, because the model may have been trained since. New weights
+            from weights="refit" fit only the weights that they were solved with. For a model in
             DistributedDataParallel or DataParallel, the module inside is pruned
         selection: from `select`
 
@@ -47,7 +52,7 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
 
     Raises:
         TypeError: `selection` is not a Selection, or `model` is not an nn.Module
-        ValueError: the selection was made for another model
+        ValueError: the selection was made for a model with other layers or other sizes
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -67,7 +72,8 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
     """Estimates a model's batch-normalisation statistics again, in place, and returns the model.
 
     Pruning changes the means and variances of the activations. This makes one pass over the data in
-    training mode (torch.optim.swa_utils.update_bn). Nothing else of the model changes.
+    training mode (torch.optim.swa_utils.update_bn). Nothing else of the model changes. Where an
+    error is raised, nothing changes at all.
 
     Args:
         model: any nn.Module; it stays in eval or training mode as it was
@@ -75,7 +81,8 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
 
     Raises:
         TypeError: `model` is not an nn.Module, or `data` has a type that `select` does not take
-        ValueError: the data have no samples
+        ValueError: the data have no samples, the model can't run on them, or the inputs of a batch
+            normalisation have NaN or inf
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
@@ -88,8 +95,36 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     batches = Batches(data, model)
     batches.first()  # raises where there are no samples
-    update_bn(batches, _OnBatches(model))
+    with _as_before_on_errors(model):
+        update_bn(batches, _OnBatches(model))
+        for name, norm in _batch_norms(model):
+            if not all(buffer.isfinite().all() for buffer in norm.buffers()):
+                raise ValueError(
+                    f"layer {name!r}: NaN or inf in its inputs on the data, expected finite numbers"
+                )
     return model
+
+
+def _batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+@contextmanager
+def _as_before_on_errors(model: nn.Module) -> Iterator[None]:
+    """Gives a model its statistics, momenta and modes back where something raises inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for _, norm in _batch_norms(model)]
+    buffers = [(buffer, buffer.clone()) for norm, _ in momenta for buffer in norm.buffers()]
+    try:
+        yield
+    except BaseException:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+        raise
 
 
 class _OnBatches(nn.Module):
@@ -101,7 +136,7 @@ class _OnBatches(nn.Module):
         self.train(model.training)
 
     def forward(self, batch: Batch) -> object:
-        return self.model(*batch.args, **batch.kwargs)
+        return run_model(self.model, batch)
 
 
 def masked(model: nn.Module, selection: Selection) -> nn.Module:
@@ -151,9 +186,15 @@ def check_made_for(model: nn.Module, selection: Selection) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     if not isinstance(selection, Selection):
-        raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
+        raise TypeError(f"selection: found {_kind_of(selection)}, expected a Selection")
     for name, layer in selection.layers.items():
         _check_layer(model, name, layer)
+
+
+def _kind_of(selection: object) -> str:
+    if selection is None:
+        return "None, which a PretrainingMonitor has before its first check"
+    return type(selection).__name__
 
 
 def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
