@@ -90,4 +90,4 @@ if __name__ == "__main__":
     rows.insert(0, Row("dense", model, seconds))
     show(rows, data, held_out, loss, sign_accuracy)
     rich.print(selection.summary())
-    picture(selection, args.out / "mnist_mlp.png")
+    picture(selection, rows, data, loss, args.out / "mnist_mlp.png")

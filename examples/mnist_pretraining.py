@@ -240,6 +240,12 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def title_of(steps: int, seeds: list[int]) -> str:
+    *most, last = map(str, seeds)
+    named = f"seeds {', '.join(most)} and {last}" if most else f"seed {last}"
+    return f"MNIST, labels binarised: pruned to {steps} greedy steps ({named})"
+
+
 def main() -> None:
     args = arguments()
     images, digits = read_mnist(args.data, "train")
@@ -257,8 +263,7 @@ def main() -> None:
     panels = panels_of(results, trainings, iterations, args.level)
     for panel in panels:
         show(panel)
-    about = f"MNIST, labels binarised: pruned to {args.steps} greedy steps (seeds {args.seeds})"
-    picture(panels, about).savefig(path, dpi=120)
+    picture(panels, title_of(args.steps, args.seeds)).savefig(path, dpi=120)
     print(f"picture: {path}, results: {results.path}")
 
 

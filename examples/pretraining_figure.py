@@ -42,7 +42,7 @@ class Curve(NamedTuple):
 class Line(NamedTuple):
     """When the pruned networks reached a goal: a point (m, iteration) for each that did."""
 
-    label: str
+    goal: str
     color: str
     mark: str
     points: list[tuple[int, float]]
@@ -88,16 +88,16 @@ class Panel(NamedTuple):
         level = self.level
         best = [max(curve.dense) for curve in self.curves]
         return [
-            self._line(f"pruned reaches {level:.1%}", BLACK, "o", [level] * len(self.curves)),
-            self._line("pruned passes the dense network's best", VERMILLION, "s", best),
+            self._line(f"reaches {level:.1%}", BLACK, "o", [level] * len(self.curves)),
+            self._line("passes the dense network's best", VERMILLION, "s", best),
         ]
 
-    def _line(self, label: str, color: str, mark: str, goals: list[float]) -> Line:
+    def _line(self, goal: str, color: str, mark: str, accuracies: list[float]) -> Line:
         reached = [
-            (curve.samples, curve.reaches(goal))
-            for curve, goal in zip(self.curves, goals, strict=True)
+            (curve.samples, curve.reaches(accuracy))
+            for curve, accuracy in zip(self.curves, accuracies, strict=True)
         ]
-        return Line(label, color, mark, [(m, at) for m, at in reached if at is not None])
+        return Line(goal, color, mark, [(m, at) for m, at in reached if at is not None])
 
     def mean(self, samples: int, points: list[tuple[int, float]]) -> float:
         """The mean iteration over the seeds of a size; NaN unless every seed has a point."""
@@ -116,9 +116,8 @@ def _heat_map(axes: Axes, panel: Panel) -> QuadMesh:
         axes.plot(
             [panel.mean(m, line.points) for m in panel.samples], rows, f"{line.mark}-",
             color=line.color,
-            label=f"{line.label.removeprefix('pruned ')} "
-            f"({len(line.points)} of {len(panel.curves)})",
-            path_effects=[withStroke(linewidth=4, foreground="white")],
+            label=f"{line.goal} ({len(line.points)} of {len(panel.curves)})", clip_on=False,
+            path_effects=[withStroke(linewidth=4, foreground="white")], zorder=3,
         )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_yticks(rows, [f"{m:,}" for m in panel.samples])
@@ -140,7 +139,7 @@ def _curves(axes: Axes, panel: Panel) -> None:
         axes.plot(curve.iterations, curve.dense, f"{mark}:", color=color, markersize=4, mfc="white")
     axes.plot([], [], color=BLACK, label="pruned")
     axes.plot([], [], ":", color=BLACK, label="dense")
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.02 * panel.curves[0].iterations[-1])  # a mark at 0 is whole
     margin = 0.05 * (1 - panel.lowest)
     axes.set_ylim(panel.lowest - margin, 1 + margin)
     axes.set_xlabel("iterations of pre-training")
@@ -150,21 +149,29 @@ def _curves(axes: Axes, panel: Panel) -> None:
 
 
 def _growth(axes: Axes, panel: Panel) -> None:
-    """The iterations of each line over m, a point for each seed, with both fitted laws."""
+    """The iterations of each line over m, a point for each seed, with both fitted laws.
+
+    The legend has the laws of a goal below the goal.
+    """
     m = np.geomspace(panel.samples[0], panel.samples[-1], 100)
     for line in panel.lines:
-        axes.plot(*np.reshape(line.points, (-1, 2)).T, line.mark, color=line.color, markersize=5)
+        if not line.points:
+            continue
+        axes.plot(
+            *np.transpose(line.points), line.mark, color=line.color, markersize=5, clip_on=False,
+            zorder=3, label=f"{line.goal}:",
+        )  # fmt: skip
         if line.fit is None:
             continue
         log, power = line.fit.log, line.fit.power
-        axes.plot(m, log.a + log.b * np.log(m), color=line.color)
-        axes.plot(m, power.a * m**power.b, "--", color=line.color)
-        for dash, text in (
-            ("-", f"a + b log m: b = {log.b:.0f} ± {log.b_error:.0f}, residual {log.residual:.0f}"),
-            ("--", f"a m^b: b = {power.b:.2f} ± {power.b_error:.2f}, "
-                   f"residual {power.residual:.0f}"),
-        ):  # fmt: skip
-            axes.plot([], [], line.mark + dash, color=line.color, markersize=5, label=text)
+        axes.plot(
+            m, log.a + log.b * np.log(m), color=line.color,
+            label=f"a + b log m: b = {log.b:.0f} ± {log.b_error:.0f}, residual {log.residual:.0f}",
+        )  # fmt: skip
+        axes.plot(
+            m, power.a * m**power.b, "--", color=line.color,
+            label=f"a m^b: b = {power.b:.2f} ± {power.b_error:.2f}, residual {power.residual:.0f}",
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xticks(panel.samples, [f"{size:,}" for size in panel.samples], rotation=45)
     axes.minorticks_off()
@@ -195,7 +202,9 @@ def show(panel: Panel) -> None:
     """Prints a table of means over the seeds, and the fits."""
     table = Table(title=panel.title, box=SIMPLE_HEAD, pad_edge=False)
     caught = [(c.samples, at) for c in panel.curves if (at := c.caught_up) is not None]
-    columns = {line.label: line.points for line in panel.lines} | {"dense catches up": caught}
+    columns = {f"pruned {line.goal}": line.points for line in panel.lines} | {
+        "dense catches up": caught
+    }
     for column in ("m", "dense, best", "pruned, best", *columns):
         table.add_column(column, justify="right")
     for m in panel.samples:
@@ -208,6 +217,6 @@ def show(panel: Panel) -> None:
         )  # fmt: skip
     rich.print(table)
     for line in panel.lines:
-        print(f"{line.label}: {len(line.points)} of {len(panel.curves)} networks")
+        print(f"pruned {line.goal}: {len(line.points)} of {len(panel.curves)} networks")
         if line.fit is not None:
             print(f"  {line.fit.log}\n  {line.fit.power}\n  better: {line.fit.better}")

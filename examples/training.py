@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import LayerSelection, Selection
+from greedyprune.runtime.figures import BLACK, BLUE, MARKS, legend_below, panels_of
 
 Data = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -124,10 +125,35 @@ def show(rows: list[Row], data: Data, held_out: Data, loss: Loss, accuracy: Accu
             f"{float(loss(outputs, data[1])):.4f}", f"{accuracy(outputs, data[1]):.2%}",
             f"{accuracy(unseen, held_out[1]):.2%}", f"{row.seconds:.2f}",
         )  # fmt: skip
+    table.caption = (
+        "held out: accuracy on samples that were not trained on; s: seconds to train the dense "
+        "network, to choose the units and prune, or to fine-tune"
+    )
     rich.print(table)
 
 
-def picture(selection: Selection, path: Path) -> None:
+def picture(selection: Selection, rows: list[Row], data: Data, loss: Loss, path: Path) -> None:
+    """Draws the loss along the greedy path, and that of all networks in the table at its end.
+
+    The bound is left out: it lies far above, and would leave no room for the rest.
+    """
+    figure, (panel,) = panels_of(1)
+    (layer,) = selection.layers.values()
+    panel.plot(layer.distinct, layer.losses, color=BLUE, label="greedy")
+    losses = {row.name: float(loss(outputs_of(row.model, data[0]), data[1])) for row in rows}
+    dense = losses.pop("dense")
+    panel.axhline(dense, linestyle="--", color=BLACK, linewidth=1, label="dense")
+    for method, (color, mark) in zip(("greedy", "random", "magnitude"), MARKS, strict=False):
+        for name in (method, f"{method} + tuning"):
+            filled = color if name == method else "white"
+            panel.plot(
+                len(layer.kept), losses[name], mark, color=color, mfc=filled, clip_on=False,
+                label=None if name == "greedy" else name, zorder=3,
+            )  # fmt: skip
+    panel.set_yscale("log")
+    panel.set_xlabel(f"units kept, of {len(layer.counts)}")
+    panel.set_ylabel("training loss")
+    legend_below(figure, columns=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    selection.plot().savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
     print(f"picture: {path}")

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .budget import Budget
 from .graph.layers import layers
+from .graph.propagate import NotPrunableError
 from .kernels.backend import show_config
 from .objectives.options import Fisher, Imitation, Loss
 from .pretraining import theory
@@ -26,7 +27,7 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
-    "Budget", "Check", "Fisher", "Imitation", "LayerSelection", "Loss", "PretrainingMonitor",
-    "Selection", "layers", "load_pruned", "prune", "prune_optimizer", "recalibrate",
-    "refit", "save_pruned", "select", "show_config", "theory",
+    "Budget", "Check", "Fisher", "Imitation", "LayerSelection", "Loss", "NotPrunableError",
+    "PretrainingMonitor", "Selection", "layers", "load_pruned", "prune", "prune_optimizer",
+    "recalibrate", "refit", "save_pruned", "select", "show_config", "theory",
 ]  # fmt: skip

@@ -20,8 +20,9 @@ from .objectives.layer_products import LayerProducts, collect
 from .objectives.memory import WIDEST
 from .objectives.quadratic import select_from
 from .request import Request
+from .runtime.progress import warn
 from .surgery.cut import masked
-from .surgery.selection import LayerSelection, Selection
+from .surgery.selection import MOST_NAMES, LayerSelection, Selection
 
 # How a layer is judged:
 OUTPUT_LOSS = "output loss"  # by the model's loss; its consumer gives the model's output
@@ -44,12 +45,49 @@ def judge_of(request: Request, group: Group) -> str:
 
 def rules_of(request: Request, groups: Sequence[Group]) -> dict[str, Rule]:
     """Each layer's rule, by its name; ValueError for sizes that a layer does not allow."""
+    _check_tolerance(request, groups)
     return {
         group.producer: request.rule(
             group, by_loss=judge_of(request, group) in (OUTPUT_LOSS, NETWORK_LOSS)
         )
         for group in groups
     }
+
+
+def _check_tolerance(request: Request, groups: Sequence[Group]) -> None:
+    """ValueError for a tolerance above 1 where it is a share of something."""
+    tolerance = request.tolerance
+    if tolerance is None or tolerance <= 1:
+        return
+    for group in groups:
+        whole = "error without any unit"
+        if judge_of(request, group) in (OUTPUT_LOSS, NETWORK_LOSS):
+            if request.loss.metric is None:
+                continue
+            whole = "dense model's metric"
+        raise ValueError(
+            f"tolerance: found {tolerance:g}, expected at most 1: for layer {group.producer!r} it "
+            f"is a share of the {whole}"
+        )
+
+
+def _warn_of_rounding(job: Job, request: Request, groups: Sequence[Group]) -> None:
+    """Warns of layers that keep all their units because round_to does not fit into them."""
+    if request.round_to == 1 or request.size is None:
+        return
+    exact = replace(request, round_to=1)
+    whole = [
+        repr(group.producer)
+        for group in groups
+        if exact.size_of(group) < job.rules[group.producer].size == group.units
+    ]
+    if whole:
+        warn(
+            f"round_to: {request.round_to} leaves layers whole, because no smaller multiple is "
+            f"nearer to their size: {', '.join(whole[:MOST_NAMES])}"
+            + ", ..."
+            * (len(whole) > MOST_NAMES)
+        )
 
 
 def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
@@ -59,6 +97,7 @@ def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
         ValueError: a layer that takes more memory than there is, data that give too few passes, or
             an option that none of the layers can use
     """
+    _warn_of_rounding(job, request, groups)
     judges = {group.producer: judge_of(request, group) for group in groups}
     imitating = [group for group in groups if judges[group.producer] == IMITATION]
     held = memory.metric_bytes(job, imitating)

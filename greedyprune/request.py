@@ -14,6 +14,7 @@ from .kernels.path import Rule
 from .objectives.job import REPEATS_LIMIT, generator
 from .objectives.options import DAMPING, Fisher, Imitation, Loss
 from .runtime.arguments import is_int, is_number, one_of, positive_int
+from .runtime.progress import warn
 
 OBJECTIVES = {"imitation": Imitation, "loss": Loss, "fisher": Fisher}
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")
@@ -58,9 +59,7 @@ class Request:
         ValueError for more steps without replacement, units or candidates than it has units.
         """
         layer, units = group.producer, group.units
-        size, steps = units, self.steps
-        if self.size is not None:
-            size = nearest(self._size(layer, units), units, size_step(group, self.round_to))
+        size, steps = self.size_of(group), self.steps
         if steps is None:
             steps = size * REPEATS_LIMIT if self.replacement else size
         else:
@@ -82,6 +81,14 @@ class Request:
             draws = torch.empty(steps, candidates, dtype=torch.float64, device="cpu")
             draws.uniform_(generator=generator(self.seed, 1))
         return Rule(steps, size, self.replacement, draws, self.loss.shortlist or 0)
+
+    def size_of(self, group: Group) -> int:
+        """The number of units that `size` and `round_to` mean for a group; without a size, all."""
+        if self.size is None:
+            return group.units
+        return nearest(
+            self._size(group.producer, group.units), group.units, size_step(group, self.round_to)
+        )
 
     def _size(self, layer: str, units: int) -> int:
         size = self.size
@@ -176,6 +183,11 @@ def _objective(objective: object) -> tuple[str, object]:
     for name, options in OBJECTIVES.items():
         if isinstance(objective, options):
             return name, objective
+        if objective is options:
+            raise TypeError(
+                f"objective: found the class {options.__name__}, expected an instance of it: "
+                f"{options.__name__}()"
+            )
     names = "auto", *OBJECTIVES
     if objective not in names:
         raise ValueError(
@@ -186,7 +198,16 @@ def _objective(objective: object) -> tuple[str, object]:
 
 
 def _check_effects(request: Request) -> None:
-    """ValueError for options that other arguments would leave without effect."""
+    """ValueError for options that other arguments would leave without effect.
+
+    A warning for a tolerance of the loss that may have been meant in percent.
+    """
+    of_loss = request.objective in ("auto", "loss") and request.loss.metric is None
+    if of_loss and (tolerance := request.tolerance or 0) > 1:
+        warn(
+            f"tolerance: {tolerance:g} allows {1 + tolerance:g} times the dense loss; "
+            f"{tolerance:g} % is tolerance={tolerance / 100:g}"
+        )
     if request.loss.metric is not None and request.tolerance is None:
         raise ValueError(
             "metric: found a function without a tolerance, expected a tolerance too, which says "

@@ -194,6 +194,7 @@ def test_layers_of_a_kind_that_share_weights() -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:round_to. ")
 def test_sizes_in_multiples() -> None:
     model, inputs = network("resnet")
 

@@ -45,7 +45,8 @@ def test_a_tolerance_on_other_weights_ends_the_steps_soon_after_it_is_reached(
             return super().update(n)
 
     monkeypatch.setattr(progress, "tqdm", Counting)
-    selection = select(model, (x, y), tolerance=10.0, weights=weights)
+    with pytest.warns(UserWarning, match="tolerance: 10 allows 11 times the dense loss"):
+        selection = select(model, (x, y), tolerance=10.0, weights=weights)
     goal = float(selection.dense_loss) * 11
     assert float(selection.losses[-1]) <= goal < float(selection.losses[:-1].min())
     assert len(selection.order) <= steps == (128 if weights == "none" else 32)  # of 400

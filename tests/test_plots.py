@@ -13,6 +13,7 @@ from torch import nn
 from greedyprune import PretrainingMonitor, Selection, select
 
 pytest.importorskip("matplotlib")
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pictures import covered, looks
 
@@ -105,6 +106,33 @@ def test_the_mnist_example() -> None:
         assert covered(figure) == []
         marks = looks(figure.axes[len(panels)])  # of both networks, for some of the sizes
         assert len(set(marks)) == len(marks)
+        for panel, axes in zip(panels, figure.axes[2 * len(panels) : 3 * len(panels)], strict=True):
+            goals = [f"{line.goal}:" for line in panel.lines if line.points]
+            assert [text for text in legend_of(axes) if text.endswith(":")] == goals
+
+
+def legend_of(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    return [] if legend is None else [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_growth_of_goals_that_no_law_fits_has_a_legend() -> None:
+    """Two sizes, and marks at iteration 0: whole, and named."""
+    curves = [pretraining_figure.Curve(m, [0, 9], [0.8, 0.9], [0.9, 0.95]) for m in (100, 300)]
+    figure = pretraining_figure.picture([pretraining_figure.Panel("a network", curves)], "MNIST")
+    top, middle, bottom = figure.axes[:3]
+    assert legend_of(bottom) == ["reaches 95.0%:", "passes the dense network's best:"]
+    assert middle.get_xlim()[0] < 0 and not any(line.get_clip_on() for line in top.get_lines())
+    assert not any(line.get_clip_on() for line in bottom.get_lines())
+
+
+def test_the_title_names_the_seeds() -> None:
+    ends = [mnist_pretraining.title_of(9, seeds) for seeds in ([3], [0, 1], [0, 1, 2])]
+    assert [end.partition("(")[2] for end in ends] == [
+        "seed 3)",
+        "seeds 0 and 1)",
+        "seeds 0, 1 and 2)",
+    ]
 
 
 def test_the_cifar_example() -> None:

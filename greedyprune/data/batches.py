@@ -348,6 +348,11 @@ class _Slices:
         for tensor in (*self._inputs, *self._targets):
             if not tensor.dim():
                 raise ValueError("data: found a tensor of shape (), expected one entry a sample")
+            if tensor.layout != torch.strided:  # torch can't take a slice of it
+                raise TypeError(
+                    "data: found a sparse tensor, expected a dense one (tensor.to_dense()), or a "
+                    "list of batches"
+                )
         self._length = len(self._inputs[0])
         for tensor in (*self._inputs, *self._targets):
             if len(tensor) != self._length:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.errors import first_line, raised_here
 from .batches import Batch
 from .losses import Criterion, Target
 
@@ -182,12 +183,32 @@ def alike(expected: Tensor, actual: Tensor) -> bool:
 
 
 def run_model(model: nn.Module, batch: Batch) -> object:
-    """The model's output on a batch; ValueError, with the reason, where the model raises."""
+    """The model's output on a batch; ValueError, with the reason, where the model raises.
+
+    Errors that this package raises while the model runs, in a hook, pass unchanged.
+    """
     try:
         return model(*batch.args, **batch.kwargs)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"data: the model can't run on a batch ({lines[0]})") from error
+        if raised_here(error):
+            raise
+        raise ValueError(f"data: the model can't run on a batch ({first_line(error)})") from error
+
+
+@contextmanager
+def traceable(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Around a trace of the model on a batch: ValueError, with the reason, where torch raises.
+
+    It names the data if the model can't run on the batch, and else the model.
+    """
+    run_model(model, batch)
+    try:
+        yield
+    except Exception as error:
+        if raised_here(error):
+            raise
+        reason = first_line(error)
+        raise ValueError(f"model: torch.export can't trace it ({reason})") from error
 
 
 def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:

@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ..runtime.errors import first_line, raised_here
 
 # For each loss the smoothness of l in the outputs: B of eq. (3) before any mean over the outputs.
 SMOOTHNESS = {"mse": 2.0, "cross_entropy": 0.5, "bce_with_logits": 0.25}
@@ -414,7 +416,7 @@ def loss_of_function(
     TypeError or ValueError where the function returns anything but one finite number.
     """
     assert function is not None
-    value = function(outputs, targets)
+    value = ask("loss", function, outputs, targets)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise TypeError(
             f"loss: your function returned {type(value).__name__}"
@@ -453,6 +455,21 @@ def bound(dense_loss: float, spread: float, steps: int) -> Tensor:
 
 
 Metric = Callable[[Tensor, Tensor], float]  # of outputs and targets
+R = TypeVar("R")
+
+
+def ask(name: str, function: Callable[[Tensor, Tensor], R], outputs: Tensor, targets: Tensor) -> R:
+    """What the user's function for the argument `name` returns; ValueError where it raises."""
+    try:
+        return function(outputs, targets)
+    except Exception as error:
+        if raised_here(error):
+            raise
+        raise ValueError(
+            f"{name}: your function raised {type(error).__name__} ({first_line(error)}), expected "
+            f"a function of outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}"
+        ) from error
 
 
 def number(name: str, value: object) -> float:

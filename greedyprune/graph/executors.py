@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..data.batches import Batch
-from ..data.forward import alike, main_output, run_model
+from ..data.forward import alike, main_output, run_model, traceable
 from .executor import GraphExecutor, tensors_of
 
 MOST_SHAPES = 16  # of batches that take a trace of their own
@@ -39,17 +39,18 @@ class GraphExecutors:
     def find(self, batch: Batch) -> GraphExecutor | None:
         """The executor for a batch; None for more than MOST_SHAPES traces."""
         leaves, structure = tree_flatten((batch.args, batch.kwargs))
-        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves)
+        shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
         known = self._by_shapes.get(shapes)
         if known is not None:
             return known
-        ranks = tuple(v.dim() if isinstance(v, Tensor) else v for v in leaves)
+        ranks = tuple((v.dim(), v.dtype) if isinstance(v, Tensor) else v for v in leaves)
         if self._by_shapes:
             executor = self._with_open_sizes((ranks, str(structure)), batch)
             if executor is not None and executor.accepts(batch):
                 return executor
         if len(self._by_shapes) < MOST_SHAPES:
-            self._by_shapes[shapes] = GraphExecutor(self._model, batch)
+            with traceable(self._model, batch):
+                self._by_shapes[shapes] = GraphExecutor(self._model, batch)
         return self._by_shapes.get(shapes)
 
     def _with_open_sizes(self, form: object, batch: Batch) -> GraphExecutor | None:

@@ -261,8 +261,9 @@ def find_groups(
             if group not in groups:
                 groups.append(group)
         elif group is not None:
+            reason = str(group).removeprefix(f"layer {name!r}: ")
             raise NotPrunableError(
-                f"layers: found {name!r}, which can't be pruned ({group}), {expected}"
+                f"layers: found {name!r}, which can't be pruned ({reason}), {expected}"
             )
         else:
             module = dict(model.named_modules()).get(name)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data.batches import example_batch
 from ..data.forward import evaluating
+from ..runtime.arguments import ByName
 from ..runtime.distributed import unwrapped
 from .costs import Cost, costs_of, count_flops
 from .groups import Group, analyse, why_not
@@ -49,7 +50,7 @@ class Layers(Mapping[str, Prunable]):
     """
 
     def __init__(self, prunable: Mapping[str, Prunable], refused: Mapping[str, str]) -> None:
-        self._prunable, self.refused = dict(prunable), dict(refused)
+        self._prunable, self.refused = ByName(prunable), dict(refused)
 
     def __getitem__(self, name: str) -> Prunable:
         return self._prunable[name]

@@ -66,7 +66,7 @@ MATRIX_PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
 
 
 class NotPrunableError(ValueError):
-    """No unit of a layer can be removed; the message names the operation that prevents it."""
+    """A ValueError: no unit of a layer can be removed. The message names the layer and says why."""
 
 
 @dataclass(frozen=True)

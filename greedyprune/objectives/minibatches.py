@@ -48,11 +48,17 @@ def mini_batches(job: Job, steps: int, samples: int) -> MiniBatches | None:
     and in the sample they begin with.
 
     samples: how many this rank has
+
+    ValueError for mini-batches of more samples than there are.
     """
-    if job.loss.batch_size is None:
+    size = job.loss.batch_size
+    if size is None:
         return None
-    total = sum(job.ranks.gather("samples", samples))
-    size, random = min(job.loss.batch_size, total), generator(job.seed, 2)
+    total, random = sum(job.ranks.gather("samples", samples)), generator(job.seed, 2)
+    if size > total:
+        raise ValueError(
+            f"batch_size: found {size}, but the data have {total} samples; expected at most {total}"
+        )
     order, starts = torch.randperm(total, device="cpu", generator=random), []
     count = total // size
     for _ in range(-(-steps // count)):

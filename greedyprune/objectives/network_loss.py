@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch, samples_of
-from ..data.losses import Criterion, Metric, number
+from ..data.losses import Criterion, Metric, ask, number
 from ..graph.groups import Group
 from ..graph.unfold import outputs_of
 from ..kernels.loop import greedy
@@ -135,7 +135,7 @@ def _checked(metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
     """A user's metric as a tensor; TypeError or ValueError if it is not a finite number."""
 
     def value(outputs: Tensor, targets: Tensor) -> Tensor:
-        result = number("metric", metric(outputs, targets))
+        result = number("metric", ask("metric", metric, outputs, targets))
         if not math.isfinite(result):
             raise ValueError(f"metric: your function returned {result}, expected a finite number")
         return torch.tensor(result, dtype=torch.float64)

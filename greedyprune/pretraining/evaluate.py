@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..data.forward import evaluating, main_output, run_model
-from ..data.losses import Criterion, Metric, number
+from ..data.losses import Criterion, Metric, ask, number
 
 ACCURACY = "accuracy"  # counted batch by batch; a user's function needs all outputs at once
 
@@ -56,9 +56,9 @@ def loss_and_metric(
                 correct, labelled = correct + batch_correct, labelled + batch_labelled
         concatenated = [torch.cat(tensors) for tensors in zip(*pairs, strict=True)]
         if criterion.function is not None:
-            loss_sum, mass = number("loss", criterion.function(*concatenated)), 1.0
+            loss_sum, mass = number("loss", ask("loss", criterion.function, *concatenated)), 1.0
         if callable(metric):
-            return loss_sum / mass, number("metric", metric(*concatenated))
+            return loss_sum / mass, number("metric", ask("metric", metric, *concatenated))
     return loss_sum / mass, correct / labelled if metric == ACCURACY else None
 
 

@@ -26,6 +26,7 @@ from ..plan import rules_of
 from ..request import check_model, checked_request
 from ..runtime.arguments import is_int, is_number
 from ..runtime.distributed import ALONE, unwrapped
+from ..runtime.progress import bars
 from ..selector import select, select_on
 from ..surgery.cut import prune
 from ..surgery.selection import Selection
@@ -88,10 +89,10 @@ class PretrainingMonitor:
 
             - "plateau": the pruned network's loss has had no new lowest value for `patience` checks
             - {"loss": x}: the pruned network's loss is at most x
-            - {"metric": x}: the pruned network's metric is at least x
-            - {"share": x}: the pruned network's metric is at least x times the dense network's. By
-              itself this can hold at the first check: early in training a pruned network can be
-              ahead of the dense one
+            - {"metric": x}: the pruned network's metric is at least x; for accuracy x is in [0, 1]
+            - {"share": x}: the pruned network's metric is at least x times the dense network's,
+              with x in (0, 1]. By itself this can hold at the first check: early in training a
+              pruned network can be ahead of the dense one
             - a mapping with several of these: all of them hold
             - "never"
             - a function of the history that returns a bool, or the reason to stop as a str
@@ -175,7 +176,7 @@ class PretrainingMonitor:
         self._metric = metric
         self._criterion = self._check_arguments()
         self.metric_name = self._metric if isinstance(self._metric, str) else "metric"
-        self._stop = stopping_rule(stop, patience, min_delta, self._metric is not None)
+        self._stop = stopping_rule(stop, patience, min_delta, self._metric)
         self.history: list[Check] = []
         self.selection: Selection | None = None
         self.reason: str | None = None
@@ -289,6 +290,7 @@ class PretrainingMonitor:
         unchecked = ("loss", "backend", "progress")
         request = checked_request(**{n: v for n, v in given.items() if n not in unchecked})
         check_model(self._model)
+        bars(given["progress"])  # raises for anything but True, False and None
         self._request, self._rest = request, {name: given[name] for name in unchecked}
         batches = Batches(self._data, self._model)
         with preserving_random_state(self._generators()), evaluating(self._model):

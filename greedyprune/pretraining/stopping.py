@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from ..runtime.arguments import is_int, is_number
+from .evaluate import ACCURACY
 from .history import Check
 
 History = Sequence[Check]
@@ -18,11 +19,11 @@ GOALS = ("loss", "metric", "share")
 
 
 def stopping_rule(
-    stop: object, patience: int, min_delta: float, has_metric: bool
+    stop: object, patience: int, min_delta: float, metric: object
 ) -> StoppingRule:  # fmt: skip
     """The rule that these arguments of `PretrainingMonitor` mean.
 
-    has_metric: does the monitor measure a metric?
+    metric: ACCURACY, the user's function, or None: there is none
 
     ValueError or TypeError, in one sentence, for arguments that mean no rule.
     """
@@ -35,7 +36,7 @@ def stopping_rule(
     if stop == "never":
         return lambda history: None
     if isinstance(stop, Mapping):
-        goals = _checked_goals(stop, has_metric)
+        goals = _checked_goals(stop, metric)
         return lambda history: _all_reached(history[-1], goals)
     if callable(stop):
         return lambda history: _ask_user(history, stop)
@@ -61,13 +62,13 @@ def _plateau(history: History, patience: int, min_delta: float) -> str | None:
         return None
     last = history[-1]
     return (
-        f"the pruned loss, {last.loss:.4g} at iteration {last.iteration}, has not been more than "
-        f"{100 * min_delta:.3g} % below the {best.loss:.4g} of iteration {best.iteration} for "
-        f"{checks_since} checks"
+        f"the pruned loss is {last.loss:.4g} at iteration {last.iteration}; none of the "
+        f"{checks_since} checks since iteration {best.iteration} ({best.loss:.4g}) was lower by "
+        f"more than {100 * min_delta:.3g} %"
     )
 
 
-def _checked_goals(stop: Mapping[object, object], has_metric: bool) -> dict[str, float]:
+def _checked_goals(stop: Mapping[object, object], metric: object) -> dict[str, float]:
     """The goals in `stop`, from their name to a number; ValueError for anything else."""
     goals = {}
     for name, value in stop.items():
@@ -75,10 +76,17 @@ def _checked_goals(stop: Mapping[object, object], has_metric: bool) -> dict[str,
             raise ValueError(f"stop: found {name!r}, expected one of {', '.join(GOALS)}")
         if not is_number(value):
             raise ValueError(f"stop: found {name!r} {value!r}, expected a number")
-        if name != "loss" and not has_metric:
+        if name != "loss" and metric is None:
             raise ValueError(
                 f"stop: found {name!r} without a metric, expected metric=a function of outputs and "
                 "targets"
+            )
+        if name == "share" and not 0 < value <= 1:
+            raise ValueError(f"stop: found 'share' {value!r}, expected a share in (0, 1]")
+        if name == "metric" and metric == ACCURACY and not 0 <= value <= 1:
+            raise ValueError(
+                f"stop: found 'metric' {value!r}, expected a share in [0, 1]: the metric is the "
+                "accuracy"
             )
         goals[str(name)] = float(value)
     if not goals:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import numpy as np
+
+V = TypeVar("V")
 
 
 def positive_int(name: str, value: object) -> int | None:
@@ -36,3 +38,11 @@ def is_int(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """A finite real number, Python's or NumPy's, and no bool."""
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+class ByName(dict[str, V]):
+    """A dict by the names of layers. The KeyError for another name lists the names that it has."""
+
+    def __missing__(self, name: object) -> V:
+        known = ", ".join(map(repr, self)) or "none: it is empty"
+        raise KeyError(f"layer: found {name!r}, expected one of {known}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,15 +25,34 @@ CHECKSUM = "checksum"
 def write_tensors(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file. It replaces a file at `path` once it is complete on the disk."""
-    path = Path(path)
+    """Writes a safetensors file. It replaces a file at `path` once it is complete on the disk.
+
+    TypeError for a `path` of another type; OSError where there is no such folder, or it can't be
+    written to.
+    """
+    path = _checked_path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path: found the folder {str(path)!r}, expected a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"path: found {str(path)!r} in a folder that does not exist; make {str(path.parent)!r} "
+            "first"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, temporary, {**header, CHECKSUM: _checksum(contiguous, header)})
         _replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"path: can't write {str(path)!r} ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path: found {path!r}, expected a str or a path")
+    return Path(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,12 +101,14 @@ def read_tensors(
 
     form: what the header's entry "format" has to be; what: the content, in words, for the error
 
-    FileNotFoundError where there is no file; ValueError for a damaged file or one of another format
+    TypeError for a `path` of another type; FileNotFoundError where there is no file; ValueError for
+    a damaged file or one of another format
     """
-    if not Path(path).is_file():
+    path = _checked_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"path: no file at {str(path)!r}")
     try:
-        with safe_open(Path(path), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:

@@ -17,7 +17,12 @@ Bar = Callable[..., Any]
 
 
 def bars(progress: bool | None) -> Bar:
-    """A function that makes progress bars; they stay hidden with progress=False."""
+    """A function that makes progress bars; they stay hidden with progress=False.
+
+    TypeError for anything but True, False and None.
+    """
+    if progress not in (None, True, False):
+        raise TypeError(f"progress: found {progress!r}, expected True, False or None")
 
     def bar(source: Iterable[Any] | None = None, desc: str = "", total: int | None = None) -> Any:
         if total is None and source is not None:

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from ..data.batches import Batch, Batches, example_batch
+from ..data.forward import run_model
 from ..graph.groups import Group
 from ..graph.propagate import Slice
 from ..graph.unfold import module_weight, outputs_of
@@ -47,7 +50,9 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
     from a file and there is no `example`.
 
     Args:
-        model: the dense model that the selection was made for. For a model in
+        model: the dense model that the selection was made for, or one of the same architecture.
+            Weights are not compared, because the model may have been trained since. New weights
+            from weights="refit" fit only the weights that they were solved with. For a model in
             DistributedDataParallel, DataParallel or torch.compile, the module inside is pruned
         selection: from `select`
         example: inputs for one forward pass, on which the new model is checked: a tensor, a tuple
@@ -60,9 +65,10 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
     Raises:
         TypeError: `selection` is not a Selection, `model` is not an nn.Module, or `example` has
             another type
-        ValueError: the selection was made for another model; the model can't be copied, because it
-            has an attribute that can't, or a function that holds parameters from outside the model;
-            or the new model gives other outputs than the dense model with the units masked
+        ValueError: the selection was made for a model with other layers or other sizes; the model
+            can't be copied, because it has an attribute that can't, or a function that holds
+            parameters from outside the model; or the new model gives other outputs than the dense
+            model with the units masked
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -88,7 +94,8 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
     """Estimates a model's batch-normalisation statistics again, in place, and returns the model.
 
     Pruning changes the means and variances of the activations. This makes one pass over the data in
-    training mode (torch.optim.swa_utils.update_bn). Nothing else of the model changes.
+    training mode (torch.optim.swa_utils.update_bn). Nothing else of the model changes. Where an
+    error is raised, nothing changes at all.
 
     Args:
         model: any nn.Module; it stays in eval or training mode as it was
@@ -96,7 +103,8 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
 
     Raises:
         TypeError: `model` is not an nn.Module, or `data` has a type that `select` does not take
-        ValueError: the data have no samples
+        ValueError: the data have no samples, the model can't run on them, or the inputs of a batch
+            normalisation have NaN or inf
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
@@ -110,8 +118,36 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     batches = Batches(data, module)
     batches.first()  # raises where there are no samples
-    update_bn(batches, _OnBatches(module))
+    with _as_before_on_errors(module):
+        update_bn(batches, _OnBatches(module))
+        for name, norm in _batch_norms(module):
+            if not all(buffer.isfinite().all() for buffer in norm.buffers()):
+                raise ValueError(
+                    f"layer {name!r}: NaN or inf in its inputs on the data, expected finite numbers"
+                )
     return model
+
+
+def _batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+@contextmanager
+def _as_before_on_errors(model: nn.Module) -> Iterator[None]:
+    """Gives a model its statistics, momenta and modes back where something raises inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for _, norm in _batch_norms(model)]
+    buffers = [(buffer, buffer.clone()) for norm, _ in momenta for buffer in norm.buffers()]
+    try:
+        yield
+    except BaseException:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+        raise
 
 
 class _OnBatches(nn.Module):
@@ -123,7 +159,7 @@ class _OnBatches(nn.Module):
         self.train(model.training)
 
     def forward(self, batch: Batch) -> object:
-        return self.model(*batch.args, **batch.kwargs)
+        return run_model(self.model, batch)
 
 
 def masked(model: nn.Module, selection: Selection) -> nn.Module:
@@ -173,9 +209,15 @@ def check_made_for(model: nn.Module, selection: Selection) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     if not isinstance(selection, Selection):
-        raise TypeError(f"selection: found {type(selection).__name__}, expected a Selection")
+        raise TypeError(f"selection: found {_kind_of(selection)}, expected a Selection")
     for name, layer in selection.layers.items():
         _check_layer(model, name, layer)
+
+
+def _kind_of(selection: object) -> str:
+    if selection is None:
+        return "None, which a PretrainingMonitor has before its first check"
+    return type(selection).__name__
 
 
 def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:

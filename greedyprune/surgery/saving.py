@@ -32,7 +32,8 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Raises:
         TypeError: `model` is not an nn.Module, has state that is not in parameters and buffers, or
-            is on the meta device
+            is on the meta device; or `path` is no path
+        FileNotFoundError: the folder of `path` does not exist
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))

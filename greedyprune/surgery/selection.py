@@ -17,7 +17,7 @@ from ..data.batches import Batch
 from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
 from ..kernels.path import NestedFit
-from ..runtime.arguments import is_int, one_of
+from ..runtime.arguments import ByName, is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
 from . import selection_report
 
@@ -158,7 +158,7 @@ class Selection:
     example: Batch | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        object.__setattr__(self, "layers", MappingProxyType(ByName(self.layers)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Selection, (dict(self.layers), self.costs, self.budget)
@@ -245,7 +245,10 @@ class Selection:
         return Selection(layers, self.costs, example=self.example)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes one safetensors file. Values that are not tensors go into its header, as JSON."""
+        """Writes one safetensors file. Values that are not tensors go into its header, as JSON.
+
+        TypeError if `path` is no path; FileNotFoundError if its folder does not exist.
+        """
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
         for i, (name, layer) in enumerate(self.layers.items()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -54,18 +54,32 @@ def summary(
     """A table with one row for each layer, and below it the costs and the budget."""
     from rich.table import Table
 
-    titles = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
-    table = Table(title=f"greedy forward selection ({', '.join(titles)})")
-    for column in ("layer", "kept", "steps", "weights", "loss", "dense loss", "gap", "bound"):
-        table.add_column(column, justify="left" if column in ("layer", "weights") else "right")
+    kinds = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
+    table = Table(title=f"greedy forward selection ({', '.join(kinds)})")
+    left = ("layer", "weights", "objective")
+    columns = ["layer", "kept", "steps", "weights", "loss", "dense loss", "gap", "bound"]
+    if len(kinds) > 1:  # the losses of these layers can't be compared
+        columns.insert(4, "objective")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
     for name, layer in layers.items():
+        objective = [layer.objective] if len(kinds) > 1 else []
         table.add_row(
             name, f"{len(layer.kept)} of {len(layer.counts)}", str(len(layer.order)),
-            layer.weighting, _last(layer.losses), f"{float(layer.dense_loss):.4g}",
+            layer.weighting, *objective, _last(layer.losses), f"{float(layer.dense_loss):.4g}",
             _last(layer.gap), _last(layer.bound),
         )  # fmt: skip
-    table.caption = "\n".join(_caption(params, flops, budget)) or None
+    lines = [*_caption(params, flops, budget), *_columns(layers.values())]
+    table.caption = "\n".join(lines) or None
     return table
+
+
+def _columns(layers: Collection[LayerPath]) -> Iterator[str]:
+    """What the columns mean that have no plain name, where they have numbers."""
+    if any(layer.gap is not None for layer in layers):
+        yield "loss - gap: no convex reweighting of all units has a lower loss"
+    if any(layer.bound is not None for layer in layers):
+        yield "bound: the loss is proved to be at most this, eq. (3)"
 
 
 def _last(values: Tensor | None) -> str:
@@ -108,7 +122,7 @@ def _draw(panel: Axes, layer: LayerPath) -> None:
         highest = max(highest, float(layer.bound.max()))
     if layer.objective == "loss":
         dense = float(layer.dense_loss)
-        panel.axhline(dense, linestyle="--", color=BLACK, linewidth=1, label="dense")
+        panel.axhline(dense, linestyle="--", color=BLACK, linewidth=1, label="dense network's loss")
         lowest = min(lowest, dense)
     if 0 < 10 * lowest < highest:
         panel.set_yscale("log")

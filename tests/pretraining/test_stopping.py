@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from greedyprune import Check, PretrainingMonitor
+from greedyprune.pretraining.evaluate import ACCURACY
 from greedyprune.pretraining.history import LayerCheck
 from greedyprune.pretraining.stopping import stopping_rule
 from greedyprune.selector import select_on
@@ -38,7 +39,7 @@ def history(losses: list[float], **fields: list) -> list[Check]:
 
 def stops_at(stop: object, checks: list[Check], **options) -> int | None:
     """The index of the check after which the rule stops; None: it never stops."""
-    rule = stopping_rule(stop, **({"patience": 3, "min_delta": 0.01, "has_metric": True} | options))
+    rule = stopping_rule(stop, **({"patience": 3, "min_delta": 0.01, "metric": ACCURACY} | options))
     return next((i for i in range(len(checks)) if rule(checks[: i + 1])), None)
 
 
@@ -80,10 +81,23 @@ def test_the_reason_is_one_sentence() -> None:
         (lambda h: "the disk is full", ["^the disk is full$"]),
         (always, ["always", "iteration 1250"]),
     ):
-        reason = stopping_rule(stop, 3, 0.01, True)(checks)
+        reason = stopping_rule(stop, 3, 0.01, ACCURACY)(checks)
         for pattern in patterns:
             assert re.search(pattern, reason), reason
         assert len(reason.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "stop", [{"metric": 95}, {"metric": -1}, {"share": 1.2}, {"share": 95}, {"share": 0}]
+)
+def test_goals_in_percent_are_refused(stop: dict) -> None:
+    with pytest.raises(ValueError, match=r"stop: found '(metric|share)' .*expected a share in"):
+        stopping_rule(stop, 3, 0.01, ACCURACY)
+
+
+def test_the_users_metric_may_be_any_number() -> None:
+    checks = history([3, 2], metric=[90.0, 96.0], dense_metric=[99.0, 99.0])
+    assert stops_at({"metric": 95}, checks, metric=lambda outputs, targets: 0.0) == 1
 
 
 def always(checks: list[Check]) -> bool:
@@ -97,7 +111,7 @@ def test_the_first_reason_to_stop_stays() -> None:
     assert answers == [False] * 8 + [True] * 12
     assert [check.iteration for check in monitor.history] == [3, 6, 9]
     reason = monitor.reason
-    assert "of iteration 3 for 2 checks" in reason
+    assert "none of the 2 checks since iteration 3 " in reason
     assert monitor.iteration == 20
     with torch.no_grad():
         model[2].weight.mul_(1.1)  # the next check gives another loss

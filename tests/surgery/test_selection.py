@@ -179,11 +179,25 @@ def test_summary_and_plot_show_the_layer() -> None:
     assert heights == {
         "pruned": selection.losses.tolist(),
         "proved bound (eq. 3)": selection.bound.tolist(),
-        "dense": [float(selection.dense_loss)] * 2,
+        "dense network's loss": [float(selection.dense_loss)] * 2,
     }
     layer = only(selection)
     high = greedyprune.Selection({"fc1": replace(layer, bound=100 * layer.bound)})
     assert [s.plot().axes[0].get_yscale() for s in (selection, high)] == ["linear", "log"]
+
+
+def test_summary_keeps_layers_of_different_objectives_apart() -> None:
+    """The column says what each loss is; without bounds and gaps nothing explains these."""
+    layers, model, x = two_layers().layers, Net(), torch.randn(30, 5)
+    by_loss = only(select(model, (x, targets_for(model, x, "mse")), steps=7))
+    columns = {}
+    for name, layer in (("alone", layers["0"]), ("both", by_loss)):
+        table = greedyprune.Selection({"0": layer, "2": layers["2"]}).summary()
+        columns[name] = {c.header: list(c.cells) for c in table.columns}
+        explained = "loss - gap: no convex reweighting" in str(table.caption)
+        assert explained == ("bound: the loss is proved" in str(table.caption)) == (name == "both")
+    assert "objective" not in columns["alone"]
+    assert columns["both"]["objective"] == ["loss", "imitation"]
 
 
 def test_plot_has_a_panel_for_each_layer() -> None:
