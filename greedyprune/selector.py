@@ -38,6 +38,7 @@ from .runtime.distributed import Ranks, ranks_of, unwrapped
 from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
 from .runtime.free_memory import room
 from .runtime.progress import bars, warn
+from .surgery.hf_config import how_saved
 from .surgery.selection import LayerSelection, Selection
 from .surgery.trial_cut import groups_of
 
@@ -202,7 +203,8 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         sizes, report = sizes_within(job, request, groups, costs)
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
-    return Selection({group.producer: selected[group.producer] for group in groups}, costs, report)
+    in_order = {group.producer: selected[group.producer] for group in groups}
+    return Selection(in_order, costs, report, how_saved(model, in_order))
 
 
 def _described(request: Request, criterion: Criterion, backend: str) -> dict[str, str]:

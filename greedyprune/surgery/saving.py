@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..graph.executor import tensors_of
 from ..runtime.files import read_tensors, write_tensors
-from .hf_config import apply_sizes, config_sizes
+from .hf_config import restore, saved_configs, saved_refusal
 from .module_sizes import can_be_cut, sizes_of
 
 FORMAT = "greedyprune-pruned-1"
@@ -51,7 +51,8 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     header = {
         "sizes": {name: sizes for name, m in model.named_modules() if (sizes := sizes_of(m))},
         "tied": {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
-        "config": config_sizes(model),
+        "config": saved_configs(model),
+        "refusal": saved_refusal(model),
     }
     untied = {name: tensors[name].detach() for name in first.values()}
     storages = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
@@ -117,7 +118,7 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
     for name, dense in tensors_of(model).items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, _placed(tensors[name], dense, placed))
-    apply_sizes(model, config)
+    restore(model, config, json.loads(header.get("refusal", "null")))
     return model
 
 

@@ -147,17 +147,20 @@ class Selection:
     costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
             None if the selection is not from `select`
     budget: how the sizes were chosen for a budget; None if there was no budget
+    saving: what `save_pretrained` will do with the pruned model; None if the model is not one of
+            Hugging Face, or if the selection is not from `select`
     """
 
     layers: Mapping[str, LayerSelection]
     costs: Mapping[str, Cost] | None = None
     budget: BudgetReport | None = None
+    saving: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Selection, (dict(self.layers), self.costs, self.budget)
+        return Selection, (dict(self.layers), self.costs, self.budget, self.saving)
 
     @property
     def order(self) -> Tensor:
@@ -262,6 +265,7 @@ class Selection:
         header = {
             "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
+            "saving": json.dumps(self.saving),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
@@ -287,6 +291,7 @@ class Selection:
             layers,
             {what: Cost.of_json(cost) for what, cost in costs.items()} or None,
             None if budget is None else BudgetReport(**budget),
+            json.loads(header.get("saving", "null")),
         )
 
     def summary(self) -> Table:
@@ -294,10 +299,11 @@ class Selection:
 
         loss, gap and bound are those of the last step. The loss is at most `gap` above the loss of
         any convex reweighting of all units, and at most `bound`, which is proved. Below the table
-        are the parameters and FLOPs (of the first batch) before and after.
+        are the parameters and FLOPs (of the first batch) before and after, and for a Hugging Face
+        model what `save_pretrained` will do with the pruned model.
         """
         params, flops = self.change("params"), self.change("flops")
-        return selection_report.summary(self.layers, params, flops, self.budget)
+        return selection_report.summary(self.layers, params, flops, self.budget, self.saving)
 
     def plot(self) -> Figure:
         """A matplotlib figure with one panel for each layer: loss against k, dense loss, bound.

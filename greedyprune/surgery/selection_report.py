@@ -49,9 +49,10 @@ class LayerPath(Protocol):
 
 
 def summary(
-    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None
-) -> Table:
-    """A table with one row for each layer, and below it the costs and the budget."""
+    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None,
+    saving: str | None = None,
+) -> Table:  # fmt: skip
+    """A table with one row for each layer, and below it the costs, the budget and `saving`."""
     from rich.table import Table
 
     titles = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
@@ -64,7 +65,8 @@ def summary(
             layer.weighting, _last(layer.losses), f"{float(layer.dense_loss):.4g}",
             _last(layer.gap), _last(layer.bound),
         )  # fmt: skip
-    table.caption = "\n".join(_caption(params, flops, budget)) or None
+    caption = [*_caption(params, flops, budget), *([] if saving is None else [saving])]
+    table.caption = "\n".join(caption) or None
     return table
 
 
