@@ -39,6 +39,7 @@ from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
 from .runtime.free_memory import room
 from .runtime.progress import bars, warn
 from .surgery.copying import check_functions
+from .surgery.hf_config import how_saved
 from .surgery.proof import example_of
 from .surgery.selection import LayerSelection, Selection
 from .surgery.trial_cut import groups_of
@@ -206,7 +207,8 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
     layers = {group.producer: selected[group.producer] for group in groups}
-    return Selection(layers, costs, report, example_of(model, first))
+    saving = how_saved(model, layers)
+    return Selection(layers, costs, report, example_of(model, first), saving)
 
 
 def _described(request: Request, criterion: Criterion, backend: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ..runtime.arguments import ByName
 from ..runtime.distributed import unwrapped
 from .costs import Cost, costs_of, count_flops
 from .groups import Group, analyse, why_not
+from .pretrained import before_selection
 from .tracing import LAYER_TYPES
 
 if TYPE_CHECKING:
@@ -47,10 +48,15 @@ class Layers(Mapping[str, Prunable]):
     """The layers that `select` can prune, by the name of their first producer.
 
     refused: the other layers, and why each can't be pruned
+    saving:  for a Hugging Face model: which layers `save_pretrained` takes in any sizes, which in
+             one size for all, and which not; else None
     """
 
-    def __init__(self, prunable: Mapping[str, Prunable], refused: Mapping[str, str]) -> None:
-        self._prunable, self.refused = ByName(prunable), dict(refused)
+    def __init__(
+        self, prunable: Mapping[str, Prunable], refused: Mapping[str, str],
+        saving: str | None = None,
+    ) -> None:  # fmt: skip
+        self._prunable, self.refused, self.saving = ByName(prunable), dict(refused), saving
 
     def __getitem__(self, name: str) -> Prunable:
         return self._prunable[name]
@@ -76,6 +82,7 @@ class Layers(Mapping[str, Prunable]):
             )  # fmt: skip
         for name, reason in self.refused.items():
             table.add_row(name, "-", "-", reason, style="dim")
+        table.caption = self.saving
         return table
 
     def __repr__(self) -> str:
@@ -132,7 +139,7 @@ def layers(model: nn.Module, example: object) -> Layers:
     for name, module in model.named_modules():
         if isinstance(module, LAYER_TYPES) and name not in structure:
             refused[name] = why_not(module)
-    return Layers(prunable, refused)
+    return Layers(prunable, refused, before_selection(model, groups))
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:

@@ -35,11 +35,12 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
     replaced by them). Only the structure and those weights change. Biases and all other parameters
     stay as they are.
 
-    The config of a Hugging Face model is edited if it can describe the smaller model. It can if the
-    feed-forward blocks of all layers have one size. It also can if all attention layers have one
-    number of heads and the size of a head does not follow from the hidden size (as in Llama and
-    ViT, but not in BERT or GPT-2). Then `save_pretrained` works as usual. Otherwise the config is
-    left as it is; `save_pruned` saves any model.
+    The config of a Hugging Face model is edited if it can describe the smaller model, and then
+    `save_pretrained` and `from_pretrained` work as usual. Most configs describe one size for the
+    feed-forward blocks of all layers, as Budget(uniform=True) gives, and some one number of heads
+    (Llama and ViT, but not BERT or GPT-2). If none does, the smaller model's `save_pretrained`
+    raises a ValueError that says what to do; `save_pruned` saves any model. `greedyprune.layers`
+    and `Selection.summary` say beforehand which it will be.
 
     The new model keeps dtypes, devices, memory formats, `requires_grad`, names and hooks. Functions
     that modules hold, such as a closure in the place of a forward, run the new model's own modules.

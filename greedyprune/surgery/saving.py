@@ -13,7 +13,7 @@ from ..graph.executor import tensors_of
 from ..runtime.distributed import unwrapped
 from ..runtime.files import read_tensors, write_tensors
 from .cut import in_format_of
-from .hf_config import apply_sizes, config_sizes
+from .hf_config import restore, saved_configs, saved_refusal
 from .module_sizes import Size, can_be_cut, sizes_of
 
 FORMAT = "greedyprune-pruned-2"
@@ -55,7 +55,8 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     header = {
         "sizes": {name: sizes for name, m in model.named_modules() if (sizes := sizes_of(m))},
         "tied": {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
-        "config": config_sizes(model),
+        "config": saved_configs(model),
+        "refusal": saved_refusal(model),
         "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
         "persistent": list(model.state_dict()),
     }
@@ -126,7 +127,7 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
             value = tuple(size) if isinstance(size, list) else size
             setattr(model.get_submodule(name), attribute, value)
     _fill(model, tensors, set(persistent))
-    apply_sizes(model, config)
+    restore(model, config, json.loads(header.get("refusal", "null")))
     return model
 
 
