@@ -23,11 +23,11 @@ def example_of(model: nn.Module, batch: Batch) -> Batch:
     count = samples_of(inputs)
     if count is None or count <= SAMPLES:
         return inputs
-    few = inputs.take(torch.arange(SAMPLES))
-    few = few.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
     try:
+        few = inputs.take(torch.arange(SAMPLES))
+        few = few.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
         run_model(model, few)
-    except ValueError:
+    except (ValueError, RuntimeError):  # NotImplementedError is one: no samples of a sparse tensor
         return inputs
     return few
 
