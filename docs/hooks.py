@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 SHOWN = (
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/*.md", "benchmarks/*.png",
-    "examples/*.py", "examples/results/*.png",
+    "examples/*.py", "examples/results/*.png", "examples/notebooks/*.ipynb",
 )  # fmt: skip
 
 

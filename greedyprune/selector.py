@@ -78,10 +78,11 @@ def select(
       How much to keep (default: half the units of every layer)
         size: the number of units to keep: an int, a fraction in (0, 1], a mapping from layer to
             either, or a Budget for the whole model
-        steps: the exact number of greedy steps; a unit may be picked more than once
+        steps: the number of greedy steps; a unit may be picked more than once
         tolerance: stop a layer once its loss is at most this fraction above the dense layer's; for
-            imitation and gates, once it is at most this fraction of the loss without any unit
-        round_to: round the numbers of channels to multiples of this
+            imitation and gates, once it is at most this fraction of the loss without any unit. With
+            `size` or `steps`, a layer stops at whichever comes first
+        round_to: round the numbers of channels to multiples of this, or to all of a layer
 
       What to select and how to judge it
         layers: names of the layers whose outputs are the units; None: all that can be pruned
@@ -113,6 +114,7 @@ def select(
     Raises:
         ValueError, TypeError: the message is one sentence that names the argument, what was found
             and what was expected
+        NotPrunableError: a ValueError; a layer in `layers` can't be pruned, or no layer can
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))

@@ -11,7 +11,8 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
     raise ImportError(
-        "greedyprune.integrations.lightning needs Lightning: pip install 'greedyprune[lightning]'"
+        "greedyprune.integrations.lightning needs Lightning; install the extra: "
+        "pip install '.[lightning]' in the checkout"
     ) from error
 
 

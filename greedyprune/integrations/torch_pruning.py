@@ -27,8 +27,8 @@ try:
     from torch_pruning.pruner.importance import Importance
 except ImportError as error:
     raise ImportError(
-        "greedyprune.integrations.torch_pruning needs Torch-Pruning: "
-        "pip install 'greedyprune[torch-pruning]'"
+        "greedyprune.integrations.torch_pruning needs Torch-Pruning; install the extra: "
+        "pip install '.[torch-pruning]' in the checkout"
     ) from error
 
 
@@ -58,7 +58,8 @@ class GreedyImportance(Importance):
     scored one by one, and Torch-Pruning averages them.
 
     All layers are scored in one pass over the data when a pruner first asks for scores, and again
-    when weights have changed, for example between iterative steps.
+    when weights have changed, for example between iterative steps. Layers whose sums do not fit in
+    memory together take turns, with a pass each.
 
     Args:
         model: the model that the pruner was given

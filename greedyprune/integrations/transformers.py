@@ -12,8 +12,8 @@ try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 except ImportError as error:
     raise ImportError(
-        "greedyprune.integrations.transformers needs transformers and accelerate: "
-        "pip install 'greedyprune[transformers]'"
+        "greedyprune.integrations.transformers needs transformers and accelerate; install the "
+        "extra: pip install '.[transformers]' in the checkout"
     ) from error
 
 STATE_KEY = "greedyprune"  # in `stateful_callbacks` of a checkpoint's trainer_state.json

@@ -33,8 +33,9 @@ class Imitation:
             the model's predictions. This takes one more backward pass, with labels drawn from the
             predictions by `seed` (Martens 2020, arXiv:1412.1193)
         sequential: True: layer by layer, each on the inputs that it receives from the layers
-            already pruned; False: all layers from one pass through the dense network. It is always
-            False if `layers` is a mapping that names the consumers
+            already pruned; False: all layers from one pass through the dense network, or in turns
+            of a pass each if their sums do not fit in memory together. It is always False if
+            `layers` is a mapping that names the consumers
 
     Raises:
         ValueError, TypeError: an option that is out of range
@@ -110,8 +111,8 @@ class Fisher:
     """Judges units by a second-order approximation of the loss in one gate for each unit (eq. (5)).
 
     A gate is a factor on a unit's outgoing weights. One backward pass through the dense network
-    serves all layers. The samples have to be the first dimension of the inputs, and the loss a mean
-    over them.
+    serves all layers, or those that fit in memory together. The samples have to be the first
+    dimension of the inputs, and the loss a mean over them.
 
     Args:
         damping: the ridge of least squares on the gates, towards gates of 1, as a share of the

@@ -15,13 +15,15 @@ class LayerCheck:
 
     name:        the layer's name in the model
     objective:   the objective that the layer was selected by: "loss", "imitation" or "fisher"
-    units, kept: how many units the layer has, and how many distinct units were kept
+    units:       how many units the layer has
+    kept:        how many distinct units were kept
     order:       the picks in sequence
     losses:      the objective after each step. For "loss" that is the loss of the model with this
                  layer pruned, and with the layers that were pruned before it. For the other
                  objectives it is the layer's own error.
     dense_loss:  the objective of the dense layer
-    gap, bound:  the Frank-Wolfe gap and eq. (3) at the last step; None where not known
+    gap:         the Frank-Wolfe gap at the last step; None where it is not known
+    bound:       the bound of eq. (3) at the last step; None where its conditions do not hold
     """
 
     name: str
@@ -55,8 +57,10 @@ class Check:
     iteration:        how often `step` had been called before the check
     seconds:          how long the check took
     training_seconds: time since the first `step`, without the checks
-    dense_loss, dense_metric: of the network in training
-    loss, metric:     of the pruned network
+    dense_loss:       the loss of the network in training
+    dense_metric:     the metric of the network in training
+    loss:             the loss of the pruned network
+    metric:           the metric of the pruned network
     layers:           the greedy path of each layer
     """
 

@@ -277,8 +277,8 @@ class PretrainingMonitor:
     def plot(self) -> Figure:
         """A figure of the dense and the pruned network's loss over the iterations.
 
-        A second panel shows the metric, if there is one. ImportError without matplotlib
-        (`pip install greedyprune[plot]`).
+        A second panel shows the metric, if there is one. ImportError without matplotlib (install
+        the extra: `pip install '.[plot]'` in the checkout).
         """
         measured_on = "data" if self._held_out is None else "held-out data"
         return views.plot(self.history, self.metric_name, measured_on, self.reason)

@@ -147,10 +147,12 @@ def certificate_of_gram(
     """The same for squared error, from `steps` greedy steps on a Gram matrix (eq. (2)).
 
     Args:
-        gram: (N, N), G_ij = <phi_i, phi_j> with phi_j = N w_j h_j, summed over samples and outputs
-        beta: (N,), <phi_j, t>, where t is the target less the bias
-        target_norm: |t|^2
-        samples, outputs: m and C; torch's mse is the mean over their product
+        gram: (N, N), `G_ij = <phi_i, phi_j>` with phi_j = N w_j h_j, summed over samples and
+            outputs
+        beta: (N,), `<phi_j, t>`, where t is the target less the bias
+        target_norm: `<t, t>`
+        samples: m, the number of samples; torch's mse is the mean over samples and outputs
+        outputs: C, the number of outputs
         steps: the number of greedy steps; a unit may be picked again
 
     Raises:
@@ -193,9 +195,11 @@ class Fit:
     """A law with two parameters, fitted by least squares: `a` and `b`, and their standard errors.
 
     form:     the law
-    a, b:     the parameters
-    a_error, b_error: their standard errors. They hold if the residuals are independent and have one
-              variance; this is not tested.
+    a:        the constant of `form`, or its factor if `form` is a power law
+    b:        the slope of `form`, or its exponent if `form` is a power law
+    a_error:  the standard error of `a`. It holds if the residuals are independent and have one
+              variance; this is not tested
+    b_error:  the standard error of `b`, under the same condition
     residual: the standard deviation of the residuals, over n - 2 degrees of freedom, in the units
               of the left side of `form`
     """

@@ -22,12 +22,14 @@ _SIZES = {1: (5.5, 3.9), 2: (4.4, 3.6), 3: (3.4, 2.9)}  # inches of a panel, for
 def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with this many panels, at most three in a row; notebooks show it.
 
-    ImportError without matplotlib (`pip install greedyprune[plot]`).
+    ImportError without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'greedyprune[plot]'") from None
+        raise ImportError(
+            "plot needs matplotlib; install the extra: pip install '.[plot]' in the checkout"
+        ) from None
 
     columns = 2 if count == 4 else min(3, count)
     rows = -(-count // columns)

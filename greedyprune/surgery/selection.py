@@ -59,8 +59,11 @@ class LayerSelection:
     fitted:     after weights="refit": each consumer's least squares, for every number of units
     gates:      after weights="refit" with objective "fisher": the least squares of one factor for
                 each unit's outgoing weights
-    weighting, loss, objective: the arguments `weights`, `loss` and `objective` of `select`, with
-                "auto" replaced by its meaning for this layer
+    weighting:  how the kept units' outgoing weights were found: "counts", "uniform", "none" or
+                "refit", as in the argument `weights` of `select`
+    loss:       the loss that `losses` are values of: "mse", "cross_entropy", "bce_with_logits" or
+                "custom"; "mse" for a layer that imitates
+    objective:  what the layer was judged by: "loss", "imitation" or "fisher"
     """
 
     order: Tensor
@@ -316,7 +319,7 @@ class Selection:
     def plot(self) -> Figure:
         """A matplotlib figure with one panel for each layer: loss against k, dense loss, bound.
 
-        ImportError without matplotlib (`pip install greedyprune[plot]`).
+        ImportError without matplotlib (install the extra: `pip install '.[plot]'` in the checkout).
         """
         return selection_report.plot(self.layers)
 
