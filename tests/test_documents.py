@@ -5,6 +5,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -94,13 +95,12 @@ def docstrings_shown() -> dict[str, str]:
         thing: object = greedyprune
         for part in path.split("."):
             thing = getattr(thing, part)
-        for name, member in (
-            {path: thing, **vars(thing)}.items() if hasattr(thing, "__dict__") else ()
-        ):
-            if isinstance(doc := getattr(member, "__doc__", None), str) and not name.startswith(
-                "_"
-            ):
-                shown[f"{path}: {name}"] = doc
+        shown[path] = str(thing.__doc__)
+        for name, member in getattr(thing, "__dict__", {}).items():
+            home = getattr(member, "__module__", None)
+            imported = isinstance(thing, ModuleType) and home != thing.__name__
+            if member.__doc__ and not imported and not name.startswith("_"):
+                shown[f"{path}.{name}"] = member.__doc__
     return shown
 
 

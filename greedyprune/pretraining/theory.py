@@ -147,8 +147,7 @@ def certificate_of_gram(
     """The same for squared error, from `steps` greedy steps on a Gram matrix (eq. (2)).
 
     Args:
-        gram: (N, N), `G_ij = <phi_i, phi_j>` with phi_j = N w_j h_j, summed over samples and
-            outputs
+        gram: (N, N), `G_ij = <phi_i, phi_j>` with phi_j = N w_j h_j, summed over m and C
         beta: (N,), `<phi_j, t>`, where t is the target less the bias
         target_norm: `<t, t>`
         samples: m, the number of samples; torch's mse is the mean over samples and outputs
