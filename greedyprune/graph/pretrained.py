@@ -30,6 +30,7 @@ WIDTHS = (
 HEADS = ("num_attention_heads", "num_key_value_heads")
 ENTRIES = (*WIDTHS, *HEADS, "head_dim")
 PER_LAYER = "per_layer_config"
+METHOD = "save_pretrained"
 
 Edits = dict[str, Any]  # new values of entries, by names such as "text_config.intermediate_size"
 Shapes = dict[str, tuple[int, ...]]
@@ -66,7 +67,7 @@ class Forecast(NamedTuple):
             )
         if self.never:
             parts.append(f"is refused once {', '.join(self.never)} is cut (use save_pruned)")
-        return f"save_pretrained {'; '.join(parts)}"
+        return f"{METHOD} {'; '.join(parts)}"
 
 
 def outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -181,8 +182,12 @@ def forecast(model: nn.Module, layers: Mapping[str, Cut]) -> Forecast:
 def before_selection(model: nn.Module, groups: Mapping[str, Group]) -> str | None:
     """What `save_pretrained` takes, in one line for each Hugging Face model; None without one."""
     cuts = {name: Cut(group.units, group.units, group.slices) for name, group in groups.items()}
-    forecasts = [forecast(part, cuts_in(prefix, cuts)) for prefix, part in outermost(model)]
-    return "\n".join(str(found) for found in forecasts if any(found)) or None
+    lines = []
+    for prefix, part in outermost(model):
+        found = forecast(part, cuts_in(prefix, cuts))
+        refusal = getattr(vars(part).get(METHOD), "sentence", None)  # it was pruned before
+        lines += [refusal] if refusal else [str(found)] if any(found) else []
+    return "\n".join(lines) or None
 
 
 def set_entries(config: Any, edits: Edits) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..graph.pretrained import (
+    METHOD,
     Cut,
     apply_entries,
     cut_shapes,
@@ -27,8 +28,6 @@ from ..graph.pretrained import (
 )
 from ..runtime.progress import warn
 from .selection import LayerSelection, Selection
-
-METHOD = "save_pretrained"
 
 
 class Refusal:
@@ -63,7 +62,7 @@ def describe(small: nn.Module, selection: Selection) -> None:
     cuts = _cuts(selection.layers)
     for prefix, model in outermost(small):
         inside = cuts_in(prefix, cuts)
-        if METHOD in vars(model):  # it was pruned before, and its config does not describe it
+        if METHOD in vars(model):  # it was pruned before, and no config described it
             continue
         edits = find_edits(model, inside, shapes_of(model))
         if edits is None:
@@ -83,6 +82,9 @@ def how_saved(model: nn.Module, selected: Mapping[str, LayerSelection]) -> str |
     """What `save_pretrained` will do with the pruned model; None without a Hugging Face model."""
     cuts, lines = _cuts(selected), []
     for prefix, part in outermost(model):
+        if isinstance(refusal := vars(part).get(METHOD), Refusal):  # it was pruned before
+            lines.append(refusal.sentence)
+            continue
         inside = cuts_in(prefix, cuts)
         edits = find_edits(part, inside, cut_shapes(shapes_of(part), inside))
         lines.append(
