@@ -153,7 +153,7 @@ def test_a_trainer_saves_checkpoints_and_resumes(tmp_path: Path) -> None:
     assert state["global_step"] == 4
     for name, tensor in model.state_dict().items():
         assert torch.allclose(tensor, trained[name], atol=1e-6), name
-    with pytest.raises(ValueError, match="^save_pretrained: "):
+    with pytest.raises(ValueError, match=r"^save_pretrained: "):
         model.save_pretrained(tmp_path / "new")
     with pytest.raises(RuntimeError, match="mismatch"):  # and no one gets a wrong model of them
         type(model).from_pretrained(tmp_path / "checkpoint-4")

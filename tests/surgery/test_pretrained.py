@@ -305,7 +305,7 @@ def per_layer_model() -> nn.Module:
 def test_sizes_of_single_layers(tmp_path: Path) -> None:
     model, inputs = per_layer_model(), {"x": torch.randn(16, 24)}
     table = greedyprune.layers(model, inputs)
-    assert str(table.saving) == "save_pretrained takes any sizes of layers.*.0"
+    assert str(table.saving) == "save_pretrained takes any sizes of layers.*.*"
     small, selection = pruned(model, inputs, list(table), dict(zip(table, (8, 9), strict=True)))
     assert "from_pretrained will load" in str(selection.saving)
     assert [part.intermediate_size for part in small.config.per_layer_config] == [8, 9]
