@@ -16,6 +16,7 @@ from .pretraining.history import Check
 from .pretraining.monitor import PretrainingMonitor
 from .selector import select
 from .surgery.cut import prune, recalibrate
+from .surgery.optimizer import prune_optimizer
 from .surgery.refit import refit
 from .surgery.saving import load_pruned, save_pruned
 from .surgery.selection import LayerSelection, Selection
@@ -27,6 +28,6 @@ except PackageNotFoundError:  # a checkout on the path, not installed
 
 __all__ = [
     "Budget", "Check", "Fisher", "Imitation", "LayerSelection", "Loss", "NotPrunableError",
-    "PretrainingMonitor", "Selection", "layers", "load_pruned", "prune", "recalibrate", "refit",
-    "save_pruned", "select", "show_config", "theory",
+    "PretrainingMonitor", "Selection", "layers", "load_pruned", "prune", "prune_optimizer",
+    "recalibrate", "refit", "save_pruned", "select", "show_config", "theory",
 ]  # fmt: skip

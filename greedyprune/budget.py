@@ -188,8 +188,9 @@ def relative_losses(
 
     def losses(name: str) -> Tensor:
         layer = products[name]
+        path = path_of(layer)  # first: a damping is chosen while both halves' sums are apart
         empty = 1.0 if layer.gates else layer.end_losses()[1]
-        return path_of(layer).losses / (empty or 1.0)
+        return path.losses / (empty or 1.0)
 
     return ranks.each([group.producer for group in groups], losses)
 

@@ -193,8 +193,9 @@ def sizes_within(
         if by_gates:
             return fisher.gate_products(job, turn)
         return collect(
-            job.model, turn, job.batches, {}, job.bar, job.checkpoint, "for a budget ", owned=True
-        )
+            job.model, turn, job.batches, {}, job.bar, job.checkpoint, "for a budget ", owned=True,
+            halves=job.refits,
+        )  # fmt: skip
 
     def path_of(products: LayerProducts) -> LayerSelection:
         return select_from(job, products, swaps=0, damping=damping, loss=kind)

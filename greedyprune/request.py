@@ -111,14 +111,9 @@ class Request:
 
 
 def check_model(model: object) -> None:
-    """TypeError for no module, a compiled one, or parameters that hold no real numbers."""
+    """TypeError for no module, or parameters that hold no real numbers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        raise TypeError(
-            f"model: found a compiled {type(inner).__name__}, expected the module that it wraps: "
-            "model._orig_mod"
-        )
     for name, tensor in model.named_parameters():
         if tensor.is_meta or tensor.is_complex():
             what = "is on the meta device" if tensor.is_meta else f"is {tensor.dtype}"

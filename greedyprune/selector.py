@@ -38,6 +38,9 @@ from .runtime.distributed import Ranks, ranks_of, unwrapped
 from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
 from .runtime.free_memory import room
 from .runtime.progress import bars, warn
+from .surgery.copying import check_functions
+from .surgery.hf_config import how_saved
+from .surgery.proof import example_of
 from .surgery.selection import LayerSelection, Selection
 from .surgery.trial_cut import groups_of
 
@@ -179,6 +182,7 @@ def select_on(
 
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
+    check_functions(model)
     (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
     groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
     if request.consumers is not None:  # no graph tells what follows these layers
@@ -204,7 +208,9 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         sizes, report = sizes_within(job, request, groups, costs)
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
-    return Selection({group.producer: selected[group.producer] for group in groups}, costs, report)
+    layers = {group.producer: selected[group.producer] for group in groups}
+    saving = how_saved(model, layers)
+    return Selection(layers, costs, report, example_of(model, first), saving)
 
 
 def _described(request: Request, criterion: Criterion, backend: str) -> dict[str, str]:

@@ -13,7 +13,9 @@ import torch
 from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 
 from greedyprune.kernels import backend as _backend
+from greedyprune.objectives import layer_products
 from greedyprune.runtime import resume
+from greedyprune.surgery import refit
 
 os.environ["MPLBACKEND"] = "agg"  # pictures without a screen
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
@@ -27,6 +29,19 @@ def seeded() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def least_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All least squares get the least ridge, whatever held-out samples say."""
+
+    def least(
+        problems: object, damping: float, squares: object, free: int = 0
+    ) -> tuple[float, float]:
+        return damping, 1.0
+
+    for module in (refit, layer_products):
+        monkeypatch.setattr(module, "chosen_damping", least)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

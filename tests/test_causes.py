@@ -1,5 +1,6 @@
 """Errors of torch and of the user's functions, told with the argument that causes them."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -95,30 +96,33 @@ def no_targets(outputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "raised"),
     [
-        ({"loss": no_targets}, r"loss: your function raised TypeError \(no_targets"),
-        ({"loss": nn.BCELoss()}, r"loss: your function raised RuntimeError \(all elements"),
-        (
-            {"objective": Loss(metric=no_targets), "tolerance": 0.1},
-            r"metric: your function raised TypeError \(no_targets",
-        ),
+        ({"loss": no_targets}, TypeError),
+        ({"loss": nn.BCELoss()}, RuntimeError),
+        ({"objective": Loss(metric=no_targets), "tolerance": 0.1}, TypeError),
     ],
     ids=["loss", "BCELoss", "metric"],
 )
 @pytest.mark.filterwarnings("ignore:loss. a function of your own")
-def test_a_function_that_raises_is_named(options: dict, message: str) -> None:
+def test_a_function_that_raises_is_named(options: dict, raised: type[Exception]) -> None:
+    """Its error keeps its type; a note says which argument it was, and of what shapes."""
     model, inputs, _ = one_layer()
-    shapes = r"\(100, 3\) and targets of shape \(100, 3\)$"
-    with pytest.raises(ValueError, match=f"^{message}.*{shapes}"):
+    with pytest.raises(raised) as caught:
         greedyprune.select(model, (inputs, torch.rand(100, 3)), **options)
+    if sys.version_info >= (3, 11):
+        [note] = caught.value.__notes__
+        assert note.startswith("loss: your" if "loss" in options else "metric: your")
+        assert note.endswith("outputs of shape (100, 3) and targets of shape (100, 3)")
 
 
 @pytest.mark.parametrize("argument", ["loss", "metric"])
 def test_the_monitor_names_a_function_that_raises(argument: str) -> None:
     model, inputs, targets = one_layer()
-    with pytest.raises(ValueError, match=f"^{argument}: your function raised TypeError"):
+    with pytest.raises(TypeError, match="no_targets") as caught:
         greedyprune.PretrainingMonitor(model, (inputs, targets), **{argument: no_targets})
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__[0].startswith(f"{argument}: your function raised this")
 
 
 # ---------------------------------------------------------------- arguments that mean little
@@ -129,10 +133,14 @@ def test_the_monitor_names_a_function_that_raises(argument: str) -> None:
 def test_a_mini_batch_has_no_more_samples_than_the_data(problem: Callable, options: dict) -> None:
     model, inputs, targets = problem()
     count = len(inputs)
-    objective = Loss(batch_size=count + 1, **options)
-    with pytest.raises(ValueError, match=f"batch_size: found {count + 1}, .* at most {count}$"):
-        greedyprune.select(model, (inputs, targets), size=4, objective=objective)
-    greedyprune.select(model, (inputs, targets), size=4, objective=Loss(batch_size=count))
+    selections = [
+        greedyprune.select(
+            model, (inputs, targets), size=4, objective=Loss(batch_size=size, **options)
+        )
+        for size in (count, count + 1)
+    ]
+    for one, other in zip(*(s.layers.values() for s in selections), strict=True):
+        assert one.order.equal(other.order)
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ def test_refitted_layers_in_any_order(layers: list[str]) -> None:
     """Layers may be named in any order: the masked network has the weights of all of them."""
     sizes = (5, 20), (20, 12), (12, 3)
     first, second, last = (nn.Linear(*size) for size in sizes)
-    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
-    data = torch.randn(100, 5), torch.randn(100, 3)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).double()
+    data = torch.randn(100, 5).double(), torch.randn(100, 3).double()
     selection = greedyprune.select(model, data, layers=layers, weights="refit")
     small = greedyprune.prune(model, selection)
     masked = copy.deepcopy(model)
@@ -157,7 +157,7 @@ def test_refitted_layers_in_any_order(layers: list[str]) -> None:
         (consumer,) = layer.outputs
         weight = masked.get_submodule(consumer).weight
         with torch.no_grad():
-            weight.copy_(torch.zeros_like(weight).index_copy(1, layer.kept, layer.weights.float()))
+            weight.copy_(torch.zeros_like(weight).index_copy(1, layer.kept, layer.weights))
     torch.testing.assert_close(small(data[0]), masked(data[0]), rtol=1e-5, atol=1e-6)
 
 

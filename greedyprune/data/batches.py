@@ -88,6 +88,25 @@ class Batch:
         return [self.take(part) for part in torch.arange(count).tensor_split(-(-count // size))]
 
 
+def example_batch(example: object) -> Batch:
+    """The argument `example`, inputs for one forward pass, as a batch; TypeError for others."""
+    if isinstance(example, Tensor):
+        return Batch((example,), {}, None)
+    if isinstance(example, Mapping):
+        return Batch((), {str(name): value for name, value in example.items()}, None)
+    if isinstance(example, (tuple, list)):
+        return Batch(tuple(example), {}, None)
+    raise TypeError(
+        f"example: found {type(example).__name__}, expected a tensor, a tuple of the forward's "
+        "arguments or a dict of keyword arguments"
+    )
+
+
+def placed(batch: Batch, model: nn.Module) -> Batch:
+    """The inputs of a batch on the model's device and, where they are floats, in its dtype."""
+    return Batch(batch.args, batch.kwargs, None).map(Batches((), model)._move)
+
+
 class Batches:
     """Iterates over `data` as batches; `len` is known for tensors, Datasets and DataLoaders.
 
@@ -252,6 +271,8 @@ class Batches:
                 value = _tensor(value)
             else:
                 return value
+        if value.is_inference():  # autograd refuses it
+            value = value.clone()
         self.on_gpu = self.on_gpu or value.is_cuda
         dtype = self._dtype if cast and value.is_floating_point() else None
         to_gpu = self._device.type == "cuda"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,30 +17,161 @@ from .losses import Criterion, Target
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs the model in eval mode, without gradients and without autocast.
+    """Runs the model in eval mode, without gradients, autocast, inference mode and torch.compile.
 
-    Afterwards the modes of all modules, the buffers and torch's random numbers are as before.
+    Inside, fake quantisation keeps its ranges, as batch normalisation its statistics, and
+    parameters and buffers that are inference tensors are ordinary ones. Afterwards the
+    attributes of all modules (mode, hooks, tensors that a forward keeps), the buffers, the
+    parameters' `requires_grad` and torch's random numbers are as before.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = next((t.device.type for t in model.parameters()), "cpu")
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    state = _State(model)
+    devices = {t.device for t in model.parameters()}
+    kind = next((device.type for device in devices if device.type != "meta"), "cpu")
+    gpus = {device.index for device in devices if device.type == "cuda"}
+    if torch.cuda.is_initialized():
+        gpus.add(torch.cuda.current_device())
     try:
         model.eval()
         with (
+            torch.inference_mode(False),
             torch.no_grad(),
-            torch.random.fork_rng(devices),
-            torch.autocast(device, enabled=False),
+            torch.random.fork_rng(gpus),
+            torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
+            torch.compiler.set_stance("force_eager"),
         ):
+            for module in model.modules():
+                if (enabled := module._buffers.get("observer_enabled")) is not None:
+                    enabled.zero_()
             yield
     finally:
-        for buffer, saved in buffers:
-            if not torch.equal(buffer, saved):
-                with torch.no_grad():
+        state.restore()
+
+
+class _State:
+    """What running a model may change, as it is now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (module, module.training, dict(vars(module))) for module in model.modules()
+        ]
+        self._contents: list[tuple[Any, list[Any]]] = [
+            (value, list(value.items() if isinstance(value, dict) else value))
+            for _, _, attributes in self._modules
+            for value in attributes.values() if isinstance(value, (dict, list))
+        ]  # fmt: skip
+        self._required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        _use_ordinary_tensors(model)  # `restore` puts the old ones back as contents
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]
+
+    def restore(self) -> None:
+        for module, training, attributes in self._modules:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            for name, value in attributes.items():
+                if now.get(name) is not value:
+                    now[name] = value
+            if module.training != training:  # a ScriptModule's is no attribute of Python
+                module.training = training
+        for holder, contents in self._contents:
+            entries = list(holder.items() if isinstance(holder, dict) else holder)
+            if not _are_identical(entries, contents):
+                holder.clear()
+                (holder.update if isinstance(holder, dict) else holder.extend)(contents)
+        for buffer, saved in self._buffers:
+            with torch.inference_mode(False), torch.no_grad():
+                if buffer.shape != saved.shape:  # as those of quantisation's observers
+                    buffer.data = saved
+                elif not torch.equal(buffer, saved):
                     buffer.copy_(saved)
-        for module, training in modes.items():
-            module.training = training
+        for parameter, required in self._required:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+
+
+def _use_ordinary_tensors(model: nn.Module) -> None:
+    """Replaces inference tensors, with which autograd does not work, by ordinary ones."""
+    new: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        if id(tensor) not in new:
+                            ordinary = tensor.detach().clone()
+                            if isinstance(tensor, nn.Parameter):
+                                ordinary = nn.Parameter(ordinary, tensor.requires_grad)
+                            new[id(tensor)] = ordinary
+                        tensors[name] = new[id(tensor)]  # type: ignore[assignment]
+
+
+def _are_identical(now: list[Any], before: list[Any]) -> bool:
+    """Do two lists hold the same objects? Entries may be pairs, as those of a dict."""
+    return len(now) == len(before) and all(
+        a is b or (isinstance(a, tuple) and isinstance(b, tuple) and _are_identical([*a], [*b]))
+        for a, b in zip(now, before, strict=True)
+    )
+
+
+def same_outputs(expected: object, outputs: object) -> bool:
+    """Are two outputs of a model, of any structure, the same up to rounding?
+
+    Tensors and numbers are compared in tuples, dicts, dataclasses and other objects with
+    attributes. Numbers that are infinite or NaN must be so in both. Of integers, which rounding can
+    flip where they come from comparisons, one in a hundred may differ.
+    """
+    one, other = leaves_of(expected), leaves_of(outputs)
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def leaves_of(outputs: object) -> list[Any]:
+    """The tensors, numbers and texts in an output of any structure, each after its place in it."""
+    leaves, seen, todo = list[Any](), set[int](), [("", outputs)]
+    while todo:
+        place, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(f"{place}.{key}", entry) for key, entry in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(f"{place}.{i}", entry) for i, entry in enumerate(value)]
+        elif isinstance(value, (Tensor, bool, int, float, str, type(None))):
+            leaves += [place, value]
+        elif hasattr(value, "__array__"):
+            leaves += [place, torch.as_tensor(value)]
+        elif hasattr(value, "__dict__") and not callable(value) and id(value) not in seen:
+            seen.add(id(value))
+            todo += [(f"{place}.{name}", entry) for name, entry in vars(value).items()]
+    return leaves
+
+
+def _same(expected: object, actual: object) -> bool:
+    if isinstance(expected, float) and isinstance(actual, float):
+        expected, actual = (torch.tensor(number) for number in (expected, actual))
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return type(expected) is type(actual) and expected == actual
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return False
+    one, other = (_dense(tensor).detach().cpu() for tensor in (expected, actual))
+    if not expected.is_floating_point() and not expected.is_complex():
+        return int((one != other).sum()) <= one.numel() / 100
+    rounding = 0.02 if torch.finfo(expected.dtype).bits <= 16 else 1e-4
+    one, other = one.double(), other.double()
+    finite, infinite = one.isfinite(), one.isinf()
+    if not (one.isnan().equal(other.isnan()) and one[infinite].equal(other[infinite])):
+        return False
+    largest = float(one[finite].abs().max()) if finite.any() else 0.0
+    differences = (other[finite] - one[finite]).abs()
+    return bool((differences <= rounding * (largest or 1.0)).all())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, strided and real, from a sparse, quantised or complex one."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def alike(expected: Tensor, actual: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runtime.errors import first_line, raised_here
+from ..runtime.errors import raised_here
 
 # For each loss the smoothness of l in the outputs: B of eq. (3) before any mean over the outputs.
 SMOOTHNESS = {"mse": 2.0, "cross_entropy": 0.5, "bce_with_logits": 0.25}
@@ -459,17 +459,19 @@ R = TypeVar("R")
 
 
 def ask(name: str, function: Callable[[Tensor, Tensor], R], outputs: Tensor, targets: Tensor) -> R:
-    """What the user's function for the argument `name` returns; ValueError where it raises."""
+    """What the user's function for the argument `name` returns.
+
+    What the function raises gets a note that names the argument and the shapes (from Python 3.11).
+    """
     try:
         return function(outputs, targets)
     except Exception as error:
-        if raised_here(error):
-            raise
-        raise ValueError(
-            f"{name}: your function raised {type(error).__name__} ({first_line(error)}), expected "
-            f"a function of outputs of shape {tuple(outputs.shape)} and targets of shape "
-            f"{tuple(targets.shape)}"
-        ) from error
+        if hasattr(error, "add_note") and not raised_here(error):
+            error.add_note(
+                f"{name}: your function raised this. It was called with outputs of shape "
+                f"{tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+            )
+        raise
 
 
 def number(name: str, value: object) -> float:

@@ -12,11 +12,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
-from ..data.forward import traceable
 from .propagate import IDENTITY, RESHAPING
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
-MOST_SHAPES = 16  # of batches: each shape takes a trace of its own
 SMALLEST_SCALE = 1e-3  # of the largest one: channels that are scaled by less are not corrected
 
 # The values of nodes that have run and are still needed: tensors, or tuples of them.
@@ -60,6 +58,8 @@ class OverwrittenError(ValueError):
 class GraphExecutor:
     """Runs a model's graph for batches of one shape, any range of its nodes at a time.
 
+    dynamic: for batches of several shapes, see `accepts`
+
     nodes:        all nodes, in the order in which they run
     place:        each layer's index in `nodes`, by its name
     layers:       the layers by their names
@@ -69,8 +69,8 @@ class GraphExecutor:
     Raises OverwrittenError for a model that can't be run in this way.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        graph = Graph(model, batch.args, batch.kwargs)
+    def __init__(self, model: nn.Module, batch: Batch, dynamic: bool = False) -> None:
+        graph = Graph(model, batch.args, batch.kwargs, dynamic)
         self._graph, self.nodes = graph, graph.nodes
         self._check_in_place()
         self._interpreter = fx.Interpreter(graph.program.graph_module)
@@ -89,6 +89,26 @@ class GraphExecutor:
             name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
+
+    def accepts(self, batch: Batch) -> bool:
+        """Has a batch sizes that the graph serves?"""
+        sizes: dict[Any, int] = {}  # by symbol
+        ranges = self._graph.program.range_constraints
+        for node, value in self.inputs(batch).items():
+            if not isinstance(value, Tensor):
+                continue
+            for traced, size in zip(shape_of(node), value.shape, strict=True):
+                symbol = getattr(getattr(traced, "node", None), "expr", None)
+                if symbol is None or not symbol.is_Symbol:
+                    if traced != size:
+                        return False
+                    continue
+                allowed = ranges.get(symbol)
+                if sizes.setdefault(symbol, size) != size:
+                    return False
+                if allowed is not None and not allowed.lower <= size <= allowed.upper:
+                    return False
+        return True
 
     def inputs(self, batch: Batch) -> Values:
         """The values of the model's inputs."""
@@ -208,8 +228,8 @@ class GraphExecutor:
         if path.shortcut is None:
             return None
         end = self._end(layer) - 1
-        goal, value = self._values_at(path.shortcut, layer, (dense, pruned), tensors, end)
-        return path.as_output(goal - value, shape_of(self.nodes[self.place[layer]]))
+        shape, goal, value = self._values_at(path.shortcut, layer, (dense, pruned), tensors, end)
+        return path.as_output(goal - value, shape)
 
     def output_error(
         self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
@@ -222,10 +242,11 @@ class GraphExecutor:
         Arguments as for `shortcut_error`.
         """
         path = self.linear_paths[layer]
-        goal, value = self._values_at(path.end, layer, (dense, pruned), tensors, self._end(layer))
+        end = self._end(layer)
+        shape, goal, value = self._values_at(path.end, layer, (dense, pruned), tensors, end)
         if path.rectified:
             goal = torch.where(goal > 0, goal, value.clamp(max=0))
-        return path.as_output(goal - value, shape_of(self.nodes[self.place[layer]]))
+        return path.as_output(goal - value, shape)
 
     def _end(self, layer: str) -> int:
         """The index just behind a layer's linear path."""
@@ -234,14 +255,20 @@ class GraphExecutor:
     def _values_at(
         self, node: fx.Node, layer: str, networks: Sequence[Values],
         tensors: Sequence[Mapping[str, Tensor]], end: int,
-    ) -> list[Tensor]:  # fmt: skip
-        """A node's value in each network, from the values just before the layer."""
-        results = []
+    ) -> tuple[tuple[int, ...], Tensor, Tensor]:  # fmt: skip
+        """The shape of the layer's output, and a node's value in the dense and pruned network.
+
+        networks: their values just before the layer
+        """
+        results, place, shape = list[Tensor](), self.place[layer], tuple[int, ...]()
         for before, weights in zip(networks, tensors, strict=True):
             values = dict(before)
-            self.run(values, weights, self.place[layer], end)
+            self.run(values, weights, place, place + 1)
+            shape = tuple(self.output_of(layer, values).shape)
+            self.run(values, weights, place + 1, end)
             results.append(values[node])
-        return results
+        goal, value = results
+        return shape, goal, value
 
     def _linear_path(self, layer: fx.Node) -> LinearPath:
         node, scale, norm, shortcut = layer, None, None, None
@@ -263,7 +290,9 @@ class GraphExecutor:
                 # Not a sum with itself, nor with what both networks have alike.
                 if len(others) != 1 or others[0].op == "placeholder" or user.kwargs:
                     break
-                if shape_of(others[0]) != shape_of(user) or layer in ancestors(others[0]):
+                if any(shape_of(term) != shape_of(user) for term in (node, others[0])):
+                    break  # one of them is broadcast, as a vector that is added to a feature map
+                if layer in ancestors(others[0]):
                     break
                 shortcut = others[0]
             elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
@@ -317,7 +346,7 @@ class GraphExecutor:
             base = node.args[0]
             while isinstance(base, fx.Node) and _is_alias(base):
                 base = base.args[0]
-            aliases, todo = set[fx.Node](), [base]
+            aliases, todo = set[fx.Node](), _same_item(base)
             while todo:
                 alias = todo.pop()
                 if isinstance(alias, fx.Node) and alias is not node and alias not in aliases:
@@ -338,36 +367,21 @@ def _is_alias(node: fx.Node) -> bool:
         return False
     schema = getattr(node.target, "_schema", None)
     is_view = schema is not None and any(arg.alias_info for arg in schema.arguments[:1])
-    name = getattr(node.target, "__name__", "")
-    return is_view or operation(node) in IDENTITY or name == "getitem"
+    if _is_item(node):  # of several outputs: split gives parts of its operand, topk new tensors
+        return _is_alias(node.args[0])  # type: ignore[arg-type]
+    return is_view or operation(node) in IDENTITY
 
 
-class GraphExecutors:
-    """A model's executors, one for each shape of batches, made when first needed."""
+def _is_item(node: object) -> bool:
+    """Does a node take one of an operation's several outputs?"""
+    return isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem"
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._by_shapes: dict[object, GraphExecutor] = {}
 
-    def of(self, batch: Batch) -> GraphExecutor:
-        """The executor for a batch; ValueError for more than MOST_SHAPES shapes."""
-        executor = self.find(batch)
-        if executor is None:
-            raise ValueError(
-                f"data: found batches of more than {MOST_SHAPES} shapes, each of which takes a "
-                "trace of the model; expected batches of one size, or sequential=False in the "
-                "objective of `select`"
-            )
-        return executor
-
-    def find(self, batch: Batch) -> GraphExecutor | None:
-        """The executor for a batch; None for more than MOST_SHAPES shapes."""
-        leaves = tree_leaves((batch.args, batch.kwargs))
-        shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
-        if shapes not in self._by_shapes and len(self._by_shapes) < MOST_SHAPES:
-            with traceable(self._model, batch):
-                self._by_shapes[shapes] = GraphExecutor(self._model, batch)
-        return self._by_shapes.get(shapes)
+def _same_item(node: Any) -> list[Any]:
+    """All nodes that take the same one of an operation's outputs; the node itself for others."""
+    if not _is_item(node):
+        return [node]
+    return [user for user in node.args[0].users if _is_item(user) and user.args == node.args]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -310,6 +310,8 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
         if type(module) is not nn.Linear:
             kind = "no such module" if module is None else type(module).__name__
             raise ValueError(f"layers: found {name!r} ({kind}), expected the name of an nn.Linear")
+        if "weight" not in module._parameters:
+            raise NotPrunableError(f"layers: found {name!r} ({why_not(module)})")
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
     units = first.out_features

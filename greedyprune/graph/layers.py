@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..data.batches import Batch
+from ..data.batches import example_batch
+from ..data.forward import evaluating
 from ..runtime.arguments import ByName
+from ..runtime.distributed import unwrapped
 from .costs import Cost, costs_of, count_flops
 from .groups import Group, analyse, why_not
+from .pretrained import before_selection
 from .tracing import LAYER_TYPES
 
 if TYPE_CHECKING:
@@ -46,10 +48,15 @@ class Layers(Mapping[str, Prunable]):
     """The layers that `select` can prune, by the name of their first producer.
 
     refused: the other layers, and why each can't be pruned
+    saving:  for a Hugging Face model: which layers `save_pretrained` takes in any sizes, which in
+             one size for all, and which not; else None
     """
 
-    def __init__(self, prunable: Mapping[str, Prunable], refused: Mapping[str, str]) -> None:
-        self._prunable, self.refused = ByName(prunable), dict(refused)
+    def __init__(
+        self, prunable: Mapping[str, Prunable], refused: Mapping[str, str],
+        saving: str | None = None,
+    ) -> None:  # fmt: skip
+        self._prunable, self.refused, self.saving = ByName(prunable), dict(refused), saving
 
     def __getitem__(self, name: str) -> Prunable:
         return self._prunable[name]
@@ -75,6 +82,7 @@ class Layers(Mapping[str, Prunable]):
             )  # fmt: skip
         for name, reason in self.refused.items():
             table.add_row(name, "-", "-", reason, style="dim")
+        table.caption = self.saving
         return table
 
     def __repr__(self) -> str:
@@ -109,21 +117,17 @@ def layers(model: nn.Module, example: object) -> Layers:
         >>> table.refused
         {'2': "its units are the model's output"}
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    batch = _batch(example)
-    modes = {module: module.training for module in model.modules()}
+    batch = example_batch(example)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             structure = analyse(model, batch)
             _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"model: torch.export can't trace it ({first[0]})") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
@@ -135,7 +139,7 @@ def layers(model: nn.Module, example: object) -> Layers:
     for name, module in model.named_modules():
         if isinstance(module, LAYER_TYPES) and name not in structure:
             refused[name] = why_not(module)
-    return Layers(prunable, refused)
+    return Layers(prunable, refused, before_selection(model, groups))
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:
@@ -148,17 +152,4 @@ def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prun
         consumers=group.consumers,
         parameters=costs["params"].of(group.producer),
         flops=costs["flops"].of(group.producer),
-    )
-
-
-def _batch(example: object) -> Batch:
-    if isinstance(example, Tensor):
-        return Batch((example,), {}, None)
-    if isinstance(example, Mapping):
-        return Batch((), {str(name): value for name, value in example.items()}, None)
-    if isinstance(example, (tuple, list)):
-        return Batch(tuple(example), {}, None)
-    raise TypeError(
-        f"example: found {type(example).__name__}, expected a tensor, a tuple of the forward's "
-        "arguments or a dict of keyword arguments"
     )

@@ -58,7 +58,7 @@ ALONG = {
     "softmax", "log_softmax", "_softmax", "cumsum", "slice", "narrow", "select", "flip", "roll",
 }  # fmt: skip
 # They act on each unit by itself; the arguments at these places have one entry for each unit:
-PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "prelu": (1,)}
+PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4), "prelu": (1,)}
 # In these (and in `mul`) the units may meet units of other producers: all are then one group.
 MATRIX_PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
 # A layer (LINEAR and CONVOLUTIONS of tracing.py) ends the way: it is a consumer. Only a convolution
@@ -267,6 +267,8 @@ class Propagation:
 
     def _through_per_unit(self, node: fx.Node, op: str) -> None:
         at = self.carrying[first_of(node)]
+        if op == "instance_norm" and at.dim != 1:  # it may have no tensor that shows this
+            raise self.refusal(f"{node.target} mixes its units")
         for i in PER_UNIT_ARGUMENTS[op]:
             operand = node.args[i]
             if not isinstance(operand, fx.Node) or shape_of(operand) == (1,):

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
+from ..data.halves import in_second_half
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
 from .executor import (
     GraphExecutor,
-    GraphExecutors,
     LinearPath,
     Values,
     bytes_held,
     tensors_of,
 )
+from .executors import GraphExecutors
 from .tracing import Layer
 
 
@@ -30,6 +31,7 @@ class _State:
 
     def __init__(self, batch: Batch, executor: GraphExecutor) -> None:
         self.executor, self.at, self.mark = executor, 0, batch.mark
+        self.second_half = in_second_half(batch)
         self.dense = executor.inputs(batch)
         self.pruned: Values | None = None
 
@@ -90,11 +92,16 @@ class Replay:
             if state.pruned is None:
                 state.pruned = dict(state.dense)
 
+    @property
+    def changed(self) -> list[str]:
+        """The names of the tensors that have changed."""
+        return list(self._changed)
+
     def visit(
-        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor], None],
+        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor, Tensor], None],
         bar: Bar, resumed: Pass,
     ) -> None:  # fmt: skip
-        """Calls add(layer, inputs, target) for each of the layers and each batch.
+        """Calls add(layer, inputs, target, second_half) for each of the layers and each batch.
 
         The inputs are those that the layer receives in the pruned network. The target is the
         layer's output in the dense network; where it is added to a shortcut, the target also
@@ -116,7 +123,7 @@ class Replay:
 
     def _visit_batch(
         self, state: _State, layers: Sequence[str], tensors: Sequence[Mapping[str, Tensor]],
-        add: Callable[[str, Tensor, Tensor], None],
+        add: Callable[[str, Tensor, Tensor, Tensor], None],
     ) -> None:  # fmt: skip
         executor, at = state.executor, state.at
         dense = dict(state.dense)
@@ -131,11 +138,11 @@ class Replay:
             if state.pruned is not None:
                 error = executor.shortcut_error(layer, dense, pruned, tensors)
                 target = target if error is None else target + error
-            add(layer, inputs, target)
+            add(layer, inputs, target, state.second_half)
             at = place
 
-    def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor]]:
-        """A layer's inputs in the pruned network and the error of its output, for each batch.
+    def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A layer's inputs in the pruned network, the error of its output, and the samples' halves.
 
         Adding the error to the output would correct it (`GraphExecutor.output_error`).
         """
@@ -144,7 +151,7 @@ class Replay:
             state.advance(state.executor.place[layer], *tensors)
             pruned = state.pruned or state.dense
             error = state.executor.output_error(layer, state.dense, pruned, tensors)
-            yield state.executor.input_of(layer, pruned), error
+            yield state.executor.input_of(layer, pruned), error, state.second_half
 
     def _all(self, bar: Bar) -> Iterator[_State]:
         """Every batch, at the layer where the last pass left it or at the inputs."""

@@ -8,12 +8,15 @@ executor.py runs it.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -55,16 +58,24 @@ class Graph:
     tensors:  from a placeholder's name to the model's name for that parameter or buffer
     layers:   the nodes that are layers, in order
 
+    dynamic: may the graph serve other sizes of the inputs' dimensions, too? Sizes that the model
+        needs stay fixed, and sizes of 1
+
     Raises whatever torch.export raises for a model that it can't trace.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(getattr(model, "config", None), "use_cache", False):
-            kwargs = {"use_cache": False} | kwargs  # a cache among the outputs is no tensor
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+        dynamic: bool = False,
+    ) -> None:  # fmt: skip
+        kwargs = without_cache(model, kwargs)
         disabled = logging.root.manager.disable
         logging.disable(logging.CRITICAL)  # torch.export logs whole graphs when it fails
         try:
-            program = torch.export.export(model, args, kwargs, strict=False)
+            program = torch.export.export(
+                model, args, kwargs, strict=False,
+                dynamic_shapes=_any_sizes(model, args, kwargs) if dynamic else None,
+            )  # fmt: skip
         finally:
             logging.disable(disabled)
         signature = program.graph_signature
@@ -107,6 +118,27 @@ class Graph:
         ):
             return Layer(name, weight, bias, 0, 1, module.groups, dims - 1 - int(op[-2]))
         return None
+
+
+def _any_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """torch.export's `dynamic_shapes` that leave all sizes of the inputs open, by parameter."""
+
+    def open_sizes(value: Any) -> dict[int, Any] | None:
+        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
+
+    signature = inspect.signature(model.forward)
+    sizes = signature.bind(*tree_map(open_sizes, args), **tree_map(open_sizes, kwargs)).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            sizes |= sizes.pop(name, {})
+    return sizes
+
+
+def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments, with those that keep a transformer's cache out of its outputs."""
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        return {"use_cache": False} | kwargs  # a cache among the outputs is no tensor
+    return kwargs
 
 
 def operation(node: fx.Node) -> str:

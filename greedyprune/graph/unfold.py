@@ -58,6 +58,24 @@ def module_weight(new: Tensor, at: Slice, like: Tensor) -> Tensor:
     return shaped.reshape(outputs, -1, *like.shape[2:])
 
 
+def in_halves(
+    module: nn.Module, inputs: Tensor, outputs: Tensor | None, second: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """A layer's inputs and outputs of the samples in each half: (0 or 1, inputs, outputs).
+
+    second: (m,) bool: is the sample in the second half? None: all are in the first. A layer whose
+        rows are not those of m samples is in the half of the first sample
+    """
+    inputs = _batched(module, inputs)
+    outputs = None if outputs is None else _batched(module, outputs)
+    if second is None or len(inputs) % len(second) or bool((second == second[0]).all()):
+        yield (0 if second is None else int(second[0])), inputs, outputs
+        return
+    rows = second.repeat_interleave(len(inputs) // len(second)).to(inputs.device)
+    for half, chosen in enumerate((~rows, rows)):
+        yield half, inputs[chosen], None if outputs is None else outputs[chosen]
+
+
 def unfolded_parts(
     module: nn.Module, inputs: Tensor, outputs: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -7,6 +7,10 @@ is nested: its first n rows and columns are the factor of the first n features.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,31 +22,124 @@ from .path import NestedFit
 DEPENDENT = 1e-10
 
 
-def ridge(squares: Tensor, damping: float) -> float:
-    """The number to add to the diagonal of a Gram matrix before it is factored.
+def ridge(squares: Tensor, damping: float) -> Tensor:
+    """What to add to the diagonal of a Gram matrix before it is factored: (F,) float64.
 
-    damping times the mean of the features' squared norms, so that it scales as the features do. 1.0
-    where all features are dead: the weights are zero then, whatever the number. Minimising
-    |T - B X|^2 + ridge |B|^2 instead of |T - B X|^2 bounds the weights on features that are nearly
-    dependent. All features of a layer count, picked or not, so that a path has the same ridge at
-    every length.
+    damping times the geometric mean of a feature's own squared norm and the mean of all features'.
+    So it scales as the features do, and features that are rarely active have a small ridge, but not
+    as small as their own norms: few samples say little about them. 1.0 where all features are dead.
+    All features of a layer count, picked or not, so that a path has the same ridge at every length.
 
     Args:
         squares: (F,) float64, the squared norms of all features: the Gram matrix's diagonal
         damping: above 0
 
     Source: Hoerl and Kennard 1970; relative to the diagonal's mean as in Frantar et al. 2022
-        (GPTQ, arXiv:2210.17323).
+        (GPTQ, arXiv:2210.17323), or to each entry as in Marquardt 1963; the geometric mean of both
+        did best on held-out samples (benchmarks/NOTES.md, "Ridge").
 
     Example:
         >>> import torch
         >>> from greedyprune.kernels.least_squares import ridge
-        >>> ridge(torch.tensor([2.0, 4.0]), damping=0.5)
-        1.5
+        >>> ridge(torch.tensor([1.0, 7.0, 4.0]), damping=0.5)
+        tensor([1.0000, 2.6458, 2.0000])
         >>> ridge(torch.zeros(2), damping=0.5)
-        1.0
+        tensor([1., 1.])
     """
-    return damping * float(squares.mean()) or 1.0
+    mean = squares.mean()
+    if not mean:
+        return torch.ones_like(squares)
+    return damping * (squares.clamp(min=SMALLEST_SQUARE * mean) * mean).sqrt()
+
+
+SMALLEST_SQUARE = 1e-8  # of a feature, as a share of the mean, in its ridge
+DAMPING_FACTOR = 10.0  # from one damping that is tried to the next
+MOST_DAMPING = 100.0  # the largest that is tried
+UNTESTED_DAMPING = 0.1  # where there are no held-out samples to choose by
+
+
+class Halves(NamedTuple):
+    """Least squares problems in two halves of the samples, for the change of weights.
+
+    grams:  G = X X^T of each half, (F, F) float64
+    rights: X E^T of each half, (F, C) float64
+    """
+
+    grams: Sequence[Tensor]
+    rights: Sequence[Tensor]
+
+
+def chosen_damping(
+    problems: Sequence[Halves], least: float, squares: Sequence[Tensor], free: int = 0
+) -> tuple[float, float]:
+    """The damping for the lowest error on held-out samples: 2-fold cross-validation.
+
+    In each of two halves of the samples, weights that are there already leave an error E of the
+    targets. The change D of the weights solves, in the other half,
+
+        minimise |E - D X|^2 + sum over features j of ridge_j |D_j|^2,
+
+    and lowers the squared error in this half by 2 <D, E X^T> - <D G, D>, G = X X^T. Dampings are
+    tried from the least upwards, until the sum over both halves falls.
+
+    Args:
+        problems: of each layer that the damping is for
+        least: the least damping, above 0
+        squares: for each layer, the features' squared norms over both halves, (F,) float64 each
+        free: how many of the last features have no ridge, such as a constant
+
+    Returns:
+        the damping, and by how much it lowers the squared error in both halves together;
+        UNTESTED_DAMPING and 0.0 where a half has no samples
+
+    Source: Hoerl and Kennard 1970 (ridge); Stone 1974 (cross-validation).
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels.least_squares import Halves, chosen_damping
+        >>> gram, right = torch.eye(2).double(), torch.ones(2, 1).double()
+        >>> squares = 2 * gram.diagonal()
+        >>> chosen_damping([Halves([gram, gram], [right, right])], 1e-4, [squares])[0]
+        0.0001
+        >>> chosen_damping([Halves([gram, gram], [right, -right])], 1e-4, [squares])[0]
+        100.0
+    """
+    if any(not bool(gram.any()) for problem in problems for gram in problem.grams):
+        return max(least, UNTESTED_DAMPING), 0.0
+    best, damping = (least, -math.inf), least
+    while damping <= max(least, MOST_DAMPING) * (1 + 1e-9):
+        gain = sum(
+            _held_out_gain(problem, ridge(square, damping), free)
+            for problem, square in zip(problems, squares, strict=True)
+        )
+        if gain < best[1]:
+            break
+        best, damping = (damping, gain), damping * DAMPING_FACTOR
+    return best
+
+
+def _held_out_gain(problem: Halves, added: Tensor, free: int) -> float:
+    """By how much the change that each half asks for lowers the squared error in the other."""
+    gain = 0.0
+    for half in (0, 1):
+        change = damped_change(problem.grams[half], problem.rights[half], added, free)
+        gram, right = problem.grams[1 - half], problem.rights[1 - half]
+        gain += float((change * (2 * right - gram @ change)).sum())
+    return gain
+
+
+def damped_change(gram: Tensor, right: Tensor, added: Tensor, free: int = 0) -> Tensor:
+    """The change D^T (F, C) that minimises |E - D X|^2 + sum of added_j |D_j|^2.
+
+    Args:
+        gram: (F, F) float64, X X^T
+        right: (F, C) float64, X E^T
+        added: (F - free,) float64, the features' ridge, above 0
+        free: how many of the last features have no ridge
+    """
+    damped = gram.clone()
+    damped.diagonal()[: len(gram) - free].add_(added)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
 
 
 def factored(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +193,7 @@ def _factor_dependent(correlation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def on_units(
-    gram: Tensor, right: Tensor, units: Tensor, width: int, added: float = 0.0
+    gram: Tensor, right: Tensor, units: Tensor, width: int, added: Tensor | None = None
 ) -> NestedFit:
     """Least squares on given units, for every number of them in the order given.
 
@@ -107,7 +204,7 @@ def on_units(
         gram: (N w, N w) float64, <x_i, x_j>
         right: (N w, C) float64, <x_i, t>
         units: (K,) int64; width: w, the features of a unit, which are side by side
-        added: the ridge, if the diagonal does not have it yet
+        added: (N w,) float64, the ridge; None: the diagonal has it already
 
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive definite on these units
@@ -121,7 +218,8 @@ def on_units(
     """
     rows = feature_rows(units, width)
     block = gram[rows[:, None], rows]
-    block.diagonal().add_(added)
+    if added is not None:
+        block.diagonal().add_(added[rows])
     factor = torch.linalg.cholesky(block)
     return NestedFit(units, factor, torch.linalg.solve_triangular(factor, right[rows], upper=False))
 

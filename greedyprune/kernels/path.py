@@ -97,8 +97,10 @@ class NestedFit:
         weights = torch.linalg.solve_triangular(factor.T, solved, upper=True).T
         return weights.reshape(-1, distinct, self.width)
 
-    def norms(self) -> Tensor:
+    def norms(self, factors: Tensor) -> Tensor:
         """The sum of the squares of `outgoing(d)` for d = 1 to K: (K,) float64.
+
+        factors: (K w,) float64, of the squares of each feature's weights
 
         With R = factor^-1 the weights on the first n features are B^T = R_n^T solved_n. Feature i
         adds 2 sum_{j<i} M_ij + M_ii to |B|^2, where M = (R R^T) * (solved solved^T), entry by
@@ -111,11 +113,28 @@ class NestedFit:
         starts = range(0, len(inverse), NORM_ROWS)
         for i, rows in zip(starts, inverse.split(NORM_ROWS), strict=True):
             end = i + len(rows)
-            products = rows[:, :end] @ inverse[:end, :end].T
+            products = (rows[:, :end] * factors[:end]) @ inverse[:end, :end].T
             products *= self.solved[i:end] @ self.solved[:end].T
             products.tril_(i)
             added.append(2 * products.sum(1) - products.diagonal(i))
         return torch.cat(added).cumsum(0)[self.width - 1 :: self.width]
+
+    def distances(self, dense: Tensor, factors: Tensor) -> Tensor:
+        """The squared distance of `outgoing(d)` to dense weights, for d = 1 to K: (K,) float64.
+
+        Units that are not among the first d have the weight 0. With B the weights on the first d
+        units and W the dense ones, |W - B|^2 = |W|^2 - 2 <W, B> + |B|^2, and <W, B> is the sum of
+        (factor^-1 W^T) * solved over the first d w rows.
+
+        dense:   (C, N w) float64, the dense weights of all N units
+        factors: (N w,) float64, of the squares of each feature's weights
+        """
+        columns = (self.units[:, None] * self.width + torch.arange(self.width)).flatten()
+        scaled = (dense * factors).T[columns]
+        along = torch.linalg.solve_triangular(self.factor, scaled, upper=False)
+        products = (along * self.solved).sum(1).cumsum(0)[self.width - 1 :: self.width]
+        whole = (dense.square() * factors).sum()
+        return whole - 2 * products + self.norms(factors[columns])
 
 
 def first_picks(order: Tensor) -> Tensor:

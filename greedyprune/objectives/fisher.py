@@ -23,9 +23,10 @@ from ..runtime.resume import Pass, Tensors
 from ..surgery.selection import LayerSelection
 from .derivatives import derivatives
 from .job import Job
-from .layer_products import LayerProducts, Products
+from .layer_products import LayerProducts
 from .memory import gates_bytes, turns
 from .options import MOST_SWAPS
+from .products import Products
 from .quadratic import select_from, select_in_turns
 
 GATES = "gates"
@@ -57,11 +58,13 @@ class Gates(Products):
     def mass(self) -> float:
         return 2.0 * self.positions
 
-    def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None
+    ) -> None:
         """inputs: u (samples, N)."""
         rows = inputs.double().cpu()
-        self.gram.addmm_(rows.T, rows)
-        self.positions += len(rows)
+        self.sums[0].gram.addmm_(rows.T, rows)
+        self.sums[0].positions += len(rows)
 
 
 def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]:
@@ -89,7 +92,7 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
         raise ValueError("data: every label is ignored, expected at least one that counts")
     for i, gates in enumerate(by_layer.values()):
         gates.finish(ranks, ranks.owner(i))
-        gates.gram *= (gates.positions / mass) ** 2  # the loss is a mean over all batches
+        gates.gram.mul_((gates.positions / mass) ** 2)  # the loss is a mean over all batches
     return {
         group.producer: LayerProducts(
             group, [by_layer[group.producer]],

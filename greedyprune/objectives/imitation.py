@@ -50,7 +50,10 @@ def _from_one_pass(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str,
     needed = [imitation_bytes(job, group) for group in groups]
 
     def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
-        return collect(job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True)
+        return collect(
+            job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True,
+            halves=job.refits,
+        )  # fmt: skip
 
     in_memory = turns(groups, needed, limit, once=job.batches.once)
     return select_in_turns(job, in_memory, products_of, select_layer)
@@ -77,13 +80,13 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
 
 def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProducts:
     """One group's products: inputs from the network pruned so far, targets from the dense one."""
-    products = LayerProducts.of_consumers(job.model, group, roots, given=True)
+    products = LayerProducts.of_consumers(job.model, group, roots, given=True, halves=job.refits)
     by_name = {consumer.name: consumer for consumer in products.consumers}
     resumed = Pass(job.checkpoint, group.producer)
     resumed.hold(*products.consumers)
 
-    def add(name: str, inputs: Tensor, targets: Tensor) -> None:
-        by_name[name].add(inputs, targets)
+    def add(name: str, inputs: Tensor, targets: Tensor, second_half: Tensor) -> None:
+        by_name[name].add(inputs, targets, second_half)
 
     replay.visit(group.consumers, add, job.bar, resumed)
     for consumer in products.consumers:

@@ -63,6 +63,11 @@ class Job:
         return self.batches.ranks
 
     @property
+    def refits(self) -> bool:
+        """Is least squares part of each step, where layers imitate or are judged by gates?"""
+        return self.weights in ("auto", "refit")
+
+    @property
     def solver_backend(self) -> str:
         """The backend for computations on sums over the data, which lie on the CPU."""
         return "reference" if self.backend == "reference" else "cpu"

@@ -1,9 +1,7 @@
-"""Sums over the data that a layer is selected from: products of its features, and of its gates.
+"""The sums that a layer is selected from, of all of its consumers, and the paths that follow.
 
-Each consumer's input is unfolded to one column for each position (a convolution's input as its
-patches), and K = X X^T is added up. With w_a the weights on feature a, units i and j have
-G_ij = N^2 sum of K_ab <w_a, w_b> over their features a and b (eq. (2)). The right side of
-every least squares problem is K W^T.
+Either each consumer's products of features (products.py), or the products of the layer's gates
+(fisher.py).
 """
 
 from __future__ import annotations
@@ -16,151 +14,19 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
+from ..data.halves import in_second_half
 from ..graph.groups import Group
-from ..graph.unfold import unfolded_parts, unit_major, weight_of
 from ..kernels import exchange, ops
-from ..kernels.least_squares import on_units, ridge
+from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
 from ..kernels.path import Moments, NestedFit, Path, Rule, Step
-from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.checkpoint import NO_CHECKPOINT, Checkpoint
-from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
 from ..surgery.selection import LayerSelection, distinct_counts
 from .memory import WIDEST
+from .products import ConsumerProducts, Products
 
 Roots = Mapping[str, Tensor]  # square roots of the metrics of consumers' output errors, by name
-
-
-class Products:
-    """The sums of one least squares problem in the units' features; a unit's lie side by side.
-
-    name:   of the layer that takes the units
-    weight: (C, F) float64, what the features are multiplied with in the dense network
-    gram:   (F, F) float64, K; until `finish` only the blocks on and above the diagonal
-    root:   (C, C) float64, the square root of the metric that errors are measured in; None: I
-    given:  are the targets added with the inputs? Else they are the dense outputs for these inputs
-    """
-
-    def __init__(
-        self, name: str, units: int, weight: Tensor, device: torch.device, given: bool = False
-    ) -> None:
-        self.name, self.units, self.weight = name, units, weight
-        self.outputs, self.features = weight.shape
-        shape = self.features, self.features
-        self.gram = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.root: Tensor | None = None
-        self.positions = 0
-        self._cross: Tensor | None = None
-        if given:
-            self._cross = self.gram.new_zeros(self.features, self.outputs)
-        self._target_norm = 0.0
-
-    def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
-        """Adds one batch of inputs and of their targets; None: the dense outputs."""
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Tensor]:
-        """The sums so far."""
-        numbers = torch.tensor([self.positions, self._target_norm], dtype=torch.float64)
-        cross = {} if self._cross is None else {"cross": self._cross}
-        return {"gram": self.gram, "numbers": numbers, **cross}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Sets the sums to what `state` returned."""
-        self.gram.copy_(state["gram"])
-        self.positions, self._target_norm = int(state["numbers"][0]), float(state["numbers"][1])
-        if self._cross is not None:
-            self._cross.copy_(state["cross"])
-
-    @property
-    def mass(self) -> float:
-        """What sums of squares are divided by."""
-        return float(self.positions * self.outputs)
-
-    @property
-    def width(self) -> int:
-        """Features a unit."""
-        return self.features // self.units
-
-    def finish(self, ranks: Ranks, owner: int | None = None) -> None:
-        """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
-        ranks.sum_upper(f"products {self.name!r}", self.gram, owner)
-        counts = ranks.sum_numbers(f"sums {self.name!r}", self.positions, self._target_norm)
-        self.positions, self._target_norm = int(counts[0]), counts[1]
-        if self._cross is not None:
-            ranks.sum(f"right side {self.name!r}", self._cross)
-            self._cross = self._cross.cpu()
-        mirror(self.gram)
-        self.gram = self.gram.cpu()
-
-    def right(self) -> Tensor:
-        """<x_i, target>, (F, C) float64."""
-        return self.gram @ self.weight.T if self._cross is None else self._cross
-
-    def target_norm(self) -> float:
-        """|target|^2."""
-        if self._cross is None:
-            return float((self.right() * self.weight.T).sum())
-        return self._target_norm
-
-    def end_losses(self) -> tuple[float, float]:
-        """|target - output|^2 with all units as they are, and without any unit."""
-        output_norm = float(((self.gram @ self.weight.T) * self.weight.T).sum())
-        if self._cross is None:
-            return 0.0, output_norm
-        along = float((self._cross * self.weight.T).sum())
-        return self._target_norm - 2 * along + output_norm, self._target_norm
-
-    def unit_beta(self) -> Tensor:
-        """<phi_i, target> / N for each unit i: (N,) float64."""
-        return (self.right() * self.weight.T).view(self.units, -1).sum(1)
-
-    def unit_gram(self) -> Tensor:
-        """<phi_i, phi_j> / N^2 for units i and j: (N, N) float64."""
-        products = (self.weight.T @ self.weight).mul_(self.gram)
-        if self.width == 1:
-            return products
-        shape = self.units, self.width, self.units, self.width
-        return products.view(shape).sum((1, 3))
-
-
-class ConsumerProducts(Products):
-    """The products of one consumer, whose target is its dense output."""
-
-    def __init__(
-        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None,
-        given: bool = False,
-    ) -> None:  # fmt: skip
-        dense, at = weight_of(module), group.slices[f"{name}.weight"]
-        weight = unit_major(dense.detach().double().cpu(), at, group.units)
-        weight = weight if root is None else root @ weight
-        super().__init__(name, group.units, weight, dense.device, given)
-        self.root, self.layer = root, group.producer
-        self._module, self._at = module, at
-
-    def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
-        if not inputs.isfinite().all():
-            raise ValueError(
-                f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
-                "numbers"
-            )
-        bias, double = getattr(self._module, "bias", None), torch.float64
-        for columns, target in unfolded_parts(self._module, inputs, outputs):
-            taps, positions = columns.shape[1:]
-            rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
-            rows = rows.transpose(0, 1).reshape(self.features, positions)
-            add_upper_product(self.gram, rows, double)  # float64: the loss can be a small rest
-            self.positions += positions
-            if target is None:
-                continue
-            if bias is not None:
-                target = target - bias.detach()[:, None]
-            if self.root is not None:
-                target = self.root.to(target) @ target
-            assert self._cross is not None
-            add_right(self._cross, rows, target, double)
-            self._target_norm += float(target.double().square().sum())
 
 
 class LayerProducts:
@@ -178,13 +44,18 @@ class LayerProducts:
 
     @staticmethod
     def of_consumers(
-        model: nn.Module, group: Group, roots: Roots, given: bool = False
+        model: nn.Module, group: Group, roots: Roots, *, given: bool = False, halves: bool = False
     ) -> LayerProducts:
-        """Empty sums; ValueError where weights are not finite."""
+        """Empty sums; ValueError where weights are not finite.
+
+        given, halves: as for `Products`
+        """
         for name in (*group.producers, *group.consumers):
             check_finite(name, model.get_submodule(name))
         consumers = [
-            ConsumerProducts(name, model.get_submodule(name), group, roots.get(name), given)
+            ConsumerProducts(
+                name, model.get_submodule(name), group, roots.get(name), given=given, halves=halves
+            )
             for name in group.consumers
         ]
         return LayerProducts(group, consumers, {c.name: c.outputs for c in consumers})
@@ -218,21 +89,46 @@ class LayerProducts:
             first.positions, self.mass, norm, beta, target_norm, dense, spread, empty
         )
 
+    def damping(self, kept: int, least: float) -> float:
+        """The damping of least squares for about `kept` units, by cross-validation.
+
+        It is chosen for the units whose own contributions to the consumers' outputs are the
+        largest, so that no greedy path is needed; at most half the units.
+        """
+        consumers = self.consumers
+        if not all(consumer.halves for consumer in consumers):
+            return least
+        assert all(len(consumer.sums) == 2 for consumer in consumers), "halves were added up"
+        norms = torch.stack([consumer.contributions() for consumer in consumers]).sum(0)
+        kept = max(1, min(kept, self.group.units // 2))
+        units = norms.argsort(descending=True, stable=True)[:kept].sort().values
+        problems = [consumer.errors_without(units) for consumer in consumers]
+        squares = [
+            consumer.squares()[feature_rows(units, consumer.width)] for consumer in consumers
+        ]
+        return chosen_damping(problems, least, squares)[0]
+
     def refit_path(
         self, rule: Rule, backend: str, step: Step | None, *, swaps: int, damping: float
     ) -> tuple[Path, dict[str, NestedFit]]:
         """Greedy steps of least squares refitted in each (eq. (4)), then exchanges.
 
-        The losses are those without the ridge. Several consumers take a unit through features of
-        their own: their least squares problems are one, whose matrices are zero between them.
+        The ridge R, a diagonal matrix, is towards the dense weights W: with the weights B on the
+        kept units, tr((W - B) R (W - B)^T) is added to the squared error, where B is 0 for other
+        units. That is least squares with K + R in the place of K, and with the right side
+        (K + R) W^T. The losses are those without the ridge. Several consumers take a unit through
+        features of their own: their problems are one, whose matrices are zero between them.
         """
-        gram, right, slices = self._side_by_side()
-        target_norm = sum(consumer.target_norm() for consumer in self.consumers)
-        widths = torch.tensor([consumer.width for consumer in self.consumers])
-        ridges = [ridge(consumer.gram.diagonal(), damping) for consumer in self.consumers]
-        width, undamped = int(widths.sum()), gram.diagonal().clone()
-        ridge_of = torch.tensor(ridges).double().repeat_interleave(widths)
-        gram.diagonal().add_(ridge_of.repeat(self.group.units))
+        width = sum(consumer.width for consumer in self.consumers)
+        ridges = [ridge(consumer.squares(), damping) for consumer in self.consumers]
+        gram, right, slices = self._side_by_side(ridges)
+        target_norm = sum(
+            consumer.target_norm() + float((consumer.weight.square() * its_ridge).sum())
+            for consumer, its_ridge in zip(self.consumers, ridges, strict=True)
+        )
+        undamped = gram.diagonal().clone()
+        by_unit = [its_ridge.view(self.group.units, -1) for its_ridge in ridges]
+        gram.diagonal().add_(torch.cat(by_unit, 1).flatten())
         path, fitted = ops.greedy_refit(
             gram, right, target_norm, rule, width=width, scale=1 / self.mass, step=step,
             backend=backend,
@@ -256,7 +152,7 @@ class LayerProducts:
                 rows = torch.arange(len(fitted.factor)).view(-1, width)[:, columns].flatten()
                 solved = fitted.solved[rows][:, outputs].clone()
                 part = NestedFit(fitted.units.clone(), fitted.factor[rows[:, None], rows], solved)
-            losses = losses - its_ridge / self.mass * part.norms()[at]
+            losses = losses - part.distances(consumer.weight, its_ridge)[at] / self.mass
             if consumer.root is not None:  # the weights themselves are the same in any metric
                 plain = torch.linalg.solve(consumer.root, part.solved, left=False)
                 part = replace(part, solved=plain)
@@ -264,32 +160,38 @@ class LayerProducts:
         return replace(path, losses=losses.clamp(min=0)), by_consumer
 
     def refit_on(self, units: Tensor, damping: float) -> dict[str, NestedFit]:
-        """Each consumer's least squares on given units (K,) int64."""
-        return {
-            consumer.name: on_units(
-                consumer.gram, consumer.right(), units, consumer.width,
-                ridge(consumer.gram.diagonal(), damping),
-            )
-            for consumer in self.consumers
-        }  # fmt: skip
+        """Each consumer's least squares on given units (K,) int64, towards the dense weights."""
+        fitted = {}
+        for consumer in self.consumers:
+            added = ridge(consumer.squares(), damping)
+            right = consumer.right() + added[:, None] * consumer.weight.T
+            fitted[consumer.name] = on_units(consumer.gram, right, units, consumer.width, added)
+        return fitted
 
-    def _side_by_side(self) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
-        """All consumers' problem: (N w, N w) and (N w, C), and where each consumer's part is."""
+    def _side_by_side(
+        self, ridges: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
+        """All consumers' problem: (N w, N w) and (N w, C), and where each consumer's part is.
+
+        The right side has the ridges' part, the matrix does not.
+        """
         if len(self.consumers) == 1:
             [only] = self.consumers
-            return only.gram, only.right(), [(slice(None), slice(None))]
+            right = only.right() + ridges[0][:, None] * only.weight.T
+            return only.gram, right, [(slice(None), slice(None))]
         n, width = self.group.units, sum(consumer.width for consumer in self.consumers)
         outputs = sum(consumer.outputs for consumer in self.consumers)
         gram = torch.zeros(n, width, n, width, dtype=torch.float64)
         right = torch.zeros(n, width, outputs, dtype=torch.float64)
         slices, column, output = [], 0, 0
-        for consumer in self.consumers:
+        for consumer, its_ridge in zip(self.consumers, ridges, strict=True):
             columns = slice(column, column + consumer.width)
             its_outputs = slice(output, output + consumer.outputs)
             column, output = columns.stop, its_outputs.stop
             products = consumer.gram.view(n, consumer.width, n, consumer.width)
             gram[:, columns, :, columns] = products
-            right[:, columns, its_outputs] = consumer.right().view(n, consumer.width, -1)
+            its_right = consumer.right() + its_ridge[:, None] * consumer.weight.T
+            right[:, columns, its_outputs] = its_right.view(n, consumer.width, -1)
             slices.append((columns, its_outputs))
         return gram.view(n * width, n * width), right.view(n * width, outputs), slices
 
@@ -322,15 +224,17 @@ def reweighted_losses(units: Tensor, weights: str, gram: Tensor, moments: Moment
 
 def collect(
     model: nn.Module, groups: Sequence[Group], batches: Batches, roots: Roots, bar: Bar,
-    checkpoint: Checkpoint[LayerSelection] = NO_CHECKPOINT, purpose: str = "", owned: bool = False,
+    checkpoint: Checkpoint[LayerSelection] = NO_CHECKPOINT, purpose: str = "", *,
+    owned: bool = False, halves: bool = False,
 ) -> dict[str, LayerProducts]:  # fmt: skip
     """The products of every group by the name of its layer, in one pass over the data.
 
     purpose: tells a checkpoint these sums from others of the same layers
     owned:   each group's are wanted on one rank only, its owner
+    halves:  as for `Products`
     """
     ranks = batches.ranks
-    every = [LayerProducts.of_consumers(model, group, roots) for group in groups]
+    every = [LayerProducts.of_consumers(model, group, roots, halves=halves) for group in groups]
     consumers = [consumer for products in every for consumer in products.consumers]
     resumed = Pass(checkpoint, purpose + " ".join(group.producer for group in groups))
     resumed.hold(*consumers)
@@ -338,12 +242,15 @@ def collect(
     for consumer in consumers:
         takers.setdefault(consumer.name, []).append(consumer)
 
+    second_half: Tensor | None = None
+
     def add(name: str, inputs: Tensor) -> None:
         for consumer in takers[name]:
-            consumer.add(inputs.detach())
+            consumer.add(inputs.detach(), second_half=second_half)
 
     with hooked(model, takers, before=add):
         for batch in resumed.new(bar(batches, "activations")):
+            second_half = in_second_half(batch) if halves else None
             run_model(model, batch)
     collected: dict[str, LayerProducts] = {}
     for i, products in enumerate(every):

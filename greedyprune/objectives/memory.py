@@ -51,7 +51,8 @@ def bytes_of(
             outputs = outputs_of(model, group, name)
             shapes.append((weight_of(model.get_submodule(name)).numel() // outputs, outputs))
     features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
-    sums = sum(f * f + 2 * f * c for f, c in shapes)  # with weights and right sides
+    halves = 1 + (weights in ("auto", "refit") and not gates and not picked)
+    sums = sum(halves * f * f + (1 + halves) * f * c for f, c in shapes)  # with W and K W^T
     picks, width = rule.most(units), features // units
     kept, whole, sides = picks * width, features**2, 3 * features * outputs
     if weights not in ("auto", "refit"):
@@ -66,7 +67,12 @@ def bytes_of(
         exchanges = whole + kept**2 if features > ELIMINATION_FEATURES else 2 * (whole + kept**2)
         sides += 4 * kept * outputs
     side_by_side = whole + kept**2 if len(shapes) > 1 else 0
-    return Bytes(WORD * sums, WORD * (side_by_side + sides + max(steps, exchanges)))
+    work = side_by_side + sides + max(steps, exchanges)
+    if halves == 2:  # then both halves' products are added up, in the memory of the first
+        spare = sum(f * f for f, _ in shapes)
+        chosen = whole + sides  # products of at most half the features, four times; see `damping`
+        work = max(chosen, work - spare)
+    return Bytes(WORD * sums, WORD * work)
 
 
 def imitation_bytes(job: Job, group: Group) -> Bytes:

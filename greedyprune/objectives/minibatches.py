@@ -47,18 +47,13 @@ def mini_batches(job: Job, steps: int, samples: int) -> MiniBatches | None:
     and an incomplete last mini-batch is dropped. Passes differ in the order of their mini-batches
     and in the sample they begin with.
 
-    samples: how many this rank has
-
-    ValueError for mini-batches of more samples than there are.
+    samples: how many this rank has. A mini-batch of more than all ranks have is all of them
     """
     size = job.loss.batch_size
     if size is None:
         return None
     total, random = sum(job.ranks.gather("samples", samples)), generator(job.seed, 2)
-    if size > total:
-        raise ValueError(
-            f"batch_size: found {size}, but the data have {total} samples; expected at most {total}"
-        )
+    size = min(size, total)
     order, starts = torch.randperm(total, device="cpu", generator=random), []
     count = total // size
     for _ in range(-(-steps // count)):

@@ -7,7 +7,6 @@ of the output for the units picked so far and the candidate's own. Only the laye
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -18,14 +17,15 @@ from ..data.forward import alike, main_output, run_model, target_of
 from ..data.losses import Criterion, Target, loss_of_function, slope_in
 from ..graph.executor import (
     GraphExecutor,
-    GraphExecutors,
     OverwrittenError,
     bytes_held,
     tensors_of,
 )
+from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
+from ..surgery.copying import copied
 from ..surgery.cut import masked_weight, scaled_weight
 from ..surgery.selection import LayerSelection
 from .network_suffix import NetworkSuffix
@@ -141,7 +141,7 @@ class Network:
     def exact(self) -> Network | None:
         """The same in float64; None where the model cannot run in float64, as with a `.float()`."""
         if self._exact is None and self._runs_exactly:
-            model = copy.deepcopy(self.model).double()
+            model = copied(self.model).double()
             batches = self._batches.of(model)
             try:
                 run_model(model, batches.first())

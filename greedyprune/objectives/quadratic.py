@@ -63,6 +63,7 @@ def select_from(
     group, rule = products.group, job.rule(products.group)
     weights = "refit" if job.weights == "auto" else job.weights
     as_picked = loop_has_kept_weights(weights, rule)
+    damping = products.damping(rule.size, damping) if weights == "refit" else damping
     gram, moments = (None, None) if weights == "refit" else products.moments()
     dense_loss, empty_loss = (
         products.end_losses() if moments is None else (moments.dense_loss, moments.empty_loss)

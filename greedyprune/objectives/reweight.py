@@ -47,7 +47,8 @@ class Reweighting:
     def _least_squares(self, order: Tensor) -> NestedFit:
         """Least squares of the layer's output on the kept units' features, one pass over the data.
 
-        For mse the output is the target itself, for other losses the dense network's output.
+        For mse the output is the target itself, for other losses the dense network's output. The
+        ridge is towards the dense weights.
         """
         features, units = self._features, first_picks(order)
         rows_of = units.to(features.device)
@@ -63,7 +64,10 @@ class Reweighting:
             squares += squares_of(block)
             right.addmm_(rows, (wanted - features.bias[:, None]).T)
         features.ranks.sum("least squares", gram, right, squares)
-        gram.diagonal().add_(ridge(squares, DAMPING))
+        added = ridge(squares, DAMPING)  # towards the dense weights
+        added = added[rows_of]
+        gram.diagonal().add_(added)
+        right += added[:, None] * features.outgoing[rows_of].double() / features.units
         factor, dropped = factored(gram)
         solved = torch.linalg.solve_triangular(factor, right, upper=False)
         solved[dropped] = 0

@@ -167,7 +167,7 @@ class PretrainingMonitor:
                 )
         if steps is None and not any(options.get(name) is not None for name in STOPPING_OPTIONS):
             steps = STEPS
-        self._model, self._options = _unwrapped(model), {"steps": steps, **options}
+        self._model, self._options = unwrapped(model), {"steps": steps, **options}
         self._data = RepeatedPasses(data)
         self._held_out: RepeatedPasses | None = None
         if held_out is not None:
@@ -349,14 +349,6 @@ class PretrainingMonitor:
         result: list[Any] = [compute() if distributed.get_rank() == 0 else None]
         distributed.broadcast_object_list(result)
         return result[0]
-
-
-def _unwrapped(model: object) -> nn.Module:
-    """The module inside torch.compile's and the parallel wrappers; it shares their parameters."""
-    inner = unwrapped(model)
-    while isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
-        inner = unwrapped(compiled)
-    return inner
 
 
 def _about_held_out(compute: Callable[[], T]) -> T:

@@ -313,12 +313,17 @@ def ranks_of(process_group: object) -> Ranks:
 
 
 def unwrapped(model: Any) -> Any:
-    """The module that DistributedDataParallel or DataParallel wraps; its parameters are the same.
+    """The module inside DistributedDataParallel, DataParallel and torch.compile's wrapper.
 
-    TypeError for one whose parameters are shards.
+    It has the same parameters. TypeError for one whose parameters are shards.
     """
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
-        model = model.module
+    while isinstance(model, nn.Module):
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            break
     if isinstance(model, nn.Module):
         for name, tensor in model.named_parameters():
             if type(tensor).__name__ in SHARDS or type(tensor.data).__name__ in SHARDS:

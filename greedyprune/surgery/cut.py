@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,18 +14,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from ..data.batches import Batch, Batches
+from ..data.batches import Batch, Batches, example_batch
 from ..data.forward import run_model
 from ..graph.groups import Group
 from ..graph.propagate import Slice
 from ..graph.unfold import module_weight, outputs_of
 from ..runtime.distributed import unwrapped
+from .copying import copied
 from .hf_config import describe
-from .module_sizes import CONV1D, HEADS, SIZES
+from .module_sizes import HEADS, sizes_after
+from .proof import prove
 from .selection import LayerSelection, Selection
 
 
-def prune(model: nn.Module, selection: Selection) -> nn.Module:
+def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.Module:
     """Returns a new, physically smaller model with only the selected units; `model` is untouched.
 
     The new model gives the outputs of the dense model with the dropped units masked and the kept
@@ -34,25 +35,41 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     replaced by them). Only the structure and those weights change. Biases and all other parameters
     stay as they are.
 
-    The config of a Hugging Face model is edited if it can describe the smaller model. It can if the
-    feed-forward blocks of all layers have one size. It also can if all attention layers have one
-    number of heads and the size of a head does not follow from the hidden size (as in Llama and
-    ViT, but not in BERT or GPT-2). Then `save_pretrained` works as usual. Otherwise the config is
-    left as it is; `save_pruned` saves any model.
+    The config of a Hugging Face model is edited if it can describe the smaller model, and then
+    `save_pretrained` and `from_pretrained` work as usual. Most configs describe one size for the
+    feed-forward blocks of all layers, as Budget(uniform=True) gives, and some one number of heads
+    (Llama and ViT, but not BERT or GPT-2). If none does, the smaller model's `save_pretrained`
+    raises a ValueError that says what to do; `save_pruned` saves any model. `greedyprune.layers`
+    and `Selection.summary` say beforehand which it will be.
+
+    The new model keeps dtypes, devices, memory formats, `requires_grad`, names and hooks. Functions
+    that modules hold, such as a closure in the place of a forward, run the new model's own modules.
+    What torch.compile made of them is dropped: compile the new model again.
+
+    The new model runs once, on at most two samples, and has to give the outputs that the dense
+    model gives with the new weights. This is left out if there are no samples: the Selection comes
+    from a file and there is no `example`.
 
     Args:
         model: the dense model that the selection was made for, or one of the same architecture.
             Weights are not compared, because the model may have been trained since. New weights
             from weights="refit" fit only the weights that they were solved with. For a model in
-            DistributedDataParallel or DataParallel, the module inside is pruned
+            DistributedDataParallel, DataParallel or torch.compile, the module inside is pruned
         selection: from `select`
+        example: inputs for one forward pass, on which the new model is checked: a tensor, a tuple
+            of the forward's arguments or a dict of keyword arguments. None: the samples that the
+            Selection has kept from the data
 
     Returns:
-        a new nn.Module, with the parameters' dtypes and devices of `model`
+        a new nn.Module
 
     Raises:
-        TypeError: `selection` is not a Selection, or `model` is not an nn.Module
-        ValueError: the selection was made for a model with other layers or other sizes
+        TypeError: `selection` is not a Selection, `model` is not an nn.Module, or `example` has
+            another type
+        ValueError: the selection was made for a model with other layers or other sizes; the model
+            can't be copied, because it has an attribute that can't, or a function that holds
+            parameters from outside the model; or the new model gives other outputs than the dense
+            model with the units masked
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -63,7 +80,13 @@ def prune(model: nn.Module, selection: Selection) -> nn.Module:
     """
     model = unwrapped(model)
     check_made_for(model, selection)
-    small = cut(masked(model, selection), selection)
+    batch = selection.example if example is None else example_batch(example)
+    full = masked(model, selection)
+    consumers = {name for layer in selection.layers.values() for name in layer.outputs}
+    weights = {name: full.get_parameter(name).data for name in (f"{c}.weight" for c in consumers)}
+    small = cut(full, selection)
+    if batch is not None:
+        prove(model, weights, small, batch)
     describe(small, selection)
     return small
 
@@ -91,13 +114,14 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
         >>> torch.allclose(model[1].running_mean, model[0](inputs).mean(0), atol=1e-5)
         True
     """
-    if not isinstance(model, nn.Module):
+    module = unwrapped(model)
+    if not isinstance(module, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-    batches = Batches(data, model)
+    batches = Batches(data, module)
     batches.first()  # raises where there are no samples
-    with _as_before_on_errors(model):
-        update_bn(batches, _OnBatches(model))
-        for name, norm in _batch_norms(model):
+    with _as_before_on_errors(module):
+        update_bn(batches, _OnBatches(module))
+        for name, norm in _batch_norms(module):
             if not all(buffer.isfinite().all() for buffer in norm.buffers()):
                 raise ValueError(
                     f"layer {name!r}: NaN or inf in its inputs on the data, expected finite numbers"
@@ -141,8 +165,8 @@ class _OnBatches(nn.Module):
 
 def masked(model: nn.Module, selection: Selection) -> nn.Module:
     """A copy of the model with the new weights, and with zeros for the units that are dropped."""
-    full = copy.deepcopy(model)
-    with torch.no_grad():
+    full = copied(model)
+    with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             for consumer in layer.outputs:
                 weight = full.get_parameter(f"{consumer}.weight")
@@ -152,7 +176,7 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
 
 def cut(full: nn.Module, selection: Selection) -> nn.Module:
     """Removes the dropped units from a model that `masked` gives, in place; returns the model."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             _cut_layer(full, layer)
     return full
@@ -248,23 +272,30 @@ def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
             size = getattr(module, attribute, None)
             if isinstance(size, int):
                 setattr(module, attribute, size * kept // units)
+    slices_of: dict[str, dict[str, Slice]] = {}
     for name, at in layer.slices.items():
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        dense: Tensor = getattr(module, attribute)
-        small = dense.index_select(at.dim, at.entries(layer.kept, units).to(dense.device))
-        if isinstance(dense, nn.Parameter):
-            small = nn.Parameter(small, requires_grad=dense.requires_grad)
-        setattr(module, attribute, small)
-        size_name = SIZES.get((type(module), attribute, at.dim))
-        if size_name is not None:
-            setattr(module, size_name, small.shape[at.dim])
-        if attribute == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if module.groups > 1:  # each group of the convolution has its own units
-                module.in_channels = module.in_channels * kept // units
-                module.groups = module.groups * kept // units
-        elif attribute == "weight" and type(module).__name__ == "Conv1D":
-            setattr(module, CONV1D[at.dim], small.shape[at.dim])
+        owner, _, tensor = name.rpartition(".")
+        slices_of.setdefault(owner, {})[tensor] = at
+    for owner, slices in slices_of.items():
+        module = model.get_submodule(owner)
+        sizes = sizes_after(module, slices, units, kept)
+        for tensor, at in slices.items():
+            dense: Tensor = getattr(module, tensor)
+            entries = at.entries(layer.kept, units).to(dense.device)
+            # The tensor stays the same object: functions that hold it use the smaller one, too.
+            dense.data = in_format_of(dense, dense.index_select(at.dim, entries))
+        for attribute, size in sizes.items():
+            setattr(module, attribute, size)
+
+
+def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with its dimensions in the order in memory that `like` has, as channels_last."""
+    if tensor.dim() != like.dim():
+        return tensor
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
+    places = sorted(range(like.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(places)
 
 
 def _attention_modules(layer: LayerSelection) -> set[str]:

@@ -1,91 +1,144 @@
-"""The config of a Hugging Face model, edited so that it describes the pruned model.
+"""Hugging Face models after pruning: a config that describes them, or no `save_pretrained`.
 
-A config has one width for the feed-forward blocks of all layers and one number of heads for all
-attention layers. Where the pruned layers have several, the config stays as it is.
+`from_pretrained` builds a model from its config, so it can load a pruned model only if the config
+describes that model's sizes. Where one does, the pruned model gets it. Where none does, the pruned
+model's `save_pretrained` raises, while there is still time to save the model in another way.
 """
 
 from __future__ import annotations
 
-import copy
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from .module_sizes import sizes_of
-from .selection import Selection
+from ..graph.pretrained import (
+    METHOD,
+    Cut,
+    apply_entries,
+    cut_shapes,
+    cuts_in,
+    entries_of,
+    find_edits,
+    forecast,
+    outermost,
+    pattern,
+    shapes_of,
+)
+from ..runtime.progress import warn
+from .selection import LayerSelection, Selection
 
-# The names in configs for the width of feed-forward blocks, and for the numbers of heads.
-_WIDTHS = (
-    "intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff",
-    "hidden_dim",
-)  # fmt: skip
-_HEADS = ("num_attention_heads", "num_key_value_heads")
-_ENTRIES = (*_WIDTHS, *_HEADS, "head_dim")
+
+class Refusal:
+    """Stands on a pruned model in place of its class's `save_pretrained`, and raises.
+
+    It is an attribute of the instance, so that the model keeps its class. It does not keep the
+    model alive. A copy of the model, or one from a pickle, has a Refusal of its own.
+
+    Two calls pass, because they write files for this model in memory and not for from_pretrained:
+    that of a Trainer, whose checkpoints resume the training (it names `state_dict`), and that of a
+    model with adapters, which writes the adapters only.
+    """
+
+    def __init__(self, model: nn.Module, sentence: str) -> None:
+        self._model, self.sentence = weakref.ref(model), sentence
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Refusal, (self._model(), self.sentence)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        adapters = getattr(model, "_hf_peft_config_loaded", False)
+        if not adapters and "state_dict" not in kwargs:
+            raise ValueError(self.sentence)
+        if not adapters:
+            warn(f"{self.sentence} (a Trainer's checkpoints are written, and resume the training)")
+        return getattr(type(model), METHOD)(model, *args, **kwargs)
 
 
 def describe(small: nn.Module, selection: Selection) -> None:
-    """Edits the pruned model's config so that the model's class builds the same sizes from it.
-
-    The config stays as it is where no edit does that: where layers of one kind have several widths,
-    or where their width follows from the hidden size. A model without a config stays, too.
-    """
-    config: Any = getattr(small, "config", None)
-    if not hasattr(config, "from_dict"):
-        return
-    try:
-        edits = _edits(config, selection)
-        if not edits:
-            return
-        with torch.device("meta"):
-            built = type(small)(config.from_dict(config.to_dict() | edits))
-    except Exception:  # of any kind: the class refuses these sizes, or the config lacks an entry
-        return
-    if _shapes(built) == _shapes(small):
-        apply_sizes(small, edits)
+    """Edits the configs of the Hugging Face models in a pruned model, or refuses to save them."""
+    cuts = _cuts(selection.layers)
+    for prefix, model in outermost(small):
+        inside = cuts_in(prefix, cuts)
+        if METHOD in vars(model):  # it was pruned before, and no config described it
+            continue
+        edits = find_edits(model, inside, shapes_of(model))
+        if edits is None:
+            refuse_to_save(model, _sentence(model, inside))
+        else:
+            apply_entries(model, edits)
 
 
-def config_sizes(model: nn.Module) -> dict[str, int]:
-    """The entries of the model's config that `describe` may edit; empty without a config."""
-    config = getattr(model, "config", None)
-    sizes = {name: getattr(config, name, None) for name in _ENTRIES}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
-
-
-def apply_sizes(model: nn.Module, sizes: dict[str, int]) -> None:
-    """Gives the model a copy of its config with these entries; the original is not changed."""
-    config = getattr(model, "config", None)
-    if config is None or config_sizes(model) | sizes == config_sizes(model):
-        return
-    edited = copy.deepcopy(config)
-    for name in sizes.keys() & set(_ENTRIES):
-        setattr(edited, name, sizes[name])
+def refuse_to_save(model: nn.Module, sentence: str) -> None:
+    """Makes `save_pretrained` of a Hugging Face model, and of those in it, raise this sentence."""
     for module in model.modules():
-        if getattr(module, "config", None) is config:
-            module.config = edited
+        if hasattr(type(module), METHOD):
+            vars(module)[METHOD] = Refusal(module, sentence)
 
 
-def _edits(config: Any, selection: Selection) -> dict[str, int]:
-    """The entries that describe the layers that were cut."""
-    edits = {}
-    for name, layer in selection.layers.items():
-        units, kept = len(layer.counts), len(layer.kept)
-        if layer.slices[f"{name}.weight"].inner == 1:
-            for entry in _WIDTHS:
-                if getattr(config, entry, 0) in (units, None):  # None: GPT-2's default
-                    edits[entry] = kept
-        elif config.num_attention_heads % units == 0:  # a unit: the heads that share a key
-            heads = config.num_attention_heads
-            edits["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
-            for entry in _HEADS:
-                if hasattr(config, entry):
-                    edits[entry] = getattr(config, entry) // units * kept
-    return edits
+def how_saved(model: nn.Module, selected: Mapping[str, LayerSelection]) -> str | None:
+    """What `save_pretrained` will do with the pruned model; None without a Hugging Face model."""
+    cuts, lines = _cuts(selected), []
+    for prefix, part in outermost(model):
+        if isinstance(refusal := vars(part).get(METHOD), Refusal):  # it was pruned before
+            lines.append(refusal.sentence)
+            continue
+        inside = cuts_in(prefix, cuts)
+        edits = find_edits(part, inside, cut_shapes(shapes_of(part), inside))
+        lines.append(
+            _sentence(part, inside) if edits is None
+            else f"{METHOD}: from_pretrained will load the pruned model"
+        )  # fmt: skip
+    return "\n".join(lines) or None
 
 
-def _shapes(model: nn.Module) -> dict[str, object]:
-    """The shapes of all tensors and the sizes of all modules, by their names."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.shape for name, tensor in tensors.items()} | {
-        f"{name}.": sizes_of(module) for name, module in model.named_modules()
+def saved_configs(model: nn.Module) -> dict[str, Any]:
+    """The entries of the configs in a model that `describe` may edit, with the models' prefixes."""
+    return {
+        f"{prefix}{name}": value
+        for prefix, part in outermost(model)
+        for name, value in entries_of(part.config).items()
     }
+
+
+def saved_refusal(model: nn.Module) -> str | None:
+    """The sentence that `save_pretrained` raises; None if it does not raise."""
+    refusals = (vars(part).get(METHOD) for _, part in outermost(model))
+    return next((r.sentence for r in refusals if isinstance(r, Refusal)), None)
+
+
+def restore(model: nn.Module, configs: Mapping[str, Any], sentence: str | None) -> None:
+    """Gives a loaded model what `saved_configs` and `saved_refusal` gave of the saved one."""
+    for prefix, part in outermost(model):
+        inside = {n.removeprefix(prefix): v for n, v in configs.items() if n.startswith(prefix)}
+        apply_entries(part, inside)
+        if sentence is not None:
+            refuse_to_save(part, sentence)
+
+
+def _cuts(selected: Mapping[str, LayerSelection]) -> dict[str, Cut]:
+    return {
+        name: Cut(len(layer.counts), len(layer.kept), layer.slices)
+        for name, layer in selected.items()
+    }
+
+
+def _sentence(model: nn.Module, cuts: Mapping[str, Cut]) -> str:
+    """Why a pruned model can't be saved by `save_pretrained`, and what to do."""
+    found = forecast(model, cuts)
+    never = ", ".join(found.never)
+    kinds = never or ", ".join(dict.fromkeys(map(pattern, cuts)))
+    config = type(getattr(model, "config", None)).__name__
+    sentence = (
+        f"{METHOD}: {config} can't describe the sizes of {kinds} in this pruned model, so "
+        "from_pretrained could not load it; save it with greedyprune.save_pruned"
+    )
+    if found.one_size or found.any_size:
+        left_out = f", without {never}" if never else ""
+        sentence += (
+            ", or select one size for all layers of a kind with "
+            f"size=greedyprune.Budget(..., uniform=True){left_out}"
+        )
+    return sentence

@@ -1,45 +1,99 @@
-"""The attributes in which modules hold their sizes, and the dimensions that pruning can cut."""
+"""The attributes in which modules hold the sizes of their tensors, and how pruning changes them."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
 
-# The attribute with the size of a tensor's dimension. The module's other tensors are sized alike.
-SIZES: dict[tuple[type[nn.Module], str, int], str] = {
-    (nn.Linear, "weight", 0): "out_features",
-    (nn.Linear, "weight", 1): "in_features",
-    (nn.BatchNorm1d, "weight", 0): "num_features",
-    (nn.BatchNorm1d, "running_mean", 0): "num_features",
-    (nn.PReLU, "weight", 0): "num_parameters",
-}
-for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    SIZES |= {(_conv, "weight", 0): "out_channels", (_conv, "weight", 1): "in_channels"}
-for _norm in (nn.BatchNorm2d, nn.BatchNorm3d):
-    SIZES |= {(_norm, name, 0): "num_features" for name in ("weight", "running_mean")}
-# The same for both dimensions of the weight of GPT-2's Conv1D, a Linear with its weight transposed.
-CONV1D = ("nx", "nf")
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from ..graph.propagate import Slice
+
+Size = int | tuple[int, ...]
+
+# The names of attributes that hold the size of one dimension of the weight, with this dimension.
+# (nx and nf are those of GPT-2's Conv1D, whose weight is transposed.)
+_DIMENSIONS = {
+    "out_features": 0, "out_channels": 0, "out_dim": 0, "output_dim": 0, "nf": 1,
+    "in_features": 1, "in_channels": 1, "in_dim": 1, "input_dim": 1, "nx": 0,
+}  # fmt: skip
+# The names of other attributes that hold a size: of every dimension that has it.
+_NAMES = {
+    "num_features", "num_channels", "num_parameters", "features", "channels", "width",
+    "hidden_features", "hidden_channels", "hidden_dim", "hidden_size", "normalized_shape",
+}  # fmt: skip
 
 # The attributes of attention modules that are in proportion to their number of heads.
 HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "all_head_size")
 
+# Of torch's own modules those with tensors that pruning can cut, along their first two dimensions.
+_CUT_TYPES = (nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
 
-def sizes_of(module: nn.Module) -> dict[str, int]:
+
+def sizes_of(module: nn.Module) -> dict[str, Size]:
     """The attributes of a module that hold sizes which pruning can change, with their values."""
-    names = {size for (kind, _, _), size in SIZES.items() if kind is type(module)} | set(HEADS)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        names.add("groups")
-    elif type(module).__name__ == "Conv1D":
-        names |= set(CONV1D)
-    sizes = {name: getattr(module, name, None) for name in sorted(names)}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+    names = set(HEADS)
+    if _tensors_of(module):
+        names |= _NAMES | _DIMENSIONS.keys() | {"groups"}
+    sizes = {name: vars(module)[name] for name in sorted(names & vars(module).keys())}
+    return {name: size for name, size in sizes.items() if _is_size(size)}
+
+
+def sizes_after(
+    module: nn.Module, slices: Mapping[str, Slice], units: int, kept: int
+) -> dict[str, Size]:
+    """The attributes that change when `kept` of `units` units stay, with their new values.
+
+    An attribute changes if it has a known name and equals the size of a dimension that is cut. If a
+    dimension that is not cut has the same size, only the names of `_DIMENSIONS` tell which one is
+    meant.
+
+    slices: the module's own tensors that have entries of the units, and where; not yet cut
+    """
+    tensors, sizes, changed = _tensors_of(module), sizes_of(module), dict[str, Size]()
+    cut_dims = {(name, at.dim) for name, at in slices.items()}
+    for tensor, at in slices.items():
+        size = tensors[tensor].shape[at.dim]
+        others = {
+            (name, dim) for name, other in tensors.items()
+            for dim, other_size in enumerate(other.shape) if other_size == size
+        } - cut_dims  # fmt: skip
+        for name, value in sizes.items():
+            dim = _DIMENSIONS.get(name)
+            if dim is not None and getattr(module, "transposed", False):  # ConvTranspose's weight
+                dim = 1 - dim
+            is_meant = not others or (tensor == "weight" and dim == at.dim)
+            if name in HEADS or name == "groups" or not is_meant:
+                continue
+            if value == size:
+                changed[name] = size * kept // units
+            elif isinstance(value, tuple) and value == tuple(tensors[tensor].shape):
+                changed[name] = (*value[: at.dim], size * kept // units, *value[at.dim + 1 :])
+        if tensor == "weight" and isinstance(groups := sizes.get("groups"), int) and groups > 1:
+            changed["groups"] = groups * kept // units  # each group has its own units
+            if isinstance(channels := sizes.get("in_channels"), int):
+                changed["in_channels"] = channels * kept // units
+    return changed
 
 
 def can_be_cut(module: nn.Module, dim: int) -> bool:
     """Can pruning cut this dimension of a module's own tensors?
 
-    Of torch's modules it cuts only those in SIZES, and not along a convolution's kernel. Any other
-    module may have a dimension for the units.
+    Of torch's modules it cuts only some, and not along a convolution's kernel. Any other module may
+    have a dimension for the units.
     """
-    if any(kind is type(module) for kind, _, _ in SIZES):
-        return dim < 2
-    return not type(module).__module__.startswith("torch.")
+    if type(module).__module__.startswith("torch."):
+        return isinstance(module, _CUT_TYPES) and dim < 2
+    return True
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers."""
+    tensors = (module._parameters | module._buffers).items()
+    return {name: tensor for name, tensor in tensors if tensor is not None}
+
+
+def _is_size(value: object) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(size, int) and not isinstance(size, bool) for size in values)

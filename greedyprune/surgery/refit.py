@@ -7,13 +7,16 @@ layer receives from the layers refitted before it:
 
     min over D of  |t - (W + D) x|^2 + ridge |D|^2
 
-x is the layer's input in the pruned network, W its weights there, D their change, and t the layer's
-output in the dense network. Where the output is added to a shortcut, t also compensates for the
-shortcut's error (graph/replay.py).
+x is the layer's input in the pruned network, W its dense weights on these inputs (or what the
+selection made of them without least squares), D their change, and t the layer's output in the dense
+network. Where the output is added to a shortcut, t also compensates for the shortcut's error
+(graph/replay.py). The ridge is chosen for each layer by 2-fold cross-validation over the samples. A
+layer whose new weights would be no better on held-out samples than W keeps its weights.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -25,20 +28,21 @@ from ..data.forward import evaluating
 from ..graph.propagate import Slice
 from ..graph.replay import Replay
 from ..graph.tracing import Layer
-from ..graph.unfold import module_weight, unfolded_parts
-from ..kernels.least_squares import ridge
+from ..graph.unfold import in_halves, module_weight, unfolded_parts
+from ..kernels.least_squares import Halves, chosen_damping, ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
 from ..runtime.distributed import Ranks, ranks_of, unwrapped
 from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
-from ..runtime.progress import Bar, bars
+from ..runtime.progress import Bar, bars, warn
 from .cut import check_made_for, cut, masked
 from .distill import distill
 from .hf_config import describe
+from .proof import example_of, prove
 from .selection import Selection
 
-DAMPING = 1e-3  # the ridge, as a share of the features' mean square
+DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
 ROUNDS = 4  # of least squares before a ReLU: each takes its target from the last one's outputs
 
 
@@ -61,13 +65,18 @@ def refit(
     none but a normalisation with a bias follows, that bias is solved for. No bias is added. Grouped
     convolutions and weights that several layers share stay as they are.
 
+    Few samples are no danger: each layer's weights are held near the dense ones by a ridge, whose
+    strength is chosen by 2-fold cross-validation over the samples. A layer whose new weights would
+    be no better on held-out samples keeps its weights, and a warning names it.
+
     Args:
         model: the dense model that the selection was made for; it is not changed
         selection: from `select`
         data: as for `select`, preferably the same data; targets are not used
         epochs: passes over the data in which all layers are then trained together, by gradients,
-            towards the outputs of the dense network's layers. 0: none. If many units were removed,
-            20 epochs gain a point of accuracy or more
+            towards the outputs of the dense network's layers. A tenth of the samples is held out;
+            the weights are those of the epoch that was best on it. 0: none. If many units were
+            removed, 20 epochs gain a point of accuracy or more
         memory_limit: bytes for the activations between two layers. If they do not fit, they are
             computed again for every layer. None: half the free memory
         progress: False hides the progress bars
@@ -79,10 +88,10 @@ def refit(
 
     Raises:
         TypeError: `model`, `selection` or `data` has another type
-        ValueError: the selection was made for a model of other sizes; the data are an iterator or
-            have no samples, or the model can't run on them; a layer's inputs have NaN or inf;
-            `epochs` is not an int of 0 or more, or is above 0 with several processes;
-            `memory_limit` is below 1; or torch.export can't trace the model
+        ValueError: the selection was made for a model of other sizes, or one of `prune`'s other
+            reasons; the data are an iterator or have no samples, or the model can't run on them; a
+            layer's inputs have NaN or inf; `epochs` is not an int of 0 or more, or is above 0 with
+            several processes; `memory_limit` is below 1; or torch.export can't trace the model
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -92,7 +101,7 @@ def refit(
         torch.Size([3, 4])
     """
     ranks = ranks_of(process_group)
-    with ranks.together():
+    with ranks.together(), torch.inference_mode(False):
         model = unwrapped(model)
         check_made_for(model, selection)
         _check_epochs(epochs, ranks)
@@ -140,15 +149,27 @@ def _refit(
         for name in sorted(cut_inputs, key=place.__getitem__):
             replay.change(name, weight=full.get_parameter(f"{name}.weight"))
         layers = replay.after_changes()
+        stayed = list[str]()
         for layer in layers:
             channels = None
             if layer.name in cut_inputs:
                 inputs = cut_inputs[layer.name]
                 at = inputs.slices[layer.weight]
                 channels = at.entries(inputs.kept, len(inputs.counts))
-            _refit_layer(full, layer, channels, replay, bar)
+            problem = _refit_layer(model, full, layer, channels, replay, bar)
+            if problem.stays:
+                rows, features = problem.rows, problem.features
+                stayed.append(f"{layer.name!r} ({rows} rows of {features} inputs)")
+        if stayed:
+            warn(
+                f"data: found too few samples to refit {', '.join(stayed)}: the new weights were "
+                "no better on held-out samples, so these layers keep theirs; expected more samples"
+            )
+        weights = {name: full.get_parameter(name).data for name in replay.changed}
         del replay  # and the activations that it holds
         small = cut(full, selection)
+        prove(model, weights, small, example_of(model, batches.first()))
+        del weights
         if epochs and layers:
             distill(model, small, selection, layers, batches, epochs, bar)
     describe(small, selection)
@@ -156,8 +177,9 @@ def _refit(
 
 
 def _refit_layer(
-    full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay, bar: Bar
-) -> None:
+    model: nn.Module, full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay,
+    bar: Bar,
+) -> _LeastSquares:  # fmt: skip
     """Changes one layer of `full` and of the replay's pruned network.
 
     channels: those of the layer's input channels that are kept; None: all
@@ -169,20 +191,26 @@ def _refit_layer(
         shifted, scale = path.norm, path.scale
     bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
     problem = _LeastSquares(full.get_submodule(layer.name), layer, channels, bias, scale)
+    if channels is not None:
+        problem.start_from(model.get_parameter(layer.weight))
     for _ in range(ROUNDS if path.rectified else 1):
-        for inputs, error in replay.errors(layer.name, bar):
-            problem.add(inputs, error)
+        for inputs, error, second_half in replay.errors(layer.name, bar):
+            problem.add(inputs, error, second_half)
         problem.solve(replay.ranks)
+        if problem.stays:
+            break
         replay.change(layer.name, weight=full.get_parameter(layer.weight))
         if shifted is not None and bias is not None:
             replay.change(shifted, bias=bias)
+    return problem
 
 
 class _LeastSquares:
     """One layer's least squares: sums over all data, in float64, and their solution.
 
     A row of the sums is a feature: an input channel, for a convolution one of its taps, and last a
-    constant 1, where there is a bias.
+    constant 1, where there is a bias. The change D of the weights is the whole change from the
+    weights that the layer had before its first round.
 
     channels: those of the layer's input channels that are kept; None: all
     bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
@@ -201,51 +229,95 @@ class _LeastSquares:
             channels = torch.arange(self._weight.shape[self._dim])
         self._channels = channels.to(self._weight.device)
         taps = self._weight[0, 0].numel()
-        rows, outputs = len(channels) * taps, self._weight.shape[1 - self._dim]
-        rows += self._bias is not None
+        self.features, outputs = len(channels) * taps, self._weight.shape[1 - self._dim]
+        self._free = int(self._bias is not None)
+        rows = self.features + self._free
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
-        self._gram, self._right = zeros(rows, rows), zeros(rows, outputs)
-        self._factor: Tensor | None = None
-        self._gram_is_whole = False  # the inputs are the same in every round
+        self._grams = [zeros(rows, rows), zeros(rows, rows)]  # of each half of the samples
+        self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
+        self.rows = 0  # positions of all samples
+        self._change = zeros(rows, outputs)
+        self._damping: float | None = None  # chosen in the first round; inf: the weights stay
 
-    def add(self, inputs: Tensor, error: Tensor) -> None:
-        """Adds one batch: the layer's inputs, and the change that its outputs need."""
+    def start_from(self, dense: Tensor) -> None:
+        """The weights that the ridge is towards: the dense ones of the kept channels."""
+        change = (self._weight.double() - dense.double()).index_select(self._dim, self._channels)
+        if self._dim == 0:
+            change = change.T
+        self._change[: self.features] = change.flatten(1).T
+
+    def add(self, inputs: Tensor, error: Tensor, second_half: Tensor) -> None:
+        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
         if not inputs.isfinite().all():
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
             )
-        for columns, target in unfolded_parts(self._module, inputs, error):
-            assert target is not None
-            rows = columns[self._channels].flatten(0, 1)
-            if self._bias is not None:
-                rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
-            add_right(self._right, rows, target, rows.dtype)
-            if not self._gram_is_whole:
-                add_upper_product(self._gram, rows, rows.dtype)
+        halves = in_halves(self._module, inputs, error, second_half)
+        for half, its_inputs, its_error in halves:
+            for columns, target in unfolded_parts(self._module, its_inputs, its_error):
+                assert target is not None
+                rows = columns[self._channels].flatten(0, 1)
+                if self._free:
+                    rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
+                if self._damping is not None:  # the inputs are the same in every round
+                    add_right(self._rights[0], rows, target, rows.dtype)
+                    continue
+                self.rows += rows.shape[1]
+                add_right(self._rights[half], rows, target, rows.dtype)
+                add_upper_product(self._grams[half], rows, rows.dtype)
+
+    @property
+    def stays(self) -> bool:
+        """Are the new weights no better than the dense ones on held-out samples?"""
+        return self._damping == math.inf
 
     def solve(self, ranks: Ranks) -> None:
         """Changes the layer's weight and the bias, in place, for the sums over all ranks."""
-        ranks.sum(f"right side {self._name!r}", self._right)
-        if not self._gram_is_whole:
-            ranks.sum_upper(f"products {self._name!r}", self._gram)
-        self._gram_is_whole = True
-        change = ranks.on_first(f"weights {self._name!r}", lambda: self._solution().cpu())
-        change = change.to(self._right)
-        self._right.zero_()
+        for half, right in enumerate(self._rights):
+            ranks.sum(f"right side {self._name!r} {half}", right)
+        if self._damping is None:
+            for half, gram in enumerate(self._grams):
+                ranks.sum_upper(f"products {self._name!r} {half}", gram)
+            [rows] = ranks.sum_numbers(f"rows {self._name!r}", self.rows)
+            self.rows = int(rows)
+        change, self._damping = ranks.on_first(f"weights {self._name!r}", self._solution)
+        if self.stays:
+            return
+        added, self._change = change.to(self._change) - self._change, change.to(self._change)
+        for right in self._rights:
+            right.zero_()
+        added = added.T
         if self._bias is not None:
-            constant = change[:, -1] if self._scale is None else change[:, -1] * self._scale
+            constant = added[:, -1] if self._scale is None else added[:, -1] * self._scale
             self._bias.add_(constant.to(self._bias.dtype))
-            change = change[:, :-1]
-        shaped = change.reshape(len(change), len(self._channels), -1)
+            added = added[:, :-1]
+        shaped = added.reshape(len(added), len(self._channels), -1)
         shaped = module_weight(shaped, Slice(self._dim), self._weight)
         self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
 
-    def _solution(self) -> Tensor:
-        """The change of the weights, (outputs, rows); the ridge leaves the constant free."""
-        if self._factor is None:
-            mirror(self._gram)
-            features = len(self._gram) - (self._bias is not None)
-            inputs = self._gram[:features, :features]
-            inputs.diagonal().add_(ridge(inputs.diagonal(), DAMPING))
-            self._factor = torch.linalg.cholesky(self._gram)
-        return torch.cholesky_solve(self._right, self._factor).T
+    def _solution(self) -> tuple[Tensor, float]:
+        """The whole change D of the weights, (rows, outputs), and its damping; inf for no change.
+
+        A later round's error is what the change so far leaves. With G = X X^T, its right side
+        therefore lacks D G, which is the right side that D solved, less ridge D.
+        """
+        if self._damping is None:
+            for gram, right in zip(self._grams, self._rights, strict=True):
+                mirror(gram)
+                right += gram @ self._change
+            squares = (self._grams[0] + self._grams[1]).diagonal()[: self.features]
+            problem = Halves(self._grams, self._rights)
+            damping, gain = chosen_damping([problem], DAMPING, [squares], self._free)
+            if gain < 0:
+                return self._change.cpu(), math.inf
+            self._damping = damping
+            self._ridge = torch.zeros_like(self._change[:, :1])  # none for the constant
+            self._ridge[: self.features, 0] = ridge(squares, damping)
+            damped = self._grams[0].add_(self._grams.pop())
+            damped.diagonal().add_(self._ridge[:, 0])
+            self._factor = torch.linalg.cholesky(damped)
+            del self._grams[0]
+            self._whole_right = self._rights[0] + self._rights[1]
+        else:
+            self._whole_right += self._rights[0] - self._ridge * self._change
+        return torch.cholesky_solve(self._whole_right, self._factor).cpu(), self._damping

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.executor import tensors_of
+from ..runtime.distributed import unwrapped
 from ..runtime.files import read_tensors, write_tensors
-from .hf_config import apply_sizes, config_sizes
-from .module_sizes import can_be_cut, sizes_of
+from .cut import in_format_of
+from .hf_config import restore, saved_configs, saved_refusal
+from .module_sizes import Size, can_be_cut, sizes_of
 
-FORMAT = "greedyprune-pruned-1"
+FORMAT = "greedyprune-pruned-2"
 
 
 def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     """Writes a pruned model as one safetensors file, for `load_pruned`; it contains no pickle.
 
-    The file has all parameters and buffers under their names in the state dict. Tied tensors are
-    stored once. Its header has the modules' sizes, as JSON. The file does not contain the modules'
-    code or their mode, nor which parameters require gradients.
+    The file has all parameters and buffers under their names, those that are not persistent, too.
+    Tied tensors are stored once. Its header has the modules' sizes, as JSON. The file does not
+    contain the modules' code or their mode, nor which parameters require gradients.
 
     Args:
         model: a model that `prune` or `refit` returned, fine-tuned or not; or any nn.Module
@@ -37,6 +39,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> greedyprune.save_pruned(model, "small.safetensors")
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     tensors = tensors_of(model)
@@ -52,7 +55,10 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     header = {
         "sizes": {name: sizes for name, m in model.named_modules() if (sizes := sizes_of(m))},
         "tied": {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
-        "config": config_sizes(model),
+        "config": saved_configs(model),
+        "refusal": saved_refusal(model),
+        "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
+        "persistent": list(model.state_dict()),
     }
     untied = {name: tensors[name].detach() for name in first.values()}
     storages = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
@@ -69,7 +75,9 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
     """Reads a file from `save_pruned` into a model of the dense architecture; returns the model.
 
     The layers of that model are cut to the sizes in the file. Every parameter and buffer comes from
-    the file, with its dtype. Tensors that are tied in the file are tied again.
+    the file, with its dtype. Tensors that are tied in the file are tied again. Buffers may have any
+    shape in the file, and may be missing in that model, since a forward can make them or let them
+    grow.
 
     Args:
         path: the file
@@ -103,23 +111,39 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
         )
     tensors, header = read_tensors(path, FORMAT, "pruned model")
     try:
-        sizes, tied, config = (json.loads(header[key]) for key in ("sizes", "tied", "config"))
+        sizes, tied, config, buffers, persistent = (
+            json.loads(header[key]) for key in ("sizes", "tied", "config", "buffers", "persistent")
+        )
         tensors |= {name: tensors[first] for name, first in tied.items()}
     except (KeyError, ValueError):
         raise ValueError(f"path: the header of {str(path)!r} is damaged") from None
     model = model_factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model_factory: it returned {type(model).__name__}, expected an nn.Module")
-    _check_architecture(model, sizes, tensors)
+    model = unwrapped(model)
+    _check_architecture(model, sizes, tensors, set(buffers))
     for name, attributes in sizes.items():
         for attribute, size in attributes.items():
-            setattr(model.get_submodule(name), attribute, size)
-    placed: dict[int, Tensor] = {}
-    for name, dense in tensors_of(model).items():
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, _placed(tensors[name], dense, placed))
-    apply_sizes(model, config)
+            value = tuple(size) if isinstance(size, list) else size
+            setattr(model.get_submodule(name), attribute, value)
+    _fill(model, tensors, set(persistent))
+    restore(model, config, json.loads(header.get("refusal", "null")))
     return model
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], persistent: set[str]) -> None:
+    """Gives the model the file's tensors; buffers that it lacks are registered."""
+    dense, placed = tensors_of(model), dict[int, Tensor]()
+    device = next((tensor.device for tensor in dense.values() if not tensor.is_meta), None)
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if name in dense:
+            setattr(module, attribute, _placed(tensor, dense[name], placed))
+        else:
+            if attribute in vars(module):  # None, say, until a forward makes the buffer
+                delattr(module, attribute)
+            module.register_buffer(attribute, tensor.to(device), persistent=name in persistent)
 
 
 def _placed(tensor: Tensor, dense: Tensor, placed: dict[int, Tensor]) -> Tensor:
@@ -128,20 +152,27 @@ def _placed(tensor: Tensor, dense: Tensor, placed: dict[int, Tensor]) -> Tensor:
     placed: by the identity of the file's tensors: their replacements so far, for tied tensors
     """
     if id(tensor) not in placed:
-        new = tensor if dense.is_meta else tensor.to(dense.device)
-        if isinstance(dense, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=dense.requires_grad)
+        if dense.is_meta:
+            new = tensor
+            if isinstance(dense, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=dense.requires_grad)
+        else:
+            new, dense.grad = dense, None  # the same object: functions that hold it use the new one
+            with torch.inference_mode(False), torch.no_grad():
+                new.data = in_format_of(dense, tensor.to(dense.device))
         placed[id(tensor)] = new
     return placed[id(tensor)]
 
 
 def _check_architecture(
-    model: nn.Module, sizes: dict[str, dict[str, int]], tensors: dict[str, Tensor]
-) -> None:
+    model: nn.Module, sizes: dict[str, dict[str, Size]], tensors: dict[str, Tensor],
+    buffers: set[str],
+) -> None:  # fmt: skip
     """ValueError unless pruning could have made the file's model of this one."""
     dense, modules = tensors_of(model), dict(model.named_modules())
     for name in tensors:
-        if name not in dense:
+        is_added = name in buffers and name.rpartition(".")[0] in modules
+        if name not in dense and not is_added:
             raise ValueError(f"model_factory: its model lacks {name!r}, which the file has")
     for name in dense:
         if name not in tensors:
@@ -159,6 +190,8 @@ def _check_architecture(
             )
     for name, tensor in dense.items():
         module = modules[name.rpartition(".")[0]]
+        if name in buffers and not type(module).__module__.startswith("torch."):
+            continue  # a forward may give it any shape
         before, after = tuple(tensor.shape), tuple(tensors[name].shape)
         if len(before) != len(after) or not all(
             size == full or (size < full and can_be_cut(module, dim))
@@ -168,3 +201,11 @@ def _check_architecture(
                 f"model_factory: found {name!r} of shape {before}, expected one that pruning cuts "
                 f"to the file's {after}"
             )
+    for name, module_sizes in dense_sizes.items():
+        for attribute, size in sizes[name].items():
+            full_size = module_sizes[attribute]
+            if isinstance(size, int) and isinstance(full_size, int) and size > full_size:
+                raise ValueError(
+                    f"model_factory: found {type(modules[name]).__name__} at {name!r} with "
+                    f"{attribute}={full_size}, expected a module with at least {size}"
+                )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.batches import Batch
 from ..graph.costs import BudgetReport, Cost
 from ..graph.propagate import Slice
 from ..kernels.path import NestedFit
@@ -150,17 +151,23 @@ class Selection:
     costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
             None if the selection is not from `select`
     budget: how the sizes were chosen for a budget; None if there was no budget
+    example: at most two samples of the first batch, on which `prune` checks its result. They stay
+            in memory: a Selection that was loaded, copied or pickled has None
+    saving: what `save_pretrained` will do with the pruned model; None if the model is not one of
+            Hugging Face, or if the selection is not from `select`
     """
 
     layers: Mapping[str, LayerSelection]
     costs: Mapping[str, Cost] | None = None
     budget: BudgetReport | None = None
+    example: Batch | None = field(default=None, repr=False)
+    saving: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(ByName(self.layers)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Selection, (dict(self.layers), self.costs, self.budget)
+        return Selection, (dict(self.layers), self.costs, self.budget, None, self.saving)
 
     @property
     def order(self) -> Tensor:
@@ -240,7 +247,8 @@ class Selection:
         """
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
-        return Selection({name: layer.at(k) for name, layer in self.layers.items()}, self.costs)
+        layers = {name: layer.at(k) for name, layer in self.layers.items()}
+        return Selection(layers, self.costs, example=self.example, saving=self.saving)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file. Values that are not tensors go into its header, as JSON.
@@ -268,6 +276,7 @@ class Selection:
         header = {
             "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
+            "saving": json.dumps(self.saving),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
@@ -293,6 +302,7 @@ class Selection:
             layers,
             {what: Cost.of_json(cost) for what, cost in costs.items()} or None,
             None if budget is None else BudgetReport(**budget),
+            saving=json.loads(header.get("saving", "null")),
         )
 
     def summary(self) -> Table:
@@ -300,10 +310,11 @@ class Selection:
 
         loss, gap and bound are those of the last step. The loss is at most `gap` above the loss of
         any convex reweighting of all units, and at most `bound`, which is proved. Below the table
-        are the parameters and FLOPs (of the first batch) before and after.
+        are the parameters and FLOPs (of the first batch) before and after, and for a Hugging Face
+        model what `save_pretrained` will do with the pruned model.
         """
         params, flops = self.change("params"), self.change("flops")
-        return selection_report.summary(self.layers, params, flops, self.budget)
+        return selection_report.summary(self.layers, params, flops, self.budget, self.saving)
 
     def plot(self) -> Figure:
         """A matplotlib figure with one panel for each layer: loss against k, dense loss, bound.

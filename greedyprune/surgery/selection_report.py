@@ -49,9 +49,10 @@ class LayerPath(Protocol):
 
 
 def summary(
-    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None
-) -> Table:
-    """A table with one row for each layer, and below it the costs and the budget."""
+    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None,
+    saving: str | None = None,
+) -> Table:  # fmt: skip
+    """A table with one row for each layer, and below it the costs, the budget and `saving`."""
     from rich.table import Table
 
     kinds = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
@@ -70,6 +71,7 @@ def summary(
             _last(layer.gap), _last(layer.bound),
         )  # fmt: skip
     lines = [*_caption(params, flops, budget), *_columns(layers.values())]
+    lines += [] if saving is None else [saving]
     table.caption = "\n".join(lines) or None
     return table
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import NETWORKS, Inputs, network, outputs_of
-from torch import nn
+from torch import Tensor, nn
 
+import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import main_output
-from greedyprune.graph.executor import GraphExecutor, GraphExecutors, bytes_held, tensors_of
+from greedyprune.graph import executors as executors_module
+from greedyprune.graph.executor import (
+    GraphExecutor,
+    OverwrittenError,
+    bytes_held,
+    tensors_of,
+)
+from greedyprune.graph.executors import GraphExecutors
 
 
 def batch_of(inputs: Inputs) -> Batch:
@@ -86,12 +94,131 @@ def test_layers_that_share_weights_are_not_refitted() -> None:
     assert [layer.name for layer in executor.refittable.values()] == ["1"]
 
 
-def test_one_executor_for_each_shape() -> None:
+def test_one_executor_for_all_shapes() -> None:
     model, inputs = network("resnet")
     executors = GraphExecutors(model)
     whole, part = batch_of(inputs), batch_of(inputs[:2])
     assert executors.of(whole) is executors.of(batch_of(inputs + 1))
-    assert executors.of(whole) is not executors.of(part)
+    opened = executors.of(part)
+    assert executors.of(whole) is not opened
+    assert executors.of(batch_of(inputs[:3])) is opened
+    assert executors.of(batch_of(torch.randn(5, 3, 30, 18))) is opened
+
+
+class Embedded(nn.Module):
+    """Two inputs of one length, and a size that is written into the graph where `fixed`."""
+
+    def __init__(self, fixed: int | None) -> None:
+        super().__init__()
+        self.fixed, self.embed = fixed, nn.Embedding(20, 6)
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, scale: Tensor) -> Tensor:
+        x = self.embed(ids) * scale[..., None]
+        x = x + self.down(self.up(x).relu())
+        length = x.shape[1] if self.fixed is None else min(self.fixed, x.shape[1])
+        return self.head(x.view(-1, length, 6).mean(1))
+
+
+def test_sizes_that_the_graph_does_not_serve_take_a_trace_of_their_own() -> None:
+    def batch(samples: int, length: int) -> Batch:
+        return Batch((torch.randint(20, (samples, length)), torch.rand(samples, length)), {}, None)
+
+    executors = GraphExecutors(Embedded(None).eval())
+    executors.of(batch(4, 5))
+    opened = executors.of(batch(4, 6))
+    assert opened is executors.of(batch(7, 9))
+    assert not opened.accepts(batch(1, 9))  # sizes of 1 are broadcast, so they are fixed
+    ids, other = batch(4, 6).args[0], batch(4, 7).args[1]
+    assert not opened.accepts(Batch((ids, other), {}, None))  # the model needs equal lengths
+    fixed = GraphExecutors(Embedded(3).eval())
+    traces = {id(fixed.of(batch(4, length))) for length in (3, 6, 9)}
+    assert len(traces) >= 2
+
+
+@pytest.mark.parametrize("objective", ["imitation", "loss"])
+@torch.no_grad()
+def test_varying_lengths_give_what_a_trace_for_each_gives(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = Embedded(None).eval(), []
+    for length in range(5, 25):
+        targets = torch.randint(3, (3,))
+        inputs = torch.randint(20, (3, length)), torch.rand(3, length)
+        batches.append((inputs, targets))
+    results = []
+    for most, opened in ((2, True), (40, False)):
+        monkeypatch.setattr(executors_module, "MOST_SHAPES", most)
+        if not opened:
+            monkeypatch.setattr(GraphExecutors, "_with_open_sizes", lambda self, form, batch: None)
+        selection = greedyprune.select(model, batches, layers="up", objective=objective)
+        refitted = greedyprune.refit(model, selection, batches)
+        results.append((selection.order, selection.losses, refitted(*batches[0][0])))
+    assert results[0][0].equal(results[1][0])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Conditioned(nn.Module):
+    """A vector for each sample is added to all positions of a feature map."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.enter = first, nn.Conv2d(3, 8, 3, padding=1)
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 8)
+        self.wide, self.leave = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, vector = self.enter(x), self.down(self.up(t).relu())[:, :, None, None]
+        x = vector + x if self.first else x + vector
+        return self.leave(self.wide(x).relu())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_vector_that_is_added_to_a_map(first: bool) -> None:
+    """The vector's layer is refitted to its own output; nothing is added in its own shape."""
+    model = Conditioned(first).eval()
+    data = [((torch.randn(20, 3, 6, 6), torch.randn(20, 5)), torch.zeros(20))]
+    executor = GraphExecutor(model, Batch(data[0][0], {}, None))
+    assert executor.linear_paths["down"].shortcut is None
+    selection = greedyprune.select(model, data, objective="imitation")
+    assert set(selection.layers) == {"up", "wide"}
+    assert float(selection.layers["up"].losses[-1]) < float(selection.layers["up"].losses[0])
+    pruned = greedyprune.prune(model, selection)
+    refitted = greedyprune.refit(model, selection, data)
+    wanted = model(*data[0][0])
+    errors = [(small(*data[0][0]) - wanted).square().mean() for small in (pruned, refitted)]
+    assert errors[1] <= errors[0] * 1.01
+
+
+@torch.no_grad()
+def test_new_tensors_of_one_operation_are_no_aliases() -> None:
+    """topk's values are changed in place, and its indices are used later, as in a router."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 4), nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            values, indices = self.gate(x).topk(2, -1)
+            values /= values.sum(-1, keepdim=True)
+            return self.down(self.up(x).relu()) * values.sum(-1, keepdim=True) + indices.sum()
+
+    model, inputs = Router().eval(), torch.rand(30, 6)
+    executor = GraphExecutor(model, batch_of(inputs))
+    outputs = executor.outputs(executor.inputs(batch_of(inputs)), tensors_of(model), 0)
+    torch.testing.assert_close(outputs, model(inputs))
+
+    class Halves(Router):
+        def forward(self, x: Tensor) -> Tensor:
+            whole = self.up(x)
+            first, _ = whole.split(4, -1)
+            first += 1
+            return self.down(whole)
+
+    with pytest.raises(OverwrittenError):
+        GraphExecutor(Halves().eval(), batch_of(inputs))
 
 
 def test_bytes_are_counted_once() -> None:

@@ -174,5 +174,3 @@ def test_reasons_name_what_a_user_sees() -> None:
     data = torch.randn(10, 5), torch.randn(10, 3)
     with pytest.raises(ValueError, match=r"layers: found 'first' .*its weight is computed"):
         greedyprune.select(model, data, layers="first")
-    with pytest.raises(TypeError, match="model: found a compiled Net"):
-        greedyprune.select(torch.compile(Net()), data)

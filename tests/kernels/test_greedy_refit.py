@@ -31,7 +31,16 @@ def test_each_pick_is_the_best_refit(
         error = p.y - p.features(kept) @ weights.T
         torch.testing.assert_close(float(error.square().sum()), left[best], rtol=1e-8, atol=1e-6)
     squares = [float(fitted.outgoing(k + 1).square().sum()) for k in range(steps)]
-    torch.testing.assert_close(fitted.norms(), torch.tensor(squares).double())
+    ones = torch.ones(len(fitted.factor)).double()
+    torch.testing.assert_close(fitted.norms(ones), torch.tensor(squares).double())
+    dense = torch.randn(shape[3], shape[0], p.width).double()
+    factors = torch.rand(shape[0], p.width).double()
+    distances = fitted.distances(dense.flatten(1), factors.flatten())
+    for k in range(steps):
+        difference = dense.clone()
+        difference[:, fitted.units[: k + 1]] -= fitted.outgoing(k + 1)
+        expected = float((difference.square() * factors).sum())
+        torch.testing.assert_close(float(distances[k]), expected)
     other, _ = reference.greedy_refit(
         p.gram, p.right, p.target_norm, Rule(steps, steps, False), width=p.width
     )

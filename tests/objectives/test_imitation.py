@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Imitation
+from greedyprune.graph.executors import GraphExecutors
 from greedyprune.graph.replay import Replay
 from greedyprune.objectives import imitation
 from greedyprune.surgery.cut import masked
@@ -110,6 +111,7 @@ def recorded(
 SEVERAL = [n for n, (_, groups) in NETWORKS.items() if len(groups) > 1 and n != "excited"]
 
 
+@pytest.mark.usefixtures("least_ridge")  # errors are compared on the samples they are fitted to
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.parametrize("weights", ["counts", "refit"])
 @pytest.mark.parametrize("fits", [True, False])
@@ -144,7 +146,7 @@ def test_layers_compensate_for_those_before_them(
         if len(done) > 1 and weights == "refit":
             other = masked(model, greedyprune.Selection({**done, producer: apart.layers[producer]}))
             worse = recorded(other, inputs, *place) - recorded(model, inputs, *place)
-            assert error.square().mean() <= worse.square().mean() * 1.05
+            assert error.square().mean() <= worse.square().mean() * 1.05 + 1e-12
 
 
 def test_dead_layers_and_odd_shortcuts() -> None:
@@ -172,21 +174,25 @@ def test_dead_layers_and_odd_shortcuts() -> None:
         selection = greedyprune.select(model, batches, backend=backend)
         assert all(2 * len(s.kept) == len(s.counts) for s in selection.layers.values())
         assert selection.layers["c"].losses.eq(0).all()
-        assert selection.layers["c"].weights.eq(0).all()
+        dense = model.d.weight.detach().double()[:, selection.layers["c"].kept]
+        torch.testing.assert_close(selection.layers["c"].weights, dense)  # nothing speaks against
         small, inputs = greedyprune.prune(model, selection), torch.cat(batches)
         torch.testing.assert_close(small(inputs), masked(model, selection)(inputs))
 
 
-def test_batches_of_many_shapes() -> None:
+def test_batches_of_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = network("resnet")
     batches = [inputs[:n] for n in (1, 2, 3)]
     few = greedyprune.select(model, batches)
     assert set(few.layers) == {"3.conv1", "4.conv1"}
     sizes = [torch.randn(1, 3, n, 12) for n in range(6, 25)]
-    with pytest.raises(ValueError, match=r"data: found batches of more than 16 shapes"):
-        greedyprune.select(model, sizes)
+    assert set(greedyprune.select(model, sizes).layers) == set(few.layers)
     apart = greedyprune.select(model, sizes, objective=Imitation(sequential=False))
     assert set(apart.layers) == set(few.layers)
+    # A model whose sizes are written into its graph takes a trace for each shape.
+    monkeypatch.setattr(GraphExecutors, "_with_open_sizes", lambda self, form, batch: None)
+    with pytest.raises(ValueError, match=r"data: found batches of more than 16 shapes"):
+        greedyprune.select(model, sizes)
 
 
 def test_in_place_operations_do_not_reach_the_other_network() -> None:

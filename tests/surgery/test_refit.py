@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
+from greedyprune.kernels import least_squares
 from greedyprune.surgery import refit as refitting
+from greedyprune.surgery.cut import cut
 from greedyprune.surgery.refit import DAMPING
 
 # Networks of Linears and of convolutions over images, whose patches torch can unfold.
@@ -69,15 +72,16 @@ def matrix(module: nn.Module) -> Tensor:
     ("name", "memory_limit"),
     [*((name, None) for name in PLAIN), ("resnet", 1), ("bert", 1)],  # 1: nothing is held
 )
+@pytest.mark.usefixtures("least_ridge")
 @torch.no_grad()
 def test_the_normal_equations(name: str, memory_limit: int | None) -> None:
-    """(t - W x) x^T = ridge (W - W before) in every layer, and no mean error where it has a bias.
+    """(t - W x) x^T = ridge (W - W dense) in every layer, and no mean error where it has a bias.
 
     t is the layer's output in the dense network, or what the layer has to add to its shortcut.
     """
     model, inputs = network(name)
     selection = greedyprune.select(model, data_of(inputs), objective="imitation")
-    before = greedyprune.prune(model, selection)
+    before = cut(copy.deepcopy(model), selection)  # with the dense weights
     small = greedyprune.refit(model, selection, data_of(inputs), memory_limit=memory_limit)
     totals: dict[str, Any] = dict(TOTALS.get(name, {}))
     changed = 0
@@ -96,7 +100,7 @@ def test_the_normal_equations(name: str, memory_limit: int | None) -> None:
             if at is not None and layer not in selected.outputs:  # the layer's own units were cut
                 target = target[at.entries(selected.kept, len(selected.counts))]
         error = target - y
-        ridge = DAMPING * x.square().sum(1).mean()
+        ridge = least_squares.ridge(x.square().sum(1), DAMPING)
         change = matrix(module) - matrix(before.get_submodule(layer))
         scale = float(x.norm() * target.norm())
         torch.testing.assert_close(error @ x.T, ridge * change, rtol=0, atol=2e-6 * scale)
@@ -123,6 +127,7 @@ def test_only_weights_after_the_first_cut_change(name: str) -> None:
         assert small.lm_head.weight.equal(model.lm_head.weight)
 
 
+@pytest.mark.usefixtures("least_ridge")
 @torch.no_grad()
 def test_rounds_lower_the_error_behind_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rounds of least squares give a lower squared error of the ReLU's outputs."""
@@ -188,6 +193,7 @@ def test_nothing_cut_nothing_changes() -> None:
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("least_ridge")
 def test_weights_that_are_used_twice_and_grouped_ones_stay() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -234,3 +240,56 @@ def test_what_refit_refuses() -> None:
     inputs[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="layer '4': NaN or inf in its inputs"):
         greedyprune.refit(model, selection, [inputs])
+
+
+class Flattened(nn.Module):
+    """A Linear with 288 inputs, more than the rows of a small sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3)
+        self.up, self.down = nn.Linear(32 * 9, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(self.conv(x).relu(), 2)
+        x = functional.max_pool2d(self.wide(x).relu(), 2)
+        return self.down(self.up(x.flatten(1)).relu())
+
+
+def smooth_images(count: int) -> Tensor:
+    return functional.interpolate(torch.randn(count, 3, 5, 5), (18, 18), mode="bicubic")
+
+
+@pytest.mark.parametrize("samples", [64, 150, 300, 1000])
+@torch.no_grad()
+def test_neither_select_nor_refit_overfits(samples: int) -> None:
+    """On images that they have not seen. Least squares overfits most for 100 to 300 samples."""
+    torch.manual_seed(0)
+    model, images, held_out = Flattened().eval(), smooth_images(samples), smooth_images(1000)
+    errors = []
+    for damping in (1e-4, 10.0):  # 10: next to no change of the weights
+        objective = greedyprune.Imitation(damping=damping)
+        selection = greedyprune.select(model, [images], objective=objective)
+        small = greedyprune.prune(model, selection)
+        errors.append((small(held_out) - model(held_out)).square().mean())
+        if damping == 1e-4:
+            again = greedyprune.refit(model, selection, [images])
+            refitted = (again(held_out) - model(held_out)).square().mean()
+            assert refitted <= (1.1 if samples < 100 else 1.02) * errors[0]
+    assert errors[0] <= 0.8 * errors[1]
+
+
+@torch.no_grad()
+def test_layers_that_held_out_samples_speak_against_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, images = Flattened().eval(), smooth_images(40)
+    selection = greedyprune.select(model, [images], objective="imitation")
+
+    def never(*args: object) -> tuple[float, float]:
+        return 1.0, -1.0
+
+    monkeypatch.setattr(refitting, "chosen_damping", never)
+    with pytest.warns(UserWarning, match=r"'up' \(40 rows of 144 inputs\), 'down' \(40 rows of 32"):
+        small = greedyprune.refit(model, selection, [images])
+    for key, value in greedyprune.prune(model, selection).state_dict().items():
+        assert small.state_dict()[key].equal(value)

@@ -1,0 +1,37 @@
+"""Samples that are held out, or the halves of cross-validation: each sample's data decide.
+
+So they are the same however the samples are batched, ordered, or spread over processes. Equal
+samples are in the same part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batches import Batch, samples_of
+
+SPREAD = -7046029254386353131  # 2^64 / golden ratio: multiplying by it mixes the bits (Knuth)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def in_second_half(batch: Batch) -> Tensor:
+    """For each of a batch's samples, whether it is in the second half: (m,) bool on the CPU."""
+    return _hashes(batch) < 0
+
+
+def held_out(batch: Batch) -> Tensor:
+    """For each of a batch's samples, whether it is among the held-out tenth: (m,) bool, CPU."""
+    return ((_hashes(batch) >> 44) & 0xFFFFF) % 10 == 0
+
+
+def _hashes(batch: Batch) -> Tensor:
+    """(m,) int64: of each sample's entries in the first input that has one for each sample."""
+    for value in (*batch.args, *batch.kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() and len(value) == samples_of(batch):
+            entries = value.detach().reshape(len(value), -1).contiguous()
+            if entries.is_complex():
+                entries = torch.view_as_real(entries).flatten(1)
+            bits = entries.view(INTEGERS[entries.element_size()])
+            return bits.sum(1, dtype=torch.int64).cpu() * SPREAD
+    return torch.zeros(1, dtype=torch.int64)

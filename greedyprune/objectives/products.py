@@ -1,0 +1,248 @@
+"""Sums over the data for one consumer of a layer: products of its features.
+
+A consumer's input is unfolded to one column for each position (a convolution's input as its
+patches), and K = X X^T is added up. With w_a the weights on feature a, units i and j have
+G_ij = N^2 sum of K_ab <w_a, w_b> over their features a and b (eq. (2)). The right side of
+every least squares problem is K W^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.groups import Group
+from ..graph.unfold import in_halves, unfolded_parts, unit_major, weight_of
+from ..kernels.least_squares import Halves, feature_rows
+from ..kernels.products import add_right, add_upper_product, mirror
+from ..runtime.distributed import Ranks
+
+
+class Sums:
+    """The sums over one half of the samples.
+
+    gram:        (F, F) float64, K; before `finish` only the blocks on and above the diagonal
+    cross:       (F, C) float64, <x_i, target>; None: the target is the dense output of X
+    positions:   how many columns X has
+    target_norm: |target|^2
+    """
+
+    def __init__(self, features: int, outputs: int | None, device: torch.device) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.cross = None if outputs is None else self.gram.new_zeros(features, outputs)
+        self.positions, self.target_norm = 0, 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        numbers = torch.tensor([self.positions, self.target_norm], dtype=torch.float64)
+        cross = {} if self.cross is None else {"cross": self.cross}
+        return {"gram": self.gram, "numbers": numbers, **cross}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.gram.copy_(state["gram"])
+        self.positions, self.target_norm = int(state["numbers"][0]), float(state["numbers"][1])
+        if self.cross is not None:
+            self.cross.copy_(state["cross"])
+
+    def finish(self, name: str, ranks: Ranks, owner: int | None) -> None:
+        """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
+        ranks.sum_upper(f"products {name}", self.gram, owner)
+        counts = ranks.sum_numbers(f"sums {name}", self.positions, self.target_norm)
+        self.positions, self.target_norm = int(counts[0]), counts[1]
+        if self.cross is not None:
+            ranks.sum(f"right side {name}", self.cross)
+            self.cross = self.cross.cpu()
+        mirror(self.gram)
+        self.gram = self.gram.cpu()
+
+    def merge(self, other: Sums) -> None:
+        self.gram += other.gram
+        self.positions += other.positions
+        self.target_norm += other.target_norm
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+
+
+class Products:
+    """The sums of one least squares problem in the units' features; a unit's lie side by side.
+
+    name:   of the layer that takes the units
+    weight: (C, F) float64, what the features are multiplied with in the dense network
+    root:   (C, C) float64, the square root of the metric that errors are measured in; None: I
+    given:  are the targets added with the inputs? Else they are the dense outputs for these inputs
+    halves: are the sums kept for each half of the samples, to choose a damping by?
+    """
+
+    def __init__(
+        self, name: str, units: int, weight: Tensor, device: torch.device, *, given: bool = False,
+        halves: bool = False,
+    ) -> None:  # fmt: skip
+        self.name, self.units, self.weight = name, units, weight
+        self.outputs, self.features = weight.shape
+        outputs = self.outputs if given else None
+        self.halves = halves
+        self.sums = [Sums(self.features, outputs, device) for _ in range(1 + halves)]
+        self.root: Tensor | None = None
+
+    def add(
+        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None
+    ) -> None:
+        """Adds one batch of inputs and of their targets; None: the dense outputs.
+
+        second_half: (m,) bool: which of the m samples are in the second half
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far."""
+        return {
+            f"{name} {i}": tensor
+            for i, sums in enumerate(self.sums)
+            for name, tensor in sums.state().items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Sets the sums to what `state` returned."""
+        for i, sums in enumerate(self.sums):
+            own = {name: state[f"{name} {i}"] for name in sums.state()}
+            sums.restore(own)
+
+    def finish(self, ranks: Ranks, owner: int | None = None) -> None:
+        """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
+        for i, sums in enumerate(self.sums):
+            sums.finish(f"{self.name!r} {i}", ranks, owner)
+
+    def merge(self) -> None:
+        """Adds up the sums of both halves."""
+        while len(self.sums) > 1:
+            self.sums[0].merge(self.sums.pop())
+
+    @property
+    def gram(self) -> Tensor:
+        """(F, F) float64, K of all samples."""
+        self.merge()
+        return self.sums[0].gram
+
+    @property
+    def positions(self) -> int:
+        return sum(sums.positions for sums in self.sums)
+
+    def squares(self) -> Tensor:
+        """The features' squared norms: (F,) float64."""
+        return torch.stack([sums.gram.diagonal() for sums in self.sums]).sum(0)
+
+    def errors_without(self, units: Tensor) -> Halves:
+        """The least squares problem, in both halves, of the error that keeping `units` leaves.
+
+        units: (K,) int64; they have their dense weights
+        """
+        rows = feature_rows(units, self.width)
+        dense, grams, rights = self.weight.T[rows], [], []
+        for sums in self.sums:
+            gram = sums.gram[rows[:, None], rows]
+            right = sums.gram[rows] @ self.weight.T if sums.cross is None else sums.cross[rows]
+            grams.append(gram)
+            rights.append(right - gram @ dense)
+        return Halves(grams, rights)
+
+    @property
+    def mass(self) -> float:
+        """What sums of squares are divided by."""
+        return float(self.positions * self.outputs)
+
+    @property
+    def width(self) -> int:
+        """Features a unit."""
+        return self.features // self.units
+
+    def right(self) -> Tensor:
+        """<x_i, target>, (F, C) float64."""
+        self.merge()
+        cross = self.sums[0].cross
+        return self.gram @ self.weight.T if cross is None else cross
+
+    def target_norm(self) -> float:
+        """|target|^2."""
+        self.merge()
+        if self.sums[0].cross is None:
+            return float((self.right() * self.weight.T).sum())
+        return self.sums[0].target_norm
+
+    def end_losses(self) -> tuple[float, float]:
+        """|target - output|^2 with all units as they are, and without any unit."""
+        output_norm = float(((self.gram @ self.weight.T) * self.weight.T).sum())
+        sums = self.sums[0]
+        if sums.cross is None:
+            return 0.0, output_norm
+        along = float((sums.cross * self.weight.T).sum())
+        return sums.target_norm - 2 * along + output_norm, sums.target_norm
+
+    def unit_beta(self) -> Tensor:
+        """<phi_i, target> / N for each unit i: (N,) float64."""
+        return (self.right() * self.weight.T).view(self.units, -1).sum(1)
+
+    def contributions(self) -> Tensor:
+        """|phi_j|^2 / N^2 for each unit j: (N,) float64; it leaves the halves apart."""
+        total = torch.zeros(self.units, dtype=torch.float64)
+        for sums in self.sums:
+            for j in range(self.units):
+                at = slice(j * self.width, (j + 1) * self.width)
+                weight = self.weight[:, at]
+                total[j] += ((weight @ sums.gram[at, at]) * weight).sum()
+        return total
+
+    def unit_gram(self) -> Tensor:
+        """<phi_i, phi_j> / N^2 for units i and j: (N, N) float64."""
+        products = (self.weight.T @ self.weight).mul_(self.gram)
+        if self.width == 1:
+            return products
+        shape = self.units, self.width, self.units, self.width
+        return products.view(shape).sum((1, 3))
+
+
+class ConsumerProducts(Products):
+    """The products of one consumer, whose target is its dense output."""
+
+    def __init__(
+        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None, *,
+        given: bool = False, halves: bool = False,
+    ) -> None:  # fmt: skip
+        dense, at = weight_of(module), group.slices[f"{name}.weight"]
+        weight = unit_major(dense.detach().double().cpu(), at, group.units)
+        weight = weight if root is None else root @ weight
+        super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
+        self.root, self.layer = root, group.producer
+        self._module, self._at = module, at
+
+    def add(
+        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None
+    ) -> None:
+        if not inputs.isfinite().all():
+            raise ValueError(
+                f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
+                "numbers"
+            )
+        if len(self.sums) == 1:
+            second_half = None
+        halves = in_halves(self._module, inputs, outputs, second_half)
+        for half, its_inputs, its_outputs in halves:
+            self._add_to(self.sums[half], its_inputs, its_outputs)
+
+    def _add_to(self, sums: Sums, inputs: Tensor, outputs: Tensor | None) -> None:
+        bias, double = getattr(self._module, "bias", None), torch.float64
+        for columns, target in unfolded_parts(self._module, inputs, outputs):
+            taps, positions = columns.shape[1:]
+            rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
+            rows = rows.transpose(0, 1).reshape(self.features, positions)
+            add_upper_product(sums.gram, rows, double)  # float64: the loss can be a small rest
+            sums.positions += positions
+            if target is None:
+                continue
+            if bias is not None:
+                target = target - bias.detach()[:, None]
+            if self.root is not None:
+                target = self.root.to(target) @ target
+            assert sums.cross is not None
+            add_right(sums.cross, rows, target, double)
+            sums.target_norm += float(target.double().square().sum())

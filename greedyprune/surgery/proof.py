@@ -1,0 +1,113 @@
+"""The proof that a pruned model computes what the masked one does, on a batch of a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch, placed, samples_of
+from ..data.forward import evaluating, run_model, same_outputs
+from ..graph.executor import tensors_of
+from ..graph.tracing import without_cache
+
+SAMPLES = 2  # that a Selection keeps for the proof
+SEEDS = (0, 1)  # of the random numbers that a forward draws
+
+
+def example_of(model: nn.Module, batch: Batch) -> Batch:
+    """A few samples of a batch, as a copy; the whole batch if the model runs on no part of it."""
+    inputs = Batch(batch.args, batch.kwargs, None)
+    count = samples_of(inputs)
+    if count is None or count <= SAMPLES:
+        return inputs
+    try:
+        few = inputs.take(torch.arange(SAMPLES))
+        few = few.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
+        run_model(model, few)
+    except (ValueError, RuntimeError):  # NotImplementedError is one: no samples of a sparse tensor
+        return inputs
+    return few
+
+
+def prove(
+    model: nn.Module, changed: Mapping[str, Tensor], small: nn.Module, example: Batch
+) -> None:
+    """ValueError unless the pruned model gives the outputs of the dense one with other weights.
+
+    The dense model itself runs, with the new weights in its own tensors for a moment. So everything
+    that holds its modules or tensors, in whatever way, uses the new weights. It is left as it was.
+    Nothing is compared if the model can't run on the example, or draws random numbers that decide
+    its output.
+
+    changed: by the names of the dense model's parameters and buffers: their new values
+    small: the pruned model
+    """
+    example = placed(example, model)
+    example = Batch(example.args, without_cache(model, example.kwargs), None)
+    names_of: dict[int, str] = {}
+    for name, tensor in tensors_of(model).items():
+        if id(tensor) not in names_of or name in changed:
+            names_of[id(tensor)] = name
+    values = {name: changed.get(name, tensors_of(model)[name].data) for name in names_of.values()}
+    with evaluating(model), evaluating(small):
+        try:
+            with _holding(model, values):
+                expected, other = (_outputs(model, example, seed) for seed in SEEDS)
+        except ValueError:
+            return
+        reason = "its outputs differ"
+        try:
+            outputs = _outputs(small, example, SEEDS[0])
+            if same_outputs(expected, outputs) or not same_outputs(expected, other):
+                return
+            if _same_in_float64(model, values, small, example):
+                return
+        except ValueError as error:
+            reason = f"it fails: {error}".replace("data: the model", "the model")
+    raise ValueError(
+        f"model: pruned, it does not compute what it does with the units masked ({reason}); "
+        "expected functions and attributes that use its own modules' tensors and not their sizes"
+    )
+
+
+def _same_in_float64(
+    model: nn.Module, values: Mapping[str, Tensor], small: nn.Module, example: Batch
+) -> bool:
+    """Are the outputs the same where rounding can't be the reason for a difference?
+
+    False for models that can't run in float64, such as those with a `.float()`.
+    """
+    example = example.to(torch.float64)
+    pruned = {name: tensor.data for name, tensor in tensors_of(small).items()}
+    try:
+        with _holding(model, _in_float64(values)), _holding(small, _in_float64(pruned)):
+            expected, outputs = (_outputs(m, example, SEEDS[0]) for m in (model, small))
+    except ValueError:
+        return False
+    return same_outputs(expected, outputs)
+
+
+def _in_float64(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: v.double() if v.is_floating_point() else v for n, v in values.items()}
+
+
+def _outputs(model: nn.Module, example: Batch, seed: int) -> object:
+    torch.manual_seed(seed)  # `evaluating` restores the random state
+    return run_model(model, example)
+
+
+@contextmanager
+def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model's parameters and buffers hold these values; they stay the same objects."""
+    tensors = tensors_of(model)
+    saved = [(tensors[name], tensors[name].data) for name in values]
+    try:
+        for name, value in values.items():
+            tensors[name].data = value
+        yield
+    finally:
+        for tensor, value in saved:
+            tensor.data = value
