@@ -245,5 +245,5 @@ def test_without_the_framework(
 ) -> None:
     monkeypatch.setitem(sys.modules, framework, None)
     extra = framework.partition(".")[0]
-    with pytest.raises(ImportError, match=rf"pip install 'greedyprune\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]' in the checkout"):
         importlib.reload(module)

@@ -93,5 +93,5 @@ def test_plot(tmp_path: Path) -> None:
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = problem()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'greedyprune\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[plot\]' in the checkout"):
         PretrainingMonitor(model, (x, y)).plot()
