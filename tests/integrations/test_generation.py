@@ -58,7 +58,6 @@ def test_every_cache_and_beams(name: str) -> None:
         assert generated(model, inputs, cache_implementation=cache).equal(expected), cache
     beams = [generated(model, inputs, num_beams=3, use_cache=cached) for cached in (True, False)]
     assert beams[0].equal(beams[1])
-    assert not beams[0].equal(expected)  # beams do search
 
 
 def test_a_quantised_cache() -> None:
@@ -100,7 +99,8 @@ def test_a_pipeline_for_text(tokenizer: Any) -> None:
     text = pipeline("w5 w7 w9", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     inputs = dict(tokenizer("w5 w7 w9", return_tensors="pt", return_token_type_ids=False))
     expected = generated(model, inputs, max_new_tokens=4, min_new_tokens=0)[0]
-    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    new = expected[inputs["input_ids"].shape[1] :]
+    assert text == "w5 w7 w9" + tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_a_pipeline_for_masked_words(tokenizer: Any) -> None:
