@@ -503,6 +503,12 @@ Metric = Callable[[Tensor, Tensor], float]  # of outputs and targets
 R = TypeVar("R")
 
 
+def _form(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return f"type {type(value).__name__}"
+
+
 def ask(name: str, function: Callable[[Tensor, Tensor], R], outputs: Tensor, targets: Tensor) -> R:
     """What the user's function for the argument `name` returns.
 
@@ -513,8 +519,8 @@ def ask(name: str, function: Callable[[Tensor, Tensor], R], outputs: Tensor, tar
     except Exception as error:
         if hasattr(error, "add_note") and not raised_here(error):
             error.add_note(
-                f"{name}: your function raised this. It was called with outputs of shape "
-                f"{tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+                f"{name}: your function raised this. It was called with outputs of "
+                f"{_form(outputs)} and targets of {_form(targets)}"
             )
         raise
 

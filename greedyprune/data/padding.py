@@ -103,10 +103,8 @@ def padding_of(
     if name == AUTO:
         return _mask(entries.get(MASK), samples), decoder
     if name not in entries:
-        names = f"entries {sorted(entries)}" if entries else "tuples, whose entries have no names"
-        raise ValueError(
-            f"mask: found {name!r}, but the batches have {names}; expected one of them"
-        )
+        known = f"one of {sorted(entries)}" if entries else "batches that are dicts with it"
+        raise ValueError(f"mask: found {name!r}, which no entry of a batch has, expected {known}")
     mask = _mask(entries[name], samples)
     if mask is None:
         value = entries[name]

@@ -94,7 +94,8 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
         raise ValueError("data: every label is ignored, expected at least one that counts")
     for i, gates in enumerate(by_layer.values()):
         gates.finish(ranks, ranks.owner(i))
-        gates.gram.mul_((gates.positions / mass) ** 2)  # the loss is a mean over all batches
+        scale = job.criterion.scale(mass)  # 1 where the loss is a mean over all batches
+        gates.gram.mul_(scale * (gates.positions / mass) ** 2)
     return {
         group.producer: LayerProducts(
             group, [by_layer[group.producer]],

@@ -87,9 +87,11 @@ def joined(batches: Iterable[Batch]) -> Batch:
 
     for count, part in zip(counts, parts, strict=True):
         if part.targets is not None and samples_in(part.targets) != count:
+            shape = getattr(part.targets, "shape", None)
+            form = "of another form" if shape is None else f"of shape {tuple(shape)}"
             raise ValueError(
-                f"batch_size: found targets for {samples_in(part.targets)} of {count} samples, "
-                "expected one for each, to make batches of so many of them"
+                f"batch_size: found targets {form} for {count} samples, expected one for each, to "
+                "make batches of so many of them"
             )
     return Batch(
         tuple(cat(list(values)) for values in zip(*(part.args for part in parts), strict=True)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches, samples_of
 from ..data.compared import Compared, compared
-from ..data.forward import alike, main_output, run_model
+from ..data.forward import alike, main_output, run_model, shown_output
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.targets import joined, joined_over, part_of
 from ..graph.executor import (
@@ -348,7 +348,8 @@ def _is_separate(model: nn.Module, batch: Batch, outputs: Tensor) -> bool:
     that are not tensors with one entry for each sample.
     """
     try:
-        halves = [run_model(model, part) for part in batch.split(-(-(samples_of(batch) or 1) // 2))]
-        return alike(outputs, torch.cat([main_output(half) for half in halves]))
+        parts = batch.split(-(-(samples_of(batch) or 1) // 2))
+        halves = [shown_output(run_model(model, part), part) for part in parts]
+        return alike(shown_output(outputs, batch), torch.cat(halves))
     except (ValueError, RuntimeError):
         return False
