@@ -136,7 +136,9 @@ def test_convolutions_over_positions() -> None:
     rows = inputs.transpose(1, 2)[shown]  # (positions, 3)
     for options in ({}, {"weights": "counts"}, {"objective": Imitation(metric="fisher")}):
         expected = greedyprune.select(model, [rows[:, :, None]], size=5, **options)
-        found = greedyprune.select(model, [{"x": inputs, "shown": shown}], size=5, mask="shown", **options)
+        found = greedyprune.select(
+            model, [{"x": inputs, "shown": shown}], size=5, mask="shown", **options
+        )
         if options.get("weights") == "counts":
             same(expected, found, rtol=1e-6)
         torch.testing.assert_close(
@@ -220,7 +222,9 @@ def test_the_monitor_measures_what_is_shown() -> None:
     with torch.no_grad():
         logits = torch.cat([tagger()(b["input_ids"], b["attention_mask"])[0] for b in alone])
     labels = torch.cat([b["labels"][0] for b in alone])
-    assert first.dense_loss == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert first.dense_loss == pytest.approx(
+        float(functional.cross_entropy(logits, labels)), rel=1e-5
+    )
     assert first.dense_metric == pytest.approx(float((logits.argmax(-1) == labels).double().mean()))
 
 
