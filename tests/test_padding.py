@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune import Fisher, Imitation, Loss, Selection
+from greedyprune.surgery.distill import _relative_error
 
 WAYS: dict[str, dict[str, Any]] = {
     "imitation": {"objective": "imitation"},
@@ -229,9 +230,7 @@ def test_the_monitor_measures_what_is_shown() -> None:
 
 
 def test_training_of_all_layers_ignores_padding() -> None:
-    """refit(epochs=) compares the shown positions of both networks only: NaN elsewhere is no matter."""
-    from greedyprune.surgery.distill import _relative_error
-
+    """refit(epochs=) compares the shown positions of both networks only."""
     torch.manual_seed(0)
     one, other = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
     mask = torch.rand(4, 6) > 0.4

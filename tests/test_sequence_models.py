@@ -76,14 +76,16 @@ def test_labels_are_shifted_as_the_model_shifts_them() -> None:
     assert check.dense_metric == pytest.approx(float(right.double().mean()))
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("objective", ["imitation", "loss", "fisher"])
-def test_padded_language_models(objective: str) -> None:
-    """Padding on the right, as causal models allow; labels of hidden positions are ids, not -100."""
+def test_padded_language_models(objective: str, left: bool) -> None:
+    """Labels of hidden positions are ids, not -100; a hidden position predicts no first token."""
     torch.manual_seed(1)
     alone = [torch.randint(1, 40, (1, n)) for n in (4, 9, 6, 7, 5, 8)]
     ids, mask = torch.randint(1, 40, (6, 9)), torch.zeros(6, 9, dtype=torch.int64)
     for i, part in enumerate(alone):
-        ids[i, : part.shape[1]], mask[i, : part.shape[1]] = part[0], 1
+        at = slice(9 - part.shape[1], 9) if left else slice(0, part.shape[1])
+        ids[i, at], mask[i, at] = part[0], 1
     whole = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     single = [
         {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in alone
@@ -113,7 +115,7 @@ def test_a_model_with_another_loss() -> None:
     torch.manual_seed(0)
     model, ids = OwnLoss(), torch.randint(9, (8, 5))
     batch = {"ids": ids, "labels": ids}
-    with pytest.raises(ValueError, match="loss: the model's own loss .* expected loss=a function"):
+    with pytest.raises(ValueError, match=r"loss: the model's own loss .* expected loss=a function"):
         greedyprune.select(model, [batch], objective="loss")
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -255,8 +255,8 @@ class Batches:
             padding = replace(padding, decoder_layers=self._decoder_layers)
         if isinstance(targets, Tensor) and self.ignored is not None:
             targets = visible(targets, padding.outputs, self.ignored)
-            if self.shift:  # a hidden position has no next label, either
-                targets = visible(shifted(targets, self.ignored), padding.outputs, self.ignored)
+            if self.shift:
+                targets = shifted(targets, self.ignored)
         return replace(batch, targets=targets, padding=padding)
 
     def _move(self, value: Any, cast: bool = True) -> Any:
