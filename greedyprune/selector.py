@@ -14,8 +14,10 @@ from torch.distributed import ProcessGroup
 
 from .budget import Budget
 from .data.batches import Batch, Batches
-from .data.forward import evaluating, hooked, main_output, run_model, target_of
+from .data.compared import class_dim_of, compared
+from .data.forward import evaluating, hooked, main_output, run_model
 from .data.losses import Criterion, criterion_of
+from .data.padding import AUTO
 from .graph.costs import costs_of, count_flops
 from .graph.groups import Group
 from .kernels import backend as backends
@@ -58,6 +60,7 @@ def select(
     objective: str | Imitation | Loss | Fisher = "auto",
     weights: Literal["auto", "counts", "uniform", "none", "refit"] = "auto",
     replacement: bool | None = None,
+    mask: str | None = "auto",
     seed: int = 0,
     backend: Literal["auto", "cpu", "cuda", "reference"] = "auto",
     memory_limit: int | None = None,
@@ -73,7 +76,11 @@ def select(
     Args:
         model: any nn.Module; it runs in eval mode without gradients
         data: (inputs, targets) tensors, a Dataset, a DataLoader or any iterable of batches; a batch
-            is a tuple or a dict, whose targets are under "labels" or "targets"
+            is a tuple or a dict, whose targets are under "labels" or "targets". Without targets,
+            all layers imitate. For outputs (m, T, C) or, as in torch, (m, C, T), class indices may
+            be (m, T): every position is then a sample. Positions with the label -100 have no part
+            in the loss. Labels of causal language models are shifted where the model's own loss
+            does so. Lists and dicts of targets go to a loss of your own
 
       How much to keep (default: half the units of every layer)
         size: the number of units to keep: an int, a fraction in (0, 1], a mapping from layer to
@@ -88,15 +95,20 @@ def select(
         layers: names of the layers whose outputs are the units; None: all that can be pruned
             (`greedyprune.layers` lists them). For models that torch.export cannot trace: a mapping
             from such a layer to the layer that takes its units
-        loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss, or a function of (outputs,
-            targets), which is slow; "auto": cross_entropy for class indices, else mse. Layers that
-            imitate use it only for Imitation(metric="fisher")
+        loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss with a mean
+            or a sum, or a function of (outputs, targets), which is slow; "auto": cross_entropy for
+            class indices, else mse. Layers that imitate use it only for Imitation(metric="fisher")
         objective: "imitation" of the dense outputs, the model's "loss", or "fisher", a second-order
             approximation of the loss; or Imitation(...), Loss(...), Fisher(...) with options;
             "auto": loss if the consumer is a Linear that gives the model's output, else imitation
         weights: outgoing weights of the kept units: "counts" (the theory's), "uniform", "none"
             (unchanged) or "refit" (least squares); "auto": counts for the loss, else refit
         replacement: may a unit be picked again? None: only with `steps`
+        mask: the name of the entry in batches that are dicts which says what positions of padded
+            sequences count, (m, T) of 1 and 0 (in torch's own "..._key_padding_mask", True hides).
+            Hidden positions have no part in any sum, loss or metric. "auto": "attention_mask" where
+            there is one, in the form of a tokenizer's; a decoder's positions have theirs in
+            "decoder_attention_mask", or else count where they have a label. None: all count
         seed: seed for random candidates, mini-batches, and the labels that metric="fisher" draws
 
       Where and how it runs
@@ -130,7 +142,7 @@ def select(
             objective=objective, weights=weights, replacement=replacement, seed=seed,
             memory_limit=memory_limit,
         )  # fmt: skip
-        return select_on(ranks, model, data, request, loss, backend, checkpoint, progress)
+        return select_on(ranks, model, data, request, loss, backend, checkpoint, progress, mask)
 
 
 def select_on(
@@ -142,19 +154,23 @@ def select_on(
     backend: str = "auto",
     checkpoint: str | PathLike[str] | None = None,
     progress: bool | None = None,
+    mask: str | None = AUTO,
 ) -> Selection:
     """`select` for checked arguments, inside `ranks.together()`."""
     module = unwrapped(model)
     check_model(module)
     criterion = criterion_of(loss, None)
-    batches = Batches(data, module, ranks)
+    batches = Batches(data, module, ranks, mask)
     backends.resolve(backend, batches.on_gpu)
     with evaluating(module):
         first = batches.share_first()
         backend = backends.resolve(backend, batches.on_gpu)
         if loss == "auto":
             criterion = criterion_of(loss, first.targets)
-        call = _described(request, criterion, backend)
+        batches.ignored = criterion.ignored_label
+        if first.targets is None and request.objective == "auto":
+            request = replace(request, objective="imitation")
+        call = _described(request, criterion, backend) | {"mask": repr(mask)}
         processor = {"instruction set (GREEDYPRUNE_ISA)": backends.instruction_set(backend)}
         with same_on_all(ranks, module, call | processor):
             about = dict[str, str]()
@@ -190,11 +206,17 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         output_layers = set.intersection(*agreed)
     groups = [_with_output(model, group, output_layers) for group in groups]
     judges = {judge_of(request, group) for group in groups}
-    if judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER}:
-        target_of(job.criterion, outputs, first.targets)  # raises what is wrong with the targets
+    by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})
+    if by_loss or request.imitation.metric == "fisher":
+        job = replace(job, criterion=_decided(job.criterion, model, first, outputs, output_layers))
+    if by_loss:
+        _follow_own_loss(job.criterion, job.batches)
+        compared(job.criterion, outputs, job.batches.first())  # raises what is wrong with targets
     elif loss_named and request.imitation.metric == "none":
         reason = "objective='imitation' uses no labels"
-        if request.objective == "auto":
+        if first.targets is None:
+            reason = "the data have no targets"
+        elif request.objective == "auto":
             reason = f"{groups[-1].not_output} follows {groups[-1].consumer!r}"
         warn(f"loss: not used, because {reason}: the layers imitate their dense outputs instead")
     costs, report = costs_of(model, groups, total, flops), None
@@ -211,6 +233,47 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     layers = {group.producer: selected[group.producer] for group in groups}
     saving = how_saved(model, layers)
     return Selection(layers, costs, report, example_of(model, first), saving)
+
+
+def criterion_on(
+    model: nn.Module, batches: Batches, criterion: Criterion
+) -> tuple[Criterion, bool]:
+    """The criterion for this model's outputs, and whether labels are shifted, as the batches are.
+
+    ValueError where the model has a loss of its own that is not the criterion.
+    """
+    batches.ignored = criterion.ignored_label
+    _follow_own_loss(criterion, batches)
+    outputs, output_layers = _run_seen(model, batches.first())
+    return _decided(criterion, model, batches.first(), outputs, output_layers), batches.shift
+
+
+def _decided(
+    criterion: Criterion, model: nn.Module, first: Batch, outputs: object, output_layers: set[str]
+) -> Criterion:
+    """The criterion, with the outputs' dimension that holds the classes, as in the first batch.
+
+    output_layers: the Linears whose output is the model's output
+    """
+    if criterion.kind == "custom":
+        return criterion
+    shape = tuple(main_output(outputs).shape)
+    for name in output_layers:
+        if shape and shape[-1] == len(model.get_parameter(f"{name}.weight")):
+            return replace(criterion, classes_last=True)
+    dim = class_dim_of(criterion, shape, first)
+    is_sequence = len(shape) > 2 and dim is not None
+    return replace(criterion, classes_last=dim == -1) if is_sequence else criterion
+
+
+def _follow_own_loss(criterion: Criterion, batches: Batches) -> None:
+    """Shifts the labels by one position where the model's own loss does.
+
+    ValueError where the model has a loss of its own that is not the criterion.
+    """
+    ranks = batches.ranks
+    shifts = criterion.kind == "cross_entropy" and batches.own_loss_shifts()
+    batches.shift = any(ranks.gather("shifted labels", shifts))
 
 
 def _described(request: Request, criterion: Criterion, backend: str) -> dict[str, str]:

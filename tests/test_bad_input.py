@@ -109,9 +109,9 @@ ARGUMENTS: list[tuple[dict, list[str]]] = [
     ({"tolerance": "tight"}, ["tolerance", "tight|str"]),
     ({"loss": "hinge"}, ["loss", "hinge", "cross_entropy"]),
     ({"loss": 3}, ["loss", "3|int"]),
-    ({"loss": nn.MSELoss(reduction="none")}, ["reduction", "none", "mean"]),
-    ({"loss": nn.MSELoss(reduction="sum")}, ["reduction", "sum", "mean"]),
-    ({"loss": nn.BCEWithLogitsLoss(reduction="sum")}, ["reduction", "sum", "mean"]),
+    ({"loss": nn.MSELoss(reduction="none")}, ["reduction", "none", "mean", "sum"]),
+    ({"loss": nn.BCEWithLogitsLoss(reduction="none")}, ["reduction", "none", "mean", "sum"]),
+    ({"mask": "hidden"}, ["mask", "hidden", "dicts"]),
     ({"loss": nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))}, ["pos_weight", "2", "3"]),
     ({"objective": "accuracy"}, ["objective", "accuracy", "imitation"]),
     ({"weights": "mean"}, ["weights", "mean", "refit"]),
@@ -146,7 +146,7 @@ def test_arguments(options: dict, named: list[str]) -> None:
     ("loss", "named"),
     [
         (nn.CrossEntropyLoss(weight=torch.ones(4)), ["weight", "4", "3"]),
-        (nn.CrossEntropyLoss(reduction="sum"), ["reduction", "sum", "mean"]),
+        (nn.CrossEntropyLoss(reduction="none"), ["reduction", "none", "mean"]),
     ],
     ids=["class_weight", "reduction"],
 )
@@ -273,10 +273,7 @@ NOT_DATA: dict[str, Data] = {
     "number": lambda x, y: 3,
     "none": lambda x, y: None,
     "text": lambda x, y: "train",
-    "inputs_alone": lambda x, y: x,
-    "one_tuple": lambda x, y: [(x,)],
     "texts": lambda x, y: ["a", "b"],
-    "no_labels": lambda x, y: [{"x": x}],
     "numbers": lambda x, y: (3, 4),
 }
 

@@ -2,90 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..runtime.distributed import ALONE, Ranks
+from .batch import Batch as Batch
+from .batch import samples_of as samples_of
+from .padding import AUTO, Padding, padding_of, visible
+from .sequence_models import (
+    IGNORED,
+    LABELS,
+    accepts,
+    decoder_layers,
+    inputs_of_labels,
+    is_encoder_decoder,
+    shifted,
+    shifts_labels,
+)
+from .targets import parsed
 
 # Samples in a forward pass, for data that come without batches. On a CPU, activations of more than
 # about 32 MB cost extra, because the system gives every batch fresh memory pages for them.
 BATCH = 512
-MARKED = 4096  # entries of a tensor that go into its batch's mark
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Positional and keyword inputs of the model, and the targets; None: the data have none."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    targets: Tensor | None
-
-    def take(self, samples: Tensor) -> Batch:
-        """The samples with these indices (s,) int64."""
-        count = samples_of(self)
-
-        def chosen(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and len(value) == count:
-                return value[samples.to(value.device)]
-            return value
-
-        return self.map(chosen)
-
-    def map(self, function: Callable[[Any], Any]) -> Batch:
-        """The batch with function(value) in the place of every value."""
-        kwargs = {name: function(value) for name, value in self.kwargs.items()}
-        args = tuple(function(value) for value in self.args)
-        return Batch(args, kwargs, function(self.targets))
-
-    def to(self, dtype: torch.dtype) -> Batch:
-        """The batch with its floating-point inputs in this dtype."""
-
-        def cast(value: Any) -> Any:
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(dtype) if floating else value
-
-        kwargs = {name: cast(value) for name, value in self.kwargs.items()}
-        return Batch(tuple(cast(value) for value in self.args), kwargs, self.targets)
-
-    @property
-    def mark(self) -> str:
-        """A digest that the batch is recognised by: shapes, dtypes and a sample of its numbers."""
-        digest = hashlib.blake2b(digest_size=8)
-
-        def add(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                flat = value.detach().reshape(-1)
-                stride = max(1, flat.numel() // MARKED)
-                sample = flat[::stride].cpu().contiguous()
-                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                if sample.numel():
-                    digest.update(sample.view(torch.uint8).numpy().data)
-            else:
-                digest.update(repr(type(value)).encode())
-            return value
-
-        self.map(add)
-        return digest.hexdigest()
-
-    def split(self, size: int) -> list[Batch]:
-        """The batch in parts of about the same number of samples, at most `size`."""
-        count = samples_of(self) or 1
-        values = *self.args, *self.kwargs.values(), self.targets
-        tensors = [v for v in values if isinstance(v, Tensor)]
-        if count <= size or any(not v.dim() or len(v) != count for v in tensors):
-            return [self]
-        return [self.take(part) for part in torch.arange(count).tensor_split(-(-count // size))]
 
 
 def example_batch(example: object) -> Batch:
@@ -104,7 +52,7 @@ def example_batch(example: object) -> Batch:
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The inputs of a batch on the model's device and, where they are floats, in its dtype."""
-    return Batch(batch.args, batch.kwargs, None).map(Batches((), model)._move)
+    return replace(batch, targets=None).map(Batches((), model)._move)
 
 
 class Batches:
@@ -114,9 +62,17 @@ class Batches:
     iterator, such as a generator, has one pass; a second one raises ValueError.
 
     ranks: the processes that the samples are spread over: each brings its own part of the data
+    mask:  the argument of `select`: which entry of a batch says what positions count
     """
 
-    def __init__(self, data: object, model: nn.Module, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, data: object, model: nn.Module, ranks: Ranks = ALONE, mask: str | None = AUTO
+    ) -> None:
+        self._model, self._mask = model, mask
+        self._decoder_layers: frozenset[str] | None = None
+        self.ignored: int | None = IGNORED  # what hidden positions' labels become; None: they stay
+        self._has_labels = False  # are the targets a dict's "labels"?
+        self.shift = False  # is each position's label the next one's?
         tensors = [*model.parameters(), *model.buffers()]
         self._device = tensors[0].device if tensors else torch.device("cpu")
         self.on_gpu = self._device.type == "cuda"  # the model, or data that was read
@@ -134,11 +90,13 @@ class Batches:
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
-        other = Batches(self._source, model, self.ranks)
-        other.empty = self.empty
+        other = Batches(self._source, model, self.ranks, self._mask)
+        other.empty, other._decoder_layers = self.empty, self._decoder_layers
+        other.ignored, other.shift = self.ignored, self.shift
+        other._has_labels = self._has_labels
         other._random, other._repeats = self._random, self._repeats
         if self.empty:
-            other._first = self.first().map(other._move)
+            other._first = self._unprepared().map(other._move)
         return other
 
     def share_first(self) -> Batch:
@@ -175,8 +133,16 @@ class Batches:
         except TypeError:
             return 0
 
+    def own_loss_shifts(self) -> bool:
+        """Does the model's own loss shift this data's labels (see `shifts_labels`)?"""
+        assert not self.shift
+        return self._has_labels and shifts_labels(self._model, self.first())
+
     def first(self) -> Batch:
         """The first batch; a pass still begins with it."""
+        return self._prepared(self._unprepared())
+
+    def _unprepared(self) -> Batch:
         first = self._first_or_none()
         if first is None:
             raise ValueError("data: found no samples, expected at least one")
@@ -196,17 +162,17 @@ class Batches:
 
     def _pass(self) -> Iterator[Batch]:
         if not self._once:
-            return self._read()
+            return map(self._prepared, self._read())
         if self.started:
             raise ValueError(
                 "data: found an iterator, which can be read only once, but another pass is needed; "
                 "expected a list, Dataset or DataLoader, or a larger memory_limit"
             )
         self.started = True
-        return self._read_on()
+        return map(self._prepared, self._read_on())
 
     def _read_on(self) -> Iterator[Batch]:
-        yield self.first()
+        yield self._unprepared()
         assert self._rest is not None
         yield from self._rest
 
@@ -237,18 +203,13 @@ class Batches:
             yield next_one()
 
     def _parse(self, batch: object) -> Batch:
-        kwargs: dict[str, Any] = {}
-        args: tuple[Any, ...] = ()
-        targets = None
         if isinstance(batch, Mapping):
-            key = next((key for key in TARGET_KEYS if key in batch), None)
-            targets = None if key is None else batch[key]
-            kwargs = {str(n): self._move(value) for n, value in batch.items() if n != key}
-        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+            return self._parse_entries({str(name): value for name, value in batch.items()})
+        targets = None
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
             *inputs, targets = batch
             if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
                 inputs = list(inputs[0])
-            args = tuple(self._move(value) for value in inputs)
         else:
             single = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(single, Tensor):
@@ -256,14 +217,47 @@ class Batches:
                     f"data: found a batch of type {type(batch).__name__}, expected a tensor, "
                     "(inputs, targets) or a dict"
                 )
-            args = (self._move(single),)
-        if targets is not None:
-            if not isinstance(targets, (Tensor, int, float, list)) and not _is_array(targets):
-                raise TypeError(
-                    f"data: found targets of type {type(targets).__name__}, expected a tensor"
-                )
-            targets = self._move(_tensor(targets), cast=False)
-        return Batch(args, kwargs, targets)
+            inputs = [single]
+        padding = Padding(padding_of({}, self._mask, None)[0])
+        args = tuple(self._move(value) for value in inputs)
+        return Batch(args, {}, self._targets(targets), padding)
+
+    def _parse_entries(self, entries: dict[str, Any]) -> Batch:
+        """A batch that is a dict; keys that the model does not take name a mask only."""
+        key = next((key for key in TARGET_KEYS if key in entries), None)
+        targets = None if key is None else self._targets(entries[key])
+        kwargs = {name: self._move(value) for name, value in entries.items() if name != key}
+        samples = samples_of(Batch((), kwargs, None))
+        mask, decoder = padding_of(kwargs, self._mask, samples)
+        named = self._mask not in (None, AUTO)
+        if named and self._mask in kwargs and not accepts(self._model, str(self._mask)):
+            del kwargs[str(self._mask)]
+        self._has_labels = key == LABELS
+        if key is not None and targets is not None:
+            made = inputs_of_labels(self._model, kwargs, key, targets)
+            if is_encoder_decoder(self._model, kwargs | made) and self._mask is not None:
+                decoder = _labelled(targets) if decoder is None else decoder
+            kwargs |= made
+        return Batch((), kwargs, targets, Padding(mask, decoder))
+
+    def _targets(self, targets: Any) -> Any:
+        """The targets on the model's device."""
+        if targets is None:
+            return None
+        return tree_map(partial(self._move, cast=False), parsed(targets))
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """The batch with the labels that the loss takes, and the layers that its masks are of."""
+        padding, targets = batch.padding, batch.targets
+        if padding.hides and is_encoder_decoder(self._model, batch.kwargs):
+            if self._decoder_layers is None:
+                self._decoder_layers = decoder_layers(self._model, batch)
+            padding = replace(padding, decoder_layers=self._decoder_layers)
+        if isinstance(targets, Tensor) and self.ignored is not None:
+            targets = visible(targets, padding.outputs, self.ignored)
+            if self.shift:
+                targets = shifted(targets, self.ignored)
+        return replace(batch, targets=targets, padding=padding)
 
     def _move(self, value: Any, cast: bool = True) -> Any:
         if not isinstance(value, Tensor):
@@ -314,6 +308,13 @@ def _tensor(value: Any) -> Tensor:
 
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _labelled(labels: Any) -> Tensor | None:
+    """The positions (m, T) bool that have a label; None where labels are not of that form."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return None
+    return labels != IGNORED
 
 
 def batches_in(data: object) -> Iterable[Any]:
@@ -391,10 +392,3 @@ def _flat(parts: tuple[Any, ...]) -> list[Any]:
 
 def _is_array(value: object) -> bool:
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
-
-
-def samples_of(batch: Batch) -> int | None:
-    for value in (*batch.args, *batch.kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import first_line, raised_here
-from .batches import Batch
-from .losses import Criterion, Target
+from .batch import Batch
+from .padding import NO_PADDING, Padding
 
 
 @contextmanager
@@ -115,15 +114,26 @@ def _are_identical(now: list[Any], before: list[Any]) -> bool:
     )
 
 
-def same_outputs(expected: object, outputs: object) -> bool:
+def same_outputs(expected: object, outputs: object, padding: Padding = NO_PADDING) -> bool:
     """Are two outputs of a model, of any structure, the same up to rounding?
 
     Tensors and numbers are compared in tuples, dicts, dataclasses and other objects with
     attributes. Numbers that are infinite or NaN must be so in both. Of integers, which rounding can
-    flip where they come from comparisons, one in a hundred may differ.
+    flip where they come from comparisons, one in a hundred may differ. Positions that the padding
+    hides are not compared.
     """
     one, other = leaves_of(expected), leaves_of(outputs)
+    if padding.hides:
+        one, other = ([_shown(leaf, padding) for leaf in leaves] for leaves in (one, other))
     return len(one) == len(other) and all(map(_same, one, other))
+
+
+def _shown(leaf: Any, padding: Padding) -> Any:
+    """A tensor without the positions that are hidden; other outputs as they are."""
+    for mask in (padding.mask, padding.decoder_mask):
+        if mask is not None and isinstance(leaf, Tensor) and leaf.shape[:2] == mask.shape:
+            return leaf[mask.to(leaf.device)]
+    return leaf
 
 
 def leaves_of(outputs: object) -> list[Any]:
@@ -178,7 +188,8 @@ def alike(expected: Tensor, actual: Tensor) -> bool:
     """Are two floating-point outputs the same up to rounding?"""
     rounding = 0.02 if torch.finfo(expected.dtype).bits == 16 else 1e-4
     return expected.shape == actual.shape and (
-        float((actual - expected).abs().max()) <= rounding * (float(expected.abs().max()) or 1.0)
+        not expected.numel()
+        or float((actual - expected).abs().max()) <= rounding * (float(expected.abs().max()) or 1.0)
     )
 
 
@@ -211,21 +222,6 @@ def traceable(model: nn.Module, batch: Batch) -> Iterator[None]:
         raise ValueError(f"model: torch.export can't trace it ({reason})") from error
 
 
-def target_of(criterion: Criterion, outputs: object, targets: Tensor | None) -> Target:
-    """The kernels' target for the model's outputs and the targets of a batch.
-
-    ValueError where there are no targets, or where they do not match the outputs.
-    """
-    shape = tuple(main_output(outputs).shape) or (1,)
-    if targets is None:
-        raise ValueError("data: found inputs without targets, expected both for objective='loss'")
-    if criterion.kind == "custom":
-        classes = shape[-1] if len(shape) > 1 else 1
-        samples = math.prod(shape) // max(1, classes)
-        return Target("custom", classes, samples, float(samples))
-    return criterion.target(targets, shape)
-
-
 def main_output(outputs: object) -> Tensor:
     """The tensor that the loss takes: the output, or the `logits` of a dict or a record."""
     if isinstance(outputs, Tensor):
@@ -239,6 +235,12 @@ def main_output(outputs: object) -> Tensor:
         f"model: found an output of type {type(outputs).__name__}, expected a tensor, or a dict or "
         "record with logits"
     )
+
+
+def shown_output(outputs: object, batch: Batch) -> Tensor:
+    """`main_output` without the positions that the batch's padding hides."""
+    shown: Tensor = _shown(main_output(outputs), batch.padding)
+    return shown
 
 
 def check_finite(name: str, module: nn.Module) -> None:

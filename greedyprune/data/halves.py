@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batches import Batch, samples_of
+from .batch import Batch, samples_of
+from .padding import counted
 
 SPREAD = -7046029254386353131  # 2^64 / golden ratio: multiplying by it mixes the bits (Knuth)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -26,10 +27,15 @@ def held_out(batch: Batch) -> Tensor:
 
 
 def _hashes(batch: Batch) -> Tensor:
-    """(m,) int64: of each sample's entries in the first input that has one for each sample."""
+    """(m,) int64: of each sample's entries in the first input that has one for each sample.
+
+    Entries of hidden positions are zeros, which change no hash.
+    """
     for value in (*batch.args, *batch.kwargs.values()):
         if isinstance(value, Tensor) and value.dim() and len(value) == samples_of(batch):
-            entries = value.detach().reshape(len(value), -1).contiguous()
+            rows = counted(batch.padding.mask, value.shape)
+            shown = value.detach() if rows is None else value.detach().masked_fill(~rows, 0)
+            entries = shown.reshape(len(value), -1).contiguous()
             if entries.is_complex():
                 entries = torch.view_as_real(entries).flatten(1)
             bits = entries.view(INTEGERS[entries.element_size()])

@@ -212,6 +212,8 @@ class Criterion:
     kind:     "mse", "cross_entropy", "bce_with_logits", or "custom" for a function
     function: the user's function of outputs and targets
     weight, pos_weight, ignore_index, label_smoothing: as in torch.nn's losses
+    reduction: "mean" or "sum": are losses divided by their mass?
+    classes_last: is the outputs' last dimension that of the classes? None: shapes say which
     """
 
     kind: str
@@ -220,11 +222,39 @@ class Criterion:
     pos_weight: Tensor | None = None
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    reduction: str = "mean"
+    classes_last: bool | None = None
 
     @property
     def smoothness(self) -> float:
         """The smoothness of l: for one sample, or for one output where the loss is elementwise."""
         return SMOOTHNESS[self.kind]
+
+    @property
+    def ignored_label(self) -> int | None:
+        """What the labels of hidden positions become; None: targets are no labels."""
+        return self.ignore_index if self.kind in ("cross_entropy", "custom") else None
+
+    def scale(self, mass: float) -> float:
+        """What a mean over this mass is multiplied by, to be the loss in its own scale."""
+        return mass if self.reduction == "sum" else 1.0
+
+    def class_dim(self, outputs: tuple[int, ...], positions: tuple[int, ...]) -> int:
+        """The dimension of the classes in outputs of this shape: -1, or 1 as in torch's losses.
+
+        positions: the shape of class indices for these outputs, or of their mask
+
+        ValueError where both fit: (m, C, C) outputs with (m, C) class indices.
+        """
+        last = outputs[:-1] == positions
+        second = len(outputs) > 2 and outputs[:1] + outputs[2:] == positions
+        if last and second and self.classes_last is None:
+            raise ValueError(
+                f"data: found model outputs of shape {outputs} with targets of shape {positions}, "
+                "whose classes can be the outputs' dimension 1 or the last; expected a first batch "
+                "of another length, or loss=a function of your own"
+            )
+        return 1 if second and not (last and self.classes_last) else -1
 
     def target(self, targets: Tensor, outputs: tuple[int, ...]) -> Target:
         """The target that `targets` mean for model outputs of shape `outputs`, (..., C).
@@ -232,6 +262,11 @@ class Criterion:
         Raises:
             ValueError, TypeError: targets that torch's loss would refuse, and labels out of range
         """
+        if not isinstance(targets, Tensor):
+            raise TypeError(
+                f"data: found targets of type {type(targets).__name__} for loss={self.kind!r}, "
+                "expected a tensor, or loss=a function of (outputs, targets)"
+            )
         if self.kind == "cross_entropy":
             return self._cross_entropy(targets, outputs)
         if tuple(targets.shape) != outputs:
@@ -280,10 +315,17 @@ class Criterion:
         and probabilities. Its loss is sum_c share_c (logsumexp(f) - f_c). Written with one label,
         that is total * (logsumexp(f) - f_label) plus a linear term, where total = sum_c share_c.
         """
+        if not isinstance(targets, Tensor):
+            raise TypeError(
+                f"data: found targets of type {type(targets).__name__} for loss='cross_entropy', "
+                "expected a tensor, or loss=a function of (outputs, targets)"
+            )
         if len(outputs) != 2:
             raise ValueError(
-                f"loss: found model outputs of shape {outputs} with class indices, expected (m, C) "
-                "for cross_entropy (for binary labels: loss='bce_with_logits' and floating targets)"
+                f"loss: found model outputs of shape {outputs} with targets of shape "
+                f"{tuple(targets.shape)} for cross_entropy, expected (m, C) with class indices "
+                "(m,), or (m, T, C) with (m, T) (for binary labels: loss='bce_with_logits' and "
+                "floating targets)"
             )
         samples, classes = outputs
         device = targets.device
@@ -361,14 +403,14 @@ def _per_output(option: Tensor | None, block: Target, name: str) -> Tensor:
     return flat[:, None].to(block.value.device if block.value is not None else flat.device)
 
 
-def criterion_of(loss: object, targets: Tensor | None) -> Criterion:
+def criterion_of(loss: object, targets: object) -> Criterion:
     """The criterion that the argument `loss` of `select` means.
 
     "auto" is cross_entropy for targets that are integers, and mse for others and where there are
     none. ValueError or TypeError for an argument that means no loss.
     """
     if loss == "auto":
-        if targets is None or targets.is_floating_point():
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
             return Criterion("mse")
         return Criterion("cross_entropy")
     if isinstance(loss, str):
@@ -392,8 +434,11 @@ def criterion_of(loss: object, targets: Tensor | None) -> Criterion:
 def _from_module(module: nn.Module) -> Criterion:
     """The criterion of one of torch.nn's losses, with the module's options."""
     reduction = getattr(module, "reduction", "mean")
-    if reduction != "mean":
-        raise ValueError(f"loss: found reduction={reduction!r}, expected reduction='mean'")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"loss: found reduction={reduction!r}, expected reduction='mean' or 'sum': a loss is "
+            "one number"
+        )
     options = {
         name: value
         for name in ("weight", "pos_weight", "ignore_index", "label_smoothing")
@@ -405,7 +450,7 @@ def _from_module(module: nn.Module) -> Criterion:
                 f"loss: found negative numbers, NaN or inf in {name}, expected finite numbers "
                 "that are not negative"
             )
-    return Criterion(_MODULES[type(module)], **options)
+    return Criterion(_MODULES[type(module)], reduction=reduction, **options)
 
 
 def loss_of_function(
@@ -458,6 +503,12 @@ Metric = Callable[[Tensor, Tensor], float]  # of outputs and targets
 R = TypeVar("R")
 
 
+def _form(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return f"type {type(value).__name__}"
+
+
 def ask(name: str, function: Callable[[Tensor, Tensor], R], outputs: Tensor, targets: Tensor) -> R:
     """What the user's function for the argument `name` returns.
 
@@ -468,8 +519,8 @@ def ask(name: str, function: Callable[[Tensor, Tensor], R], outputs: Tensor, tar
     except Exception as error:
         if hasattr(error, "add_note") and not raised_here(error):
             error.add_note(
-                f"{name}: your function raised this. It was called with outputs of shape "
-                f"{tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+                f"{name}: your function raised this. It was called with outputs of "
+                f"{_form(outputs)} and targets of {_form(targets)}"
             )
         raise
 

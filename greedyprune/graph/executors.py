@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..data.batches import Batch
-from ..data.forward import alike, main_output, run_model, traceable
+from ..data.forward import alike, run_model, shown_output, traceable
 from .executor import GraphExecutor, tensors_of
 
 MOST_SHAPES = 16  # of batches that take a trace of their own
@@ -63,7 +63,7 @@ class GraphExecutors:
                     outputs = executor.outputs(executor.inputs(batch), tensors_of(self._model), 0)
             except Exception:  # torch.export raises errors of many types; a graph may need a size
                 return None
-            expected = main_output(run_model(self._model, batch))
-            if alike(expected.detach(), main_output(outputs)):
+            expected = shown_output(run_model(self._model, batch), batch)
+            if alike(expected.detach(), shown_output(outputs, batch)):
                 self._open[form] = executor
         return self._open[form]

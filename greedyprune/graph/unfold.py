@@ -8,12 +8,14 @@ one input channel at one of the kernel's taps of a convolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..data.padding import counted
 from ..kernels.products import PRODUCT
 from .groups import Group
 from .propagate import Slice
@@ -76,10 +78,43 @@ def in_halves(
         yield half, inputs[chosen], None if outputs is None else outputs[chosen]
 
 
+def columns_in_halves(
+    module: nn.Module, inputs: Tensor, outputs: Tensor | None, second: Tensor | None,
+    mask: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
+    """The parts of `unfolded_parts` for the samples in each half: (0 or 1, inputs, outputs).
+
+    second: as for `in_halves`
+    mask:   (m, T) bool, of the positions that count; hidden ones have no column. None: all count
+    """
+    keep = counted(mask, positions_shape(module, inputs))
+    if keep is None:
+        for half, its_inputs, its_outputs in in_halves(module, inputs, outputs, second):
+            for columns, target in unfolded_parts(module, its_inputs, its_outputs):
+                yield half, columns, target
+        return
+    inputs = _batched(module, inputs)
+    outputs = None if outputs is None else _batched(module, outputs)
+    keep = keep.reshape(len(inputs), -1)
+    rows = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+    if second is not None and len(inputs) % len(second) == 0:
+        rows = second.repeat_interleave(len(inputs) // len(second)).to(inputs.device)
+    for half, in_half in enumerate((~rows, rows)):
+        chosen = in_half & keep.any(1)
+        if not bool(chosen.any()):
+            continue
+        its_outputs = None if outputs is None else outputs[chosen]
+        parts = unfolded_parts(module, inputs[chosen], its_outputs, keep[chosen])
+        for columns, target in parts:
+            yield half, columns, target
+
+
 def unfolded_parts(
-    module: nn.Module, inputs: Tensor, outputs: Tensor | None
+    module: nn.Module, inputs: Tensor, outputs: Tensor | None, keep: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A layer's inputs as `unfolded` and its outputs as `as_columns`, a few samples at a time.
+
+    keep: (samples, positions of a sample) bool: which positions get a column; None: all
 
     A part has at most PART bytes of unfolded inputs (or, where that is more, one sample, or PRODUCT
     positions): the system would give larger arrays fresh pages of memory for every batch.
@@ -94,7 +129,11 @@ def unfolded_parts(
     samples = max(1, PART // sample, PRODUCT // positions)
     for i in range(0, len(inputs), samples):
         target = None if outputs is None else as_columns(module, outputs[i : i + samples])
-        yield unfolded(module, inputs[i : i + samples]), target
+        columns = unfolded(module, inputs[i : i + samples])
+        if keep is not None and not bool((kept := keep[i : i + samples].flatten()).all()):
+            columns = columns[..., kept]
+            target = None if target is None else target[:, kept]
+        yield columns, target
 
 
 def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -110,12 +149,7 @@ def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
     spatial = len(module.kernel_size)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    sizes = [
-        (size - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, dilation in zip(
-            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
-        )
-    ]
+    sizes = output_sizes(module, inputs.shape[2:])
     taps = math.prod(module.kernel_size)
     columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
     for tap in range(taps):
@@ -127,6 +161,43 @@ def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
             part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
         columns[:, tap] = part.transpose(0, 1)
     return columns.flatten(2)
+
+
+def output_sizes(module: nn.Module, sizes: Sequence[int]) -> list[int]:
+    """The spatial sizes of a convolution's output for inputs of these sizes."""
+    assert isinstance(module, CONVOLUTION_TYPES)
+    pads: Any = module._reversed_padding_repeated_twice  # the last dimension's come first
+    padded = [size + pads[-2 * i - 2] + pads[-2 * i - 1] for i, size in enumerate(sizes)]
+    return [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded, module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    ]
+
+
+def positions_shape(module: nn.Module, inputs: Tensor) -> tuple[int, ...]:
+    """The shape of a layer's positions, for these inputs: its output's without the channels."""
+    if not isinstance(module, CONVOLUTION_TYPES):
+        return tuple(inputs.shape[:-1])
+    batched = _batched(module, inputs)
+    return (len(batched), *output_sizes(module, batched.shape[2:]))
+
+
+def input_positions(module: nn.Module, inputs: Tensor) -> tuple[int, ...]:
+    """The shape of the positions of a layer's inputs, in the order of `by_position`."""
+    if not isinstance(module, CONVOLUTION_TYPES):
+        return tuple(inputs.shape[:-1])
+    channels = inputs.dim() - 1 - len(module.kernel_size)
+    return tuple(inputs.shape[:channels]) + tuple(inputs.shape[channels + 1 :])
+
+
+def output_positions(module: nn.Module, outputs: Tensor) -> tuple[int, ...]:
+    """The shape of a layer's positions, for these outputs."""
+    if not isinstance(module, CONVOLUTION_TYPES):
+        return tuple(outputs.shape[:-1])
+    batched = _batched(module, outputs)
+    return (len(batched), *batched.shape[2:])
 
 
 def as_columns(module: nn.Module, outputs: Tensor) -> Tensor:

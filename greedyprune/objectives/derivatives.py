@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, samples_of
+from ..data.batches import Batch
 from ..data.forward import hooked, main_output, run_model
 
 
 def derivatives(
     model: nn.Module, names: Sequence[str], batches: Iterable[Batch],
     slope: Callable[[Tensor, Batch], Tensor], *, inputs: bool,
-) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:  # fmt: skip
-    """For each batch its samples, and each layer's input (or output) with the derivative in it.
+) -> Iterator[tuple[Batch, dict[str, tuple[Tensor, Tensor]]]]:  # fmt: skip
+    """Each batch, and each layer's input (or output) with the derivative in it.
 
     slope:  the derivative in the model's outputs: slope(outputs, batch)
     inputs: of the layers' inputs, rather than their outputs
@@ -38,4 +38,4 @@ def derivatives(
                 materialize_grads=True,
             )  # fmt: skip
             values = {name: (seen[name][1], s) for name, s in zip(names, slopes, strict=True)}
-            yield samples_of(batch) or 1, values
+            yield batch, values

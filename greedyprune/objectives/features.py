@@ -8,11 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.losses import Target, Targets
+from ..data.targets import joined, part_of
 from ..graph.groups import Group
 from ..kernels import ops
 from ..kernels.products import FLOAT64_ENTRIES
@@ -87,7 +89,7 @@ class InMemory(LayerFeatures):
 
     def __init__(
         self, source: Source, features: Tensor, target: Target, extent: Extent | None,
-        targets: Tensor | None, output_shape: tuple[int, ...], largest: float, sample_bytes: int,
+        targets: Any, output_shape: tuple[int, ...], largest: float, sample_bytes: int,
     ) -> None:  # fmt: skip
         super().__init__(source)
         self.features, self.target, self.extent = features, target, extent
@@ -123,7 +125,7 @@ class InMemory(LayerFeatures):
             rows.copy_(rows[:, order])
         self.target = self.target[order]
         if self.targets is not None:
-            self.targets = self.targets[order]
+            self.targets = part_of(self.targets, order)
 
 
 class Streamed(LayerFeatures):
@@ -191,7 +193,7 @@ class Streamed(LayerFeatures):
     def _pass(self) -> Iterator[Block]:
         if not self._first:
             batches = self.source.job.bar(self.source.job.batches, "activations")
-            yield from (block for block, _, _ in self.source.run(batches))
+            yield from (block for block, _, _ in self.source.run(batches) if block.target.samples)
             return
         self._first = False
         collected, self._collected = self._collected[::-1], []
@@ -253,7 +255,7 @@ def _collected(
         store.append(block)
         block = next(blocks, None)
     target = store.targets.joined()
-    targets = torch.cat(raw.targets) if raw.targets else None
+    targets = joined(raw.targets) if raw.targets else None
     return InMemory(
         source, store.features, target, store.extent, targets, raw.output_shape, store.largest,
         size,

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch, samples_of
-from ..data.forward import target_of
+from ..data.compared import compared
 from ..data.losses import Criterion, loss_of_function, slope_in
+from ..data.padding import counted
 from ..graph.groups import Group
-from ..graph.unfold import by_position, outputs_of
+from ..graph.unfold import by_position, input_positions, outputs_of
 from ..runtime.resume import Pass, Tensors
 from ..surgery.selection import LayerSelection
 from .derivatives import derivatives
@@ -59,8 +60,9 @@ class Gates(Products):
         return 2.0 * self.positions
 
     def add(
-        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None
-    ) -> None:
+        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """inputs: u (samples, N)."""
         rows = inputs.double().cpu()
         self.sums[0].gram.addmm_(rows.T, rows)
@@ -84,15 +86,16 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
     resumed = Pass(job.checkpoint, f"gates {' '.join(names)}")
     resumed.hold(total, *by_layer.values())
     batches = resumed.new(job.bar(job.batches, "Fisher information"))
-    for samples, values in derivatives(job.model, names, batches, slope, inputs=True):
+    for batch, values in derivatives(job.model, names, batches, slope, inputs=True):
         for group in groups:
-            by_layer[group.producer].add(_gate_slopes(job, group, samples, values))
+            by_layer[group.producer].add(_gate_slopes(job, group, batch, values))
     [mass] = ranks.sum_numbers("mass", float(total.mass))
     if mass == 0:
         raise ValueError("data: every label is ignored, expected at least one that counts")
     for i, gates in enumerate(by_layer.values()):
         gates.finish(ranks, ranks.owner(i))
-        gates.gram.mul_((gates.positions / mass) ** 2)  # the loss is a mean over all batches
+        scale = job.criterion.scale(mass)  # 1 where the loss is a mean over all batches
+        gates.gram.mul_(scale * (gates.positions / mass) ** 2)
     return {
         group.producer: LayerProducts(
             group, [by_layer[group.producer]],
@@ -103,17 +106,26 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
 
 
 def _gate_slopes(
-    job: Job, group: Group, samples: int, values: dict[str, tuple[Tensor, Tensor]]
+    job: Job, group: Group, batch: Batch, values: dict[str, tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs."""
-    total = torch.zeros(())
+    """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs.
+
+    Hidden positions add nothing, and samples all of whose positions are hidden are left out.
+    """
+    total, samples = torch.zeros(()), samples_of(batch) or 1
     for name in group.consumers:
-        at = group.slices[f"{name}.weight"]
+        module, at = job.model.get_submodule(name), group.slices[f"{name}.weight"]
         inputs, derivative = values[name]
-        products = by_position(job.model.get_submodule(name), inputs * derivative)
+        products = by_position(module, inputs * derivative)
+        mask = batch.padding.of(name)
+        rows = counted(mask, input_positions(module, inputs))
+        if rows is not None:
+            hidden = ~rows.reshape(-1, 1).to(products.device)
+            products = products.masked_fill(hidden, 0)  # they may be NaN
         count = samples if len(products) % samples == 0 else len(products)
-        products = products.view(count, -1, at.outer, group.units, at.inner)
-        total = total + products.sum((1, 2, 4))
+        products = products.view(count, -1, at.outer, group.units, at.inner).sum((1, 2, 4))
+        kept = counted(mask, (count,))
+        total = total + (products if kept is None else products[kept.to(products.device)])
     if not total.isfinite().all():
         raise ValueError(
             f"layer {group.producer!r}: NaN or inf in the loss's derivative in its "
@@ -127,13 +139,14 @@ def _loss_slope(criterion: Criterion, outputs: Tensor, batch: Batch) -> tuple[Te
 
     A custom loss counts as a mean over samples.
     """
-    target = target_of(criterion, outputs, batch.targets)
-    if criterion.function is not None and batch.targets is not None:
-        samples = samples_of(batch) or 1
-        with torch.enable_grad():
-            leaf = outputs.requires_grad_()
+    found = compared(criterion, outputs, batch)
+    with torch.enable_grad():
+        leaf = outputs.requires_grad_()
+        if criterion.function is not None:
+            samples = samples_of(batch) or 1
             value = loss_of_function(criterion.function, leaf, batch.targets)
             return slope_in(leaf, value) * samples, float(samples)
-    columns = outputs.double().reshape(-1, target.outputs).T
-    derivative = target.gradient(columns).T.reshape(outputs.shape)
-    return derivative.to(outputs.dtype), target.mass
+        columns = found.columns(leaf)
+        slope = found.target.gradient(columns.detach())
+        [derivative] = torch.autograd.grad(columns, leaf, slope)
+    return derivative.to(outputs.dtype), found.target.mass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
 from ..data.halves import in_second_half
+from ..data.padding import NO_PADDING
 from ..graph.groups import Group
 from ..kernels import exchange, ops
 from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
@@ -243,14 +244,16 @@ def collect(
         takers.setdefault(consumer.name, []).append(consumer)
 
     second_half: Tensor | None = None
+    padding = NO_PADDING
 
     def add(name: str, inputs: Tensor) -> None:
         for consumer in takers[name]:
-            consumer.add(inputs.detach(), second_half=second_half)
+            consumer.add(inputs.detach(), second_half=second_half, mask=padding.of(name))
 
     with hooked(model, takers, before=add):
         for batch in resumed.new(bar(batches, "activations")):
             second_half = in_second_half(batch) if halves else None
+            padding = batch.padding
             run_model(model, batch)
     collected: dict[str, LayerProducts] = {}
     for i, products in enumerate(every):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data import targets
 from ..data.batches import Batch, samples_of
+from ..data.padding import Padding
+from ..data.targets import samples_in
 from ..runtime.distributed import Ranks
 from .job import Job, generator
 
@@ -83,13 +86,37 @@ def joined(batches: Iterable[Batch]) -> Batch:
         return torch.cat(values)
 
     for count, part in zip(counts, parts, strict=True):
-        if part.targets is not None and (not part.targets.dim() or len(part.targets) != count):
+        if part.targets is not None and samples_in(part.targets) != count:
+            shape = getattr(part.targets, "shape", None)
+            form = "of another form" if shape is None else f"of shape {tuple(shape)}"
             raise ValueError(
-                f"batch_size: found targets of shape {tuple(part.targets.shape)} for {count} "
-                "samples, expected one for each, to make batches of so many of them"
+                f"batch_size: found targets {form} for {count} samples, expected one for each, to "
+                "make batches of so many of them"
             )
     return Batch(
         tuple(cat(list(values)) for values in zip(*(part.args for part in parts), strict=True)),
         {name: cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs},
-        cat([part.targets for part in parts]),
+        targets.joined([part.targets for part in parts]),
+        _padding(parts),
+    )
+
+
+def _padding(parts: Sequence[Batch]) -> Padding:
+    """The padding of all samples in one batch."""
+
+    def cat(masks: list[Tensor | None]) -> Tensor | None:
+        like = next((mask for mask in masks if mask is not None), None)
+        if like is None:
+            return None
+        counts = [samples_of(part) or 0 for part in parts]
+        return torch.cat([
+            like.new_ones(count, like.shape[1]) if mask is None else mask
+            for mask, count in zip(masks, counts, strict=True)
+        ])  # fmt: skip
+
+    decoders = [part.padding.decoder_layers for part in parts]
+    return Padding(
+        cat([part.padding.mask for part in parts]),
+        cat([part.padding.decoder_mask for part in parts]),
+        next((layers for layers in decoders if layers is not None), None),
     )

@@ -8,13 +8,16 @@ of the output for the units picked so far and the candidate's own. Only the laye
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches, samples_of
-from ..data.forward import alike, main_output, run_model, target_of
-from ..data.losses import Criterion, Target, loss_of_function, slope_in
+from ..data.compared import Compared, compared
+from ..data.forward import alike, main_output, run_model, shown_output
+from ..data.losses import Criterion, loss_of_function, slope_in
+from ..data.targets import joined, joined_over, part_of
 from ..graph.executor import (
     GraphExecutor,
     OverwrittenError,
@@ -42,7 +45,7 @@ class NetworkState:
         self.batch, self.at = batch, 0
         self.executor = None if executors is None else executors.find(batch)
         self.values = {} if self.executor is None else self.executor.inputs(batch)
-        self._target: Target | None = None
+        self._compared: Compared | None = None
 
     def advance(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
         if self.executor is not None:
@@ -55,10 +58,10 @@ class NetworkState:
         args, kwargs = self.batch.args, self.batch.kwargs
         return main_output(torch.func.functional_call(model, dict(tensors), args, kwargs))
 
-    def target(self, criterion: Criterion, outputs: Tensor) -> Target:
-        if self._target is None:
-            self._target = target_of(criterion, outputs, self.batch.targets)
-        return self._target
+    def compared(self, criterion: Criterion, outputs: Tensor) -> Compared:
+        if self._compared is None:
+            self._compared = compared(criterion, outputs, self.batch)
+        return self._compared
 
 
 class _Loss:
@@ -67,8 +70,8 @@ class _Loss:
     nothing: outputs (in the model's dtype) and targets of no samples, for a custom loss
     """
 
-    def __init__(self, criterion: Criterion, nothing: tuple[Tensor, Tensor | None]) -> None:
-        self._criterion, self._outputs, self._targets = criterion, [nothing[0]], list[Tensor]()
+    def __init__(self, criterion: Criterion, nothing: tuple[Tensor, Any]) -> None:
+        self._criterion, self._outputs, self._targets = criterion, [nothing[0]], list[Any]()
         if nothing[1] is not None:
             self._targets.append(nothing[1])
         self.sum = torch.zeros((), dtype=torch.float64)
@@ -79,18 +82,18 @@ class _Loss:
             self._outputs.append(outputs.to(self._outputs[0].dtype))
             self._targets.append(state.batch.targets)
             return
-        target = state.target(self._criterion, outputs)
-        columns = outputs.double().reshape(-1, target.outputs).T
-        self.sum = self.sum.to(columns.device) + target.loss_sum(columns)
-        self.mass += target.mass
+        found = state.compared(self._criterion, outputs)
+        columns = found.columns(outputs)
+        self.sum = self.sum.to(columns.device) + found.target.loss_sum(columns)
+        self.mass += found.target.mass
 
     def of_function(self, ranks: Ranks) -> Tensor:
         """() of a user's function; it has derivatives in this rank's outputs."""
-        local = torch.cat(self._outputs)
+        local = joined(self._outputs, "outputs")
         outputs = ranks.parts("outputs", local.detach())
         outputs[ranks.rank] = local
-        targets = ranks.parts("targets", torch.cat(self._targets))
-        return loss_of_function(self._criterion.function, torch.cat(outputs), torch.cat(targets))
+        targets = joined_over(ranks, joined(self._targets))
+        return loss_of_function(self._criterion.function, torch.cat(outputs), targets)
 
 
 def _values(totals: Sequence[_Loss], criterion: Criterion, ranks: Ranks) -> Tensor:
@@ -101,7 +104,7 @@ def _values(totals: Sequence[_Loss], criterion: Criterion, ranks: Ranks) -> Tens
     ranks.sum("losses", sums)
     if not sums[:, 1].all():
         raise ValueError("data: every label is ignored, expected at least one that counts")
-    return sums[:, 0] / sums[:, 1]
+    return sums[:, 0] if criterion.reduction == "sum" else sums[:, 0] / sums[:, 1]
 
 
 class Network:
@@ -128,8 +131,7 @@ class Network:
         self._runs_exactly = True
         self.ranks, first = batches.ranks, batches.first()
         outputs = main_output(run_model(model, first))
-        targets = first.targets
-        self._nothing = outputs[:0], None if targets is None else targets[:0]
+        self._nothing = outputs[:0], part_of(first.targets, slice(0, 0))
         on_cpu = traced and batches.device.type == "cpu"
         self._splits = on_cpu and _is_separate(model, first, outputs)
         if self._executors is not None:
@@ -346,7 +348,8 @@ def _is_separate(model: nn.Module, batch: Batch, outputs: Tensor) -> bool:
     that are not tensors with one entry for each sample.
     """
     try:
-        halves = [run_model(model, part) for part in batch.split(-(-(samples_of(batch) or 1) // 2))]
-        return alike(outputs, torch.cat([main_output(half) for half in halves]))
+        parts = batch.split(-(-(samples_of(batch) or 1) // 2))
+        halves = [shown_output(run_model(model, part), part) for part in parts]
+        return alike(shown_output(outputs, batch), torch.cat(halves))
     except (ValueError, RuntimeError):
         return False

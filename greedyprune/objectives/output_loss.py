@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.losses import Target, bound
+from ..data.targets import samples_in
 from ..graph.groups import Group
 from ..kernels import ops
 from ..kernels.loop import greedy
@@ -107,12 +108,15 @@ def _selected(job: Job, rule: Rule, features: InMemory | Streamed) -> LayerSelec
             path = replace(path, order=path.order[: len(losses)])
     warn_of_repeats(job, group, path.order)
     warn_of_missed_tolerance(group, losses, goal)
+    scale = features.criterion.scale(solver.moments.mass)
     certified = all_candidates and weights == "counts" and rule.replacement and kind != "custom"
     return LayerSelection.of_path(
         group.units, path.order, weights,
-        None if fitted is None else {group.consumer: fitted}, losses=losses, gap=path.gap,
-        dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
-        bound=bound(dense_loss, solver.moments.spread, len(path.order)) if certified else None,
+        None if fitted is None else {group.consumer: fitted}, losses=losses * scale,
+        gap=None if path.gap is None else path.gap * scale,
+        dense_loss=torch.tensor(dense_loss * scale, dtype=torch.float64),
+        bound=bound(dense_loss, solver.moments.spread, len(path.order)) * scale
+        if certified else None,
         slices=dict(group.slices), outputs={group.consumer: features.outputs}, loss=kind,
         objective="imitation" if features.imitation else "loss",
     )  # fmt: skip
@@ -126,9 +130,10 @@ def _shuffled_batches(job: Job, rule: Rule, features: InMemory | Streamed) -> Mi
         samples = sum(block.features.shape[1] for block in features.blocks())
         width = features.width if isinstance(features, Streamed) else 0
         raise features.source.too_large(features.sample_bytes, samples, width, "batch_size")
-    if features.targets is not None and len(features.targets) != features.samples:
+    given = samples_in(features.targets)
+    if features.targets is not None and given != features.samples:
         raise ValueError(
-            f"batch_size: found {len(features.targets)} targets for {features.samples} samples of "
+            f"batch_size: found {given} targets for {features.samples} samples of "
             f"layer {features.group.producer!r}, expected one for each: a loss of your own is "
             "called with the targets of a mini-batch"
         )

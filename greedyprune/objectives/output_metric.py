@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..graph.unfold import as_columns
+from ..data.compared import as_rows, class_dim_of, row_shape
+from ..data.losses import Criterion
+from ..data.padding import counted
+from ..graph.unfold import as_columns, output_positions
 from .derivatives import derivatives
 from .job import Job
 
@@ -40,33 +43,55 @@ def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
     torch.manual_seed((job.seed + job.ranks.rank) % 2**64)  # the caller has forked the generators
 
     def slope(outputs: Tensor, batch: Batch) -> Tensor:
-        return _slope(outputs, kind, batch.targets)
+        return _slope(outputs, job.criterion, batch)
 
     sums = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in outputs.items()}
     batches = job.bar(job.batches, "Fisher information")
-    for _, by_layer in derivatives(job.model, list(outputs), batches, slope, inputs=False):
+    for batch, by_layer in derivatives(job.model, list(outputs), batches, slope, inputs=False):
         for name, (_, derivative) in by_layer.items():
-            columns = as_columns(job.model.get_submodule(name), derivative).float()
+            module = job.model.get_submodule(name)
+            columns = as_columns(module, derivative).float()
+            rows = counted(batch.padding.of(name), output_positions(module, derivative))
+            if rows is not None:
+                columns = columns[:, rows.flatten().to(columns.device)]
             sums[name] += (columns @ columns.T).double().cpu()
     job.ranks.sum("metrics", *sums.values())
     return {name: _root(total) for name, total in sums.items()}
 
 
-def _slope(outputs: Tensor, kind: str, targets: Tensor | None) -> Tensor:
-    """The derivative of -log p(y) in the outputs, for labels y drawn from the predictions."""
+def _slope(outputs: Tensor, criterion: Criterion, batch: Batch) -> Tensor:
+    """The derivative of -log p(y) in the outputs, for labels y drawn from the predictions.
+
+    It is 0 in positions that are hidden, and no labels are drawn for these.
+    """
+    dim = class_dim_of(criterion, tuple(outputs.shape), batch)
+    rows = as_rows(outputs, dim)
+    shown = counted(batch.padding.outputs, row_shape(tuple(outputs.shape), dim))
+    if shown is None:
+        slope = _drawn(rows, criterion.kind)
+    else:
+        at = shown.flatten().to(rows.device)
+        slope = torch.zeros_like(rows)
+        slope[at] = _drawn(rows[at], criterion.kind)
+    if dim is None:
+        return slope.view(outputs.shape)
+    moved = outputs.movedim(dim, -1)
+    return slope.reshape(moved.shape).movedim(-1, dim)
+
+
+def _drawn(rows: Tensor, kind: str) -> Tensor:
+    """The derivative for each row of the outputs (rows, C)."""
     if kind == "mse":
-        return torch.randn_like(outputs)  # Gaussian noise around the outputs
+        return torch.randn_like(rows)  # Gaussian noise around the outputs
     if kind == "bce_with_logits":
-        probability = outputs.sigmoid()
+        probability = rows.sigmoid()
         return probability - torch.bernoulli(probability)
-    # torch has the classes of images' positions in dimension 1, and else in the last.
-    second = targets is not None and targets.shape == (len(outputs), *outputs.shape[2:])
-    probability = outputs.movedim(1 if second else -1, -1).float().softmax(-1)
-    flat = probability.reshape(-1, probability.shape[-1])
-    labels = torch.multinomial(flat, 1).view(*probability.shape[:-1], 1)
+    if not len(rows):
+        return rows
+    probability = rows.float().softmax(-1)
+    labels = torch.multinomial(probability, 1)
     minus_one = torch.full_like(labels, -1, dtype=probability.dtype)
-    slope = probability.scatter_add(-1, labels, minus_one)
-    return slope.movedim(-1, 1 if second else -1).to(outputs.dtype)
+    return probability.scatter_add(-1, labels, minus_one).to(rows.dtype)
 
 
 def _root(fisher: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.losses import loss_of_function
+from ..data.targets import joined_over, part_of
 from ..kernels import ops
 from ..kernels.path import Rule
 from ..runtime.resume import Steps
@@ -149,7 +151,7 @@ class CustomObjective:
         assert features.targets is not None
         self.units = features.units
         self._features, self._batches = features, batches
-        self._targets = features.ranks.joined("targets", features.targets)
+        self._targets = joined_over(features.ranks, features.targets)
         self._sum = torch.zeros(
             features.outputs, features.samples, dtype=torch.float64, device=features.device
         )
@@ -159,7 +161,7 @@ class CustomObjective:
         if self._batches is not None and not everywhere:
             part = self._batches.part(k)
             assert self._features.targets is not None
-            targets = self._features.ranks.joined("targets", self._features.targets[part])
+            targets = joined_over(self._features.ranks, part_of(self._features.targets, part))
         losses = [
             self._loss_at(self._sum[:, part] + self._phi(int(j), part), k, targets)
             for j in candidates
@@ -187,10 +189,10 @@ class CustomObjective:
         weights = self._features.outgoing[unit]
         return weights[:, None] * self._features.features[unit, part].double()
 
-    def _loss_at(self, z: Tensor, k: int, targets: Tensor) -> float:
+    def _loss_at(self, z: Tensor, k: int, targets: Any) -> float:
         return self._loss_of(self._features.bias[:, None] + z / k, targets)
 
-    def _loss_of(self, outputs: Tensor, targets: Tensor) -> float:
+    def _loss_of(self, outputs: Tensor, targets: Any) -> float:
         """The loss of this rank's outputs (C, b) joined with the others'; targets: of all ranks."""
         outputs = self._features.ranks.joined("outputs", outputs, 1)
         shaped = outputs.T.reshape(-1, *self._features.output_shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Group
-from ..graph.unfold import in_halves, unfolded_parts, unit_major, weight_of
+from ..graph.unfold import columns_in_halves, unit_major, weight_of
 from ..kernels.least_squares import Halves, feature_rows
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks
@@ -86,11 +86,13 @@ class Products:
         self.root: Tensor | None = None
 
     def add(
-        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None
-    ) -> None:
+        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Adds one batch of inputs and of their targets; None: the dense outputs.
 
         second_half: (m,) bool: which of the m samples are in the second half
+        mask: (m, T) bool: which positions count; None: all
         """
         raise NotImplementedError
 
@@ -216,33 +218,38 @@ class ConsumerProducts(Products):
         self._module, self._at = module, at
 
     def add(
-        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None
-    ) -> None:
-        if not inputs.isfinite().all():
-            raise ValueError(
-                f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
-                "numbers"
-            )
+        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if mask is None and not inputs.isfinite().all():
+            raise self._not_finite()
         if len(self.sums) == 1:
             second_half = None
-        halves = in_halves(self._module, inputs, outputs, second_half)
-        for half, its_inputs, its_outputs in halves:
-            self._add_to(self.sums[half], its_inputs, its_outputs)
+        parts = columns_in_halves(self._module, inputs, outputs, second_half, mask)
+        for half, columns, target in parts:
+            if mask is not None and not columns.isfinite().all():  # hidden positions may be NaN
+                raise self._not_finite()
+            self._add_to(self.sums[half], columns, target)
 
-    def _add_to(self, sums: Sums, inputs: Tensor, outputs: Tensor | None) -> None:
+    def _not_finite(self) -> ValueError:
+        return ValueError(
+            f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
+            "numbers"
+        )
+
+    def _add_to(self, sums: Sums, columns: Tensor, target: Tensor | None) -> None:
         bias, double = getattr(self._module, "bias", None), torch.float64
-        for columns, target in unfolded_parts(self._module, inputs, outputs):
-            taps, positions = columns.shape[1:]
-            rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
-            rows = rows.transpose(0, 1).reshape(self.features, positions)
-            add_upper_product(sums.gram, rows, double)  # float64: the loss can be a small rest
-            sums.positions += positions
-            if target is None:
-                continue
-            if bias is not None:
-                target = target - bias.detach()[:, None]
-            if self.root is not None:
-                target = self.root.to(target) @ target
-            assert sums.cross is not None
-            add_right(sums.cross, rows, target, double)
-            sums.target_norm += float(target.double().square().sum())
+        taps, positions = columns.shape[1:]
+        rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
+        rows = rows.transpose(0, 1).reshape(self.features, positions)
+        add_upper_product(sums.gram, rows, double)  # float64: the loss can be a small rest
+        sums.positions += positions
+        if target is None:
+            return
+        if bias is not None:
+            target = target - bias.detach()[:, None]
+        if self.root is not None:
+            target = self.root.to(target) @ target
+        assert sums.cross is not None
+        add_right(sums.cross, rows, target, double)
+        sums.target_norm += float(target.double().square().sum())

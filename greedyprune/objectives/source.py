@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..data.batches import Batch
-from ..data.forward import check_finite, hooked, main_output, run_model, target_of
+from ..data.compared import compared
+from ..data.forward import check_finite, hooked, main_output, run_model
 from ..data.losses import Criterion, Target
+from ..data.padding import counted
+from ..data.targets import part_of
 from ..graph.groups import Group
 from ..kernels import backend as backends
 from ..kernels.structs import Extent
@@ -67,7 +72,7 @@ class Source:
         outgoing = (weight.T * group.units).contiguous()
         return Source(job, group, criterion, imitation, outgoing, bias, device)
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Block, Tensor | None, object]]:
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Block, Any, object]]:
         """For each batch its block, its targets as they came, and the model's outputs."""
         inputs: list[Tensor] = []
 
@@ -83,31 +88,33 @@ class Source:
                         f"layer {self.group.producer!r}: its consumer {self.group.consumer!r} ran "
                         f"{len(inputs)} times in one forward pass, expected once"
                     )
-                yield (
-                    self._block(inputs[0].detach(), outputs, batch.targets),
-                    batch.targets,
-                    outputs,
-                )
+                yield self._block(inputs[0].detach(), outputs, batch), batch.targets, outputs
 
-    def _block(self, hidden: Tensor, outputs: object, targets: Tensor | None) -> Block:
+    def _block(self, hidden: Tensor, outputs: object, batch: Batch) -> Block:
         if hidden.itemsize < 4 and self.job.backend != "cuda":
             hidden = hidden.float()
         features = hidden.reshape(-1, self.group.units).to(self.device).T
-        return Block(features, self._target(features, outputs, targets))
-
-    def _target(self, features: Tensor, outputs: object, targets: Tensor | None) -> Target:
         if self.imitation:
-            dense = self.dense_outputs(features)
-            if not dense.isfinite().all():
-                self.check_magnitude(largest_magnitude(features))
-            return self.criterion.target(dense.T, tuple(dense.T.shape))
-        target = target_of(self.criterion, outputs, targets)
-        if (target.outputs, target.samples) != (len(self.bias), features.shape[1]):
+            rows = counted(batch.padding.of(self.group.consumer), hidden.shape[:-1])
+            features = _of_rows(features, None if rows is None else rows.flatten())
+            return Block(features, self._dense_target(features))
+        found = compared(self.criterion, outputs, batch)
+        target, samples = found.target, features.shape[1]
+        if found.rows is not None:
+            features = _of_rows(features, found.rows)
+        given = target.samples if found.rows is None else len(found.rows)
+        if (target.outputs, given) != (len(self.bias), samples):
             raise ValueError(
                 f"layer {self.group.producer!r}: its consumer gives {len(self.bias)} outputs for "
-                f"{features.shape[1]} samples, but the model {target.outputs} for {target.samples}"
+                f"{samples} samples, but the model {target.outputs} for {given}"
             )
-        return target.to(self.device)
+        return Block(features, target.to(self.device))
+
+    def _dense_target(self, features: Tensor) -> Target:
+        dense = self.dense_outputs(features)
+        if not dense.isfinite().all():
+            self.check_magnitude(largest_magnitude(features))
+        return self.criterion.target(dense.T, tuple(dense.T.shape))
 
     def dense_outputs(self, features: Tensor) -> Tensor:
         """b + mean_j phi_j, (C, b) float64, for features (N, b)."""
@@ -150,13 +157,14 @@ class Source:
 class RawTargets:
     """For a custom loss: the targets as they came, and the model's output shape."""
 
-    targets: list[Tensor] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
     output_shape: tuple[int, ...] = ()
 
-    def add(self, targets: Tensor | None, outputs: object, device: torch.device) -> None:
-        assert targets is not None
+    def add(self, targets: Any, outputs: object, device: torch.device) -> None:
         self.output_shape = tuple(main_output(outputs).shape[1:])
-        self.targets.append(targets.to(device))
+        self.targets.append(
+            tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, targets)
+        )
 
 
 def first_pass(source: Source, resumed: Pass, raw: RawTargets | None = None) -> Generator[Block]:
@@ -164,15 +172,20 @@ def first_pass(source: Source, resumed: Pass, raw: RawTargets | None = None) -> 
     for block, targets, outputs in source.run(batches):
         if raw is not None and source.criterion.kind == "custom":
             raw.add(targets, outputs, source.device)
-        yield block
+        if block.target.samples:  # every position of a batch may be hidden
+            yield block
+
+
+def _of_rows(features: Tensor, rows: Tensor | None) -> Tensor:
+    """The features (N, b) of some rows, (b,) bool; None: all."""
+    return features if rows is None else features.T[rows.to(features.device)].T
 
 
 def no_samples(source: Source, raw: RawTargets) -> Block:
     """A block of no samples, of the shapes that the first batch of another rank has."""
     [(block, targets, outputs)] = source.run([source.job.batches.first()])
     if source.criterion.kind == "custom":
-        assert targets is not None
-        raw.add(targets[:0], outputs, source.device)
+        raw.add(part_of(targets, slice(0, 0)), outputs, source.device)
     return Block(block.features[:, :0], block.target.none())
 
 

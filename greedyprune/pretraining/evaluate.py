@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
+from ..data.compared import Compared, compared
 from ..data.forward import evaluating, main_output, run_model
 from ..data.losses import Criterion, Metric, ask, number
+from ..data.targets import joined
 
 ACCURACY = "accuracy"  # counted batch by batch; a user's function needs all outputs at once
 
@@ -40,33 +41,39 @@ def loss_and_metric(
     with evaluating(model):
         for batch in batches:
             outputs = main_output(run_model(model, batch))
-            if (targets := batch.targets) is None:
+            if batch.targets is None:
                 raise ValueError(
                     "data: found inputs without targets, expected both, to measure the loss"
                 )
             if criterion.function is not None or callable(metric):
-                pairs.append((outputs, targets))
-            if criterion.function is None:
-                target = criterion.target(targets, tuple(outputs.shape) or (1,))
-                columns = outputs.reshape(-1, target.outputs).T  # (C, m)
-                loss_sum += float(target.loss_sum(columns.double()))
-                mass += target.mass
+                pairs.append((outputs, batch.targets))
+            if criterion.function is not None:
+                continue
+            found = compared(criterion, outputs, batch)
+            loss_sum += float(found.target.loss_sum(found.columns(outputs)))
+            mass += found.target.mass
             if metric == ACCURACY:
-                batch_correct, batch_labelled = _correct(outputs, targets, criterion)
+                batch_correct, batch_labelled = _correct(outputs, batch.targets, found)
                 correct, labelled = correct + batch_correct, labelled + batch_labelled
-        concatenated = [torch.cat(tensors) for tensors in zip(*pairs, strict=True)]
+        concatenated = [joined(parts) for parts in zip(*pairs, strict=True)]
+        if not mass and criterion.function is None:
+            raise ValueError("data: every label is ignored, expected at least one that counts")
         if criterion.function is not None:
             loss_sum, mass = number("loss", ask("loss", criterion.function, *concatenated)), 1.0
+        if criterion.reduction == "sum":
+            mass = 1.0
         if callable(metric):
             return loss_sum / mass, number("metric", ask("metric", metric, *concatenated))
-    return loss_sum / mass, correct / labelled if metric == ACCURACY else None
+    return loss_sum / mass, correct / max(1, labelled) if metric == ACCURACY else None
 
 
-def _correct(outputs: Tensor, targets: Tensor, criterion: Criterion) -> tuple[int, int]:
+def _correct(outputs: Tensor, targets: Tensor, found: Compared) -> tuple[int, int]:
     """How many predictions are correct, and how many predictions have a label."""
-    if criterion.kind == "bce_with_logits":
-        return int(((outputs > 0) == (targets > 0.5)).sum()), targets.numel()
+    columns = found.columns(outputs)
+    if found.target.kind == "bce_with_logits":
+        return int(((columns > 0) == (found.columns(targets) > 0.5)).sum()), columns.numel()
+    label = found.target.label
     if targets.is_floating_point():  # class probabilities
-        targets = targets.argmax(-1)
-    labelled = targets != criterion.ignore_index
-    return int(((outputs.argmax(-1) == targets) & labelled).sum()), int(labelled.sum())
+        label = found.columns(targets).argmax(0)
+    assert label is not None
+    return int((columns.argmax(0) == label).sum()), columns.shape[1]

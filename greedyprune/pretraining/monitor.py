@@ -20,6 +20,7 @@ from torch import distributed, nn
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.losses import Criterion, Metric, criterion_of
+from ..data.padding import AUTO
 from ..data.random_state import RepeatedPasses, preserving_random_state
 from ..kernels import backend as backends
 from ..plan import rules_of
@@ -27,7 +28,7 @@ from ..request import check_model, checked_request
 from ..runtime.arguments import is_int, is_number
 from ..runtime.distributed import ALONE, unwrapped
 from ..runtime.progress import bars
-from ..selector import select, select_on
+from ..selector import criterion_on, select, select_on
 from ..surgery.cut import prune
 from ..surgery.selection import Selection
 from ..surgery.trial_cut import groups_of
@@ -286,29 +287,40 @@ class PretrainingMonitor:
     def _check_arguments(self) -> Criterion:
         """Raises at once, on the first batch, what a check would raise; also sets the metric."""
         inspect.signature(select).bind(self._model, self._data, **self._options)
-        given = {"loss": "auto", "backend": "auto", "progress": None} | self._options
-        unchecked = ("loss", "backend", "progress")
+        given = {"loss": "auto", "backend": "auto", "progress": None, "mask": AUTO} | self._options
+        unchecked = ("loss", "backend", "progress", "mask")
         request = checked_request(**{n: v for n, v in given.items() if n not in unchecked})
         check_model(self._model)
         bars(given["progress"])  # raises for anything but True, False and None
         self._request, self._rest = request, {name: given[name] for name in unchecked}
-        batches = Batches(self._data, self._model)
+        self._mask = given["mask"]
+        batches = Batches(self._data, self._model, mask=self._mask)
         with preserving_random_state(self._generators()), evaluating(self._model):
             first = batches.first()
             backends.resolve(given["backend"], batches.on_gpu)
             criterion = criterion_of(given["loss"], first.targets)
             self._metric = metric = metric_of(self._metric, criterion)
-            loss_and_metric(self._model, [first], criterion, metric)
+            criterion, self._shift = criterion_on(self._model, batches, criterion)
+            loss_and_metric(self._model, [batches.first()], criterion, metric)
             if self._held_out is not None:
-                held_out = Batches(self._held_out, self._model)
                 _about_held_out(
-                    lambda: loss_and_metric(self._model, [held_out.first()], criterion, metric)
-                )
+                    lambda: loss_and_metric(
+                        self._model, [self._measured(self._model, criterion).first()], criterion,
+                        metric,
+                    )
+                )  # fmt: skip
             groups = groups_of(
                 self._model, first, request.layers, request.consumers, request.sized_layers
             )
             rules_of(request, groups)
         return criterion
+
+    def _measured(self, model: nn.Module, criterion: Criterion) -> Batches:
+        """The data that losses and metrics are measured on, as this model takes them."""
+        source = self._data if self._held_out is None else self._held_out
+        batches = Batches(source, model, mask=self._mask)
+        batches.ignored, batches.shift = criterion.ignored_label, self._shift
+        return batches
 
     def _generators(self) -> list[torch.Generator]:
         return self._data.generators + ([] if self._held_out is None else self._held_out.generators)
@@ -324,14 +336,15 @@ class PretrainingMonitor:
         if torch.cuda.is_initialized():  # the check's time must not include training's GPU work
             torch.cuda.synchronize()
         trained, start = self.training_seconds, time.perf_counter()
-        source = self._data if self._held_out is None else self._held_out
         with preserving_random_state(self._generators()):
             with warnings.catch_warnings():
                 # Layers that imitate do not use the loss; here the whole network's loss uses it.
                 warnings.filterwarnings("ignore", "loss: not used")
                 selection = select_on(ALONE, self._model, self._data, self._request, **self._rest)
             (dense_loss, dense_metric), (loss, metric) = (
-                loss_and_metric(model, Batches(source, model), self._criterion, self._metric)
+                loss_and_metric(
+                    model, self._measured(model, self._criterion), self._criterion, self._metric
+                )
                 for model in (self._model, prune(self._model, selection))
             )
         check = Check(

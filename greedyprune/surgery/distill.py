@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import evaluating
 from ..data.halves import held_out
+from ..data.padding import counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.propagate import Slice
@@ -65,7 +66,8 @@ def distill(
             targets = dense.of(part).path_ends(part, dense_tensors, kept_outputs)
         outputs = pruned.of(part).path_ends(part, tensors, kept_outputs)
         return [
-            _relative_error(outputs[name], targets[name], kept_outputs[name]) for name in outputs
+            _relative_error(outputs[name], targets[name], kept_outputs[name], part.padding.of(name))
+            for name in outputs
         ]
 
     def held_out_error() -> float:
@@ -142,7 +144,20 @@ def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _K
     return kept_outputs
 
 
-def _relative_error(output: Tensor, target: Tensor, kept: _KeptOutputs | None) -> Tensor:
-    """|output - target|^2 / |target|^2, a scalar."""
+def _relative_error(
+    output: Tensor, target: Tensor, kept: _KeptOutputs | None, mask: Tensor | None
+) -> Tensor:
+    """|output - target|^2 / |target|^2, a scalar, over the positions that the mask shows."""
     target = target if kept is None else kept.of(target, output)
+    rows = counted(mask, output.shape[:1] + output.shape[2:])  # (m, C, T), as a convolution's
+    if mask is not None and output.shape[:2] == mask.shape:
+        rows = counted(mask, output.shape[:-1])
+    elif rows is not None and output.dim() > 2:
+        output, target = output.movedim(1, -1), target.movedim(1, -1)
+    elif rows is not None:  # (m, F) or (m * T, F)
+        rows = counted(mask, output.shape[:1])
+    if rows is not None:
+        output, target = output[rows], target[rows]
+    if not output.numel():
+        return output.sum()
     return (output - target).square().mean() / target.square().mean().clamp(min=TINY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ SEEDS = (0, 1)  # of the random numbers that a forward draws
 
 def example_of(model: nn.Module, batch: Batch) -> Batch:
     """A few samples of a batch, as a copy; the whole batch if the model runs on no part of it."""
-    inputs = Batch(batch.args, batch.kwargs, None)
+    inputs = replace(batch, targets=None)
     count = samples_of(inputs)
     if count is None or count <= SAMPLES:
         return inputs
@@ -46,7 +47,7 @@ def prove(
     small: the pruned model
     """
     example = placed(example, model)
-    example = Batch(example.args, without_cache(model, example.kwargs), None)
+    example = replace(example, kwargs=without_cache(model, example.kwargs), targets=None)
     names_of: dict[int, str] = {}
     for name, tensor in tensors_of(model).items():
         if id(tensor) not in names_of or name in changed:
@@ -61,7 +62,10 @@ def prove(
         reason = "its outputs differ"
         try:
             outputs = _outputs(small, example, SEEDS[0])
-            if same_outputs(expected, outputs) or not same_outputs(expected, other):
+            padding = example.padding
+            if same_outputs(expected, outputs, padding) or not same_outputs(
+                expected, other, padding
+            ):
                 return
             if _same_in_float64(model, values, small, example):
                 return
@@ -87,7 +91,7 @@ def _same_in_float64(
             expected, outputs = (_outputs(m, example, SEEDS[0]) for m in (model, small))
     except ValueError:
         return False
-    return same_outputs(expected, outputs)
+    return same_outputs(expected, outputs, example.padding)
 
 
 def _in_float64(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Imitation
+from greedyprune.data.batches import Batch
 from greedyprune.data.forward import evaluating
+from greedyprune.data.losses import Criterion
 from greedyprune.graph.unfold import as_columns
 from greedyprune.objectives import output_metric
 from greedyprune.surgery.cut import masked
@@ -58,14 +60,14 @@ def test_slopes_are_drawn_from_the_predictions(shape: tuple[int, ...]) -> None:
         "cross_entropy": torch.diag_embed(p) - p[..., :, None] * p[..., None, :],
     }
     for kind, covariance in expected.items():
-        slopes = output_metric._slope(outputs, kind, None).double()
+        slopes = output_metric._slope(outputs, Criterion(kind), Batch((), {}, None)).double()
         assert float(slopes.mean(0).abs().max()) < 5 / many**0.5
         products = (slopes[..., :, None] * slopes[..., None, :]).mean(0)
         torch.testing.assert_close(products, covariance, rtol=0, atol=8 / many**0.5)
     moved = outputs.movedim(-1, 1) if len(shape) > 1 else outputs
     targets = torch.zeros(many, *shape[:-1], dtype=torch.int64)
     torch.manual_seed(1)
-    slopes = output_metric._slope(moved, "cross_entropy", targets)
+    slopes = output_metric._slope(moved, Criterion("cross_entropy"), Batch((), {}, targets))
     assert float(slopes.sum(1).abs().max()) < 1e-5  # over the classes
 
 
