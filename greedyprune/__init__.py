@@ -7,7 +7,6 @@ small = greedyprune.prune(model, selection)
 from importlib.metadata import PackageNotFoundError, version
 
 from .budget import Budget
-from .graph.layers import layers
 from .kernels.backend import show_config
 from .objectives.options import Fisher, Imitation, Loss
 from .pretraining import theory
@@ -15,6 +14,7 @@ from .pretraining.history import Check
 from .pretraining.monitor import PretrainingMonitor
 from .selector import select
 from .surgery.cut import prune, recalibrate
+from .surgery.layers import layers
 from .surgery.refit import refit
 from .surgery.saving import load_pruned, save_pruned
 from .surgery.selection import LayerSelection, Selection

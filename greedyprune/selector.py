@@ -178,7 +178,9 @@ def select_on(
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
-    groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
+    groups, refused = groups_of(
+        model, first, request.layers, request.consumers, request.sized_layers
+    )
     if request.consumers is not None:  # no graph tells what follows these layers
         agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
         output_layers = set.intersection(*agreed)
@@ -202,7 +204,8 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         sizes, report = sizes_within(job, request, groups, costs)
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
-    return Selection({group.producer: selected[group.producer] for group in groups}, costs, report)
+    in_order = {group.producer: selected[group.producer] for group in groups}
+    return Selection(in_order, costs, report, refused=refused)
 
 
 def _described(request: Request, criterion: Criterion, backend: str) -> dict[str, str]:
@@ -241,7 +244,7 @@ def _run_seen(
     Returns the model's output, and the layers whose replaced output equals it.
     """
     if names is None:
-        names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     produced: dict[str, Tensor] = {}
 
     def replaced(name: str, output: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Afterwards the modes of all modules, the buffers and torch's random numbers are as before.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = next((t.device.type for t in model.parameters()), "cpu")
+    buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]
+    kinds = (t.device.type for t in model.parameters() if not t.is_meta)
+    device = next(kinds, "cpu")
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         model.eval()
@@ -40,6 +41,65 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(saved)
         for module, training in modes.items():
             module.training = training
+
+
+def same_outputs(expected: object, outputs: object) -> bool:
+    """Are two outputs of a model, of any structure, the same up to rounding?
+
+    Tensors and numbers are compared in tuples, dicts, dataclasses and other objects with
+    attributes. Numbers that are infinite or NaN must be so in both. Of integers, which rounding can
+    flip where they come from comparisons, one in a hundred may differ.
+    """
+    one, other = leaves_of(expected), leaves_of(outputs)
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def leaves_of(outputs: object) -> list[Any]:
+    """The tensors, numbers and texts in an output of any structure, each after its place in it."""
+    leaves, seen, todo = list[Any](), set[int](), [("", outputs)]
+    while todo:
+        place, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(f"{place}.{key}", entry) for key, entry in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(f"{place}.{i}", entry) for i, entry in enumerate(value)]
+        elif isinstance(value, (Tensor, bool, int, float, str, type(None))):
+            leaves += [place, value]
+        elif hasattr(value, "__array__"):
+            leaves += [place, torch.as_tensor(value)]
+        elif hasattr(value, "__dict__") and not callable(value) and id(value) not in seen:
+            seen.add(id(value))
+            todo += [(f"{place}.{name}", entry) for name, entry in vars(value).items()]
+    return leaves
+
+
+def _same(expected: object, actual: object) -> bool:
+    if isinstance(expected, float) and isinstance(actual, float):
+        expected, actual = (torch.tensor(number) for number in (expected, actual))
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return type(expected) is type(actual) and expected == actual
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return False
+    one, other = (_dense(tensor).detach().cpu() for tensor in (expected, actual))
+    if not expected.is_floating_point() and not expected.is_complex():
+        return int((one != other).sum()) <= one.numel() / 100
+    rounding = 0.02 if torch.finfo(expected.dtype).bits <= 16 else 1e-4
+    one, other = one.double(), other.double()
+    finite, infinite = one.isfinite(), one.isinf()
+    if not (one.isnan().equal(other.isnan()) and one[infinite].equal(other[infinite])):
+        return False
+    largest = float(one[finite].abs().max()) if finite.any() else 0.0
+    differences = (other[finite] - one[finite]).abs()
+    return bool((differences <= rounding * (largest or 1.0)).all())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, strided and real, from a sparse, quantised or complex one."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def alike(expected: Tensor, actual: Tensor) -> bool:

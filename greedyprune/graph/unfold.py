@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..kernels.products import PRODUCT
 from .groups import Group
 from .propagate import Slice
-from .tracing import CONVOLUTION_TYPES
+from .tracing import Window, window_of
 
 PART = 2**24  # bytes of unfolded inputs at a time
 
@@ -30,6 +30,11 @@ def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:
 
 def weight_of(module: nn.Module) -> Tensor:
     return module.get_parameter("weight")
+
+
+def consumer_window(model: nn.Module, group: Group, consumer: str) -> Window | None:
+    """How a consumer of the group goes over its inputs; None: it is no convolution."""
+    return group.windows.get(consumer) or window_of(model.get_submodule(consumer))
 
 
 def unit_major(weight: Tensor, at: Slice, units: int) -> Tensor:
@@ -59,74 +64,77 @@ def module_weight(new: Tensor, at: Slice, like: Tensor) -> Tensor:
 
 
 def unfolded_parts(
-    module: nn.Module, inputs: Tensor, outputs: Tensor | None
+    window: Window | None, inputs: Tensor, outputs: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A layer's inputs as `unfolded` and its outputs as `as_columns`, a few samples at a time.
+
+    window: how a convolution goes over its inputs, in this and the other functions; None: the layer
+        is no convolution
 
     A part has at most PART bytes of unfolded inputs (or, where that is more, one sample, or PRODUCT
     positions): the system would give larger arrays fresh pages of memory for every batch.
     """
-    inputs = _batched(module, inputs)
-    outputs = None if outputs is None else _batched(module, outputs)
+    inputs = _batched(window, inputs)
+    outputs = None if outputs is None else _batched(window, outputs)
     taps, positions = 1, 1
-    if isinstance(module, CONVOLUTION_TYPES):
-        taps, strides = math.prod(module.kernel_size), math.prod(module.stride)
+    if window is not None:
+        taps, strides = math.prod(window.kernel_size), math.prod(window.stride)
         positions = math.ceil(inputs[0, 0].numel() / strides)
     sample = inputs.shape[1] * taps * positions * inputs.element_size()
     samples = max(1, PART // sample, PRODUCT // positions)
     for i in range(0, len(inputs), samples):
-        target = None if outputs is None else as_columns(module, outputs[i : i + samples])
-        yield unfolded(module, inputs[i : i + samples]), target
+        target = None if outputs is None else as_columns(window, outputs[i : i + samples])
+        yield unfolded(window, inputs[i : i + samples]), target
 
 
-def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
+def unfolded(window: Window | None, inputs: Tensor) -> Tensor:
     """A layer's inputs as (channels, taps, positions), float32 or float64.
 
     The layer's output, as `as_columns`, is its weight as (C, channels * taps) times these.
     """
     if inputs.dtype not in (torch.float32, torch.float64):
         inputs = inputs.float()
-    inputs = _batched(module, inputs)
-    if not isinstance(module, CONVOLUTION_TYPES):
+    inputs = _batched(window, inputs)
+    if window is None:
         return inputs.T[:, None]
-    spatial = len(module.kernel_size)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    spatial = len(window.kernel_size)
+    mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
+    padded = functional.pad(inputs, window.padding, mode=mode)
     sizes = [
         (size - dilation * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, dilation in zip(
-            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+            padded.shape[2:], window.kernel_size, window.stride, window.dilation, strict=True
         )
     ]
-    taps = math.prod(module.kernel_size)
+    taps = math.prod(window.kernel_size)
     columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
     for tap in range(taps):
         part, rest = padded, tap
         for dim in reversed(range(spatial)):
-            rest, offset = divmod(rest, module.kernel_size[dim])
-            start, stride = offset * module.dilation[dim], module.stride[dim]
+            rest, offset = divmod(rest, window.kernel_size[dim])
+            start, stride = offset * window.dilation[dim], window.stride[dim]
             part = part.narrow(dim + 2, start, stride * (sizes[dim] - 1) + 1)
             part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
         columns[:, tap] = part.transpose(0, 1)
     return columns.flatten(2)
 
 
-def as_columns(module: nn.Module, outputs: Tensor) -> Tensor:
+def as_columns(window: Window | None, outputs: Tensor) -> Tensor:
     """A layer's outputs as (C, positions), the positions in the order of `unfolded`."""
-    return _batched(module, outputs).transpose(0, 1).flatten(1)
+    return _batched(window, outputs).transpose(0, 1).flatten(1)
 
 
-def _batched(module: nn.Module, values: Tensor) -> Tensor:
+def _batched(window: Window | None, values: Tensor) -> Tensor:
     """A layer's inputs or outputs as (samples, channels, *positions); a token is a sample."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return values.reshape(-1, values.shape[-1])
-    return values if values.dim() == len(module.kernel_size) + 2 else values[None]
+    return values if values.dim() == len(window.kernel_size) + 2 else values[None]
 
 
-def by_position(module: nn.Module, inputs: Tensor) -> Tensor:
+def by_position(window: Window | None, inputs: Tensor) -> Tensor:
     """A layer's inputs, or values of their shape, as (positions, channels), samples outermost."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return inputs.reshape(-1, inputs.shape[-1])
-    channels = inputs.dim() - 1 - len(module.kernel_size)
+    channels = inputs.dim() - 1 - len(window.kernel_size)
     moved = inputs.movedim(channels, -1)
     return moved.reshape(-1, moved.shape[-1])

@@ -18,10 +18,10 @@ from ..data.batches import Batch, samples_of
 from ..data.forward import target_of
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..graph.groups import Group
-from ..graph.unfold import by_position, outputs_of
+from ..graph.unfold import by_position, consumer_window, outputs_of
 from ..runtime.resume import Pass, Tensors
 from ..surgery.selection import LayerSelection
-from .derivatives import derivatives
+from .derivatives import Derivatives, derivatives
 from .job import Job
 from .layer_products import LayerProducts, Products
 from .memory import gates_bytes, turns
@@ -99,18 +99,19 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
     }  # fmt: skip
 
 
-def _gate_slopes(
-    job: Job, group: Group, samples: int, values: dict[str, tuple[Tensor, Tensor]]
-) -> Tensor:
-    """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs."""
+def _gate_slopes(job: Job, group: Group, samples: int, values: Derivatives) -> Tensor:
+    """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs.
+
+    A gate multiplies its unit at every use of a consumer.
+    """
     total = torch.zeros(())
     for name in group.consumers:
-        at = group.slices[f"{name}.weight"]
-        inputs, derivative = values[name]
-        products = by_position(job.model.get_submodule(name), inputs * derivative)
-        count = samples if len(products) % samples == 0 else len(products)
-        products = products.view(count, -1, at.outer, group.units, at.inner)
-        total = total + products.sum((1, 2, 4))
+        at, window = group.slices[f"{name}.weight"], consumer_window(job.model, group, name)
+        for inputs, derivative in values[name]:
+            products = by_position(window, inputs * derivative)
+            count = samples if len(products) % samples == 0 else len(products)
+            products = products.view(count, -1, at.outer, group.units, at.inner)
+            total = total + products.sum((1, 2, 4))
     if not total.isfinite().all():
         raise ValueError(
             f"layer {group.producer!r}: NaN or inf in the loss's derivative in its "

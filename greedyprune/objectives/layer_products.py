@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
+from ..graph.executor import GraphExecutors, tensors_of
 from ..graph.groups import Group
+from ..graph.tracing import window_of
 from ..graph.unfold import unfolded_parts, unit_major, weight_of
 from ..kernels import exchange, ops
 from ..kernels.least_squares import on_units, ridge
@@ -138,6 +140,7 @@ class ConsumerProducts(Products):
         super().__init__(name, group.units, weight, dense.device, given)
         self.root, self.layer = root, group.producer
         self._module, self._at = module, at
+        self._window = group.windows.get(name) or window_of(module)
 
     def add(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
         if not inputs.isfinite().all():
@@ -146,7 +149,7 @@ class ConsumerProducts(Products):
                 "numbers"
             )
         bias, double = getattr(self._module, "bias", None), torch.float64
-        for columns, target in unfolded_parts(self._module, inputs, outputs):
+        for columns, target in unfolded_parts(self._window, inputs, outputs):
             taps, positions = columns.shape[1:]
             rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
             rows = rows.transpose(0, 1).reshape(self.features, positions)
@@ -342,9 +345,15 @@ def collect(
         for consumer in takers[name]:
             consumer.add(inputs.detach())
 
-    with hooked(model, takers, before=add):
+    # Hooks do not see the input of every linear map; the graph has them all.
+    executors = GraphExecutors(model) if any(group.inner for group in groups) else None
+    tensors = tensors_of(model)
+    with hooked(model, takers if executors is None else (), before=add):
         for batch in resumed.new(bar(batches, "activations")):
-            run_model(model, batch)
+            if executors is None:
+                run_model(model, batch)
+            else:
+                executors.of(batch).visit_inputs(batch, tensors, takers, add)
     collected: dict[str, LayerProducts] = {}
     for i, products in enumerate(every):
         owner = ranks.owner(i) if owned else None

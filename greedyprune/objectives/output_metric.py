@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..graph.tracing import Window
 from ..graph.unfold import as_columns
 from .derivatives import derivatives
 from .job import Job
@@ -21,13 +22,16 @@ from .job import Job
 IDENTITY_SHARE = 0.5  # the best of 0.01 to 0.8 on a ResNet-20
 
 
-def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
+def roots(
+    job: Job, outputs: Mapping[str, int], windows: Mapping[str, Window | None]
+) -> dict[str, Tensor]:
     """The symmetric square root of each layer's metric, (C, C) float64 on the CPU.
 
     The metric is half the identity, and half F in the scale at which its mean diagonal is 1: F only
     models how the loss depends on one layer's output.
 
     outputs: the layers, and how many outputs C each has
+    windows: how those of them that are convolutions go over their inputs
 
     ValueError for a custom loss, which has no predictions to draw labels from.
     """
@@ -45,9 +49,10 @@ def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
     sums = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in outputs.items()}
     batches = job.bar(job.batches, "Fisher information")
     for _, by_layer in derivatives(job.model, list(outputs), batches, slope, inputs=False):
-        for name, (_, derivative) in by_layer.items():
-            columns = as_columns(job.model.get_submodule(name), derivative).float()
-            sums[name] += (columns @ columns.T).double().cpu()
+        for name, uses in by_layer.items():
+            for _, derivative in uses:
+                columns = as_columns(windows[name], derivative).float()
+                sums[name] += (columns @ columns.T).double().cpu()
     job.ranks.sum("metrics", *sums.values())
     return {name: _root(total) for name, total in sums.items()}
 

@@ -302,7 +302,7 @@ class PretrainingMonitor:
                 _about_held_out(
                     lambda: loss_and_metric(self._model, [held_out.first()], criterion, metric)
                 )
-            groups = groups_of(
+            groups, _ = groups_of(
                 self._model, first, request.layers, request.consumers, request.sized_layers
             )
             rules_of(request, groups)

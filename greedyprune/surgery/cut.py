@@ -19,7 +19,7 @@ from ..graph.propagate import Slice
 from ..graph.unfold import module_weight, outputs_of
 from ..runtime.distributed import unwrapped
 from .hf_config import describe
-from .module_sizes import CONV1D, HEADS, SIZES
+from .module_sizes import CONV1D, HEADS, size_name_of
 from .selection import LayerSelection, Selection
 
 
@@ -215,7 +215,7 @@ def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
         if isinstance(dense, nn.Parameter):
             small = nn.Parameter(small, requires_grad=dense.requires_grad)
         setattr(module, attribute, small)
-        size_name = SIZES.get((type(module), attribute, at.dim))
+        size_name = size_name_of(module, attribute, at.dim)
         if size_name is not None:
             setattr(module, size_name, small.shape[at.dim])
         if attribute == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -23,9 +23,16 @@ CONV1D = ("nx", "nf")
 HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "all_head_size")
 
 
+def size_name_of(module: nn.Module, tensor: str, dim: int) -> str | None:
+    """The attribute with the size of a tensor's dimension; None: the module has none."""
+    names = (SIZES.get((kind, tensor, dim)) for kind in type(module).__mro__)
+    name = next((name for name in names if name is not None), None)
+    return name if name is not None and hasattr(module, name) else None
+
+
 def sizes_of(module: nn.Module) -> dict[str, int]:
     """The attributes of a module that hold sizes which pruning can change, with their values."""
-    names = {size for (kind, _, _), size in SIZES.items() if kind is type(module)} | set(HEADS)
+    names = {size for (kind, _, _), size in SIZES.items() if isinstance(module, kind)} | set(HEADS)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         names.add("groups")
     elif type(module).__name__ == "Conv1D":
@@ -40,6 +47,6 @@ def can_be_cut(module: nn.Module, dim: int) -> bool:
     Of torch's modules it cuts only those in SIZES, and not along a convolution's kernel. Any other
     module may have a dimension for the units.
     """
-    if any(kind is type(module) for kind, _, _ in SIZES):
+    if any(isinstance(module, kind) for kind, _, _ in SIZES):
         return dim < 2
     return not type(module).__module__.startswith("torch.")

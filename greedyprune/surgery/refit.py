@@ -194,7 +194,7 @@ class _LeastSquares:
         self, module: nn.Module, layer: Layer, channels: Tensor | None, bias: Tensor | None,
         scale: Tensor | None,
     ) -> None:  # fmt: skip
-        self._module, self._name, self._dim = module, layer.name, layer.in_dim
+        self._window, self._name, self._dim = layer.window, layer.name, layer.in_dim
         self._weight = module.get_parameter("weight")
         self._bias, self._scale = bias, scale
         if channels is None:
@@ -214,7 +214,7 @@ class _LeastSquares:
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
             )
-        for columns, target in unfolded_parts(self._module, inputs, error):
+        for columns, target in unfolded_parts(self._window, inputs, error):
             assert target is not None
             rows = columns[self._channels].flatten(0, 1)
             if self._bias is not None:

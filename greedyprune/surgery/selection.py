@@ -147,17 +147,20 @@ class Selection:
     costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
             None if the selection is not from `select`
     budget: how the sizes were chosen for a budget; None if there was no budget
+    refused: the layers that can't be pruned, and why, as in `greedyprune.layers`; empty if the
+            caller named the layers
     """
 
     layers: Mapping[str, LayerSelection]
     costs: Mapping[str, Cost] | None = None
     budget: BudgetReport | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Selection, (dict(self.layers), self.costs, self.budget)
+        return Selection, (dict(self.layers), self.costs, self.budget, dict(self.refused))
 
     @property
     def order(self) -> Tensor:
@@ -237,7 +240,8 @@ class Selection:
         """
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
-        return Selection({name: layer.at(k) for name, layer in self.layers.items()}, self.costs)
+        layers = {name: layer.at(k) for name, layer in self.layers.items()}
+        return Selection(layers, self.costs, refused=self.refused)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file. Values that are not tensors go into its header, as JSON."""
@@ -262,6 +266,7 @@ class Selection:
         header = {
             "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
+            "refused": json.dumps(dict(self.refused)),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
@@ -287,6 +292,7 @@ class Selection:
             layers,
             {what: Cost.of_json(cost) for what, cost in costs.items()} or None,
             None if budget is None else BudgetReport(**budget),
+            json.loads(header.get("refused", "{}")),
         )
 
     def summary(self) -> Table:
@@ -294,10 +300,11 @@ class Selection:
 
         loss, gap and bound are those of the last step. The loss is at most `gap` above the loss of
         any convex reweighting of all units, and at most `bound`, which is proved. Below the table
-        are the parameters and FLOPs (of the first batch) before and after.
+        are the parameters and FLOPs (of the first batch) before and after, and the layers that
+        can't be pruned.
         """
         params, flops = self.change("params"), self.change("flops")
-        return selection_report.summary(self.layers, params, flops, self.budget)
+        return selection_report.summary(self.layers, params, flops, self.budget, self.refused)
 
     def plot(self) -> Figure:
         """A matplotlib figure with one panel for each layer: loss against k, dense loss, bound.

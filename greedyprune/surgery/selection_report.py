@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph.costs import BudgetReport
+from ..graph.refusals import by_reason
 from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ class LayerPath(Protocol):
 
 
 def summary(
-    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None
-) -> Table:
-    """A table with one row for each layer, and below it the costs and the budget."""
+    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None,
+    refused: Mapping[str, str],
+) -> Table:  # fmt: skip
+    """A table with one row for each layer, and below it the costs, the budget and the refused."""
     from rich.table import Table
 
     titles = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
@@ -64,7 +66,9 @@ def summary(
             layer.weighting, _last(layer.losses), f"{float(layer.dense_loss):.4g}",
             _last(layer.gap), _last(layer.bound),
         )  # fmt: skip
-    table.caption = "\n".join(_caption(params, flops, budget)) or None
+    lines = [*_caption(params, flops, budget)]
+    lines += [f"not pruned: {reason}" for reason in by_reason(refused)]
+    table.caption = "\n".join(lines) or None
     return table
 
 
