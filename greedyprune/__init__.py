@@ -7,7 +7,6 @@ small = greedyprune.prune(model, selection)
 from importlib.metadata import PackageNotFoundError, version
 
 from .budget import Budget
-from .graph.layers import layers
 from .graph.propagate import NotPrunableError
 from .kernels.backend import show_config
 from .objectives.options import Fisher, Imitation, Loss
@@ -16,6 +15,7 @@ from .pretraining.history import Check
 from .pretraining.monitor import PretrainingMonitor
 from .selector import select
 from .surgery.cut import prune, recalibrate
+from .surgery.layers import layers
 from .surgery.optimizer import prune_optimizer
 from .surgery.refit import refit
 from .surgery.saving import load_pruned, save_pruned

@@ -12,7 +12,7 @@ from .budget import Budget, relative_losses, within_budget
 from .data.batches import Batches
 from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
-from .graph.unfold import outputs_of, weight_of
+from .graph.unfold import consumer_window, outputs_of, weight_of
 from .kernels.path import Rule
 from .objectives import fisher, imitation, memory, network_loss, output_loss, output_metric
 from .objectives.job import Job
@@ -103,6 +103,7 @@ def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
     held = memory.metric_bytes(job, imitating)
     for group in groups:
         judge = judges[group.producer]
+        _check_derivatives(request, group, judge)
         if judge == IMITATION and _fits_by_columns(job, group, len(imitating)):
             judges[group.producer] = COLUMNS
         elif judge == IMITATION:
@@ -120,6 +121,18 @@ def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
     return judges
 
 
+def _check_derivatives(request: Request, group: Group, judge: str) -> None:
+    """ValueError where a hook does not see the derivatives in a consumer that are wanted."""
+    by_metric = judge == IMITATION and request.imitation.metric == "fisher"
+    if group.mixed and (judge == FISHER or by_metric):
+        option = "objective: found 'fisher'" if judge == FISHER else "metric: found 'fisher'"
+        raise ValueError(
+            f"{option}, but {group.mixed[0]!r}, which takes the units of layer "
+            f"{group.producer!r}, does more than its linear map; expected objective='imitation' "
+            "without a metric, or other layers"
+        )
+
+
 def _fits_by_columns(job: Job, group: Group, imitating: int) -> bool:
     """Must, and may, a layer imitate by columns of its Gram matrix?
 
@@ -134,10 +147,11 @@ def _fits_by_columns(job: Job, group: Group, imitating: int) -> bool:
 
 
 def is_simple(model: nn.Module, group: Group) -> bool:
-    """Does each unit have one feature, which one Linear takes?"""
-    consumer = model.get_submodule(group.consumer)
+    """Does each unit have one feature, which one Linear takes once, as its module's input?"""
+    if len(group.consumers) > 1 or group.repeated or group.inner:
+        return False
     at = group.slices[f"{group.consumer}.weight"]
-    return len(group.consumers) == 1 and type(consumer) is nn.Linear and at.width == 1
+    return isinstance(model.get_submodule(group.consumer), nn.Linear) and at.width == 1
 
 
 def _check_passes(batches: Batches, judges: Mapping[str, str], budget: Budget | None) -> None:
@@ -237,9 +251,10 @@ def select_layers(
 def _imitation(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
     roots: dict[str, Tensor] = {}
     if job.imitation.metric == "fisher":
-        names = ((group, name) for group in groups for name in group.consumers)
+        names = [(group, name) for group in groups for name in group.consumers]
         outputs = {name: outputs_of(job.model, group, name) for group, name in names}
-        roots = output_metric.roots(job, outputs)
+        windows = {name: consumer_window(job.model, group, name) for group, name in names}
+        roots = output_metric.roots(job, outputs, windows)
     return imitation.select_layers(job, groups, roots)
 
 

@@ -200,7 +200,9 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     check_functions(model)
     (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
-    groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
+    groups, refused = groups_of(
+        model, first, request.layers, request.consumers, request.sized_layers
+    )
     if request.consumers is not None:  # no graph tells what follows these layers
         agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
         output_layers = set.intersection(*agreed)
@@ -232,7 +234,9 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     selected = select_layers(with_rules(request), groups, layers_plan)
     layers = {group.producer: selected[group.producer] for group in groups}
     saving = how_saved(model, layers)
-    return Selection(layers, costs, report, example_of(model, first), saving)
+    return Selection(
+        layers, costs, report, example=example_of(model, first), saving=saving, refused=refused
+    )
 
 
 def criterion_on(
@@ -312,7 +316,7 @@ def _run_seen(
     Returns the model's output, and the layers whose replaced output equals it.
     """
     if names is None:
-        names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     produced: dict[str, Tensor] = {}
 
     def replaced(name: str, output: Tensor) -> Tensor:

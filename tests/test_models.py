@@ -87,7 +87,8 @@ def test_layers_named_by_hand_are_cut_on_trial(between: Between) -> None:
     """Operations between them that mix the units are found by cutting and masking them."""
     model = Net(between)
     data = torch.randn(50, 5), torch.randn(50, 3)
-    with pytest.raises(NotPrunableError, match="cutting units gives other outputs"):
+    failure = "cutting units gives other outputs|with fewer units the model fails: Given normalized"
+    with pytest.raises(NotPrunableError, match=failure):
         greedyprune.select(model, data, layers={"first": "last"})
     assert not model.last._forward_pre_hooks
 

@@ -46,13 +46,18 @@ class RepeatedPasses:
         return len(self._source)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[object]:
-        random.seed(SEED)
-        np.random.seed(SEED)
-        for generator in (torch.default_generator, *self.generators):
-            generator.manual_seed(SEED)
-        if torch.cuda.is_initialized():  # otherwise torch would keep the seed for later
-            torch.cuda.manual_seed_all(SEED)
+        seed_all(self.generators)
         return iter(self._source)
+
+
+def seed_all(generators: Iterable[torch.Generator] = ()) -> None:
+    """Sets the seeds of the global generators of torch, Python and NumPy, and of `generators`."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    for generator in (torch.default_generator, *generators):
+        generator.manual_seed(SEED)
+    if torch.cuda.is_initialized():  # otherwise torch would keep the seed for later
+        torch.cuda.manual_seed_all(SEED)
 
 
 @contextmanager

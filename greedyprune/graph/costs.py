@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .groups import Group
-from .tracing import LAYER_TYPES
 
 T = TypeVar("T")
 
@@ -103,10 +102,9 @@ def costs_of(
         for group in groups for name in group.slices if name in parameters
     }  # fmt: skip
     layers = {
-        f"{name}.weight": flops.get(name, 0)
-        for name, module in model.named_modules()
-        if isinstance(module, LAYER_TYPES) or type(module).__name__ == "Conv1D"
-    }
+        name: flops.get(name.removesuffix(".weight"), 0)
+        for group in groups for name in group.slices if name.endswith(".weight")
+    }  # fmt: skip
     products = {name: amount for group in groups for name, amount in group.products.items()}
     units = {group.producer: group.units for group in groups}
     dense = sum(parameter.numel() for parameter in model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class GraphExecutor:
     dynamic: for batches of several shapes, see `accepts`
 
     nodes:        all nodes, in the order in which they run
-    place:        each layer's index in `nodes`, by its name
+    place:        the index in `nodes` of each layer's first use, by its name
     layers:       the layers by their names
     linear_paths: what follows each layer until something nonlinear, by its name
     refittable:   the layers by their index, if nothing else uses their weights
@@ -75,7 +75,9 @@ class GraphExecutor:
         self._check_in_place()
         self._interpreter = fx.Interpreter(graph.program.graph_module)
         self.layers = {layer.name: layer for layer in graph.layers.values()}
-        self.place = {layer.name: graph.position[node] for node, layer in graph.layers.items()}
+        self.place: dict[str, int] = {}
+        for node, layer in graph.layers.items():
+            self.place.setdefault(layer.name, graph.position[node])
         last_use = {
             source: i for i, node in enumerate(self.nodes) for source in node.all_input_nodes
         }
@@ -122,12 +124,12 @@ class GraphExecutor:
 
         tensors: parameters and buffers by name
         """
-        traced = self._graph.program.constants
-        return {
-            node: tensors[spec.target] if spec.target in tensors else traced[spec.target]
-            for node, spec in self._inputs
-            if spec.kind != InputKind.USER_INPUT
-        }
+        traced, found = self._graph.program.constants, dict[fx.Node, Any]()
+        for node, spec in self._inputs:
+            if spec.kind != InputKind.USER_INPUT:
+                name = self._graph.tensors.get(node.name, "")
+                found[node] = tensors[name] if name in tensors else traced[spec.target]
+        return found
 
     def run(self, values: Values, tensors: Mapping[str, Tensor], start: int, end: int) -> None:
         """Runs nodes [start, end) on `values`, in place; values without later use are dropped."""
@@ -193,12 +195,27 @@ class GraphExecutor:
 
         padded: include a convolution's padding if the graph pads in a separate node
         """
-        node, module = self.nodes[self.place[layer]], self._graph.model.get_submodule(layer)
+        return self._input_of(self.nodes[self.place[layer]], values, padded)
+
+    def _input_of(self, node: fx.Node, values: Values, padded: bool = False) -> Tensor:
         inputs: Tensor = values[data_input(node)]
-        if padded or getattr(module, "padding_mode", "zeros") == "zeros":
+        window = self._graph.layers[node].window
+        if padded or window is None or window.padding_mode == "zeros":
             return inputs
-        padding: Any = module._reversed_padding_repeated_twice
-        return nn.functional.pad(inputs, [-size for size in padding])
+        return nn.functional.pad(inputs, [-size for size in window.padding])
+
+    def visit_inputs(
+        self, batch: Batch, tensors: Mapping[str, Tensor], layers: Container[str],
+        add: Callable[[str, Tensor], None],
+    ) -> None:  # fmt: skip
+        """Runs the model and calls add(layer, input) at every use of these layers."""
+        values, start = self.inputs(batch), 0
+        for node, layer in self._graph.layers.items():
+            if layer.name in layers:
+                end = self._graph.position[node]
+                self.run(values, tensors, start, end)
+                start = end
+                add(layer.name, self._input_of(node, values))
 
     def output_of(self, layer: str, values: Values) -> Tensor:
         """A layer's output, from the values just after the layer."""

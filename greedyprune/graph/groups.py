@@ -13,6 +13,7 @@ on the way. A layer is refused, with the reason, if
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -22,6 +23,9 @@ from torch import Tensor, fx, nn
 
 from ..data.batches import Batch
 from ..data.forward import hooked
+from .adapters import ADAPTED, has_adapter
+from .calls import is_alone, sees_input
+from .constant_sizes import line_of
 from .propagate import (
     IDENTITY,
     RESHAPING,
@@ -32,7 +36,8 @@ from .propagate import (
     Propagation,
     Slice,
 )
-from .tracing import LAYER_TYPES, Graph, operation, shape_of
+from .refusals import by_reason, refused_in, why_not, without_layer
+from .tracing import Graph, Window, is_plain, operation, shape_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,13 @@ class Group:
     slices:        the parameters and buffers with entries of the units, and where
     output:        the only consumer's output is the model's output
     not_output:    the operation between the consumer and the model's output; "" if there is none
-    may_hold_size: an operation whose arguments may hold the number of units as a constant, or ""
+    may_hold_size: operations whose arguments may hold the number of units as a constant
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
+    windows:       how the consumers that are convolutions go over their inputs; those that are not
+                   listed run as torch's own modules do
+    repeated:      a consumer runs several times in one forward pass
+    inner:         consumers whose inputs a hook on their module does not see (calls.py)
+    mixed:         those of them whose derivatives it does not see either
     """
 
     producers: tuple[str, ...]
@@ -55,8 +65,12 @@ class Group:
     slices: Mapping[str, Slice]
     output: bool
     not_output: str = ""
-    may_hold_size: str = ""
+    may_hold_size: tuple[str, ...] = ()
     products: Mapping[str, int] = field(default_factory=dict)
+    windows: Mapping[str, Window] = field(default_factory=dict)
+    repeated: bool = False
+    inner: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
 
     @property
     def producer(self) -> str:
@@ -85,7 +99,8 @@ def group_of(graph: Graph, node: fx.Node) -> Group:
             "input"
         )
     units = shape_of(node)[layer.channel_dim]
-    return _closed_group(graph, layer.name, units, {node: Slice(layer.channel_dim)})
+    producers = {use: Slice(graph.layers[use].channel_dim) for use in graph.uses_of(layer.name)}
+    return _closed_group(graph, layer.name, units, producers)
 
 
 def _closed_group(graph: Graph, name: str, units: int, producers: Mapping[fx.Node, Slice]) -> Group:
@@ -106,19 +121,24 @@ def _closed_group(graph: Graph, name: str, units: int, producers: Mapping[fx.Nod
         raise reasons[0] from None  # of the merge that leaves the most units
     if not propagation.consumers:
         raise propagation.refusal("nothing uses its units")
-    consumers = [graph.layers[consumer].name for consumer in propagation.consumers]
-    for consumer in sorted(consumers):
-        if consumers.count(consumer) > 1:
-            raise propagation.refusal(f"its units feed {consumer!r} more than once")
     _check_not_shared(graph, propagation, producers)
+    uses = {node: graph.layers[node].name for node in propagation.consumers}
+    consumers = tuple(dict.fromkeys(uses.values()))
     not_output = "another consumer of its units"
     if len(consumers) == 1:
+        not_output = "another use of its consumer"
+    if len(uses) == 1:
         not_output = _before_output(graph, propagation.consumers[0])
     ordered = sorted(producers, key=graph.position.__getitem__)
+    windows = {uses[node]: graph.layers[node].window for node in uses}
     return Group(
-        tuple(graph.layers[node].name for node in ordered), tuple(consumers), units,
-        propagation.slices, not_output == "", not_output, propagation.may_hold_size,
-        propagation.products,
+        tuple(dict.fromkeys(graph.layers[node].name for node in ordered)), consumers, units,
+        propagation.slices, not_output == "", not_output,
+        tuple(map(line_of, propagation.may_hold_size)), propagation.products,
+        {name: window for name, window in windows.items() if window is not None},
+        len(uses) > len(consumers),
+        tuple(dict.fromkeys(uses[node] for node in uses if not sees_input(graph, node))),
+        tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
     )  # fmt: skip
 
 
@@ -128,6 +148,8 @@ def _with_producers(
     """The number of units that these layers and the others have in common, and their places."""
     layers = propagation.graph.layers
     size = shape_of(others[0])[layers[others[0]].channel_dim]
+    names = dict.fromkeys(layers[other].name for other in others)
+    others = [node for name in names for node in propagation.graph.uses_of(name)]
     common = math.gcd(size, propagation.units)
     if common == 1:
         raise propagation.refusal(
@@ -153,12 +175,19 @@ def _merged(producers: Mapping[fx.Node, Slice], merge: Merge) -> dict[fx.Node, S
 
 
 def _check_not_shared(graph: Graph, propagation: Propagation, producers: Iterable[fx.Node]) -> None:
-    """The tensors that are cut must not be used elsewhere, by this name or another."""
+    """The tensors that are cut must not be used elsewhere, by this name or another.
+
+    A module that has several names has its tensors once.
+    """
     inside = {*propagation.carrying, *propagation.consumers, *producers}
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in graph.model.state_dict(keep_vars=True).items():
-        names_of.setdefault(id(tensor), []).append(name)
-    shared = {name for names in names_of.values() if len(names) > 1 for name in names}
+    owners: dict[str, tuple[int, nn.Module]] = {}
+    for path, module in graph.model.named_modules(remove_duplicate=False):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            owners[f"{path}.{key}".lstrip(".")] = id(tensor), module
+    modules = defaultdict[int, set[nn.Module]](set)
+    for tensor_id, owner in owners.values():
+        modules[tensor_id].add(owner)
+    shared = {name for name, (tensor_id, _) in owners.items() if len(modules[tensor_id]) > 1}
     for node in graph.nodes:
         name = graph.tensors.get(node.name, "")
         if name in propagation.slices and (name in shared or not inside.issuperset(node.users)):
@@ -191,8 +220,8 @@ def analyse(
 
     check: raises NotPrunableError for a group whose `may_hold_size` prevents cutting
 
-    Raises whatever torch.export raises for a model that it can't trace. A second call with an
-    unchanged model returns what the first one found.
+    Raises TraceError for a model that torch.export can't trace. A second call with an unchanged
+    model returns what the first one found.
     """
     signature = check, _signature(model, batch)
     known = _KNOWN.get(model)
@@ -203,14 +232,24 @@ def analyse(
     for node, layer in graph.layers.items():
         if layer.name in structure:  # in the group of a layer before it
             continue
+        names = [layer.name]
         try:
             group = group_of(graph, node)
+            names = [*dict.fromkeys((layer.name, *group.producers))]
+            if any(has_adapter(model, name) for name in (*group.producers, *group.consumers)):
+                raise NotPrunableError(ADAPTED)
             if check is not None and group.may_hold_size:
                 check(model, group, batch)
-            structure |= dict.fromkeys((layer.name, *group.producers), group)
+            structure |= dict.fromkeys(names, group)
         except NotPrunableError as error:
+            reason = ADAPTED if has_adapter(model, layer.name) else without_layer(error)
             # A new one: the frames of its traceback and context would keep the model alive.
-            structure[layer.name] = NotPrunableError(str(error))
+            structure |= {
+                name: type(error)(f"layer {name!r}: {reason}")
+                for name in names if name not in structure
+            }  # fmt: skip
+    for name, reason in graph.not_layers.items():
+        structure.setdefault(name, NotPrunableError(f"layer {name!r}: {reason}"))
     _KNOWN[model] = signature, structure
     return structure
 
@@ -251,7 +290,10 @@ def find_groups(
             if isinstance(group, Group) and name == group.producer
         ]  # fmt: skip
         if not groups:
-            raise NotPrunableError(f"model: no layer can be pruned: {_reasons(model, structure)}")
+            reasons = by_reason(refused_in(model, structure)) or [
+                "it has no Linear and no convolution"
+            ]
+            raise NotPrunableError(f"model: no layer can be pruned: {'; '.join(reasons)}")
         return groups
     prunable = [name for name, group in structure.items() if isinstance(group, Group)]
     expected = f"expected any of: {', '.join(map(repr, prunable)) or 'none'}"
@@ -272,29 +314,6 @@ def find_groups(
     return groups
 
 
-def _reasons(model: nn.Module, structure: Structure) -> str:
-    """Why each layer can't be pruned."""
-    reasons = [str(reason) for reason in structure.values()]
-    reasons += [
-        f"layer {name!r}: {why_not(module)}"
-        for name, module in model.named_modules()
-        if name not in structure and isinstance(module, LAYER_TYPES)
-    ]
-    return "; ".join(reasons) or "it has no Linear and no convolution"
-
-
-def why_not(module: nn.Module) -> str:
-    """The reason why a module is not a producer, if the graph has no layer of its name."""
-    kind = type(module).__name__
-    if not isinstance(module, LAYER_TYPES):
-        return f"{kind}: not a Linear or convolution"
-    if "weight" not in module._parameters:
-        return f"{kind}: its weight is computed, by a parametrization or torch.nn.utils.prune"
-    if type(module) in LAYER_TYPES:
-        return f"{kind}: it does not run, or shares its weight"
-    return f"{kind}: not a plain Linear or convolution"
-
-
 def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:
     """The group of a producer and a consumer that the caller names, for untraceable models.
 
@@ -307,7 +326,7 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
     modules = dict(model.named_modules())
     first, last = modules.get(producer), modules.get(consumer)
     for name, module in ((producer, first), (consumer, last)):
-        if type(module) is not nn.Linear:
+        if not isinstance(module, nn.Linear) or not is_plain(module):
             kind = "no such module" if module is None else type(module).__name__
             raise ValueError(f"layers: found {name!r} ({kind}), expected the name of an nn.Linear")
         if "weight" not in module._parameters:

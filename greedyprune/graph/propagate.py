@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .constant_sizes import may_hold_size, split_may_hold_size
 from .tracing import (
     CONVOLUTIONS,
     LINEAR,
@@ -119,7 +120,7 @@ class Propagation:
     carrying:      the nodes whose tensors hold the units, and where
     slices:        the parameters and buffers with entries of the units, and where
     consumers:     the layers that sum over the units
-    may_hold_size: an operation whose arguments may hold the number of units as a constant, or ""
+    may_hold_size: operations whose arguments may hold the number of units as a constant
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     """
 
@@ -130,7 +131,7 @@ class Propagation:
         self.carrying = dict(producers)
         self.slices: dict[str, Slice] = {}
         self.consumers: list[fx.Node] = []
-        self.may_hold_size = ""
+        self.may_hold_size: list[fx.Node] = []
         self.products: dict[str, int] = {}
         self.graph, self._producers = graph, producers
 
@@ -146,9 +147,6 @@ class Propagation:
             self._cut(layer.weight, Slice(layer.out_dim, at.outer, at.inner))
             if layer.bias is not None:
                 self._cut(layer.bias, Slice(0, at.outer, at.inner))
-            uses = sum(other.name == layer.name for other in graph.layers.values())
-            if uses > 1:
-                raise NotPrunableError(f"layer {layer.name!r}: its weights are used {uses} times")
         first = min(graph.position[node] for node in self._producers)
         for node in graph.nodes[first + 1 :]:
             if not any(source in self.carrying for source in node.all_input_nodes):
@@ -182,12 +180,9 @@ class Propagation:
             self._through_product(node, op)
         elif op in PER_UNIT_ARGUMENTS:
             self._through_per_unit(node, op)
-        elif op in RESHAPING:
-            self.carrying[node] = self._reshaped(node)
-            if op != "flatten":
-                self.may_hold_size = str(node.target)
-        elif op in MOVING:
-            self.carrying[node] = self._moved(node, op)
+        elif op in RESHAPING | MOVING:
+            self.carrying[node] = self._moved(node, op) if op in MOVING else self._reshaped(node)
+            self._doubt(may_hold_size(node, self.carrying[node].dim), node)
         elif op in POOLING:
             self._through_pooling(node, op)
         elif op in REDUCING | ALONG:
@@ -229,9 +224,12 @@ class Propagation:
             self._cut(layer.bias, Slice(0, at.outer, out))
         self.carrying[node] = Slice(layer.channel_dim, at.outer, out)
 
+    def _doubt(self, may_hold_size: bool, node: fx.Node) -> None:
+        self.may_hold_size += [node] * may_hold_size
+
     def _through_split(self, node: fx.Node) -> None:
-        self.may_hold_size = str(node.target)
         at, shape = self.carrying[first_of(node)], shape_of(first_of(node))
+        self._doubt(split_may_hold_size(node, at.dim), node)
         pieces = [tuple(piece.shape) for piece in node.meta["val"]]
         if pieces[0][at.dim] == shape[at.dim]:  # along another dimension
             self.carrying[node] = at

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from ..data.padding import counted
 from ..kernels.products import PRODUCT
 from .groups import Group
 from .propagate import Slice
-from .tracing import CONVOLUTION_TYPES
+from .tracing import Window, window_of
 
 PART = 2**24  # bytes of unfolded inputs at a time
 
@@ -32,6 +31,11 @@ def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:
 
 def weight_of(module: nn.Module) -> Tensor:
     return module.get_parameter("weight")
+
+
+def consumer_window(model: nn.Module, group: Group, consumer: str) -> Window | None:
+    """How a consumer of the group goes over its inputs; None: it is no convolution."""
+    return group.windows.get(consumer) or window_of(model.get_submodule(consumer))
 
 
 def unit_major(weight: Tensor, at: Slice, units: int) -> Tensor:
@@ -61,15 +65,17 @@ def module_weight(new: Tensor, at: Slice, like: Tensor) -> Tensor:
 
 
 def in_halves(
-    module: nn.Module, inputs: Tensor, outputs: Tensor | None, second: Tensor | None
+    window: Window | None, inputs: Tensor, outputs: Tensor | None, second: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """A layer's inputs and outputs of the samples in each half: (0 or 1, inputs, outputs).
 
+    window: how a convolution goes over its inputs, in this and the other functions; None: the layer
+        is no convolution
     second: (m,) bool: is the sample in the second half? None: all are in the first. A layer whose
         rows are not those of m samples is in the half of the first sample
     """
-    inputs = _batched(module, inputs)
-    outputs = None if outputs is None else _batched(module, outputs)
+    inputs = _batched(window, inputs)
+    outputs = None if outputs is None else _batched(window, outputs)
     if second is None or len(inputs) % len(second) or bool((second == second[0]).all()):
         yield (0 if second is None else int(second[0])), inputs, outputs
         return
@@ -79,7 +85,7 @@ def in_halves(
 
 
 def columns_in_halves(
-    module: nn.Module, inputs: Tensor, outputs: Tensor | None, second: Tensor | None,
+    window: Window | None, inputs: Tensor, outputs: Tensor | None, second: Tensor | None,
     mask: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
     """The parts of `unfolded_parts` for the samples in each half: (0 or 1, inputs, outputs).
@@ -87,14 +93,14 @@ def columns_in_halves(
     second: as for `in_halves`
     mask:   (m, T) bool, of the positions that count; hidden ones have no column. None: all count
     """
-    keep = counted(mask, positions_shape(module, inputs))
+    keep = counted(mask, positions_shape(window, inputs))
     if keep is None:
-        for half, its_inputs, its_outputs in in_halves(module, inputs, outputs, second):
-            for columns, target in unfolded_parts(module, its_inputs, its_outputs):
+        for half, its_inputs, its_outputs in in_halves(window, inputs, outputs, second):
+            for columns, target in unfolded_parts(window, its_inputs, its_outputs):
                 yield half, columns, target
         return
-    inputs = _batched(module, inputs)
-    outputs = None if outputs is None else _batched(module, outputs)
+    inputs = _batched(window, inputs)
+    outputs = None if outputs is None else _batched(window, outputs)
     keep = keep.reshape(len(inputs), -1)
     rows = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     if second is not None and len(inputs) % len(second) == 0:
@@ -104,13 +110,13 @@ def columns_in_halves(
         if not bool(chosen.any()):
             continue
         its_outputs = None if outputs is None else outputs[chosen]
-        parts = unfolded_parts(module, inputs[chosen], its_outputs, keep[chosen])
+        parts = unfolded_parts(window, inputs[chosen], its_outputs, keep[chosen])
         for columns, target in parts:
             yield half, columns, target
 
 
 def unfolded_parts(
-    module: nn.Module, inputs: Tensor, outputs: Tensor | None, keep: Tensor | None = None
+    window: Window | None, inputs: Tensor, outputs: Tensor | None, keep: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A layer's inputs as `unfolded` and its outputs as `as_columns`, a few samples at a time.
 
@@ -119,103 +125,102 @@ def unfolded_parts(
     A part has at most PART bytes of unfolded inputs (or, where that is more, one sample, or PRODUCT
     positions): the system would give larger arrays fresh pages of memory for every batch.
     """
-    inputs = _batched(module, inputs)
-    outputs = None if outputs is None else _batched(module, outputs)
+    inputs = _batched(window, inputs)
+    outputs = None if outputs is None else _batched(window, outputs)
     taps, positions = 1, 1
-    if isinstance(module, CONVOLUTION_TYPES):
-        taps, strides = math.prod(module.kernel_size), math.prod(module.stride)
+    if window is not None:
+        taps, strides = math.prod(window.kernel_size), math.prod(window.stride)
         positions = math.ceil(inputs[0, 0].numel() / strides)
     sample = inputs.shape[1] * taps * positions * inputs.element_size()
     samples = max(1, PART // sample, PRODUCT // positions)
     for i in range(0, len(inputs), samples):
-        target = None if outputs is None else as_columns(module, outputs[i : i + samples])
-        columns = unfolded(module, inputs[i : i + samples])
+        target = None if outputs is None else as_columns(window, outputs[i : i + samples])
+        columns = unfolded(window, inputs[i : i + samples])
         if keep is not None and not bool((kept := keep[i : i + samples].flatten()).all()):
             columns = columns[..., kept]
             target = None if target is None else target[:, kept]
         yield columns, target
 
 
-def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
+def unfolded(window: Window | None, inputs: Tensor) -> Tensor:
     """A layer's inputs as (channels, taps, positions), float32 or float64.
 
     The layer's output, as `as_columns`, is its weight as (C, channels * taps) times these.
     """
     if inputs.dtype not in (torch.float32, torch.float64):
         inputs = inputs.float()
-    inputs = _batched(module, inputs)
-    if not isinstance(module, CONVOLUTION_TYPES):
+    inputs = _batched(window, inputs)
+    if window is None:
         return inputs.T[:, None]
-    spatial = len(module.kernel_size)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    sizes = output_sizes(module, inputs.shape[2:])
-    taps = math.prod(module.kernel_size)
+    spatial = len(window.kernel_size)
+    mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
+    padded = functional.pad(inputs, window.padding, mode=mode)
+    sizes = output_sizes(window, inputs.shape[2:])
+    taps = math.prod(window.kernel_size)
     columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
     for tap in range(taps):
         part, rest = padded, tap
         for dim in reversed(range(spatial)):
-            rest, offset = divmod(rest, module.kernel_size[dim])
-            start, stride = offset * module.dilation[dim], module.stride[dim]
+            rest, offset = divmod(rest, window.kernel_size[dim])
+            start, stride = offset * window.dilation[dim], window.stride[dim]
             part = part.narrow(dim + 2, start, stride * (sizes[dim] - 1) + 1)
             part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
         columns[:, tap] = part.transpose(0, 1)
     return columns.flatten(2)
 
 
-def output_sizes(module: nn.Module, sizes: Sequence[int]) -> list[int]:
+def output_sizes(window: Window, sizes: Sequence[int]) -> list[int]:
     """The spatial sizes of a convolution's output for inputs of these sizes."""
-    assert isinstance(module, CONVOLUTION_TYPES)
-    pads: Any = module._reversed_padding_repeated_twice  # the last dimension's come first
+    pads = window.padding  # the last dimension's come first
     padded = [size + pads[-2 * i - 2] + pads[-2 * i - 1] for i, size in enumerate(sizes)]
     return [
         (size - dilation * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, dilation in zip(
-            padded, module.kernel_size, module.stride, module.dilation, strict=True
+            padded, window.kernel_size, window.stride, window.dilation, strict=True
         )
     ]
 
 
-def positions_shape(module: nn.Module, inputs: Tensor) -> tuple[int, ...]:
+def positions_shape(window: Window | None, inputs: Tensor) -> tuple[int, ...]:
     """The shape of a layer's positions, for these inputs: its output's without the channels."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return tuple(inputs.shape[:-1])
-    batched = _batched(module, inputs)
-    return (len(batched), *output_sizes(module, batched.shape[2:]))
+    batched = _batched(window, inputs)
+    return (len(batched), *output_sizes(window, batched.shape[2:]))
 
 
-def input_positions(module: nn.Module, inputs: Tensor) -> tuple[int, ...]:
+def input_positions(window: Window | None, inputs: Tensor) -> tuple[int, ...]:
     """The shape of the positions of a layer's inputs, in the order of `by_position`."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return tuple(inputs.shape[:-1])
-    channels = inputs.dim() - 1 - len(module.kernel_size)
+    channels = inputs.dim() - 1 - len(window.kernel_size)
     return tuple(inputs.shape[:channels]) + tuple(inputs.shape[channels + 1 :])
 
 
-def output_positions(module: nn.Module, outputs: Tensor) -> tuple[int, ...]:
+def output_positions(window: Window | None, outputs: Tensor) -> tuple[int, ...]:
     """The shape of a layer's positions, for these outputs."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return tuple(outputs.shape[:-1])
-    batched = _batched(module, outputs)
+    batched = _batched(window, outputs)
     return (len(batched), *batched.shape[2:])
 
 
-def as_columns(module: nn.Module, outputs: Tensor) -> Tensor:
+def as_columns(window: Window | None, outputs: Tensor) -> Tensor:
     """A layer's outputs as (C, positions), the positions in the order of `unfolded`."""
-    return _batched(module, outputs).transpose(0, 1).flatten(1)
+    return _batched(window, outputs).transpose(0, 1).flatten(1)
 
 
-def _batched(module: nn.Module, values: Tensor) -> Tensor:
+def _batched(window: Window | None, values: Tensor) -> Tensor:
     """A layer's inputs or outputs as (samples, channels, *positions); a token is a sample."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return values.reshape(-1, values.shape[-1])
-    return values if values.dim() == len(module.kernel_size) + 2 else values[None]
+    return values if values.dim() == len(window.kernel_size) + 2 else values[None]
 
 
-def by_position(module: nn.Module, inputs: Tensor) -> Tensor:
+def by_position(window: Window | None, inputs: Tensor) -> Tensor:
     """A layer's inputs, or values of their shape, as (positions, channels), samples outermost."""
-    if not isinstance(module, CONVOLUTION_TYPES):
+    if window is None:
         return inputs.reshape(-1, inputs.shape[-1])
-    channels = inputs.dim() - 1 - len(module.kernel_size)
+    channels = inputs.dim() - 1 - len(window.kernel_size)
     moved = inputs.movedim(channels, -1)
     return moved.reshape(-1, moved.shape[-1])

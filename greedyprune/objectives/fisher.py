@@ -19,10 +19,10 @@ from ..data.compared import compared
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.padding import counted
 from ..graph.groups import Group
-from ..graph.unfold import by_position, input_positions, outputs_of
+from ..graph.unfold import by_position, consumer_window, input_positions, outputs_of
 from ..runtime.resume import Pass, Tensors
 from ..surgery.selection import LayerSelection
-from .derivatives import derivatives
+from .derivatives import Derivatives, derivatives
 from .job import Job
 from .layer_products import LayerProducts
 from .memory import gates_bytes, turns
@@ -105,27 +105,26 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
     }  # fmt: skip
 
 
-def _gate_slopes(
-    job: Job, group: Group, batch: Batch, values: dict[str, tuple[Tensor, Tensor]]
-) -> Tensor:
+def _gate_slopes(job: Job, group: Group, batch: Batch, values: Derivatives) -> Tensor:
     """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs.
 
-    Hidden positions add nothing, and samples all of whose positions are hidden are left out.
+    A gate multiplies its unit at every use of a consumer. Hidden positions add nothing, and samples
+    all of whose positions are hidden are left out.
     """
     total, samples = torch.zeros(()), samples_of(batch) or 1
     for name in group.consumers:
-        module, at = job.model.get_submodule(name), group.slices[f"{name}.weight"]
-        inputs, derivative = values[name]
-        products = by_position(module, inputs * derivative)
+        at, window = group.slices[f"{name}.weight"], consumer_window(job.model, group, name)
         mask = batch.padding.of(name)
-        rows = counted(mask, input_positions(module, inputs))
-        if rows is not None:
-            hidden = ~rows.reshape(-1, 1).to(products.device)
-            products = products.masked_fill(hidden, 0)  # they may be NaN
-        count = samples if len(products) % samples == 0 else len(products)
-        products = products.view(count, -1, at.outer, group.units, at.inner).sum((1, 2, 4))
-        kept = counted(mask, (count,))
-        total = total + (products if kept is None else products[kept.to(products.device)])
+        for inputs, derivative in values[name]:
+            products = by_position(window, inputs * derivative)
+            rows = counted(mask, input_positions(window, inputs))
+            if rows is not None:
+                hidden = ~rows.reshape(-1, 1).to(products.device)
+                products = products.masked_fill(hidden, 0)  # they may be NaN
+            count = samples if len(products) % samples == 0 else len(products)
+            products = products.view(count, -1, at.outer, group.units, at.inner).sum((1, 2, 4))
+            kept = counted(mask, (count,))
+            total = total + (products if kept is None else products[kept.to(products.device)])
     if not total.isfinite().all():
         raise ValueError(
             f"layer {group.producer!r}: NaN or inf in the loss's derivative in its "

@@ -1,8 +1,9 @@
 """Imitation: a layer's units are judged by the dense outputs of the layers that take them.
 
 In a network pruned layer by layer, a consumer's inputs come from the network pruned so far, and its
-targets from the dense network (graph/replay.py). Else one pass through the dense network serves all
-layers.
+targets from the dense network (graph/replay.py). A consumer that runs several times in a forward
+pass, with the same weights, gets the inputs and targets of all its uses from the dense network.
+Without sequential, one pass through the dense network serves all layers.
 """
 
 from __future__ import annotations
@@ -70,7 +71,13 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
     for group in sorted(groups, key=lambda group: min(place[name] for name in group.consumers)):
         layer = job.checkpoint.finished(group.producer)
         if layer is None:
-            products = _replayed(job, group, replay, roots, bar)
+            if group.repeated:  # from the dense network, since its uses are many places in it
+                products = collect(
+                    job.model, [group], job.batches, roots, job.bar, job.checkpoint,
+                    halves=job.refits,
+                )[group.producer]  # fmt: skip
+            else:
+                products = _replayed(job, group, replay, roots, bar)
             layer = job.ranks.on_first(group.producer, partial(select_layer, job, group, products))
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
         for name in sorted(group.consumers, key=place.__getitem__):

@@ -16,6 +16,8 @@ from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
 from ..data.halves import in_second_half
 from ..data.padding import NO_PADDING
+from ..graph.executor import tensors_of
+from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
 from ..kernels import exchange, ops
 from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
@@ -250,11 +252,17 @@ def collect(
         for consumer in takers[name]:
             consumer.add(inputs.detach(), second_half=second_half, mask=padding.of(name))
 
-    with hooked(model, takers, before=add):
+    # Hooks do not see the input of every linear map; the graph has them all.
+    executors = GraphExecutors(model) if any(group.inner for group in groups) else None
+    tensors = tensors_of(model)
+    with hooked(model, takers if executors is None else (), before=add):
         for batch in resumed.new(bar(batches, "activations")):
             second_half = in_second_half(batch) if halves else None
             padding = batch.padding
-            run_model(model, batch)
+            if executors is None:
+                run_model(model, batch)
+            else:
+                executors.of(batch).visit_inputs(batch, tensors, takers, add)
     collected: dict[str, LayerProducts] = {}
     for i, products in enumerate(every):
         owner = ranks.owner(i) if owned else None

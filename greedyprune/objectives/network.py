@@ -268,7 +268,7 @@ class Network:
         self, state: NetworkState, group: Group, factors: Tensor, candidates: Sequence[int | None],
         one: float,
     ) -> Iterator[Tensor]:  # fmt: skip
-        if state.executor is not None and len(group.consumers) == 1:
+        if state.executor is not None and len(group.consumers) == 1 and not group.repeated:
             yield from self._through_suffix(state, group, factors, candidates, one)
             return
         for unit in candidates:

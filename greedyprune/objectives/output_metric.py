@@ -17,6 +17,7 @@ from ..data.batches import Batch
 from ..data.compared import as_rows, class_dim_of, row_shape
 from ..data.losses import Criterion
 from ..data.padding import counted
+from ..graph.tracing import Window
 from ..graph.unfold import as_columns, output_positions
 from .derivatives import derivatives
 from .job import Job
@@ -24,13 +25,16 @@ from .job import Job
 IDENTITY_SHARE = 0.5  # the best of 0.01 to 0.8 on a ResNet-20
 
 
-def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
+def roots(
+    job: Job, outputs: Mapping[str, int], windows: Mapping[str, Window | None]
+) -> dict[str, Tensor]:
     """The symmetric square root of each layer's metric, (C, C) float64 on the CPU.
 
     The metric is half the identity, and half F in the scale at which its mean diagonal is 1: F only
     models how the loss depends on one layer's output.
 
     outputs: the layers, and how many outputs C each has
+    windows: how those of them that are convolutions go over their inputs
 
     ValueError for a custom loss, which has no predictions to draw labels from.
     """
@@ -48,13 +52,13 @@ def roots(job: Job, outputs: Mapping[str, int]) -> dict[str, Tensor]:
     sums = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in outputs.items()}
     batches = job.bar(job.batches, "Fisher information")
     for batch, by_layer in derivatives(job.model, list(outputs), batches, slope, inputs=False):
-        for name, (_, derivative) in by_layer.items():
-            module = job.model.get_submodule(name)
-            columns = as_columns(module, derivative).float()
-            rows = counted(batch.padding.of(name), output_positions(module, derivative))
-            if rows is not None:
-                columns = columns[:, rows.flatten().to(columns.device)]
-            sums[name] += (columns @ columns.T).double().cpu()
+        for name, uses in by_layer.items():
+            for _, derivative in uses:
+                columns = as_columns(windows[name], derivative).float()
+                rows = counted(batch.padding.of(name), output_positions(windows[name], derivative))
+                if rows is not None:
+                    columns = columns[:, rows.flatten().to(columns.device)]
+                sums[name] += (columns @ columns.T).double().cpu()
     job.ranks.sum("metrics", *sums.values())
     return {name: _root(total) for name, total in sums.items()}
 

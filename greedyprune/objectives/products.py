@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Group
+from ..graph.tracing import window_of
 from ..graph.unfold import columns_in_halves, unit_major, weight_of
 from ..kernels.least_squares import Halves, feature_rows
 from ..kernels.products import add_right, add_upper_product, mirror
@@ -216,6 +217,7 @@ class ConsumerProducts(Products):
         super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
         self.root, self.layer = root, group.producer
         self._module, self._at = module, at
+        self._window = group.windows.get(name) or window_of(module)
 
     def add(
         self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
@@ -225,7 +227,7 @@ class ConsumerProducts(Products):
             raise self._not_finite()
         if len(self.sums) == 1:
             second_half = None
-        parts = columns_in_halves(self._module, inputs, outputs, second_half, mask)
+        parts = columns_in_halves(self._window, inputs, outputs, second_half, mask)
         for half, columns, target in parts:
             if mask is not None and not columns.isfinite().all():  # hidden positions may be NaN
                 raise self._not_finite()

@@ -309,7 +309,7 @@ class PretrainingMonitor:
                         metric,
                     )
                 )  # fmt: skip
-            groups = groups_of(
+            groups, _ = groups_of(
                 self._model, first, request.layers, request.consumers, request.sized_layers
             )
             rules_of(request, groups)

@@ -222,7 +222,7 @@ class _LeastSquares:
         self, module: nn.Module, layer: Layer, channels: Tensor | None, bias: Tensor | None,
         scale: Tensor | None,
     ) -> None:  # fmt: skip
-        self._module, self._name, self._dim = module, layer.name, layer.in_dim
+        self._window, self._name, self._dim = layer.window, layer.name, layer.in_dim
         self._weight = module.get_parameter("weight")
         self._bias, self._scale = bias, scale
         if channels is None:
@@ -252,9 +252,9 @@ class _LeastSquares:
             raise ValueError(
                 f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
             )
-        halves = in_halves(self._module, inputs, error, second_half)
+        halves = in_halves(self._window, inputs, error, second_half)
         for half, its_inputs, its_error in halves:
-            for columns, target in unfolded_parts(self._module, its_inputs, its_error):
+            for columns, target in unfolded_parts(self._window, its_inputs, its_error):
                 assert target is not None
                 rows = columns[self._channels].flatten(0, 1)
                 if self._free:

@@ -151,8 +151,10 @@ class Selection:
     costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
             None if the selection is not from `select`
     budget: how the sizes were chosen for a budget; None if there was no budget
+    refused: the layers that can't be pruned, and why, as in `greedyprune.layers`; empty if the
+             caller named the layers
     example: at most two samples of the first batch, on which `prune` checks its result. They stay
-            in memory: a Selection that was loaded, copied or pickled has None
+             in memory: a Selection that was loaded, copied or pickled has None
     saving: what `save_pretrained` will do with the pruned model; None if the model is not one of
             Hugging Face, or if the selection is not from `select`
     """
@@ -160,6 +162,7 @@ class Selection:
     layers: Mapping[str, LayerSelection]
     costs: Mapping[str, Cost] | None = None
     budget: BudgetReport | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     example: Batch | None = field(default=None, repr=False)
     saving: str | None = None
 
@@ -167,7 +170,8 @@ class Selection:
         object.__setattr__(self, "layers", MappingProxyType(ByName(self.layers)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Selection, (dict(self.layers), self.costs, self.budget, None, self.saving)
+        refused = dict(self.refused)
+        return Selection, (dict(self.layers), self.costs, self.budget, refused, None, self.saving)
 
     @property
     def order(self) -> Tensor:
@@ -248,7 +252,7 @@ class Selection:
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
         layers = {name: layer.at(k) for name, layer in self.layers.items()}
-        return Selection(layers, self.costs, example=self.example, saving=self.saving)
+        return dataclasses.replace(self, layers=layers, budget=None)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file. Values that are not tensors go into its header, as JSON.
@@ -276,7 +280,7 @@ class Selection:
         header = {
             "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
-            "saving": json.dumps(self.saving),
+            "refused": json.dumps(dict(self.refused)), "saving": json.dumps(self.saving),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
@@ -302,6 +306,7 @@ class Selection:
             layers,
             {what: Cost.of_json(cost) for what, cost in costs.items()} or None,
             None if budget is None else BudgetReport(**budget),
+            json.loads(header.get("refused", "{}")),
             saving=json.loads(header.get("saving", "null")),
         )
 
@@ -310,11 +315,13 @@ class Selection:
 
         loss, gap and bound are those of the last step. The loss is at most `gap` above the loss of
         any convex reweighting of all units, and at most `bound`, which is proved. Below the table
-        are the parameters and FLOPs (of the first batch) before and after, and for a Hugging Face
-        model what `save_pretrained` will do with the pruned model.
+        are the parameters and FLOPs (of the first batch) before and after, the layers that can't be
+        pruned, and for a Hugging Face model what `save_pretrained` will do with the pruned model.
         """
         params, flops = self.change("params"), self.change("flops")
-        return selection_report.summary(self.layers, params, flops, self.budget, self.saving)
+        return selection_report.summary(
+            self.layers, params, flops, self.budget, self.refused, self.saving
+        )
 
     def plot(self) -> Figure:
         """A matplotlib figure with one panel for each layer: loss against k, dense loss, bound.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph.costs import BudgetReport
+from ..graph.refusals import by_reason
 from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ class LayerPath(Protocol):
 
 def summary(
     layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None,
-    saving: str | None = None,
+    refused: Mapping[str, str], saving: str | None = None,
 ) -> Table:  # fmt: skip
-    """A table with one row for each layer, and below it the costs, the budget and `saving`."""
+    """A table with a row for each layer; below it the costs, the budget, the refused, `saving`."""
     from rich.table import Table
 
     kinds = sorted({f"{layer.objective}: {layer.loss}" for layer in layers.values()})
@@ -71,6 +72,7 @@ def summary(
             _last(layer.gap), _last(layer.bound),
         )  # fmt: skip
     lines = [*_caption(params, flops, budget), *_columns(layers.values())]
+    lines += [f"not pruned: {reason}" for reason in by_reason(refused)]
     lines += [] if saving is None else [saving]
     table.caption = "\n".join(lines) or None
     return table

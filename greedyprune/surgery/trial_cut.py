@@ -8,23 +8,48 @@ masked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..data.batches import Batch
-from ..data.forward import alike, run_model, shown_output
+from ..data.forward import run_model, same_outputs
+from ..data.random_state import preserving_random_state, seed_all
 from ..graph.groups import Group, analyse, find_groups, named_group
 from ..graph.propagate import NotPrunableError
+from ..graph.refusals import by_reason, refused_in
+from ..graph.trace_errors import TraceError, place_of
+from ..graph.tracing import without_cache
+from ..runtime.errors import first_line
+from ..runtime.progress import warn
 from .cut import cut, masked, selection_of_units
+
+# Words in the messages of errors about a tensor's shape.
+_SHAPE = re.compile(
+    r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b", re.I
+)
+
+
+class FailedTrialError(NotPrunableError):
+    """A ValueError: a group's units seem to be separate, but the model does not work without some.
+
+    The message names the layer and says what goes wrong.
+    """
 
 
 def groups_of(
     model: nn.Module, example: Batch, layers: tuple[str, ...] | None,
     consumers: Mapping[str, str] | None, sized: Iterable[str] = (),
-) -> list[Group]:  # fmt: skip
-    """The groups to select from.
+) -> tuple[list[Group], dict[str, str]]:  # fmt: skip
+    """The groups to select from, and why other layers can't be pruned.
+
+    The second is empty if the caller names the layers. If not, one warning names the layers whose
+    trial cut failed.
 
     Args:
         model: the dense model
@@ -36,48 +61,98 @@ def groups_of(
 
     Raises:
         ValueError: a model that torch.export can't trace, an unknown layer, an entry of `size` for
-            another layer
+            another layer, a model that fails with fewer units for a reason other than its shapes
         NotPrunableError: a layer whose units can't be removed
     """
+    refused: dict[str, str] = {}
     if consumers is not None:
         groups = [named_group(model, *ends, example) for ends in consumers.items()]
         for group in groups:
-            _check_cut(model, group, example)
+            check_cut(model, group, example)
     else:
         try:
-            analysis = analyse(model, example, _check_cut)
-        except Exception as error:
-            raise ValueError(
-                f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
-                "layers={producer: consumer}"
-            ) from error
-        groups = find_groups(model, analysis, layers)
+            structure = analyse(model, example, check_cut)
+        except TraceError as error:
+            raise TraceError(f"{error}; name the layers in layers={{producer: consumer}}") from None
+        groups = find_groups(model, structure, layers)
+        if layers is None:
+            refused = refused_in(model, structure)
+            failed = {
+                name: refused[name]
+                for name, reason in structure.items() if isinstance(reason, FailedTrialError)
+            }  # fmt: skip
+            if failed:
+                warn(f"layers: not pruned: {'; '.join(by_reason(failed))}")
     names = [group.producer for group in groups]
     for name in sized:
         if name not in names:
             raise ValueError(f"size: found an entry for {name!r}, expected names among {names}")
-    return groups
+    return groups, refused
 
 
-def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
-    """NotPrunableError unless cutting every other unit does what masking these units does."""
+def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
+    """FailedTrialError unless cutting every other unit does what masking these units does.
+
+    ValueError where the smaller model raises an error that is not about its shapes. A model on the
+    meta device is not tried.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # there are no numbers to compare
     selection = selection_of_units(model, [(group, torch.arange(0, group.units, 2))])
-    expected = run_model(masked(model, selection), batch)
+    full = masked(model, selection)
+    batch = replace(batch, kwargs=without_cache(model, batch.kwargs), targets=None)
+    with preserving_random_state([]), _WithoutDropout():
+        seed_all()
+        expected = run_model(full, batch)
+        small = cut(full, selection)
+        seed_all()
+        try:
+            outputs = small(*batch.args, **batch.kwargs)
+        except Exception as error:
+            raise _failure(group, small, error) from error
+    if same_outputs(expected, outputs, batch.padding):
+        return
     reason = f"something between it and {group.consumer!r} mixes them"
-    if group.may_hold_size:
-        reason = f"{group.may_hold_size} may have their number as a constant"
-    try:
-        outputs = cut(masked(model, selection), selection)(*batch.args, **batch.kwargs)
-        same = alike(shown_output(expected, batch), shown_output(outputs, batch))
-    except Exception:  # of any kind: the smaller model can't run
-        same = False
-    if not same:
-        raise NotPrunableError(
-            f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
-            f"{reason}"
+    raise FailedTrialError(
+        f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
+        f"{_constants_of(group) or reason}"
+    )
+
+
+def _constants_of(group: Group) -> str:
+    """What is known of operations that may have the number of units as a constant."""
+    places = " or ".join(dict.fromkeys(group.may_hold_size))
+    return f"{places} may have their number as a constant" if places else ""
+
+
+def _failure(group: Group, small: nn.Module, error: Exception) -> ValueError:
+    """The error for a smaller model that raises."""
+    what = first_line(error) + place_of(small, error)
+    kinds = RuntimeError, ValueError, IndexError
+    if isinstance(error, AssertionError) or (
+        isinstance(error, kinds) and _SHAPE.search(str(error))
+    ):
+        reason = ": ".join(filter(None, (_constants_of(group), what)))
+        return FailedTrialError(
+            f"layer {group.producer!r}: with fewer units the model fails: {reason}"
         )
+    return ValueError(
+        f"model: with half of the units of layer {group.producer!r} it raises "
+        f"{type(error).__name__} ({what}), expected a forward that runs with any number of units, "
+        "or other layers named in `layers`"
+    )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+class _WithoutDropout(TorchFunctionMode):
+    """Inside, dropout keeps everything: what it draws depends on the number of units.
+
+    Only dropout that a forward applies in eval mode, too, is left.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if "dropout" in getattr(function, "__name__", ""):
+            return args[0] if args else options["input"]
+        return function(*args, **options)

@@ -10,6 +10,7 @@ from torch import nn
 
 from greedyprune.graph import unfold
 from greedyprune.graph.propagate import Slice
+from greedyprune.graph.tracing import window_of
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),
@@ -33,10 +34,10 @@ def test_a_layer_is_a_product(
     """Its weight times its unfolded inputs, plus the bias, is its output; in parts, too."""
     torch.manual_seed(0)
     module, inputs = make().double(), torch.randn(shape, dtype=torch.float64)
-    outputs = module(inputs)
+    outputs, window = module(inputs), window_of(module)
 
     def check() -> int:
-        parts = list(unfold.unfolded_parts(module, inputs, outputs))
+        parts = list(unfold.unfolded_parts(window, inputs, outputs))
         columns = torch.cat([part for part, _ in parts], 2).flatten(0, 1)
         expected = torch.cat([target for _, target in parts], 1)
         product = module.weight.flatten(1) @ columns + module.bias[:, None]
@@ -56,8 +57,8 @@ def test_inputs_by_position(make: Callable[[], nn.Module], shape: tuple[int, ...
     module, inputs = make(), torch.randn(shape)
     if not isinstance(module, nn.Linear):
         module = type(module)(6, 4, 1)
-    expected = unfold.unfolded(module, inputs).flatten(0, 1).T
-    assert unfold.by_position(module, inputs).equal(expected)
+    expected = unfold.unfolded(window_of(module), inputs).flatten(0, 1).T
+    assert unfold.by_position(window_of(module), inputs).equal(expected)
 
 
 @pytest.mark.parametrize("outer", [1, 2])
@@ -82,4 +83,4 @@ def test_weights_by_unit_and_back(kind: str, outer: int, inner: int) -> None:
 
 def test_half_precision_is_unfolded_as_float32() -> None:
     inputs = torch.randn(5, 6).bfloat16()
-    assert unfold.unfolded(nn.Linear(6, 4), inputs).dtype == torch.float32
+    assert unfold.unfolded(None, inputs).dtype == torch.float32

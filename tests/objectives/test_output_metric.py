@@ -13,6 +13,7 @@ from greedyprune import Imitation
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import evaluating
 from greedyprune.data.losses import Criterion
+from greedyprune.graph.tracing import window_of
 from greedyprune.graph.unfold import as_columns
 from greedyprune.objectives import output_metric
 from greedyprune.surgery.cut import masked
@@ -25,7 +26,8 @@ def roots_of(model: nn.Module, names: list[str], data: object, kind: str) -> dic
             name: int(getattr(module, "nf", len(module.get_parameter("weight"))))
             for name, module in modules.items()
         }
-        return output_metric.roots(job_of(model, data, loss=kind), outputs)
+        windows = {name: window_of(module) for name, module in modules.items()}
+        return output_metric.roots(job_of(model, data, loss=kind), outputs, windows)
 
 
 def test_the_metric_is_that_of_the_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +105,14 @@ def test_losses_are_in_the_metric(name: str, weights: str) -> None:
 
             def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
                 error = (other.get_submodule(consumer)(*args) - out).double()  # noqa: B023
-                found.append(as_columns(module, error))  # noqa: B023
+                found.append(as_columns(window_of(module), error))  # noqa: B023
 
             handle = model.get_submodule(consumer).register_forward_hook(record)
             outputs_of(model, inputs)
             handle.remove()
-            total += float((roots[consumer] @ found[0]).square().sum())
-            count += found[0].numel()
+            for error in found:  # one for each use
+                total += float((roots[consumer] @ error).square().sum())
+                count += error.numel()
         assert float(layer.losses[-1]) == pytest.approx(total / count, rel=1e-5, abs=1e-9)
 
 

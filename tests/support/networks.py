@@ -89,6 +89,60 @@ class Attention(nn.Module):
         return self.proj((scores @ v[0]).transpose(1, 2).reshape(b, s, -1))
 
 
+class SameConv2d(nn.Conv2d):
+    """TensorFlow's padding, which depends on the input's size, before a convolution without any."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends: list[int] = []
+        for size, kernel, stride in zip(x.shape[2:], self.kernel_size, self.stride, strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            ends = [total // 2, total - total // 2, *ends]
+        return functional.conv2d(functional.pad(x, ends), self.weight, self.bias, self.stride)
+
+
+class ProductLinear(nn.Linear):
+    """A Linear whose forward is written as a product and a sum, as in Falcon."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class OwnLinear(nn.Module):
+    """A module that is no nn.Linear, and computes what one does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) * 0.3)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Shared(nn.Module):
+    """A residual block that runs three times, with the same weights (ALBERT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.wide, self.narrow = nn.Linear(8, 10), nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        for _ in range(3):
+            hidden = hidden + self.narrow(functional.relu(self.wide(hidden.tanh())))
+        return self.last(hidden)
+
+
+def _subclasses() -> tuple[nn.Module, Inputs]:
+    model = nn.Sequential(
+        SameConv2d(3, 8, 3, 2), nn.ReLU(), SameConv2d(8, 6, 3, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), ProductLinear(6, 12), nn.ReLU(), OwnLinear(12, 9),
+        nn.Tanh(), ProductLinear(9, 4),
+    )  # fmt: skip
+    return model, torch.randn(6, 3, 12, 11)
+
+
 def _resnet() -> tuple[nn.Module, Inputs]:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), Block(8, 8), Block(8, 16, 2),
@@ -198,6 +252,10 @@ NETWORKS: dict[str, tuple[Callable[[], tuple[nn.Module, Inputs]], Groups]] = {
     }),
     "shuffled": (lambda: (Shuffled(), torch.randn(6, 3, 5, 5)), {"first": (4, (), ("last",))}),
     "attention": (lambda: (Attention(), torch.randn(6, 7, 12)), {"qkv": (4, (), ("proj",))}),
+    "subclasses": (_subclasses, {
+        "0": (8, (), ("2",)), "2": (6, (), ("6",)), "6": (12, (), ("8",)), "8": (9, (), ("10",)),
+    }),
+    "shared": (lambda: (Shared(), torch.randn(6, 6)), {"wide": (10, (), ("narrow",))}),
     "conv1d": (_conv1d, {"0": (8, (), ("2",))}),
     "conv3d": (_conv3d, {"0": (6, (), ("3",))}),
     "bert": (_hugging_face("Bert", **_BERT), _BERT_GROUPS),

@@ -61,7 +61,7 @@ def pruned(
     return greedyprune.prune(model, selection), selection
 
 
-def varied(table: greedyprune.graph.layers.Layers, layers: list[str]) -> dict[str, int]:
+def varied(table: greedyprune.surgery.layers.Layers, layers: list[str]) -> dict[str, int]:
     """Sizes that differ between the layers of a kind."""
     return {name: table[name].units // 2 + i % 2 for i, name in enumerate(layers)}
 

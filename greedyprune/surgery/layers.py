@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..data.batches import example_batch
-from ..data.forward import evaluating
+from ..data.forward import evaluating, run_model
+from ..graph.costs import Cost, costs_of, count_flops
+from ..graph.groups import Group, analyse
+from ..graph.pretrained import before_selection
+from ..graph.refusals import refused_in
 from ..runtime.arguments import ByName
 from ..runtime.distributed import unwrapped
-from .costs import Cost, costs_of, count_flops
-from .groups import Group, analyse, why_not
-from .pretrained import before_selection
-from .tracing import LAYER_TYPES
+from .trial_cut import check_cut
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,8 +94,9 @@ class Layers(Mapping[str, Prunable]):
 def layers(model: nn.Module, example: object) -> Layers:
     """Which layers of a model `select` can prune, and why not the others.
 
-    The model is traced once and run once. Some models work only with their dense sizes, for example
-    because of a `view` with a constant. Their layers are listed, but `select` refuses them.
+    The model is traced once and run once. If an operation may have a layer's size as a constant,
+    such as a `view`, the model is also run with half of that layer's units, unless its parameters
+    are on the meta device. `select` prunes the same layers for the same example.
 
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
@@ -103,7 +105,8 @@ def layers(model: nn.Module, example: object) -> Layers:
 
     Raises:
         TypeError: `model` is not an nn.Module, or `example` has another type
-        ValueError: the model can't be traced, or can't be run on the example
+        ValueError: the model can't be traced, or can't be run on the example; or, with fewer units,
+            it fails for another reason than its shapes
 
     Example:
         >>> import torch, greedyprune
@@ -121,25 +124,13 @@ def layers(model: nn.Module, example: object) -> Layers:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     batch = example_batch(example)
-    try:
-        with evaluating(model):
-            structure = analyse(model, batch)
-            _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"model: torch.export can't trace it ({first[0]})") from error
+    with evaluating(model):
+        structure = analyse(model, batch, check_cut)
+        _, total, flops = count_flops(lambda: run_model(model, batch))
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
-    refused = {
-        name: str(reason).removeprefix(f"layer {name!r}: ")
-        for name, reason in structure.items()
-        if not isinstance(reason, Group)
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, LAYER_TYPES) and name not in structure:
-            refused[name] = why_not(module)
-    return Layers(prunable, refused, before_selection(model, groups))
+    return Layers(prunable, refused_in(model, structure), before_selection(model, groups))
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:

@@ -1,0 +1,53 @@
+"""Which operations may have the number of units as a constant among their arguments.
+
+The graph of a trace has plain numbers for sizes. `x.view(len(x), 64)` and `x.view(x.shape)` look
+the same in it, but only the second runs after units were removed. Where the size of the units'
+dimension is inferred (-1), or is no argument at all, there is no doubt.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .tracing import first_of, operation, shape_of
+
+_SIZES_AT = {"view": 1, "reshape": 1, "_unsafe_view": 1, "expand": 1, "unflatten": 2}  # in args
+
+
+def may_hold_size(node: fx.Node, dim: int) -> bool:
+    """May an argument be the size of the result's dimension `dim`, which holds the units?
+
+    node: an operation that gives its operand another shape
+    """
+    place = _SIZES_AT.get(operation(node))
+    if place is None or len(node.args) <= place:
+        return False
+    sizes = node.args[place]
+    if not isinstance(sizes, (list, tuple)):
+        return False
+    if operation(node) == "unflatten":
+        first = int(node.args[1]) % len(shape_of(first_of(node)))  # type: ignore[arg-type]
+        dim -= first
+    if not 0 <= dim < len(sizes):
+        return False
+    size = sizes[dim]
+    return isinstance(size, int) and size != -1
+
+
+def split_may_hold_size(node: fx.Node, dim: int) -> bool:
+    """May a split's argument be the size of the parts along `dim`? Not if it is their number."""
+    along = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    same_dim = int(along) % len(shape_of(first_of(node))) == dim  # type: ignore[arg-type]
+    return same_dim and operation(node) != "chunk"
+
+
+def line_of(node: fx.Node) -> str:
+    """An operation, and the line of the model's code that it stems from, where that is known."""
+    lines = [
+        line.strip() for line in node.meta.get("stack_trace", "").splitlines()
+        if line.strip().startswith("File ") and "/torch/" not in line
+    ]  # fmt: skip
+    if not lines:
+        return str(node.target)
+    file, number = lines[-1].removeprefix('File "').split('", line ')
+    return f"{node.target} ({file.rpartition('/')[2]} line {number.partition(',')[0]})"
