@@ -7,7 +7,7 @@ small = greedyprune.prune(model, selection)
 from importlib.metadata import PackageNotFoundError, version
 
 from .budget import Budget
-from .graph.propagate import NotPrunableError
+from .graph.slices import NotPrunableError
 from .kernels.backend import show_config
 from .objectives.options import Fisher, Imitation, Loss
 from .pretraining import theory

@@ -105,7 +105,7 @@ def nearest(size: int, units: int, step: int) -> int:
 
 def size_step(group: Group, round_to: int) -> int:
     """The least number of units whose channels are a multiple of `round_to`."""
-    channels = math.gcd(*(group.slices[f"{name}.weight"].inner for name in group.producers))
+    channels = math.gcd(*(group.slices[f"{name}.weight"].neighbours for name in group.producers))
     return round_to // math.gcd(round_to, channels)
 
 
@@ -119,7 +119,7 @@ def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[l
         for tensor, at in group.slices.items():
             module, _, attribute = tensor.rpartition(".")
             kind = type(model.get_submodule(module)).__name__
-            places.append((kind, attribute, at.dim, at.outer, at.inner))
+            places.append((kind, attribute, at.dim, at.width, at.neighbours))
         kinds.setdefault((group.units, *sorted(places)), []).append(group)
     return list(kinds.values())
 

@@ -11,7 +11,7 @@ from two_linears import Between, Net
 
 import greedyprune
 from greedyprune import Loss
-from greedyprune.graph.propagate import NotPrunableError
+from greedyprune.graph.slices import NotPrunableError
 
 
 def test_inner_layers_imitate() -> None:

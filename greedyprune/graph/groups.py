@@ -12,12 +12,13 @@ on the way. A layer is refused, with the reason, if
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -26,18 +27,11 @@ from ..data.forward import hooked
 from .adapters import ADAPTED, has_adapter
 from .calls import is_alone, sees_input
 from .constant_sizes import line_of
-from .propagate import (
-    IDENTITY,
-    RESHAPING,
-    CoarserUnits,
-    Merge,
-    MoreProducers,
-    NotPrunableError,
-    Propagation,
-    Slice,
-)
+from .classes import Ids
+from .propagate import IDENTITY, RESHAPING, Propagation
 from .refusals import by_reason, refused_in, why_not, without_layer
-from .tracing import Graph, Window, is_plain, operation, shape_of
+from .slices import NotPrunableError, Slice
+from .tracing import Graph, Layer, Window, flops_of, is_plain, operation
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ class Group:
     repeated:      a consumer runs several times in one forward pass
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
+    stream:        the units are sums of several layers' outputs, as along a residual connection
     """
 
     producers: tuple[str, ...]
@@ -71,6 +66,7 @@ class Group:
     repeated: bool = False
     inner: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
+    stream: bool = False
 
     @property
     def producer(self) -> str:
@@ -87,111 +83,146 @@ class Group:
 Structure = Mapping[str, Group | NotPrunableError]
 
 
-def group_of(graph: Graph, node: fx.Node) -> Group:
-    """The group of the units that the layer `node` gives.
+def groups_in(graph: Graph) -> dict[str, Group | NotPrunableError]:
+    """Every producer's group, or why it has none, in the order in which the producers run."""
+    propagation = Propagation(graph)
+    _fix_what_cannot_go(graph, propagation)
+    structure: dict[str, Group | NotPrunableError] = {}
+    for group in _groups(graph, propagation):
+        for name in group.producers:
+            structure.setdefault(name, group)
+    by_place: dict[str, Group | NotPrunableError] = {}
+    for layer in graph.layers.values():
+        reason = _why_not(propagation, layer)
+        by_place.setdefault(layer.name, structure.get(layer.name, NotPrunableError(reason)))
+    return by_place
 
-    Raises NotPrunableError where they can't be removed.
-    """
-    layer = graph.layers[node]
+
+def _why_not(propagation: Propagation, layer: Layer) -> str:
     if layer.groups > 1:
-        raise NotPrunableError(
+        return (
             f"layer {layer.name!r}: it is a grouped convolution, so its units are those of its "
             "input"
         )
-    units = shape_of(node)[layer.channel_dim]
-    producers = {use: Slice(graph.layers[use].channel_dim) for use in graph.uses_of(layer.name)}
-    return _closed_group(graph, layer.name, units, producers)
+    reasons = propagation.classes.reasons(propagation.parameters[layer.weight, layer.out_dim])
+    reason = next(filter(None, reasons), "nothing uses its units")
+    return f"layer {layer.name!r}: {reason}"
 
 
-def _closed_group(graph: Graph, name: str, units: int, producers: Mapping[fx.Node, Slice]) -> Group:
-    """Carries the units through the graph; again where they are to be merged or meet others."""
-    propagation = Propagation(graph, name, units, producers)
-    try:
-        propagation.run()
-    except MoreProducers as met:
-        common, merged = _with_producers(propagation, producers, met.producers)
-        return _closed_group(graph, name, common, merged)
-    except CoarserUnits as coarser:
-        reasons = []
-        for merge in coarser.merges:
-            try:
-                return _closed_group(graph, name, merge.units, _merged(producers, merge))
-            except NotPrunableError as error:
-                reasons.append(error)
-        raise reasons[0] from None  # of the merge that leaves the most units
-    if not propagation.consumers:
-        raise propagation.refusal("nothing uses its units")
-    _check_not_shared(graph, propagation, producers)
-    uses = {node: graph.layers[node].name for node in propagation.consumers}
-    consumers = tuple(dict.fromkeys(uses.values()))
+def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
+    """Fixes units of tensors that are shared, or that hold them in two ways."""
+    shared, classes = _shared(graph.model), propagation.classes
+    for (name, _), ids in propagation.parameters.items():
+        if name in shared:
+            classes.fix(ids, f"{name!r} is shared with another layer")
+    layers = {layer.weight: layer.name for layer in graph.layers.values()}
+    dims_of = defaultdict[str, list[Ids]](list)
+    for (name, _), ids in propagation.parameters.items():
+        dims_of[name].append(ids)
+    for name, dims in dims_of.items():
+        for one, other in combinations(dims, 2):
+            twice = np.intersect1d(classes.roots(one), classes.roots(other))
+            reason = f"{name!r} holds its units in two different ways"
+            if name in layers:
+                reason = f"its units are also inputs of {layers[name]!r}"
+            classes.fix(twice, reason)
+
+
+def _groups(graph: Graph, propagation: Propagation) -> Iterator[Group]:
+    """The groups: units with entries in the same places."""
+    places_of = defaultdict[int, list[tuple[int, int]]](list)  # by unit: tensor, how many entries
+    keys = list(propagation.parameters)
+    roots_of = [propagation.classes.roots(propagation.parameters[key]) for key in keys]
+    for i, roots in enumerate(roots_of):
+        units, counts = np.unique(roots, return_counts=True)
+        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
+            places_of[unit].append((i, count))
+    alike = defaultdict[tuple[tuple[int, int], ...], list[int]](list)
+    ids = np.array(list(places_of), np.int64)
+    for unit, reason in zip(places_of, propagation.classes.reasons(ids), strict=True):
+        if reason is None:
+            alike[tuple(places_of[unit])].append(unit)
+    groups = [
+        group for places, units in alike.items()
+        if (group := _group(
+            graph, propagation, {keys[i]: roots_of[i] for i, _ in places}, np.array(units)
+        )) is not None
+    ]  # fmt: skip
+    order = {layer.name: i for i, layer in reversed([*enumerate(graph.layers.values())])}
+    named = set[str]()
+    for group in sorted(groups, key=lambda group: (order[group.producer], -group.units)):
+        if group.producer not in named:  # other units of the same layers stay
+            named.add(group.producer)
+            yield group
+
+
+def _group(
+    graph: Graph, propagation: Propagation, roots_of: Mapping[tuple[str, int], Ids], units: Ids
+) -> Group | None:
+    """The group of these units; None if no layer gives them, or none takes them."""
+    layers = {la.name: la for la in graph.layers.values() if la.groups == 1}.values()
+    producers = [la for la in layers if (la.weight, la.out_dim) in roots_of]
+    consumers = [la for la in layers if (la.weight, la.in_dim) in roots_of]
+    if not producers or not consumers:
+        return None
+    first = roots_of[producers[0].weight, producers[0].out_dim]
+    place = {int(unit): int(np.argmax(first == unit)) for unit in units}
+    units = np.array(sorted(place, key=place.__getitem__))
+    shapes = {name: tensor.shape for name, tensor in _tensors_of(graph.model)}
+    slices = {
+        name: Slice(dim, _places(roots, units), shapes[name][dim])
+        for (name, dim), roots in roots_of.items()
+    }
+    uses = {
+        node: la.name for node, la in graph.layers.items() if la.name in {c.name for c in consumers}
+    }
     not_output = "another consumer of its units"
     if len(consumers) == 1:
         not_output = "another use of its consumer"
     if len(uses) == 1:
-        not_output = _before_output(graph, propagation.consumers[0])
-    ordered = sorted(producers, key=graph.position.__getitem__)
+        not_output = _before_output(graph, next(iter(uses)))
     windows = {uses[node]: graph.layers[node].window for node in uses}
+    classes = propagation.classes
+
+    def concerns(ids: Ids) -> bool:
+        return bool(np.isin(classes.roots(ids), units).any())
+
     return Group(
-        tuple(dict.fromkeys(graph.layers[node].name for node in ordered)), consumers, units,
-        propagation.slices, not_output == "", not_output,
-        tuple(map(line_of, propagation.may_hold_size)), propagation.products,
+        tuple(la.name for la in producers), tuple(dict.fromkeys(uses.values())), len(units),
+        slices, not_output == "", not_output,
+        tuple(line_of(node) for node, ids in propagation.doubts if concerns(ids)),
+        {node.name: flops_of(node) for node, ids in propagation.products if concerns(ids)},
         {name: window for name, window in windows.items() if window is not None},
         len(uses) > len(consumers),
         tuple(dict.fromkeys(uses[node] for node in uses if not sees_input(graph, node))),
         tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
+        any(concerns(ids) for ids in propagation.summed),
     )  # fmt: skip
 
 
-def _with_producers(
-    propagation: Propagation, producers: Mapping[fx.Node, Slice], others: Sequence[fx.Node]
-) -> tuple[int, dict[fx.Node, Slice]]:
-    """The number of units that these layers and the others have in common, and their places."""
-    layers = propagation.graph.layers
-    size = shape_of(others[0])[layers[others[0]].channel_dim]
-    names = dict.fromkeys(layers[other].name for other in others)
-    others = [node for name in names for node in propagation.graph.uses_of(name)]
-    common = math.gcd(size, propagation.units)
-    if common == 1:
-        raise propagation.refusal(
-            f"its {propagation.units} units are multiplied with {size} of another layer"
-        )
-    merged = _merged(producers, Merge(1, common, propagation.units // common))
-    for node in others:
-        dim = layers[node].channel_dim
-        if shape_of(node)[dim] != size or layers[node].groups > 1:
-            raise propagation.refusal(
-                "its units are multiplied with those of layers of several sizes"
-            )
-        merged[node] = Slice(dim, 1, size // common)
-    return common, merged
+def _places(roots: Ids, units: Ids) -> Tensor:
+    """The entries of each unit, (N, w) int64, in a dimension whose entries are in these classes."""
+    order = np.argsort(units)
+    entries = np.nonzero(np.isin(roots, units))[0]
+    unit_of = order[np.searchsorted(units, roots[entries], sorter=order)]
+    return torch.from_numpy(entries[np.argsort(unit_of, kind="stable")].reshape(len(units), -1))
 
 
-def _merged(producers: Mapping[fx.Node, Slice], merge: Merge) -> dict[fx.Node, Slice]:
-    """Where the producers have the merged units."""
-    return {
-        node: Slice(at.dim, at.outer * merge.before, at.inner * merge.after)
-        for node, at in producers.items()
-    }
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
-def _check_not_shared(graph: Graph, propagation: Propagation, producers: Iterable[fx.Node]) -> None:
-    """The tensors that are cut must not be used elsewhere, by this name or another.
-
-    A module that has several names has its tensors once.
-    """
-    inside = {*propagation.carrying, *propagation.consumers, *producers}
+def _shared(model: nn.Module) -> set[str]:
+    """The names of tensors that several modules have. A module with several names has them once."""
     owners: dict[str, tuple[int, nn.Module]] = {}
-    for path, module in graph.model.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules(remove_duplicate=False):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             owners[f"{path}.{key}".lstrip(".")] = id(tensor), module
     modules = defaultdict[int, set[nn.Module]](set)
     for tensor_id, owner in owners.values():
         modules[tensor_id].add(owner)
-    shared = {name for name, (tensor_id, _) in owners.items() if len(modules[tensor_id]) > 1}
-    for node in graph.nodes:
-        name = graph.tensors.get(node.name, "")
-        if name in propagation.slices and (name in shared or not inside.issuperset(node.users)):
-            raise propagation.refusal(f"{name!r} is shared with another layer")
+    return {name for name, (tensor_id, _) in owners.items() if len(modules[tensor_id]) > 1}
 
 
 def _before_output(graph: Graph, consumer: fx.Node) -> str:
@@ -229,20 +260,21 @@ def analyse(
         return known[1]
     graph = Graph(model, batch.args, batch.kwargs)
     structure: dict[str, Group | NotPrunableError] = {}
-    for node, layer in graph.layers.items():
-        if layer.name in structure:  # in the group of a layer before it
+    for name, group in groups_in(graph).items():
+        if name in structure:  # in the group of a layer before it
             continue
-        names = [layer.name]
+        names = [name]
         try:
-            group = group_of(graph, node)
-            names = [*dict.fromkeys((layer.name, *group.producers))]
+            if isinstance(group, NotPrunableError):
+                raise group
+            names = [*dict.fromkeys((name, *group.producers))]
             if any(has_adapter(model, name) for name in (*group.producers, *group.consumers)):
                 raise NotPrunableError(ADAPTED)
             if check is not None and group.may_hold_size:
                 check(model, group, batch)
-            structure |= dict.fromkeys(names, group)
+            structure |= {name: group for name in names if name not in structure}
         except NotPrunableError as error:
-            reason = ADAPTED if has_adapter(model, layer.name) else without_layer(error)
+            reason = ADAPTED if has_adapter(model, name) else without_layer(error)
             # A new one: the frames of its traceback and context would keep the model alive.
             structure |= {
                 name: type(error)(f"layer {name!r}: {reason}")
@@ -346,7 +378,7 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
             f"layers: {producer!r} ran {names.count(producer)} and {consumer!r} "
             f"{names.count(consumer)} times in one forward pass, expected once each"
         )
-    slices = {f"{consumer}.weight": Slice(1)}
+    slices = {f"{consumer}.weight": Slice.regular(1, units)}
     for name in [producer, *names[names.index(producer) + 1 : names.index(consumer)]]:
         module = modules[name]
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -356,7 +388,7 @@ def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) ->
                 f"layer {producer!r}: {name!r} ({type(module).__name__}) stands between its units "
                 f"and {consumer!r}"
             )
-        slices |= {f"{name}.{key}": Slice(0) for key in per_unit}
+        slices |= {f"{name}.{key}": Slice.regular(0, units) for key in per_unit}
     last_output = calls[names.index(consumer)][1]
     is_output = (
         isinstance(outputs, Tensor)

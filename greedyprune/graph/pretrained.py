@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .groups import Group
-from .propagate import Slice
+from .slices import Slice
 
 # The names in configs for the width of feed-forward blocks, and for the numbers of heads.
 WIDTHS = (
@@ -115,7 +115,7 @@ def cut_shapes(shapes: Shapes, cuts: Mapping[str, Cut]) -> Shapes:
         for tensor, at in cut.slices.items():
             if tensor in small:
                 sizes = list(small[tensor])
-                sizes[at.dim] = at.width * cut.kept
+                sizes[at.dim] -= at.width * (cut.units - cut.kept)
                 small[tensor] = tuple(sizes)
     return small
 
@@ -278,7 +278,7 @@ def _owner(model: nn.Module, name: str) -> tuple[str, Any]:
 def _entries(model: nn.Module, name: str, cut: Cut) -> Edits:
     """The entries that say how many units the layer `name` has, with their new values."""
     path, config = _owner(model, name)
-    if cut.slices[f"{name}.weight"].inner == 1:
+    if cut.slices[f"{name}.weight"].neighbours == 1:
         widths = {
             entry: cut.kept for entry in WIDTHS
             if hasattr(type(config), entry) or entry in vars(config)

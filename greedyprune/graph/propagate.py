@@ -1,41 +1,40 @@
 """What may be pruned: how each operation carries a layer's units to the layers that take them.
 
-A *unit* is removed as a whole: a hidden unit, a channel, an attention head. The layers whose
-outputs are the units are their *producers*; the layers that sum over them are their *consumers*.
-Units can be removed if every operation between the two keeps them apart. The tables below list the
-operations that do; an operation that no table names makes the layer not prunable.
+Every entry of every dimension of a parameter gets an id. The ids follow the values through the
+graph: a tensor's dimension has the ids of the entries that it is computed from, such as those of a
+Linear's weight along its outputs. Where an operation works only if two entries are removed
+together, their ids become one class: a Linear's input and its weight along the inputs, both
+operands of a sum, all entries of a head. Where an operation does not allow an entry to be removed
+at all, its class is fixed, with the operation as the reason. A *unit* is a class that is not fixed.
+groups.py makes groups of them.
 
-A tensor holds the units in one dimension, of size outer * units * inner: unit j has the entries
-(a * units + j) * inner + b for every a < outer and b < inner. So a channel stays one unit when
-it is flattened into many features, and a head is one unit among the columns of a fused projection.
-Where an operation mixes neighbouring units (a view as heads, a grouped convolution), those
-neighbours are merged into one unit.
+The tables below list the operations that are known. Any other operation fixes its operands.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from .classes import Classes, Ids
 from .constant_sizes import may_hold_size, split_may_hold_size
 from .tracing import (
     CONVOLUTIONS,
     LINEAR,
     Graph,
-    ancestors,
+    Layer,
     data_input,
     first_of,
-    flops_of,
     operation,
     shape_of,
 )
 
-# What operations do to the units' dimension, by name (`add` stands for `add_`, too).
+# What operations do, by name (`add` stands for `add_`, too).
 # They leave every number as it is:
 IDENTITY = {
     "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
@@ -46,355 +45,692 @@ ELEMENTWISE = IDENTITY | {"hardswish", "log_sigmoid", "zeros_like", "ones_like",
 # They give the same numbers another shape:
 RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
 # They give the dimensions another order or size:
-MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "expand"}
+MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "expand", "movedim"}
 # They cut a dimension into several tensors:
-SPLITTING = {"split", "split_with_sizes", "chunk"}
-# They act on the last dimensions, behind that of the units:
+SPLITTING = {"split", "split_with_sizes", "chunk", "unbind"}
+# They act on the last dimensions; those of a pooling or interpolation are in its name:
 POOLING = {
     f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
-} | {"upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "pad"}  # fmt: skip
+} | {f"upsample_{kind}" for kind in (
+    "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d",
+    "nearest_exact1d", "nearest_exact2d", "nearest_exact3d",
+)} | {"pad"}  # fmt: skip
 # They act along dimensions that their arguments name, and remove them or keep them:
 REDUCING = {"mean", "sum", "amax", "amin"}
-ALONG = {
-    "softmax", "log_softmax", "_softmax", "cumsum", "slice", "narrow", "select", "flip", "roll",
-}  # fmt: skip
+MIXING = {"softmax", "log_softmax", "_softmax", "cumsum", "roll"}
+# They take some entries of the dimension that their arguments name:
+TAKING = {"slice", "narrow", "select"}
 # They act on each unit by itself; the arguments at these places have one entry for each unit:
 PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4), "prelu": (1,)}
-# In these (and in `mul`) the units may meet units of other producers: all are then one group.
-MATRIX_PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
-# A layer (LINEAR and CONVOLUTIONS of tracing.py) ends the way: it is a consumer. Only a convolution
-# with several groups carries the units on.
+# They multiply matrices: the first dimensions are a batch's, and may hold units:
+MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
+# They add values of several layers: their units are then a stream.
+SUMS = {"add", "sub", "lerp", "addcmul", "rsub"}
 
 
-class NotPrunableError(ValueError):
-    """A ValueError: no unit of a layer can be removed. The message names the layer and says why."""
+class Labels(NamedTuple):
+    """The ids of a tensor's entries along some of its dimensions; the others have none.
+
+    ids: of the sizes of `dims`. Entries with the same ids go together
+    """
+
+    dims: tuple[int, ...]
+    ids: Ids
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Where a tensor holds the units: its dimension `dim` has size outer * units * inner."""
-
-    dim: int
-    outer: int = 1
-    inner: int = 1
-
-    @property
-    def width(self) -> int:
-        """The number of entries of one unit along `dim`."""
-        return self.outer * self.inner
-
-    def entries(self, kept: Tensor, units: int) -> Tensor:
-        """The indices along `dim` of the units `kept`, (K,) int64: (outer * K * inner,) int64."""
-        outer, inner = torch.arange(self.outer), torch.arange(self.inner)
-        indices = (outer[:, None, None] * units + kept.cpu()[:, None]) * self.inner + inner
-        return indices.flatten()
+State = tuple[Labels, ...]  # of disjoint dimensions
 
 
-class Merge(NamedTuple):
-    """A way to merge units: those so far are before * units * after, `units` the merged ones."""
+class Doubt(NamedTuple):
+    """An operation that may have the number of units as a constant, and the ids of these."""
 
-    before: int
-    units: int
-    after: int
-
-
-class CoarserUnits(Exception):  # noqa: N818
-    """An operation mixes neighbouring units: they have to be merged, in one of these ways."""
-
-    def __init__(self, merges: list[Merge]) -> None:
-        self.merges = merges
-
-
-class MoreProducers(Exception):  # noqa: N818
-    """The units meet outputs of other layers, which are producers of the same group."""
-
-    def __init__(self, producers: list[fx.Node]) -> None:
-        self.producers = producers
+    node: fx.Node
+    ids: Ids
 
 
 class Propagation:
-    """One group's units on their way through a graph, from the producers to all consumers.
+    """The ids of all tensors of a graph.
 
-    name:          the layer that errors name
-    units:         how many units there are
-    carrying:      the nodes whose tensors hold the units, and where
-    slices:        the parameters and buffers with entries of the units, and where
-    consumers:     the layers that sum over the units
-    may_hold_size: operations whose arguments may hold the number of units as a constant
-    products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
+    classes:    which entries go together, and which are fixed
+    parameters: the ids along each dimension of more than one entry, by parameter and dimension
+    doubts:     operations that may have the number of units as a constant
+    products:   the matrix products of each unit by itself (attention's), with the units' ids
+    summed:     ids of sums whose terms come from different layers
     """
 
-    def __init__(
-        self, graph: Graph, name: str, units: int, producers: Mapping[fx.Node, Slice]
-    ) -> None:
-        self.name, self.units = name, units
-        self.carrying = dict(producers)
-        self.slices: dict[str, Slice] = {}
-        self.consumers: list[fx.Node] = []
-        self.may_hold_size: list[fx.Node] = []
-        self.products: dict[str, int] = {}
-        self.graph, self._producers = graph, producers
-
-    def run(self) -> None:
-        """Carries the units through the graph.
-
-        Raises NotPrunableError where an operation mixes the units, CoarserUnits where they have to
-        be merged and MoreProducers where outputs of other layers are units of the same group.
-        """
-        graph = self.graph
-        for node, at in self._producers.items():
-            layer = graph.layers[node]
-            self._cut(layer.weight, Slice(layer.out_dim, at.outer, at.inner))
-            if layer.bias is not None:
-                self._cut(layer.bias, Slice(0, at.outer, at.inner))
-        first = min(graph.position[node] for node in self._producers)
-        for node in graph.nodes[first + 1 :]:
-            if not any(source in self.carrying for source in node.all_input_nodes):
-                continue
-            if node in self._producers:
-                raise self.refusal(f"its units are also inputs of {graph.layers[node].name!r}")
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.classes = graph, Classes()
+        self.parameters: dict[tuple[str, int], Ids] = {}
+        self.doubts: list[Doubt] = []
+        self.products: list[tuple[fx.Node, Ids]] = []
+        self.summed: list[Ids] = []
+        self._splits: list[Ids] = []  # of dimensions that a reshape made of one
+        self._states: dict[fx.Node, State] = {}
+        self._parts: dict[fx.Node, list[State]] = {}  # of nodes that give several tensors
+        self._constants = set[fx.Node]()  # nodes that are computed from parameters only
+        self._nearest: dict[fx.Node, frozenset[fx.Node]] = {}  # the last layers before a node
+        for node in graph.nodes:
             self._step(node)
+        self._make_rectangular()
 
-    def refusal(self, reason: str) -> NotPrunableError:
-        return NotPrunableError(f"layer {self.name!r}: {reason}")
+    def of(self, node: fx.Node) -> State:
+        """The ids of a node's tensor."""
+        return self._states.get(node, ())
 
-    def _cut(self, tensor: str, at: Slice) -> None:
-        """A parameter or buffer has entries of the units."""
-        if self.slices.setdefault(tensor, at) != at:
-            raise self.refusal(f"{tensor!r} holds its units in two different ways")
+    # What each operation does.
 
     def _step(self, node: fx.Node) -> None:
-        """Carries the units through one operation."""
+        if node.op == "placeholder":
+            self._states[node] = self._of_parameter(node)
+            return
+        self._nearest[node] = frozenset[fx.Node]().union(
+            *({n} if n in self.graph.layers else self._nearest.get(n, ())
+              for n in node.all_input_nodes)
+        )  # fmt: skip
+        if all(source in self._constants for source in node.all_input_nodes):
+            self._constants.add(node)
+        sources = [source for source in node.all_input_nodes if self._is_labelled(source)]
         if node.op == "output":
-            raise self.refusal("its units are the model's output")
-        op = operation(node)
+            for source in sources:
+                self._fix(self._of_all(source), "its units are the model's output")
+        elif sources and (node.users or node.op != "call_function"):
+            self._states[node] = self._after(node, operation(node))
+
+    def _of_parameter(self, node: fx.Node) -> State:
+        name = self.graph.tensors.get(node.name)
+        if name is None:
+            return ()
+        self._constants.add(node)
+        state = []
+        for dim, size in enumerate(shape_of(node)):
+            ids = self.parameters.get((name, dim))
+            if ids is None:
+                ids = self.parameters[name, dim] = self.classes.fresh(size)
+            if size > 1:
+                state.append(Labels((dim,), ids))
+        return tuple(state)
+
+    def _after(self, node: fx.Node, op: str) -> State:
         if op in LINEAR | CONVOLUTIONS:
-            self._through_layer(node)
-        elif op in SPLITTING:
-            self._through_split(node)
-        elif node.op == "call_function" and node.target.__name__ == "getitem":  # type: ignore[union-attr]
-            self.carrying[node] = self.carrying[first_of(node)]
-        elif not node.users:
-            return
-        elif op in MATRIX_PRODUCTS:
-            self._through_product(node, op)
-        elif op in PER_UNIT_ARGUMENTS:
-            self._through_per_unit(node, op)
-        elif op in RESHAPING | MOVING:
-            self.carrying[node] = self._moved(node, op) if op in MOVING else self._reshaped(node)
-            self._doubt(may_hold_size(node, self.carrying[node].dim), node)
-        elif op in POOLING:
-            self._through_pooling(node, op)
-        elif op in REDUCING | ALONG:
-            self.carrying[node] = self._along_other_dims(node, op)
-        elif op == "cat":
-            self._through_cat(node)
-        elif op in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            self._through_elementwise(node, op)
-        else:
-            raise self.refusal(f"{node.target} is not known to keep its units apart")
+            return self._through_layer(node)
+        if op in SPLITTING:
+            return self._through_split(node, op)
+        if node.target.__name__ == "getitem":  # type: ignore[union-attr]
+            parts = self._parts.get(first_of(node))
+            place: Any = node.args[1]
+            return self.of(first_of(node)) if parts is None else parts[place]
+        if op in MATRIX_PRODUCTS:
+            return self._through_product(node)
+        if op == "scaled_dot_product_attention":
+            return self._through_attention(node)
+        if op in PER_UNIT_ARGUMENTS:
+            return self._through_per_unit(node, op)
+        if op in RESHAPING:
+            return self._reshaped(node, self.of(first_of(node)))
+        if op in MOVING:
+            return self._moved(node, op)
+        if op in POOLING:
+            sizes = node.args[1]
+            count = len(sizes) // 2 if op == "pad" else int(op[-2])  # type: ignore[arg-type]
+            dims = len(shape_of(first_of(node)))
+            return self._mixed(node, self.of(first_of(node)), range(dims - count, dims))
+        if op in REDUCING | MIXING:
+            return self._along(node, op)
+        if op in TAKING:
+            return self._taken(node, op)
+        if op == "flip":
+            return self._flipped(node)
+        if op == "cat":
+            return self._joined(node)
+        if op == "stack":
+            return self._stacked(node)
+        if op == "glu":
+            return self._through_glu(node)
+        if op == "pixel_shuffle":
+            return self._through_pixel_shuffle(node)
+        if op == "embedding":
+            return self._through_embedding(node)
+        if op in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            return self._elementwise(node, op)
+        for source in node.all_input_nodes:
+            self._fix(self._of_all(source), f"{node.target} is not known to keep its units apart")
+        return ()
 
-    def _through_layer(self, node: fx.Node) -> None:
-        """A consumer, or a convolution whose groups keep the units apart."""
-        layer, inputs = self.graph.layers.get(node), data_input(node)
-        if layer is None or inputs not in self.carrying:
-            raise self.refusal(
-                f"{node.target} takes its units, but its weight is not a module's own"
-            )
-        at = self.carrying[inputs]
-        if at.dim != layer.channel_dim:
-            raise self.refusal(f"{node.target} sums over another dimension than that of its units")
-        if layer.groups == 1:
-            self._cut(layer.weight, Slice(layer.in_dim, at.outer, at.inner))
-            self.consumers.append(node)
-            return
-        size = shape_of(inputs)[at.dim] // layer.groups  # channels of one group
-        mixed = f"{node.target} has groups of {size} channels, which mix several of its units"
-        channels = shape_of(node)[layer.channel_dim]
-        if at.outer > 1 and size > 1:
-            raise self.refusal(mixed)
-        if at.inner % size:
-            together = size // math.gcd(size, at.inner)
-            if self.units % together or self.units == together:
-                raise self.refusal(mixed)
-            raise CoarserUnits([Merge(1, self.units // together, together)])
-        out = at.inner // size * (channels // layer.groups)
-        self._cut(layer.weight, Slice(0, at.outer, out))
+    def _through_layer(self, node: fx.Node) -> State:
+        """A layer sums over its input's channels; a convolution may do so in groups."""
+        inputs, layer = data_input(node), self.graph.layers.get(node)
+        state = self.of(inputs)
+        if layer is None:
+            reason = f"{node.target} takes its units, but its weight is not a module's own"
+            for source in node.all_input_nodes:
+                self._fix(self._of_all(source), reason)
+            return ()
+        outputs, taken = (
+            self.parameters[layer.weight, dim] for dim in (layer.out_dim, layer.in_dim)
+        )
         if layer.bias is not None:
-            self._cut(layer.bias, Slice(0, at.outer, out))
-        self.carrying[node] = Slice(layer.channel_dim, at.outer, out)
-
-    def _doubt(self, may_hold_size: bool, node: fx.Node) -> None:
-        self.may_hold_size += [node] * may_hold_size
-
-    def _through_split(self, node: fx.Node) -> None:
-        at, shape = self.carrying[first_of(node)], shape_of(first_of(node))
-        self._doubt(split_may_hold_size(node, at.dim), node)
-        pieces = [tuple(piece.shape) for piece in node.meta["val"]]
-        if pieces[0][at.dim] == shape[at.dim]:  # along another dimension
-            self.carrying[node] = at
-            return
-        if len({piece[at.dim] for piece in pieces}) > 1:
-            raise self.refusal(f"{node.target} splits its units into unequal parts")
-        if at.outer % len(pieces):
-            if at.outer > 1 or self.units % len(pieces) or self.units == len(pieces):
-                raise self.refusal(f"{node.target} puts its units into different tensors")
-            raise CoarserUnits([Merge(len(pieces), self.units // len(pieces), 1)])
-        self.carrying[node] = Slice(at.dim, at.outer // len(pieces), at.inner)
-
-    def _through_product(self, node: fx.Node, op: str) -> None:
-        """A matrix product for each unit, as in attention: the units are a batch dimension."""
-        count = 3 if op == "scaled_dot_product_attention" else 2
-        factors = [arg for arg in node.args[:count] if isinstance(arg, fx.Node)]
-        slices = {
-            factor: _aligned(self.carrying[factor], factor, node)
-            for factor in factors if factor in self.carrying
-        }  # fmt: skip
-        dims, dim = len(shape_of(node)), next(iter(slices.values())).dim
-        if any(at.dim != dim or dim >= dims - 2 for at in slices.values()):
-            raise self.refusal(f"{node.target} sums over its units")
-        self._join(node, [factor for factor in factors if factor not in slices], dim)
-        others = [source for source in node.all_input_nodes if source not in factors]
-        if any(_size_at(other, node, dim) != 1 for other in others):
-            raise self.refusal(f"{node.target} takes a tensor with an entry for each of its units")
-        first = slices.get(factors[0], next(iter(slices.values())))
-        if any(at.outer != first.outer or first.inner % at.inner for at in slices.values()):
-            raise self.refusal(f"{node.target} multiplies its units with one another")
-        self.products[node.name] = flops_of(node)
-        self.carrying[node] = first
-
-    def _through_per_unit(self, node: fx.Node, op: str) -> None:
-        at = self.carrying[first_of(node)]
-        if op == "instance_norm" and at.dim != 1:  # it may have no tensor that shows this
-            raise self.refusal(f"{node.target} mixes its units")
-        for i in PER_UNIT_ARGUMENTS[op]:
-            operand = node.args[i]
-            if not isinstance(operand, fx.Node) or shape_of(operand) == (1,):
-                continue
-            tensor = self.graph.tensor_of(operand)
-            if at.dim != 1 or tensor is None:
-                raise self.refusal(f"{node.target} does not act along the units' dimension")
-            self._cut(tensor, Slice(0, at.outer, at.inner))
-        self.carrying[node] = at
-
-    def _through_pooling(self, node: fx.Node, op: str) -> None:
-        at = self.carrying[first_of(node)]
-        pooled = len(node.args[1]) // 2 if op == "pad" else int(op[-2])  # type: ignore[arg-type]
-        if at.dim >= len(shape_of(first_of(node))) - pooled:
-            raise self.refusal(f"{node.target} mixes its units")
-        self.carrying[node] = at
-
-    def _through_cat(self, node: fx.Node) -> None:
-        parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
-        slices = {self.carrying.get(part) for part in parts}
-        dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))  # type: ignore[operator]
-        at = slices.pop()
-        if slices or at is None or at.dim == dim:
-            raise self.refusal(f"{node.target} joins its units with other values")
-        self.carrying[node] = at
-
-    def _through_elementwise(self, node: fx.Node, op: str) -> None:
-        operands = node.all_input_nodes
-        slices = {
-            _aligned(self.carrying[operand], operand, node)
-            for operand in operands if operand in self.carrying
-        }  # fmt: skip
-        at = slices.pop()
-        if slices:
-            raise self.refusal(f"{node.target} combines its units with one another")
-        if shape_of(node)[at.dim] != at.outer * self.units * at.inner:
-            raise self.refusal(f"{node.target} changes the size of its units' dimension")
-        factors = []
-        for operand in operands:
-            if operand in self.carrying or _size_at(operand, node, at.dim) == 1:
-                continue
-            tensor = self.graph.tensor_of(operand)
-            if tensor is not None:
-                dim = at.dim - (len(shape_of(node)) - len(shape_of(operand)))
-                self._cut(tensor, Slice(dim, at.outer, at.inner))
-            elif op == "mul":
-                factors.append(operand)
-            else:
-                raise self._combined(node, operand)
-        self._join(node, factors, at.dim)
-        self.carrying[node] = at
-
-    def _join(self, node: fx.Node, operands: list[fx.Node], dim: int) -> None:
-        """Operands with an entry for each unit: the layers that they come from are producers."""
-        layers, producers = self.graph.layers, list[fx.Node]()
-        for operand in operands:
-            if _size_at(operand, node, dim) == 1:
-                continue
-            sources = ancestors(operand, stop=layers.__contains__)
-            nearest = [source for source in sources if source in layers]
-            if not nearest or any(source in self.carrying for source in nearest):
-                raise self._combined(node, operand)
-            producers += nearest
-        if producers:
-            raise MoreProducers(list(dict.fromkeys(producers)))
-
-    def _combined(self, node: fx.Node, operand: fx.Node) -> NotPrunableError:
-        other = f"another tensor of shape {shape_of(operand)}"
-        return self.refusal(f"{node.target} combines its units with {other}")
-
-    def _reshaped(self, node: fx.Node) -> Slice:
-        """Where the new shape holds the units: in the dimension that has all of them, if one has.
-
-        Else some dimension may hold groups of neighbouring units, which are then merged.
-        """
-        at, old, new = self.carrying[first_of(node)], shape_of(first_of(node)), shape_of(node)
-        outer, inner = math.prod(old[: at.dim]) * at.outer, at.inner * math.prod(old[at.dim + 1 :])
-        merges = []
-        for dim in range(len(new)):
-            left, right = math.prod(new[:dim]), math.prod(new[dim + 1 :])
-            before, after = left // math.gcd(left, outer), right // math.gcd(right, inner)
-            if before * after == 1:
-                return Slice(dim, outer // left, inner // right)
-            units = self.units // (before * after)
-            if units > 1 and units * before * after == self.units:
-                merges.append(Merge(before, units, after))
-        if not merges:
-            raise self.refusal(f"{node.target} mixes its units' dimension with others")
-        raise CoarserUnits(sorted(merges, key=lambda merge: -merge.units))
-
-    def _moved(self, node: fx.Node, op: str) -> Slice:
-        at, dims = self.carrying[first_of(node)], len(shape_of(first_of(node)))
-        if op == "expand":
-            dim = at.dim + len(shape_of(node)) - dims
-            if shape_of(node)[dim] != shape_of(first_of(node))[at.dim]:
-                raise self.refusal(f"{node.target} repeats its units")
-            return Slice(dim, at.outer, at.inner)
-        if op == "permute":
-            order = [int(dim) % dims for dim in node.args[1]]  # type: ignore[union-attr,arg-type]
+            self.classes.unite(self.parameters[layer.bias, 0], outputs)
+        channels = self._channels(node, layer, state)
+        if channels is None:  # the model's own inputs
+            self.classes.fix(taken, "its inputs are not a layer's units")
+            if layer.groups > 1:
+                self.classes.fix(outputs, "its inputs are not a layer's units")
+        elif layer.groups == 1:
+            self.classes.unite(channels, taken)
         else:
-            first, second = node.args[1:3] if len(node.args) > 2 else (-2, -1)
-            order = list(range(dims))
-            if op == "numpy_T":
-                order.reverse()
-            elif dims > 1:
-                a, b = int(first) % dims, int(second) % dims  # type: ignore[arg-type]
-                order[a], order[b] = order[b], order[a]
-        return Slice(order.index(at.dim), at.outer, at.inner)
+            self._through_groups(node, layer, channels, outputs, taken)
+        others = [labels for labels in state if layer.channel_dim not in labels.dims]
+        return (*others, Labels((layer.channel_dim,), outputs))
 
-    def _along_other_dims(self, node: fx.Node, op: str) -> Slice:
+    def _channels(self, node: fx.Node, layer: Layer, state: State) -> Ids | None:
+        """The ids along a layer's input channels, the same at all positions."""
+        at = layer.channel_dim
+        if layer.window is not None:
+            last = range(at + 1, len(shape_of(data_input(node))))
+            state = self._mixed(node, state, last)
+        for labels in state:
+            if at in labels.dims:
+                axis = labels.dims.index(at)
+                others = tuple(i for i in range(labels.ids.ndim) if i != axis)
+                self.classes.unite_along(labels.ids, others)
+                return np.moveaxis(labels.ids, axis, 0).reshape(labels.ids.shape[axis], -1)[:, 0]
+        for labels in state:  # units of another dimension, while the channels have none
+            self._fix(
+                (labels,), f"{node.target} sums over another dimension than that of its units"
+            )
+        return None
+
+    def _through_groups(
+        self, node: fx.Node, layer: Layer, channels: Ids, outputs: Ids, taken: Ids
+    ) -> None:
+        """A grouped convolution: units of a group's channels, one of these if it has only one."""
+        ins, outs = (ids.reshape(layer.groups, -1) for ids in (channels, outputs))
+        self.classes.unite_along(ins, (1,))
+        self.classes.unite_along(outs, (1,))
+        self.classes.unite(ins[:, 0], outs[:, 0])
+        self.classes.fix(taken, f"{node.target} has groups")
+
+    def _through_split(self, node: fx.Node, op: str) -> State:
+        source = first_of(node)
+        state, dims = self.of(source), len(shape_of(source))
+        named: Any = node.args[1] if op == "unbind" and len(node.args) > 1 else None
+        if op != "unbind":
+            named = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        dim = int(named or 0) % dims
+        pieces = [tuple(piece.shape) for piece in node.meta["val"]]
+        sizes = [1] * len(pieces) if op == "unbind" else [piece[dim] for piece in pieces]
+        self._parts[node] = [
+            self._cut_out(state, dim, slice(end - size, end), removed=op == "unbind")
+            for size, end in zip(sizes, np.cumsum(sizes), strict=True)
+        ]
+        for labels in state:
+            if dim in labels.dims:
+                axis = labels.dims.index(dim)
+                alone = len(labels.dims) == 1
+                if max(sizes) == 1 and alone:
+                    self._fix((labels,), f"{node.target} puts its units into different tensors")
+                elif len(set(sizes)) > 1:
+                    self._fix((labels,), f"{node.target} splits its units into unequal parts")
+                elif alone:
+                    moved = np.moveaxis(labels.ids, axis, 0).reshape(len(sizes), sizes[0], -1)
+                    self.classes.unite_along(moved, (0,))
+                    if split_may_hold_size(node, dim):
+                        self.doubts.append(Doubt(node, labels.ids))
+        return ()
+
+    def _through_product(self, node: fx.Node) -> State:
+        """A matrix product for each entry of the first dimensions."""
+        one, other = (arg for arg in node.args[:2] if isinstance(arg, fx.Node))
+        dims = len(shape_of(node))
+        if len(shape_of(one)) < 2 or len(shape_of(other)) < 2:
+            return self._refused(node, f"{node.target} sums over its units")
+        reason = f"{node.target} sums over its units"
+        left = self._mixed(node, self.of(one), [len(shape_of(one)) - 1], reason)
+        right = self._mixed(node, self.of(other), [len(shape_of(other)) - 2], reason)
+        state = self._met(node, [
+            (one, left, _aligned(one, node) | {len(shape_of(one)) - 1: None}),
+            (other, right, _aligned(other, node) | {len(shape_of(other)) - 2: None}),
+        ])  # fmt: skip
+        self._note_product(node, state, dims)
+        return state
+
+    def _through_attention(self, node: fx.Node) -> State:
+        query, key, value = (arg for arg in node.args[:3] if isinstance(arg, fx.Node))
+        dims, reason = len(shape_of(node)), f"{node.target} sums over its units"
+        last = dims - 1
+        queries = self._mixed(node, self.of(query), [last], reason)
+        keys = self._mixed(node, self.of(key), [last - 1, last], reason)
+        values = self._mixed(node, self.of(value), [last - 1], reason)
+        heads = shape_of(query)[-3] if dims > 2 else 1
+        keys, values = (_repeated(state, dims - 3, heads) for state in (keys, values))
+        operands = [
+            (query, queries, _aligned(query, node) | {last: None}),
+            (key, keys, _aligned(key, node) | {last: None, last - 1: None}),
+            (value, values, _aligned(value, node) | {last - 1: None}),
+        ]
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if isinstance(mask, fx.Node):
+            masks = self._mixed(node, self.of(mask), [len(shape_of(mask)) - 1], reason)
+            operands.append((mask, masks, _aligned(mask, node) | {len(shape_of(mask)) - 1: None}))
+        state = self._met(node, operands)
+        self._note_product(node, state, dims)
+        return state
+
+    def _note_product(self, node: fx.Node, state: State, dims: int) -> None:
+        self.products += [
+            (node, labels.ids) for labels in state if any(dim < dims - 2 for dim in labels.dims)
+        ]
+
+    def _through_per_unit(self, node: fx.Node, op: str) -> State:
+        source = first_of(node)
+        dims = len(shape_of(source))
+        state = self.of(source)
+        if op == "instance_norm":
+            state = self._mixed(node, state, range(2, dims))
+        operands = [(source, state, {dim: dim for dim in range(dims)})]
+        for i in PER_UNIT_ARGUMENTS[op]:
+            operand = node.args[i] if len(node.args) > i else None
+            if isinstance(operand, fx.Node) and shape_of(operand) != (1,):
+                operands.append((operand, self.of(operand), {0: 1}))
+        if any(1 not in labels.dims for labels in state) and len(operands) > 1:
+            others = tuple(labels for labels in state if 1 not in labels.dims)
+            if not any(1 in labels.dims for labels in state):
+                self._fix(others, f"{node.target} does not act along the units' dimension")
+        return self._met(node, operands)
+
+    def _elementwise(self, node: fx.Node, op: str) -> State:
+        operands = node.all_input_nodes
+        state = self._met(node, [(o, self.of(o), _aligned(o, node)) for o in operands])
+        terms = [
+            {o} if o in self.graph.layers else self._nearest.get(o, set())
+            for o in operands if self.of(o) and o not in self._constants
+        ]  # fmt: skip
+        if op in SUMS and len(set(map(frozenset, terms))) > 1:
+            self.summed += [labels.ids for labels in state]
+        return state
+
+    def _along(self, node: fx.Node, op: str) -> State:
         """An operation along dimensions that its arguments name (all of them where none is)."""
-        at, shape = self.carrying[first_of(node)], shape_of(first_of(node))
+        source = first_of(node)
         named = node.args[2 if op == "roll" else 1] if len(node.args) > 1 else None
-        dims = [named] if isinstance(named, int) else list(named or range(len(shape)))  # type: ignore[arg-type]
-        along = {int(dim) % len(shape) for dim in dims}
-        if at.dim in along and not (op == "slice" and shape_of(node) == shape):
-            raise self.refusal(f"{node.target} mixes its units")
-        removed = len(shape) > len(shape_of(node))
-        return Slice(at.dim - sum(dim < at.dim for dim in along) * removed, at.outer, at.inner)
+        along = _dims(named, len(shape_of(source)))
+        state = self._mixed(node, self.of(source), along)
+        return _without_dims(state, along) if _removes(source, node) else state
+
+    def _taken(self, node: fx.Node, op: str) -> State:
+        source, shape = first_of(node), shape_of(first_of(node))
+        arguments: list[Any] = [*node.args[1:]]
+        dim = int(arguments[0] if arguments else 0) % len(shape)
+        if op == "select":
+            start, step, size = int(arguments[1]) % shape[dim], 1, 1
+        else:
+            start = arguments[1] if len(arguments) > 1 else 0
+            step = arguments[3] if op == "slice" and len(arguments) > 3 else 1
+            start = 0 if start is None else int(start)
+            start = min(start + shape[dim], shape[dim]) if start < 0 else min(start, shape[dim])
+            size = shape_of(node)[dim]
+        places = slice(start, start + size * step, step)
+        if size < shape[dim]:
+            for labels in self.of(source):
+                if labels.dims == (dim,):
+                    self._fix((labels,), f"{node.target} mixes its units")
+        return self._cut_out(self.of(source), dim, places, removed=op == "select")
+
+    def _flipped(self, node: fx.Node) -> State:
+        source = first_of(node)
+        along = _dims(node.args[1], len(shape_of(source)))
+        return tuple(
+            Labels(labels.dims, np.flip(labels.ids, [
+                axis for axis, dim in enumerate(labels.dims) if dim in along
+            ])) for labels in self.of(source)
+        )  # fmt: skip
+
+    def _joined(self, node: fx.Node) -> State:
+        """Tensors side by side along one dimension."""
+        parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+        parts = [part for part in parts if len(shape_of(part)) == len(shape_of(node))]
+        dims = len(shape_of(node))
+        named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim = int(named) % dims
+        if not any(dim in labels.dims for part in parts for labels in self.of(part)):
+            same = {at: at for at in range(dims)}
+            return self._met(node, [(part, self.of(part), same | {dim: None}) for part in parts])
+        states = [self._complete(node, part, dim) for part in parts]
+        joint = sorted({d for state in states for labels in state if dim in labels.dims
+                        for d in labels.dims})  # fmt: skip
+        blocks, rests = [], []
+        for part, state in zip(parts, states, strict=True):
+            inside = tuple(labels for labels in state if set(labels.dims) & set(joint))
+            shape = shape_of(part)
+            blocks.append(
+                self._block(
+                    node,
+                    joint,
+                    [shape[d] for d in joint],
+                    [(part, inside, {at: at for at in range(dims)})],
+                )
+            )
+            rests.append(tuple(labels for labels in state if not set(labels.dims) & set(joint)))
+        ids = np.concatenate(blocks, axis=joint.index(dim))
+        same = {at: at for at in range(dims)} | dict.fromkeys(joint, None)
+        others = self._met(node, [(p, rest, same) for p, rest in zip(parts, rests, strict=True)])
+        return (*others, Labels(tuple(joint), ids))
+
+    def _complete(self, node: fx.Node, part: fx.Node, dim: int) -> State:
+        """The ids of a part of a concatenation; those of values that no layer gives are fixed."""
+        state = self.of(part)
+        if any(dim in labels.dims for labels in state):
+            return state
+        ids = self.classes.fresh(shape_of(part)[dim])
+        self.classes.fix(ids, f"{node.target} joins its units with other values")
+        return (*state, Labels((dim,), ids))
+
+    def _stacked(self, node: fx.Node) -> State:
+        parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+        named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim = int(named) % len(shape_of(node))
+        moved = {at: at + (at >= dim) for at in range(len(shape_of(parts[0])))}
+        labelled = sorted({moved[d] for p in parts for labels in self.of(p) for d in labels.dims})
+        if not labelled:
+            return ()
+        sizes = [shape_of(node)[d] for d in labelled]
+        blocks = [
+            self._block(node, labelled, sizes, [(part, self.of(part), moved)]) for part in parts
+        ]
+        return (Labels((dim, *labelled), np.stack(blocks)),)
+
+    def _through_glu(self, node: fx.Node) -> State:
+        source = first_of(node)
+        dim = int(node.args[1] if len(node.args) > 1 else -1) % len(shape_of(source))  # type: ignore[arg-type]
+        size = shape_of(node)[dim]
+        first, second = (
+            self._cut_out(self.of(source), dim, part, False)
+            for part in (slice(0, size), slice(size, 2 * size))
+        )
+        same = {at: at for at in range(len(shape_of(node)))}
+        return self._met(node, [(node, first, same), (node, second, same)])
+
+    def _through_pixel_shuffle(self, node: fx.Node) -> State:
+        source, channels = first_of(node), len(shape_of(node)) - 3
+        state = self._mixed(node, self.of(source), [channels + 1, channels + 2])
+        new = []
+        for labels in state:
+            if labels.dims == (channels,):
+                ids = labels.ids.reshape(shape_of(node)[channels], -1)
+                self.classes.unite_along(ids, (1,))
+                labels = Labels(labels.dims, ids[:, 0])
+            elif channels in labels.dims:
+                self._fix((labels,), f"{node.target} mixes its units")
+                continue
+            new.append(labels)
+        return tuple(new)
+
+    def _through_embedding(self, node: fx.Node) -> State:
+        table = first_of(node)
+        for labels in self.of(table):
+            if labels.dims == (0,):
+                self.classes.fix(labels.ids, f"{node.target} looks its units up")
+        last = len(shape_of(node)) - 1
+        return tuple(
+            Labels((last,), labels.ids) for labels in self.of(table) if labels.dims == (1,)
+        )
+
+    # Shapes.
+
+    def _reshaped(self, node: fx.Node, state: State) -> State:
+        """The ids in the new shape. Where one dimension becomes several, all of these share ids."""
+        old, new = shape_of(first_of(node)), shape_of(node)
+        result, pairs = list[Labels](), _same_entries(old, new)
+        renamed = {b[0]: a[0] for b, a in pairs if len(b) == len(a) == 1}
+        result += [
+            Labels(tuple(renamed[dim] for dim in labels.dims), labels.ids)
+            for labels in state if renamed.keys() >= set(labels.dims)
+        ]  # fmt: skip
+        for before, after in pairs:
+            inside = tuple(labels for labels in state if set(labels.dims) & set(before))
+            if not inside or len(before) == len(after) == 1:
+                continue
+            others = sorted({dim for labels in inside for dim in labels.dims} - set(before))
+            if not renamed.keys() >= set(others):
+                self._fix(inside, f"{node.target} mixes its units' dimension with others")
+                continue
+            dims = [*others, *before]
+            same = {dim: dim for dim in dims}
+            ids = self._block(node, dims, [old[dim] for dim in dims], [(None, inside, same)])
+            ids = ids.reshape([old[dim] for dim in others] + [new[dim] for dim in after])
+            labels = self._simple(Labels((*(renamed[dim] for dim in others), *after), ids))
+            if len(labels.dims) > 1 and len(before) < len(after):
+                self._splits.append(labels.ids)
+            result.append(labels)
+        for labels in result:
+            if any(may_hold_size(node, dim) for dim in labels.dims):
+                self.doubts.append(Doubt(node, labels.ids))
+        return tuple(result)
+
+    def _simple(self, labels: Labels) -> Labels:
+        """The same without the dimensions along which all entries have one id."""
+        roots, dims, ids = self.classes.roots(labels.ids), list(labels.dims), labels.ids
+        for axis in reversed(range(ids.ndim)):
+            if ids.ndim > 1 and (roots == roots.take([0], axis)).all():
+                roots, ids = roots.take(0, axis), ids.take(0, axis)
+                del dims[axis]
+        return Labels(tuple(dims), ids)
+
+    def _moved(self, node: fx.Node, op: str) -> State:
+        source, dims = first_of(node), len(shape_of(first_of(node)))
+        state = self.of(source)
+        if op == "expand":
+            shift = len(shape_of(node)) - dims
+            for labels in state:
+                for dim, size in zip(labels.dims, labels.ids.shape, strict=True):
+                    if size != shape_of(node)[dim + shift]:
+                        self._fix((labels,), f"{node.target} repeats its units")
+            kept = [la for la in state if all(
+                s == shape_of(node)[d + shift] for d, s in zip(la.dims, la.ids.shape, strict=True)
+            )]  # fmt: skip
+            result = tuple(Labels(tuple(d + shift for d in la.dims), la.ids) for la in kept)
+            for labels in result:
+                if any(may_hold_size(node, dim) for dim in labels.dims):
+                    self.doubts.append(Doubt(node, labels.ids))
+            return result
+        order = list(range(dims))
+        if op == "permute":
+            order = _listed(node.args[1], dims)
+        elif op == "movedim":
+            places, to = (_listed(arg, dims) for arg in node.args[1:3])
+            order = [dim for dim in range(dims) if dim not in places]
+            for place, dim in sorted(zip(to, places, strict=True)):
+                order.insert(place, dim)
+        elif op == "numpy_T":
+            order.reverse()
+        elif dims > 1:
+            first, second = node.args[1:3] if len(node.args) > 2 else (-2, -1)
+            a, b = int(first) % dims, int(second) % dims  # type: ignore[arg-type]
+            order[a], order[b] = order[b], order[a]
+        return tuple(
+            Labels(tuple(order.index(dim) for dim in labels.dims), labels.ids) for labels in state
+        )
+
+    def _cut_out(self, state: State, dim: int, places: slice, removed: bool) -> State:
+        """Some entries of a dimension; `removed`: one, without the dimension."""
+        result = []
+        for labels in state:
+            dims, ids = labels
+            if dim in dims:
+                axis = dims.index(dim)
+                ids = ids[(slice(None),) * axis + (places,)]
+                if removed:
+                    ids, dims = ids.take(0, axis), dims[:axis] + dims[axis + 1 :]
+            if dims:
+                dims = tuple(d - (removed and d > dim) for d in dims)
+                result.append(Labels(dims, ids))
+        return tuple(result)
+
+    def _mixed(
+        self, node: fx.Node, state: State, dims: Iterable[int], reason: str | None = None
+    ) -> State:
+        """The ids after an operation that mixes all entries along these dimensions."""
+        along, result = set(dims), list[Labels]()
+        for labels in state:
+            axes = tuple(axis for axis, dim in enumerate(labels.dims) if dim in along)
+            if not axes:
+                result.append(labels)
+            elif len(axes) == len(labels.dims):
+                self._fix((labels,), reason or f"{node.target} mixes its units")
+            else:
+                self.classes.unite_along(labels.ids, axes)
+                kept = [axis for axis in range(len(labels.dims)) if axis not in axes]
+                first = tuple(0 if a in axes else slice(None) for a in range(len(labels.dims)))
+                result.append(Labels(tuple(labels.dims[a] for a in kept), labels.ids[first]))
+        return tuple(result)
+
+    # Several operands.
+
+    def _met(
+        self, node: fx.Node, operands: Sequence[tuple[fx.Node, State, dict[int, int | None]]]
+    ) -> State:
+        """The ids of a result whose entries are computed from those at the same place.
+
+        operands: each with its ids, and the result's dimension for each of its own; None: none
+        """
+        shape = shape_of(node)
+        blocks: list[set[int]] = []  # of the result's dimensions that share ids
+        for _, state, to in operands:
+            for labels in state:
+                block = {at for dim in labels.dims if (at := to.get(dim)) is not None}
+                met = [other for other in blocks if other & block]
+                blocks = [other for other in blocks if not other & block]
+                if block:
+                    blocks.append(block.union(*met))
+        result = []
+        for block in blocks:
+            dims = sorted(block)
+            ids = self._block(node, dims, [shape[dim] for dim in dims], operands)
+            result.append(self._simple(Labels(tuple(dims), ids)))
+        return tuple(result)
+
+    def _block(
+        self, node: fx.Node, dims: Sequence[int], sizes: Sequence[int],
+        operands: Sequence[tuple[fx.Node | None, State, dict[int, int | None]]],
+    ) -> Ids:  # fmt: skip
+        """The ids of a result along `dims`, of these sizes; those that meet become one class."""
+        arrays, reason = list[Ids](), ""
+        for operand, state, to in operands:
+            covered = set[int]()
+            for labels in state:
+                ats = [to[dim] for dim in labels.dims]
+                if not any(at in dims for at in ats):
+                    continue
+                order = sorted(range(len(ats)), key=lambda axis: dims.index(ats[axis]))
+                placed, shape = labels.ids.transpose(order), [1] * len(dims)
+                for axis, size in zip(order, placed.shape, strict=True):
+                    shape[dims.index(ats[axis])] = size
+                    covered.add(ats[axis])
+                ids = placed.reshape(shape)
+                if ids.size == 1 < math.prod(sizes):  # a single unit that is broadcast
+                    self.classes.fix(ids, f"{node.target} changes the size of its units' dimension")
+                else:
+                    arrays.append(np.broadcast_to(ids, sizes))
+            if operand is None or operand is node:
+                continue
+            own = {at: shape_of(operand)[dim] for dim, at in to.items() if at in dims}
+            if any(size > 1 and at not in covered for at, size in own.items()):
+                other = f"another tensor of shape {shape_of(operand)}"
+                reason = reason or f"{node.target} combines its units with {other}"
+        first = arrays[0] if arrays else self.classes.fresh(math.prod(sizes)).reshape(sizes)
+        for other in arrays[1:]:
+            self.classes.unite(first, other)
+        if reason:
+            self.classes.fix(first, reason)
+        return np.ascontiguousarray(first)
+
+    def _refused(self, node: fx.Node, reason: str) -> State:
+        for source in node.all_input_nodes:
+            self._fix(self._of_all(source), reason)
+        return ()
+
+    def _is_labelled(self, node: fx.Node) -> bool:
+        return bool(self._states.get(node)) or node in self._parts
+
+    def _of_all(self, node: fx.Node) -> State:
+        """The ids of all tensors that a node gives."""
+        return self.of(node) + tuple(la for state in self._parts.get(node, ()) for la in state)
+
+    def _fix(self, state: State, reason: str) -> None:
+        for labels in state:
+            self.classes.fix(labels.ids, reason)
+
+    def _make_rectangular(self) -> None:
+        """A dimension that was split into several loses its entries along one of these only.
+
+        So entries at the same place of that one go together. It is the one with the most units.
+        """
+        for ids in self._splits:
+            roots = self.classes.roots(ids)
+            varying = [
+                axis for axis in range(ids.ndim) if not (roots == roots.take([0], axis)).all()
+            ]
+            free = np.array([reason is None for reason in self.classes.reasons(roots)])
+            if len(varying) < 2 or not free.any():
+                continue
+            most = max(varying, key=lambda axis: ids.shape[axis])
+            self.classes.unite_along(ids, tuple(a for a in range(ids.ndim) if a != most))
 
 
-def _aligned(at: Slice, operand: fx.Node, result: fx.Node) -> Slice:
-    """An operand's slice in the dimensions of the result that the operand is broadcast to."""
-    return Slice(at.dim + len(shape_of(result)) - len(shape_of(operand)), at.outer, at.inner)
+def _aligned(operand: fx.Node, result: fx.Node) -> dict[int, int | None]:
+    """The result's dimension for each of an operand's, as torch broadcasts them."""
+    shift = len(shape_of(result)) - len(shape_of(operand))
+    return {dim: dim + shift for dim in range(len(shape_of(operand)))}
 
 
-def _size_at(operand: fx.Node, result: fx.Node, dim: int) -> int:
-    """The operand's size along the result's dimension `dim`; 1 where it is broadcast."""
-    shape = shape_of(operand)
-    at = dim - (len(shape_of(result)) - len(shape))
-    return shape[at] if at >= 0 else 1
+def _repeated(state: State, dim: int, size: int) -> State:
+    """The ids where each entry of a dimension is repeated until it has this size."""
+    result = []
+    for labels in state:
+        if dim in labels.dims:
+            axis = labels.dims.index(dim)
+            times = size // labels.ids.shape[axis]
+            labels = Labels(labels.dims, labels.ids.repeat(times, axis))
+        result.append(labels)
+    return tuple(result)
+
+
+def _dims(named: Any, count: int) -> set[int]:
+    """Named dimensions, of `count`; all if none is named."""
+    if isinstance(named, int):
+        return {named % count}
+    return {int(dim) % count for dim in named or range(count)}
+
+
+def _listed(named: Any, count: int) -> list[int]:
+    return [int(dim) % count for dim in ([named] if isinstance(named, int) else named)]
+
+
+def _removes(source: fx.Node, node: fx.Node) -> bool:
+    return len(shape_of(source)) > len(shape_of(node))
+
+
+def _without_dims(state: State, removed: set[int]) -> State:
+    """The ids where dimensions without ids are removed."""
+    return tuple(
+        Labels(tuple(d - sum(r < d for r in removed) for d in labels.dims), labels.ids)
+        for labels in state
+    )
+
+
+def _same_entries(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The least sets of old and new dimensions of more than one entry that hold the same entries.
+
+    Both are shapes with as many entries.
+    """
+    before, after = ([dim for dim, size in enumerate(shape) if size > 1] for shape in (old, new))
+    pairs = list[tuple[list[int], list[int]]]()
+    while before:
+        ours, theirs = [before.pop(0)], [after.pop(0)]
+        while (a := math.prod(old[d] for d in ours)) != (b := math.prod(new[d] for d in theirs)):
+            if a < b:
+                ours.append(before.pop(0))
+            else:
+                theirs.append(after.pop(0))
+        pairs.append((ours, theirs))
+    return pairs

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .adapters import ADAPTED, has_adapter
-from .propagate import NotPrunableError
+from .slices import NotPrunableError
 from .tracing import LAYER_TYPES, is_plain
 
 MOST_NAMES = 8  # of layers that are listed for one reason

@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..data.padding import counted
 from ..kernels.products import PRODUCT
 from .groups import Group
-from .propagate import Slice
+from .slices import Slice
 from .tracing import Window, window_of
 
 PART = 2**24  # bytes of unfolded inputs at a time
@@ -38,30 +38,25 @@ def consumer_window(model: nn.Module, group: Group, consumer: str) -> Window | N
     return group.windows.get(consumer) or window_of(model.get_submodule(consumer))
 
 
-def unit_major(weight: Tensor, at: Slice, units: int) -> Tensor:
+def unit_major(weight: Tensor, at: Slice) -> Tensor:
     """A consumer's weight as (C, N * w): C outputs, and the w features of each of N units together.
 
     at: where the weight holds the units
     """
     if at.dim == 0:  # transformers' Conv1D: its weight is (inputs, outputs)
         weight = weight.T
-    taps = weight[0, 0].numel()
-    shaped = weight.reshape(len(weight), at.outer, units, at.inner, taps)
-    return shaped.transpose(1, 2).reshape(len(weight), -1)
+    return weight.index_select(1, at.places.flatten().to(weight.device)).flatten(1)
 
 
-def module_weight(new: Tensor, at: Slice, like: Tensor) -> Tensor:
-    """The inverse of `unit_major`: new (C, K, w), for K units, as a consumer's weight.
+def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
+    """The inverse of `unit_major`, for features in any order: new (C, ...) as a consumer's weight.
 
-    at:   where the dense weight holds the units
+    dim:  the weight's dimension that has the features
     like: the dense weight, for a convolution's kernel size
     """
-    outputs, units = new.shape[:2]
-    taps = like[0, 0].numel() if at.dim == 1 else 1
-    shaped = new.reshape(outputs, units, at.outer, at.inner, taps).transpose(1, 2)
-    if at.dim == 0:
-        return shaped.reshape(outputs, -1).T
-    return shaped.reshape(outputs, -1, *like.shape[2:])
+    if dim == 0:
+        return new.flatten(1).T
+    return new.reshape(len(new), -1, *like.shape[2:])
 
 
 def in_halves(

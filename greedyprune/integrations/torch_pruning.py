@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..graph.groups import Group
-from ..graph.propagate import NotPrunableError, Slice
+from ..graph.slices import NotPrunableError, Slice
 from ..graph.tracing import LAYER_TYPES, is_plain
 from ..kernels import backend as _backend
 from ..kernels.path import Rule
@@ -164,7 +164,8 @@ class GreedyImportance(Importance):
                     self._model.get_submodule(name),
                     products.group.slices[f"{name}.weight"],
                 )
-                scores[layer] = unit_scores.repeat_interleave(inputs.inner).repeat(inputs.outer)
+                scores[layer] = torch.empty(inputs.size, dtype=torch.float64)
+                scores[layer][inputs.places] = unit_scores[:, None]
         return scores
 
 
@@ -202,8 +203,9 @@ def _inputs_of_units(layer: nn.Module, item: GroupItem, units: int) -> Slice | N
     if inputs % units:
         return None
     unit_of = dict(zip(item.idxs, item.root_idxs, strict=True))
-    # A unit's inputs lie next to each other, or one in each of several runs over all units.
-    for inner in (inputs // units, 1):
-        if unit_of == {i: i // inner % units for i in range(inputs)}:
-            return Slice(dim=1, outer=inputs // units // inner, inner=inner)
-    return None
+    owner = torch.tensor([unit_of.get(i, -1) for i in range(inputs)])
+    counts = owner[owner >= 0].bincount(minlength=units)
+    if len(unit_of) < inputs or bool((counts != inputs // units).any()):
+        return None
+    places = owner.sort(stable=True).indices.view(units, -1)
+    return Slice(1, places, inputs)

@@ -122,7 +122,8 @@ def _gate_slopes(job: Job, group: Group, batch: Batch, values: Derivatives) -> T
                 hidden = ~rows.reshape(-1, 1).to(products.device)
                 products = products.masked_fill(hidden, 0)  # they may be NaN
             count = samples if len(products) % samples == 0 else len(products)
-            products = products.view(count, -1, at.outer, group.units, at.inner).sum((1, 2, 4))
+            products = products[:, at.places.flatten().to(products.device)]
+            products = products.view(count, -1, group.units, at.width).sum((1, 3))
             kept = counted(mask, (count,))
             total = total + (products if kept is None else products[kept.to(products.device)])
     if not total.isfinite().all():

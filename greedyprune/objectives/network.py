@@ -295,7 +295,7 @@ class Network:
         def output_of(unit: int | None) -> Tensor:
             if unit is None:
                 return base.clone()
-            entries = at.entries(torch.tensor([unit]), group.units).to(inputs.device)
+            entries = at.entries(torch.tensor([unit])).to(inputs.device)
             added = executor.linear_map(
                 name, inputs.index_select(layer.channel_dim, entries),
                 weight.index_select(at.dim, entries) * one, None,

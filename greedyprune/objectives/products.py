@@ -212,7 +212,7 @@ class ConsumerProducts(Products):
         given: bool = False, halves: bool = False,
     ) -> None:  # fmt: skip
         dense, at = weight_of(module), group.slices[f"{name}.weight"]
-        weight = unit_major(dense.detach().double().cpu(), at, group.units)
+        weight = unit_major(dense.detach().double().cpu(), at)
         weight = weight if root is None else root @ weight
         super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
         self.root, self.layer = root, group.producer
@@ -233,6 +233,13 @@ class ConsumerProducts(Products):
                 raise self._not_finite()
             self._add_to(self.sums[half], columns, target)
 
+    def _of_units(self, columns: Tensor) -> Tensor:
+        """The channels of the units, those of each unit together: (channels, taps, positions)."""
+        places = self._at.places.flatten()
+        if places.equal(torch.arange(len(columns))):
+            return columns
+        return columns[places.to(columns.device)]
+
     def _not_finite(self) -> ValueError:
         return ValueError(
             f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
@@ -241,9 +248,7 @@ class ConsumerProducts(Products):
 
     def _add_to(self, sums: Sums, columns: Tensor, target: Tensor | None) -> None:
         bias, double = getattr(self._module, "bias", None), torch.float64
-        taps, positions = columns.shape[1:]
-        rows = columns.view(self._at.outer, self.units, self._at.inner, taps, positions)
-        rows = rows.transpose(0, 1).reshape(self.features, positions)
+        rows, positions = self._of_units(columns).flatten(0, 1), columns.shape[-1]
         add_upper_product(sums.gram, rows, double)  # float64: the loss can be a small rest
         sums.positions += positions
         if target is None:

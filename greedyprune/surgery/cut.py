@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 from ..data.batches import Batch, Batches, example_batch
 from ..data.forward import run_model
 from ..graph.groups import Group
-from ..graph.propagate import Slice
+from ..graph.slices import Slice
 from ..graph.unfold import module_weight, outputs_of
 from ..runtime.distributed import unwrapped
 from .copying import copied
@@ -227,10 +227,11 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
         if tensor not in tensors:
             raise ValueError(f"selection: layer {name!r} needs {tensor!r}, which the model lacks")
         size = tensors[tensor].shape[at.dim]
-        if size != at.width * len(layer.counts):
+        if size != at.size:
+            units = (size - at.size) / at.width + at.units
             raise ValueError(
-                f"selection: made for {len(layer.counts)} units in layer {name!r}, but the model's "
-                f"{tensor!r} has {size / at.width:g}"
+                f"selection: made for {at.units} units in layer {name!r}, but the model's "
+                f"{tensor!r} has {units:g}"
             )
     for consumer, outputs in layer.outputs.items():
         at = layer.slices[f"{consumer}.weight"]
@@ -243,23 +244,23 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
 
 def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tensor:
     """A consumer's dense weight with the kept units' new weights, and zeros for the others."""
-    at, units = layer.slices[f"{consumer}.weight"], len(layer.counts)
-    new = layer.new_weights(consumer)
+    at, new = layer.slices[f"{consumer}.weight"], layer.new_weights(consumer)
     if new is None:
-        return scaled_weight(weight, at, torch.zeros(units).double().index_copy_(
+        return scaled_weight(weight, at, torch.zeros(at.units).double().index_copy_(
             0, layer.kept, layer.weights
         ))  # fmt: skip
-    kept_entries = at.entries(layer.kept, units).to(weight.device)
-    changed = module_weight(new, at, weight).to(weight)
-    return torch.zeros_like(weight).index_copy_(at.dim, kept_entries, changed)
+    places, kept = (p.flatten().to(weight.device) for p in (at.places, at.places[layer.kept]))
+    changed = module_weight(new, at.dim, weight).to(weight)
+    return weight.index_fill(at.dim, places, 0).index_copy_(at.dim, kept, changed)
 
 
 def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:
     """A consumer's weight with each unit's entries times the unit's factor, (N,) float64."""
     shape = [1] * weight.dim()
     shape[at.dim] = -1
-    entry_factors = factors.expand(at.outer, -1)[:, :, None].expand(-1, -1, at.inner)
-    scale = entry_factors.reshape(shape).to(weight.device)
+    scale = torch.ones(at.size, dtype=torch.float64)
+    scale[at.places] = factors.double().cpu()[:, None]
+    scale = scale.view(shape).to(weight.device)
     return (weight.detach().double() * scale).to(weight.dtype)
 
 
@@ -281,7 +282,7 @@ def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
         sizes = sizes_after(module, slices, units, kept)
         for tensor, at in slices.items():
             dense: Tensor = getattr(module, tensor)
-            entries = at.entries(layer.kept, units).to(dense.device)
+            entries = at.without(layer.kept).to(dense.device)
             # The tensor stays the same object: functions that hold it use the smaller one, too.
             dense.data = in_format_of(dense, dense.index_select(at.dim, entries))
         for attribute, size in sizes.items():
@@ -305,6 +306,6 @@ def _attention_modules(layer: LayerSelection) -> set[str]:
     consumer, which do not count here).
     """
     projections = {
-        name.rpartition(".")[0] for name, at in layer.slices.items() if at.inner > 1
+        name.rpartition(".")[0] for name, at in layer.slices.items() if at.neighbours > 1
     } - layer.outputs.keys()
     return {name.rpartition(".")[0] for name in projections}

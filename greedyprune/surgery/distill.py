@@ -28,7 +28,7 @@ from ..data.halves import held_out
 from ..data.padding import counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
-from ..graph.propagate import Slice
+from ..graph.slices import Slice
 from ..graph.tracing import Layer
 from ..runtime.progress import Bar
 from .selection import Selection
@@ -115,20 +115,19 @@ def _parts(batch: Batch, chosen: Tensor) -> list[Batch]:
 
 
 class _KeptOutputs(NamedTuple):
-    """The units (K,) int64 of a layer's outputs that are kept, of `total` units."""
+    """The units (K,) int64 of a layer's outputs that are kept."""
 
-    at: Slice  # where the layer's weight has them
+    at: Slice  # where the layer's weight has all units
     units: Tensor
-    total: int
 
     def of(self, target: Tensor, like: Tensor) -> Tensor:
         """The dense network's values of the outputs that `like` has."""
         for dim, size in enumerate(target.shape):
             if size != like.shape[dim]:
-                unsplit = size == self.at.width * self.total  # otherwise a dimension of heads, say
-                at = self.at if unsplit else Slice(dim, 1, size // self.total)
-                entries = at.entries(self.units, self.total)
-                return target.index_select(dim, entries.to(target.device))
+                unsplit = size == self.at.size  # otherwise a dimension of heads, say
+                units = self.at.units
+                at = self.at if unsplit else Slice.regular(dim, units, inner=size // units)
+                return target.index_select(dim, at.without(self.units).to(target.device))
         return target
 
 
@@ -139,8 +138,7 @@ def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _K
         for selected in selection.layers.values():
             at = selected.slices.get(layer.weight)
             if at is not None and at.dim == layer.out_dim:
-                units = _KeptOutputs(at, selected.kept, len(selected.counts))
-                kept_outputs[layer.name] = units
+                kept_outputs[layer.name] = _KeptOutputs(at, selected.kept)
     return kept_outputs
 
 

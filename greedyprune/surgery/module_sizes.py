@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ..graph.propagate import Slice
+from ..graph.slices import Slice
 
 Size = int | tuple[int, ...]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ..graph.propagate import Slice
+from ..graph.slices import Slice
 from ..runtime.distributed import unwrapped
 from .cut import check_made_for, in_format_of
 from .selection import LayerSelection, Selection
@@ -92,14 +92,14 @@ def prune_optimizer(optimizer: T, model: nn.Module, small: nn.Module, selection:
 
 
 class _Cut:
-    """Where a layer's units lie in a tensor, and which of them stay."""
+    """Where a layer's units lie in a tensor, and what stays of it."""
 
     def __init__(self, layer: LayerSelection, at: Slice) -> None:
         self.dim = at.dim
-        self._entries = at.entries(layer.kept, len(layer.counts))
+        self._entries = at.without(layer.kept)
 
     def of(self, tensor: Tensor, size: int) -> Tensor:
-        """The entries of the kept units; all of a dimension of 1, as Adafactor's state has."""
+        """The entries that stay; all of a dimension of 1, as Adafactor's state has."""
         if tensor.shape[self.dim] == 1 != size:
             return tensor
         return tensor.index_select(self.dim, self._entries.to(tensor.device))

@@ -25,7 +25,6 @@ from torch.distributed import ProcessGroup
 
 from ..data.batches import Batches
 from ..data.forward import evaluating
-from ..graph.propagate import Slice
 from ..graph.replay import Replay
 from ..graph.tracing import Layer
 from ..graph.unfold import in_halves, module_weight, unfolded_parts
@@ -155,7 +154,7 @@ def _refit(
             if layer.name in cut_inputs:
                 inputs = cut_inputs[layer.name]
                 at = inputs.slices[layer.weight]
-                channels = at.entries(inputs.kept, len(inputs.counts))
+                channels = at.without(inputs.kept)
             problem = _refit_layer(model, full, layer, channels, replay, bar)
             if problem.stays:
                 rows, features = problem.rows, problem.features
@@ -291,8 +290,7 @@ class _LeastSquares:
             constant = added[:, -1] if self._scale is None else added[:, -1] * self._scale
             self._bias.add_(constant.to(self._bias.dtype))
             added = added[:, :-1]
-        shaped = added.reshape(len(added), len(self._channels), -1)
-        shaped = module_weight(shaped, Slice(self._dim), self._weight)
+        shaped = module_weight(added, self._dim, self._weight)
         self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
 
     def _solution(self) -> tuple[Tensor, float]:

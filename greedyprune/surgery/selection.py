@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..graph.costs import BudgetReport, Cost
-from ..graph.propagate import Slice
+from ..graph.slices import Slice
 from ..kernels.path import NestedFit
 from ..runtime.arguments import ByName, is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
@@ -268,12 +268,14 @@ class Selection:
             refits = {f"fitted.{consumer}": fit for consumer, fit in (layer.fitted or {}).items()}
             if layer.gates is not None:
                 refits["gates"] = layer.gates
+            for key, at in layer.slices.items():
+                tensors[f"{i}.places.{key}"] = at.places.int()
             for key, refit in refits.items():
                 for item in REFIT_FIELDS:
                     tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
-                "slices": {key: dataclasses.astuple(at) for key, at in layer.slices.items()},
+                "slices": {key: (at.dim, at.size) for key, at in layer.slices.items()},
                 "loss": layer.loss, "objective": layer.objective,
             })  # fmt: skip
         costs = {what: cost.as_json() for what, cost in (self.costs or {}).items()}
@@ -291,7 +293,10 @@ class Selection:
         layers = {}
         for i, fields in enumerate(json.loads(header["layers"])):
             fields |= {key: tensors.get(f"{i}.{key}") for key in TENSORS}
-            fields["slices"] = {key: Slice(*at) for key, at in fields["slices"].items()}
+            fields["slices"] = {
+                key: Slice(dim, tensors[f"{i}.places.{key}"].long(), size)
+                for key, (dim, size) in fields["slices"].items()
+            }
             refits = {
                 key: NestedFit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
                 for key in ("gates", *(f"fitted.{consumer}" for consumer in fields["outputs"]))

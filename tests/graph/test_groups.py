@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import Group, analyse, find_groups
-from greedyprune.graph.propagate import NotPrunableError
+from greedyprune.graph.slices import NotPrunableError
 from greedyprune.graph.tracing import LAYER_TYPES
 
 each_network = pytest.mark.parametrize("name", NETWORKS)

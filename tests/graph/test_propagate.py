@@ -12,7 +12,7 @@ from two_linears import Between, Net
 import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import Group, analyse, find_groups
-from greedyprune.graph.propagate import NotPrunableError, Slice
+from greedyprune.graph.slices import NotPrunableError, Slice
 
 
 def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> Group:

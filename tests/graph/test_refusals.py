@@ -14,7 +14,7 @@ from torch.nn import functional
 import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import analyse, named_group
-from greedyprune.graph.propagate import NotPrunableError
+from greedyprune.graph.slices import NotPrunableError
 
 Forward = Callable[["Model", Tensor], Tensor]
 

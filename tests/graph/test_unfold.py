@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from greedyprune.graph import unfold
-from greedyprune.graph.propagate import Slice
+from greedyprune.graph.slices import Slice
 from greedyprune.graph.tracing import window_of
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

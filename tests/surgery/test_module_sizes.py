@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune.graph.propagate import Slice
+from greedyprune.graph.slices import Slice
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.module_sizes import sizes_after, sizes_of
 
