@@ -26,8 +26,8 @@ from ..data.batches import Batch
 from ..data.forward import hooked
 from .adapters import ADAPTED, has_adapter
 from .calls import is_alone, sees_input
-from .constant_sizes import line_of
 from .classes import Ids
+from .constant_sizes import line_of
 from .propagate import IDENTITY, RESHAPING, Propagation
 from .refusals import by_reason, refused_in, why_not, without_layer
 from .slices import NotPrunableError, Slice

@@ -14,12 +14,12 @@ The tables below list the operations that are known. Any other operation fixes i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from .classes import Classes, Ids
 from .constant_sizes import may_hold_size, split_may_hold_size
@@ -79,6 +79,8 @@ class Labels(NamedTuple):
 
 
 State = tuple[Labels, ...]  # of disjoint dimensions
+# An operand with its ids, and the result's dimension for each of its own; None: it has none.
+Operand = tuple[fx.Node | None, State, Mapping[int, int | None]]
 
 
 class Doubt(NamedTuple):
@@ -303,7 +305,7 @@ class Propagation:
         values = self._mixed(node, self.of(value), [last - 1], reason)
         heads = shape_of(query)[-3] if dims > 2 else 1
         keys, values = (_repeated(state, dims - 3, heads) for state in (keys, values))
-        operands = [
+        operands: list[Operand] = [
             (query, queries, _aligned(query, node) | {last: None}),
             (key, keys, _aligned(key, node) | {last: None, last - 1: None}),
             (value, values, _aligned(value, node) | {last - 1: None}),
@@ -327,7 +329,7 @@ class Propagation:
         state = self.of(source)
         if op == "instance_norm":
             state = self._mixed(node, state, range(2, dims))
-        operands = [(source, state, {dim: dim for dim in range(dims)})]
+        operands: list[Operand] = [(source, state, {dim: dim for dim in range(dims)})]
         for i in PER_UNIT_ARGUMENTS[op]:
             operand = node.args[i] if len(node.args) > i else None
             if isinstance(operand, fx.Node) and shape_of(operand) != (1,):
@@ -380,9 +382,9 @@ class Propagation:
         source = first_of(node)
         along = _dims(node.args[1], len(shape_of(source)))
         return tuple(
-            Labels(labels.dims, np.flip(labels.ids, [
+            Labels(labels.dims, np.flip(labels.ids, tuple(
                 axis for axis, dim in enumerate(labels.dims) if dim in along
-            ])) for labels in self.of(source)
+            ))) for labels in self.of(source)
         )  # fmt: skip
 
     def _joined(self, node: fx.Node) -> State:
@@ -589,10 +591,7 @@ class Propagation:
     def _met(
         self, node: fx.Node, operands: Sequence[tuple[fx.Node, State, dict[int, int | None]]]
     ) -> State:
-        """The ids of a result whose entries are computed from those at the same place.
-
-        operands: each with its ids, and the result's dimension for each of its own; None: none
-        """
+        """The ids of a result whose entries are computed from those at the same place."""
         shape = shape_of(node)
         blocks: list[set[int]] = []  # of the result's dimensions that share ids
         for _, state, to in operands:
@@ -611,24 +610,27 @@ class Propagation:
 
     def _block(
         self, node: fx.Node, dims: Sequence[int], sizes: Sequence[int],
-        operands: Sequence[tuple[fx.Node | None, State, dict[int, int | None]]],
+        operands: Sequence[Operand],
     ) -> Ids:  # fmt: skip
         """The ids of a result along `dims`, of these sizes; those that meet become one class."""
-        arrays, reason = list[Ids](), ""
+        arrays, reasons, mixed = list[Ids](), list[str](), set[int]()
         for operand, state, to in operands:
             covered = set[int]()
             for labels in state:
                 ats = [to[dim] for dim in labels.dims]
                 if not any(at in dims for at in ats):
                     continue
-                order = sorted(range(len(ats)), key=lambda axis: dims.index(ats[axis]))
-                placed, shape = labels.ids.transpose(order), [1] * len(dims)
-                for axis, size in zip(order, placed.shape, strict=True):
-                    shape[dims.index(ats[axis])] = size
-                    covered.add(ats[axis])
-                ids = placed.reshape(shape)
+                axes = [dims.index(at) for at in ats if at is not None]
+                shape = [1] * len(dims)
+                for axis, size in zip(axes, labels.ids.shape, strict=True):
+                    shape[axis] = size
+                    covered.add(dims[axis])
+                ids = labels.ids.transpose(np.argsort(axes)).reshape(shape)
                 if ids.size == 1 < math.prod(sizes):  # a single unit that is broadcast
                     self.classes.fix(ids, f"{node.target} changes the size of its units' dimension")
+                elif operand in self._constants and len(axes) < len(dims):
+                    self.classes.fix(ids, f"{node.target} has the same for several units")
+                    mixed.update(axes)  # a head stays whole where its entries have factors
                 else:
                     arrays.append(np.broadcast_to(ids, sizes))
             if operand is None or operand is node:
@@ -636,11 +638,13 @@ class Propagation:
             own = {at: shape_of(operand)[dim] for dim, at in to.items() if at in dims}
             if any(size > 1 and at not in covered for at, size in own.items()):
                 other = f"another tensor of shape {shape_of(operand)}"
-                reason = reason or f"{node.target} combines its units with {other}"
+                reasons.append(f"{node.target} combines its units with {other}")
         first = arrays[0] if arrays else self.classes.fresh(math.prod(sizes)).reshape(sizes)
-        for other in arrays[1:]:
-            self.classes.unite(first, other)
-        if reason:
+        for others in arrays[1:]:
+            self.classes.unite(first, others)
+        if mixed:
+            self.classes.unite_along(first, tuple(mixed))
+        for reason in reasons:
             self.classes.fix(first, reason)
         return np.ascontiguousarray(first)
 

@@ -21,8 +21,8 @@ from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
 from ..graph.groups import Group, analyse, find_groups, named_group
-from ..graph.slices import NotPrunableError
 from ..graph.refusals import by_reason, refused_in
+from ..graph.slices import NotPrunableError
 from ..graph.trace_errors import TraceError, place_of
 from ..graph.tracing import without_cache
 from ..runtime.errors import first_line
