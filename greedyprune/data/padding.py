@@ -6,7 +6,7 @@ inside the model may have other shapes; `counted` finds a mask's entries for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,22 +136,3 @@ def visible(targets: Tensor, mask: Tensor | None, ignored: int) -> Tensor:
     if mask is None or targets.shape != mask.shape or not is_labels:
         return targets
     return targets.long().masked_fill(~mask, ignored)
-
-
-class PaddingOfPass:
-    """A progress bar that also knows the padding of the item that it passed on last.
-
-    The first pass takes batches. Later ones may take records of them, in the same order.
-    """
-
-    def __init__(self, bar: Callable[..., Any]) -> None:
-        self._bar, self._paddings = bar, list[Padding]()
-        self.padding = NO_PADDING
-
-    def __call__(self, items: Iterable[Any], description: str = "") -> Iterator[Any]:
-        for i, item in enumerate(self._bar(items, description)):
-            padding = getattr(item, "padding", None)
-            if padding is not None:
-                self._paddings[i:] = [padding]
-            self.padding = self._paddings[i]
-            yield item
