@@ -94,8 +94,8 @@ def process() -> Iterator[Team]:
 def give_back_at_once(_: int) -> None:
     """Larger arrays get pages of their own, which go back to the system when they are freed.
 
-    By default, malloc takes them from its heap once some have been freed. The heap keeps holes then,
-    of some 20 MB, which differ from run to run.
+    By default, malloc takes them from its heap once some have been freed. Then the heap keeps
+    holes, of some 20 MB, which differ from run to run.
     """
     assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**17)
 

@@ -51,7 +51,10 @@ def compared(criterion: Criterion, outputs: object, batch: Batch) -> Compared:
     if criterion.kind == "custom":
         classes = shape[-1] if len(shape) > 1 else 1
         samples = math.prod(shape) // max(1, classes)
-        return Compared(Target("custom", classes, samples, float(samples)), -1, None)
+        shown = counted(batch.padding.outputs, shape[:-1])
+        weight = None if shown is None else shown.flatten().double()
+        target = Target("custom", classes, samples, float(samples), weight=weight)
+        return Compared(target, -1, None)
     if not isinstance(targets, Tensor):
         criterion.target(targets, shape)  # raises
     if criterion.kind == "cross_entropy" and not targets.is_floating_point():

@@ -16,6 +16,8 @@ from torch import Tensor
 AUTO = "auto"
 MASK = "attention_mask"
 DECODER_MASK = "decoder_attention_mask"
+NO_LABEL = "data: every label is ignored or hidden by the mask, expected at least one that counts"
+NO_POSITION = "data: every position is hidden by the mask, expected at least one that counts"
 INVERTED = "key_padding_mask"  # torch's masks with this name are True where a position is hidden
 
 

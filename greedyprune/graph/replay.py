@@ -25,7 +25,6 @@ from .executor import (
 from .executors import GraphExecutors
 from .tracing import Layer
 
-
 Add = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
@@ -100,9 +99,7 @@ class Replay:
         """The names of the tensors that have changed."""
         return list(self._changed)
 
-    def visit(
-        self, layers: Sequence[str], add: Add, bar: Bar, resumed: Pass
-    ) -> None:
+    def visit(self, layers: Sequence[str], add: Add, bar: Bar, resumed: Pass) -> None:
         """Calls add(layer, inputs, target, second_half, mask) for all these layers and batches.
 
         The inputs are those that the layer receives in the pruned network. The target is the

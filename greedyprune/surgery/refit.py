@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 from ..data.batches import Batches
 from ..data.forward import evaluating
+from ..data.padding import NO_POSITION
 from ..graph.propagate import Slice
 from ..graph.replay import Replay
 from ..graph.tracing import Layer
@@ -248,9 +249,7 @@ class _LeastSquares:
             change = change.T
         self._change[: self.features] = change.flatten(1).T
 
-    def add(
-        self, inputs: Tensor, error: Tensor, second_half: Tensor, mask: Tensor | None
-    ) -> None:
+    def add(self, inputs: Tensor, error: Tensor, second_half: Tensor, mask: Tensor | None) -> None:
         """Adds one batch: the layer's inputs, and by what its outputs are to change.
 
         second_half: (m,) bool: which of the m samples are in the second half
@@ -287,6 +286,8 @@ class _LeastSquares:
                 ranks.sum_upper(f"products {self._name!r} {half}", gram)
             [rows] = ranks.sum_numbers(f"rows {self._name!r}", self.rows)
             self.rows = int(rows)
+            if not self.rows:
+                raise ValueError(NO_POSITION)
         change, self._damping = ranks.on_first(f"weights {self._name!r}", self._solution)
         if self.stays:
             return
