@@ -27,8 +27,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "loss, refit": {"objective": "loss", "weights": "refit"},
     "mini-batches of all": {"objective": Loss(candidates=4, draw="gradient")},
     "steps": {"objective": "loss", "steps": 12, "layers": "hidden"},
-    "columns": {"objective": Imitation(sequential=False), "weights": "counts", "layers": "up"},
-}
+    "columns": {
+        "objective": Imitation(sequential=False),
+        "weights": "counts",
+        "layers": "up",
+        "size": 2,
+    },
+}  # fmt: skip
 
 
 def selected(data: object, pooled: bool = False, **options: Any) -> Selection:
@@ -183,6 +188,7 @@ def test_masks_that_hide_nothing() -> None:
     for more in (
         {"attention_mask": torch.where(hidden, 0.0, -1e9)[:, None, None]},
         {"attention_mask": torch.where(hidden, 0.0, -1e9)},
+        {"attention_mask": torch.zeros(6, 5)},  # of the same form, without padding
         {"bool_masked_pos": hidden},
     ):
         same(expected, greedyprune.select(model, [{"x": inputs, **more}], size=4), rtol=1e-12)

@@ -94,9 +94,10 @@ def class_dim_of(criterion: Criterion, shape: tuple[int, ...], batch: Batch) -> 
     if len(shape) < 2:
         return None
     if criterion.kind == "cross_entropy":
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
-            return -1
-        return criterion.class_dim(shape, tuple(targets.shape))
+        if isinstance(targets, Tensor) and not targets.is_floating_point():
+            return criterion.class_dim(shape, tuple(targets.shape))
+        by_position = mask is not None and shape[:-1] == tuple(mask.shape)
+        return -1 if len(shape) == 2 or criterion.classes_last or by_position else 1
     if mask is None:
         return -1
     if shape == tuple(mask.shape) and not criterion.classes_last:

@@ -97,13 +97,16 @@ def padding_of(
     samples: m
 
     ValueError for a mask that is named but missing, or is not (m, T) of 0 and 1. With "auto", other
-    forms of a mask, such as those that are added to attention's products, hide nothing.
+    forms of a mask, such as those that are added to attention's products, hide nothing. A mask of
+    0.0 only is one of these, of a batch without padding.
     """
     if name is None:
         return None, None
     decoder = _mask(entries.get(DECODER_MASK), samples)
     if name == AUTO:
-        return _mask(entries.get(MASK), samples), decoder
+        value = entries.get(MASK)
+        is_zero = isinstance(value, Tensor) and value.is_floating_point() and not value.any()
+        return None if is_zero else _mask(value, samples), decoder
     if name not in entries:
         known = f"one of {sorted(entries)}" if entries else "batches that are dicts with it"
         raise ValueError(f"mask: found {name!r}, which no entry of a batch has, expected {known}")
