@@ -94,7 +94,9 @@ def class_dim_of(criterion: Criterion, shape: tuple[int, ...], batch: Batch) -> 
     if len(shape) < 2:
         return None
     if criterion.kind == "cross_entropy":
-        if isinstance(targets, Tensor) and not targets.is_floating_point():
+        if not isinstance(targets, Tensor):
+            return -1
+        if not targets.is_floating_point():
             return criterion.class_dim(shape, tuple(targets.shape))
         by_position = mask is not None and shape[:-1] == tuple(mask.shape)
         return -1 if len(shape) == 2 or criterion.classes_last or by_position else 1
