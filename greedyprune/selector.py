@@ -204,8 +204,9 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         model, first, request.layers, request.consumers, request.sized_layers
     )
     if request.consumers is not None:  # no graph tells what follows these layers
-        agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
-        output_layers = set.intersection(*agreed)
+        output_layers = _unmoved(model, first, output_layers)
+    # One rank's first batch may have NaN, or leave its outputs as they are in an operation after.
+    output_layers = set.intersection(*job.ranks.gather("output layers", output_layers))
     groups = [_with_output(model, group, output_layers) for group in groups]
     judges = {judge_of(request, group) for group in groups}
     by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from padded import WIDTH, padded, sequences, tagger, together
+from padded import CLASSES, WIDTH, padded, sequences, tagger, together
 from processes import Team, group_of
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,8 +27,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "loss, refit": {"objective": "loss", "weights": "refit"},
     "mini-batches of all": {"objective": Loss(candidates=4, draw="gradient")},
     "steps": {"objective": "loss", "steps": 12, "layers": "hidden"},
-    "columns": {"objective": Imitation(sequential=False), "weights": "counts", "layers": "up"},
-}
+    "columns": {
+        "objective": Imitation(sequential=False), "weights": "counts", "layers": "up", "size": 2,
+        "memory_limit": 1000,  # less than the Gram matrix takes
+    },
+}  # fmt: skip
 
 
 def selected(data: object, pooled: bool = False, **options: Any) -> Selection:
@@ -121,6 +124,29 @@ def test_losses_of_each_output(loss: str, targets: Tensor) -> None:
         same(expected, found, rtol=1e-6)
 
 
+def test_mini_batches_of_a_network() -> None:
+    """Targets of hidden positions are numbers, which no label -100 marks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh())
+    inputs, targets = torch.randn(12, 5, WIDTH), torch.randn(12, 5, 4)
+    shown = torch.rand(12, 5) > 0.4
+    found = []
+    for fill in (0.0, 7.0):
+        data = [
+            {
+                "input": x.masked_fill(~s, fill),
+                "labels": y.masked_fill(~s, fill),
+                "shown": s[..., 0],
+            }
+            for x, y, s in zip(
+                inputs.split(4), targets.split(4), shown[..., None].split(4), strict=True
+            )
+        ]
+        objective = Loss(batch_size=3, candidates=6)
+        found.append(greedyprune.select(model, data, objective=objective, mask="shown", size=7))
+    same(*found, rtol=1e-9)
+
+
 def test_convolutions_over_positions() -> None:
     """Their positions are those of the sequence; a window reaches into what is hidden."""
     torch.manual_seed(0)
@@ -183,6 +209,7 @@ def test_masks_that_hide_nothing() -> None:
     for more in (
         {"attention_mask": torch.where(hidden, 0.0, -1e9)[:, None, None]},
         {"attention_mask": torch.where(hidden, 0.0, -1e9)},
+        {"attention_mask": torch.zeros(6, 5)},  # of the same form, without padding
         {"bool_masked_pos": hidden},
     ):
         same(expected, greedyprune.select(model, [{"x": inputs, **more}], size=4), rtol=1e-12)
@@ -236,11 +263,112 @@ def test_training_of_all_layers_ignores_padding() -> None:
     mask = torch.rand(4, 6) > 0.4
     expected = (one[mask] - other[mask]).square().mean() / other[mask].square().mean()
     noisy = one.masked_fill(~mask[..., None], 1e6)
-    torch.testing.assert_close(_relative_error(noisy, other, None, mask), expected)
+    torch.testing.assert_close(_relative_error(noisy, other, None, mask, -1), expected)
     flipped = (noisy.transpose(1, 2), other.transpose(1, 2))  # (m, C, T), a convolution's
-    torch.testing.assert_close(_relative_error(*flipped, None, mask), expected)
+    torch.testing.assert_close(_relative_error(*flipped, None, mask, 1), expected)
     flat = (noisy.flatten(0, 1), other.flatten(0, 1))
-    torch.testing.assert_close(_relative_error(*flat, None, mask), expected)
+    torch.testing.assert_close(_relative_error(*flat, None, mask, -1), expected)
+
+
+def hidden_batch() -> dict[str, Tensor]:
+    """Four sequences without any token."""
+    batch = together(padded(sequences(), "noise"), 4)[0]
+    return batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_refit(epochs: int) -> None:
+    alone, model = sequences(), tagger().double()  # Adam would enlarge what rounding leaves
+    selection = greedyprune.select(model, alone, size=0.5, progress=False)
+    small = greedyprune.refit(model, selection, alone, epochs=epochs, progress=False)
+    others = [padded(alone, "noise"), padded(alone, "zeros", left=True)]
+    if not epochs:  # the rate of learning falls from batch to batch
+        others.append([hidden_batch(), *padded(alone, "zeros")])
+    for data in others:
+        other = greedyprune.refit(model, selection, data, epochs=epochs, progress=False)
+        for one, two in zip(small.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
+
+
+def test_refit_by_gradients_leaves_out_hidden_samples() -> None:
+    batch, model = together(padded(sequences(), "noise"), 12)[0], tagger().double()
+    hidden = {name: value[[0, 5, 7]] for name, value in batch.items()}
+    hidden["attention_mask"] = torch.zeros_like(hidden["attention_mask"])
+    more = {name: torch.cat([batch[name], hidden[name]]) for name in batch}
+    selection = greedyprune.select(model, [batch], size=0.5, progress=False)
+    one, two = (
+        greedyprune.refit(model, selection, [data], epochs=3, progress=False)
+        for data in (batch, more)
+    )
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
+
+
+def test_refit_with_a_mask_by_name() -> None:
+    """What is hidden may be NaN; the model takes no mask."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    inputs, shown = torch.randn(40, 5, WIDTH), torch.rand(40, 5) > 0.4
+    selection = greedyprune.select(model, inputs[shown], size=7)
+    data = [{"input": inputs.masked_fill(~shown[..., None], torch.nan), "shown": shown}]
+    zeros = [{"input": inputs.masked_fill(~shown[..., None], 0.0), "shown": shown}]
+    found = greedyprune.refit(model, selection, data, mask="shown", progress=False)
+    expected = greedyprune.refit(model, selection, zeros, mask="shown", progress=False)
+    assert not torch.equal(expected[2].weight, greedyprune.prune(model, selection)[2].weight)
+    for one, two in zip(expected.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
+
+
+def own_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """It skips hidden positions, whose labels are -100."""
+    return functional.cross_entropy(outputs.reshape(-1, CLASSES).float(), targets.flatten().long())
+
+
+def test_least_squares_for_a_loss_of_ones_own() -> None:
+    """The loss is called with all positions; least squares leaves out the hidden ones."""
+    options = {"objective": "loss", "weights": "refit", "layers": "hidden", "loss": own_loss}
+    found = [
+        selected(together(padded(sequences(), fill), 4), **options) for fill in ("zeros", "noise")
+    ]
+    same(*found)
+    same(selected(sequences(), **options | {"loss": "cross_entropy"}), found[0])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", own_loss], ids=["named", "own"])
+def test_a_batch_that_counts_nowhere(loss: Any) -> None:
+    """In which all positions are hidden or, for a named loss, all labels are ignored."""
+    batches = together(padded(sequences(), "noise"), 4)
+    ignored = batches[0] | {"labels": torch.full_like(batches[0]["labels"], -100)}
+    for objective in ("loss", "fisher"):
+        expected = selected(batches, objective=objective, loss=loss, layers="hidden")
+        others = [hidden_batch()] if callable(loss) else [hidden_batch(), ignored]
+        for other in others:
+            for data in ([other, *batches], [*batches, other]):
+                same(expected, selected(data, objective=objective, loss=loss, layers="hidden"))
+
+
+def test_nothing_counts() -> None:
+    data, loss = [hidden_batch()], "data: every label is ignored or hidden by the mask"
+    for way, message in (
+        ("imitation", "data: every position is hidden"), ("counts", "data: every position is"),
+        ("from one pass", "data: every position is"), ("loss", loss), ("fisher", loss),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            selected(data, **WAYS[way])
+    with pytest.raises(ValueError, match="data: every position is hidden by the mask"):
+        selected(data, **WAYS["counts"], layers="up", backend="reference")
+    selection = selected(sequences())
+    with pytest.raises(ValueError, match="data: every position is hidden by the mask"):
+        greedyprune.refit(tagger(), selection, data, progress=False)
+
+
+def test_one_label_of_a_wider_tensor() -> None:
+    """A view of one number, whose stride is not 1, among the targets of a batch."""
+    alone = [batch | {"labels": batch["labels"][:, 0]} for batch in sequences()]
+    assert alone[0]["labels"].stride() != (1,)
+    cloned = [batch | {"labels": batch["labels"].clone()} for batch in alone]
+    for way in ("metric", "fisher", "defaults"):
+        same(selected(cloned, pooled=True, **WAYS[way]), selected(alone, pooled=True, **WAYS[way]))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ class Batch:
             if isinstance(value, Tensor):
                 flat = value.detach().reshape(-1)
                 stride = max(1, flat.numel() // MARKED)
-                sample = flat[::stride].cpu().contiguous()
+                sample = flat[::stride].cpu().clone(memory_format=torch.contiguous_format)
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 if sample.numel():
                     digest.update(sample.view(torch.uint8).numpy().data)

@@ -17,6 +17,7 @@ from ..data.batches import Batch, Batches, samples_of
 from ..data.compared import Compared, compared
 from ..data.forward import alike, main_output, run_model, shown_output
 from ..data.losses import Criterion, loss_of_function, slope_in
+from ..data.padding import NO_LABEL
 from ..data.targets import joined, joined_over, part_of
 from ..graph.executor import (
     GraphExecutor,
@@ -103,7 +104,7 @@ def _values(totals: Sequence[_Loss], criterion: Criterion, ranks: Ranks) -> Tens
     sums = torch.tensor([[float(total.sum), total.mass] for total in totals], dtype=torch.float64)
     ranks.sum("losses", sums)
     if not sums[:, 1].all():
-        raise ValueError("data: every label is ignored, expected at least one that counts")
+        raise ValueError(NO_LABEL)
     return sums[:, 0] if criterion.reduction == "sum" else sums[:, 0] / sums[:, 1]
 
 

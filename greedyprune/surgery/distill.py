@@ -29,7 +29,7 @@ from ..data.padding import counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.propagate import Slice
-from ..graph.tracing import Layer
+from ..graph.tracing import CONVOLUTION_TYPES, Layer
 from ..runtime.progress import Bar
 from .selection import Selection
 
@@ -65,10 +65,14 @@ def distill(
         with torch.no_grad():
             targets = dense.of(part).path_ends(part, dense_tensors, kept_outputs)
         outputs = pruned.of(part).path_ends(part, tensors, kept_outputs)
-        return [
-            _relative_error(outputs[name], targets[name], kept_outputs[name], part.padding.of(name))
-            for name in outputs
-        ]
+        found = list[Tensor]()
+        for name, output in outputs.items():
+            of_convolution = isinstance(model.get_submodule(name), CONVOLUTION_TYPES)
+            kept, mask = kept_outputs[name], part.padding.of(name)
+            found.append(
+                _relative_error(output, targets[name], kept, mask, 1 if of_convolution else -1)
+            )
+        return found
 
     def held_out_error() -> float:
         """The mean error on the held-out samples; inf where there are none."""
@@ -105,11 +109,14 @@ def distill(
 def _parts(batch: Batch, chosen: Tensor) -> list[Batch]:
     """The chosen samples in parts of at most SAMPLES, which are drawn anew in every call.
 
+    Samples all of whose positions are hidden are left out.
+
     chosen: (m,) bool. A batch without a dimension of samples is used whole if chosen[0] is true
     """
     if samples_of(batch) != len(chosen):
         return [batch] if bool(chosen[0]) else []
-    samples = chosen.nonzero().flatten()
+    shown = counted(batch.padding.mask, chosen.shape)
+    samples = (chosen if shown is None else chosen & shown.cpu()).nonzero().flatten()
     drawn = samples[torch.randperm(len(samples))]
     return [batch.take(part) for part in drawn.split(SAMPLES) if len(part)]
 
@@ -145,19 +152,17 @@ def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _K
 
 
 def _relative_error(
-    output: Tensor, target: Tensor, kept: _KeptOutputs | None, mask: Tensor | None
+    output: Tensor, target: Tensor, kept: _KeptOutputs | None, mask: Tensor | None, channels: int
 ) -> Tensor:
-    """|output - target|^2 / |target|^2, a scalar, over the positions that the mask shows."""
+    """|output - target|^2 / |target|^2, a scalar, over the positions that the mask shows.
+
+    channels: the outputs' dimension that is none of the positions
+    """
     target = target if kept is None else kept.of(target, output)
-    rows = counted(mask, output.shape[:1] + output.shape[2:])  # (m, C, T), as a convolution's
-    if mask is not None and output.shape[:2] == mask.shape:
-        rows = counted(mask, output.shape[:-1])
-    elif rows is not None and output.dim() > 2:
-        output, target = output.movedim(1, -1), target.movedim(1, -1)
-    elif rows is not None:  # (m, F) or (m * T, F)
-        rows = counted(mask, output.shape[:1])
+    at = channels % output.dim()
+    rows = counted(mask, output.shape[:at] + output.shape[at + 1 :])
     if rows is not None:
-        output, target = output[rows], target[rows]
+        output, target = (value.movedim(channels, -1)[rows] for value in (output, target))
     if not output.numel():
         return output.sum()
     return (output - target).square().mean() / target.square().mean().clamp(min=TINY)
