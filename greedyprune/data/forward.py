@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import first_line, raised_here
-from .batch import Batch
+from ..runtime.sparse import are_equal
+from .batch import Batch, samples_of
 from .padding import NO_PADDING, Padding
 
 
@@ -83,7 +84,7 @@ class _State:
             with torch.inference_mode(False), torch.no_grad():
                 if buffer.shape != saved.shape:  # as those of quantisation's observers
                     buffer.data = saved
-                elif not torch.equal(buffer, saved):
+                elif not are_equal(buffer, saved):
                     buffer.copy_(saved)
         for parameter, required in self._required:
             if parameter.requires_grad != required:
@@ -241,6 +242,31 @@ def shown_output(outputs: object, batch: Batch) -> Tensor:
     """`main_output` without the positions that the batch's padding hides."""
     shown: Tensor = _shown(main_output(outputs), batch.padding)
     return shown
+
+
+def is_separate(model: nn.Module, batch: Batch, outputs: object = None) -> bool:
+    """Are the outputs for some of a batch's samples those for the whole batch?
+
+    They are not where the model has no dimension of samples, combines samples (the nodes of a
+    graph, statistics of the batch), or takes inputs without one entry for each sample.
+
+    outputs: the model's, where they are known
+    """
+    count = samples_of(batch) or 1
+    if count == 1:
+        return False
+    try:
+        whole = main_output(run_model(model, batch) if outputs is None else outputs)
+        rows = whole.reshape(count, -1, *whole.shape[1:])
+        for samples in (torch.arange(0, count, 2), torch.arange(1, count, 2)):
+            part = batch.take(samples)
+            expected = rows[samples.to(rows.device)].flatten(0, 1)
+            actual = shown_output(run_model(model, part), part)
+            if not alike(_shown(expected, part.padding), actual):
+                return False
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def check_finite(name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
+from ..runtime.sparse import bytes_of
 from .propagate import IDENTITY, RESHAPING
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
@@ -399,4 +400,4 @@ def bytes_held(values: Sequence[Values]) -> int:
         for value in tree_leaves([list(nodes.values()) for nodes in values])
         if isinstance(value, Tensor)
     }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(bytes_of, tensors.values()))

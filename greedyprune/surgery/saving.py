@@ -49,6 +49,11 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TypeError(f"model: {name!r} is on the meta device, expected numbers in memory")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"model: {name!r} is sparse ({tensor.layout}), expected dense tensors, as the file "
+                "has no others; or torch.save the whole model"
+            )
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
