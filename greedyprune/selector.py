@@ -36,9 +36,10 @@ from .plan import (
 )
 from .request import Request, Size, check_model, checked_request
 from .runtime.checkpoint import Checkpoint
-from .runtime.distributed import Ranks, ranks_of, unwrapped
+from .runtime.distributed import Ranks, ranks_of
 from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
 from .runtime.free_memory import room
+from .runtime.modules import module_of
 from .runtime.progress import bars, warn
 from .surgery.copying import check_functions
 from .surgery.hf_config import how_saved
@@ -157,7 +158,7 @@ def select_on(
     mask: str | None = AUTO,
 ) -> Selection:
     """`select` for checked arguments, inside `ranks.together()`."""
-    module = unwrapped(model)
+    module = module_of(model)
     check_model(module)
     criterion = criterion_of(loss, None)
     batches = Batches(data, module, ranks, mask)

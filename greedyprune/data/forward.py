@@ -219,8 +219,17 @@ def traceable(model: nn.Module, batch: Batch) -> Iterator[None]:
     except Exception as error:
         if raised_here(error):
             raise
-        reason = first_line(error)
+        reason = untraceable(model, error)
         raise ValueError(f"model: torch.export can't trace it ({reason})") from error
+
+
+def untraceable(model: nn.Module, error: BaseException) -> str:
+    """Why torch.export can't trace a model, from the error that it raised."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_packed_params") and not isinstance(module, nn.RNNBase):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            return f"{name!r} is quantised, {kind}: prune first, then quantise"
+    return first_line(error)
 
 
 def main_output(outputs: object) -> Tensor:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..data.batches import example_batch
-from ..data.forward import evaluating
+from ..data.batches import example_batch, placed
+from ..data.forward import evaluating, untraceable
 from ..runtime.arguments import ByName
-from ..runtime.distributed import unwrapped
+from ..runtime.errors import first_line
+from ..runtime.modules import module_of
 from .costs import Cost, costs_of, count_flops
 from .groups import Group, analyse, why_not
 from .pretrained import before_selection
@@ -99,11 +100,11 @@ def layers(model: nn.Module, example: object) -> Layers:
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
         example: inputs for one forward pass: a tensor, a tuple of tensors, or a dict of keyword
-            arguments
+            arguments. It is moved to the model's device, and floats are cast to its dtype
 
     Raises:
         TypeError: `model` is not an nn.Module, or `example` has another type
-        ValueError: the model can't be traced, or can't be run on the example
+        ValueError: the model can't be run on the example, or can't be traced
 
     Example:
         >>> import torch, greedyprune
@@ -117,17 +118,21 @@ def layers(model: nn.Module, example: object) -> Layers:
         >>> table.refused
         {'2': "its units are the model's output"}
     """
-    model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    model = module_of(model)
     batch = example_batch(example)
-    try:
-        with evaluating(model):
-            structure = analyse(model, batch)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        batch = placed(batch, model)
+    with evaluating(model):
+        try:
             _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"model: torch.export can't trace it ({first[0]})") from error
+        except Exception as error:
+            reason = first_line(error)
+            raise ValueError(f"example: the model can't run on it ({reason})") from error
+        try:
+            structure = analyse(model, batch)
+        except Exception as error:
+            reason = untraceable(model, error)
+            raise ValueError(f"model: torch.export can't trace it ({reason})") from error
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}

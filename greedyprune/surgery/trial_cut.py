@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batch
-from ..data.forward import alike, run_model, shown_output
+from ..data.forward import alike, run_model, shown_output, untraceable
 from ..graph.groups import Group, analyse, find_groups, named_group
 from ..graph.propagate import NotPrunableError
 from .cut import cut, masked, selection_of_units
@@ -47,8 +47,9 @@ def groups_of(
         try:
             analysis = analyse(model, example, _check_cut)
         except Exception as error:
+            reason = untraceable(model, error)
             raise ValueError(
-                f"model: torch.export can't trace it ({_first_line(error)}); name the layers in "
+                f"model: torch.export can't trace it ({reason}); name the layers in "
                 "layers={producer: consumer}"
             ) from error
         groups = find_groups(model, analysis, layers)
@@ -76,8 +77,3 @@ def _check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
             f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
             f"{reason}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
