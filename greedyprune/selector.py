@@ -20,6 +20,7 @@ from .data.losses import Criterion, criterion_of
 from .data.padding import AUTO
 from .graph.costs import costs_of, count_flops
 from .graph.groups import Group
+from .graph.unrun import UsedTensors, warn_of_unrun
 from .kernels import backend as backends
 from .objectives.job import Job
 from .objectives.options import Fisher, Imitation, Loss
@@ -200,8 +201,10 @@ def select_on(
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     check_functions(model)
-    (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
+    with UsedTensors() as used:
+        (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
     groups = groups_of(model, first, request.layers, request.consumers, request.sized_layers)
+    warn_of_unrun(model, used, groups, "data")
     if request.consumers is not None:  # no graph tells what follows these layers
         agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
         output_layers = set.intersection(*agreed)

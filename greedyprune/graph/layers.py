@@ -17,6 +17,7 @@ from .costs import Cost, costs_of, count_flops
 from .groups import Group, analyse, why_not
 from .pretrained import before_selection
 from .tracing import LAYER_TYPES
+from .unrun import UsedTensors, warn_of_unrun
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,7 +125,8 @@ def layers(model: nn.Module, example: object) -> Layers:
         batch = placed(batch, model)
     with evaluating(model):
         try:
-            _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
+            with UsedTensors() as used:
+                _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
         except Exception as error:
             reason = first_line(error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error
@@ -134,6 +136,7 @@ def layers(model: nn.Module, example: object) -> Layers:
             reason = untraceable(model, error)
             raise ValueError(f"model: torch.export can't trace it ({reason})") from error
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
+    warn_of_unrun(model, used, groups.values(), "example")
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
     refused = {
