@@ -141,7 +141,7 @@ class GraphExecutor:
             if node.op == "output":
                 break
             value = self.evaluate(node, env)
-            if node.users:
+            if node.users or i == end - 1:  # what nothing uses may still be looked at
                 env[node] = value
             for source in self._last_uses[i]:
                 env.pop(source, None)
