@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ from .padding import NO_PADDING, Padding
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Runs the model in eval mode, without gradients, autocast, inference mode and torch.compile.
 
+    A forward's own autocast has no effect, either: a trace would hide the layers inside it.
+    Attention takes no fast path: with a padding mask, that path needs nested tensors, which have no
+    sizes for a trace.
+
     Inside, fake quantisation keeps its ranges, as batch normalisation its statistics, and
     parameters and buffers that are inference tensors are ordinary ones. Afterwards the
     attributes of all modules (mode, hooks, tensors that a forward keeps), the buffers, the
@@ -30,8 +35,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     gpus = {device.index for device in devices if device.type == "cuda"}
     if torch.cuda.is_initialized():
         gpus.add(torch.cuda.current_device())
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -39,13 +46,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
             torch.compiler.set_stance("force_eager"),
+            _autocast_without_effect(),
         ):
             for module in model.modules():
                 if (enabled := module._buffers.get("observer_enabled")) is not None:
                     enabled.zero_()
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
         state.restore()
+
+
+@contextmanager
+def _autocast_without_effect() -> Iterator[None]:
+    """Makes `with torch.autocast(...)` do nothing inside, in this thread."""
+    autocast: Any = torch.autocast
+    enter, leave, thread = autocast.__enter__, autocast.__exit__, threading.get_ident()
+
+    def do_enter(self: Any) -> Any:
+        return self if threading.get_ident() == thread else enter(self)
+
+    def do_leave(self: Any, *error: Any) -> Any:
+        return None if threading.get_ident() == thread else leave(self, *error)
+
+    autocast.__enter__, autocast.__exit__ = do_enter, do_leave
+    try:
+        yield
+    finally:
+        autocast.__enter__, autocast.__exit__ = enter, leave
 
 
 class _State:
