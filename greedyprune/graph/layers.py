@@ -22,6 +22,9 @@ from .unrun import UsedTensors, warn_of_unrun
 if TYPE_CHECKING:
     from rich.table import Table
 
+TEXTS = ("layer", "with", "taken by", "why not")
+COLUMNS = ("layer", "units", "features", "with", "taken by", "parameters", "FLOPs", "why not")
+
 
 @dataclass(frozen=True)
 class Prunable:
@@ -70,20 +73,31 @@ class Layers(Mapping[str, Prunable]):
         return len(self._prunable)
 
     def summary(self) -> Table:
-        """A rich table with a row for each layer: `rich.print(layers.summary())`."""
+        """A rich table with a row for each layer: `rich.print(layers.summary())`.
+
+        with: the other layers that give these units, too
+        why not: the reason why a layer can't be pruned
+
+        Columns that would be empty are left out.
+        """
         from rich.table import Table
 
         table = Table(title=f"{len(self)} of {len(self) + len(self.refused)} layers can be pruned")
-        for column in ("layer", "units", "features", "with", "taken by", "parameters", "FLOPs"):
-            left = column in ("layer", "with", "taken by")
-            table.add_column(column, justify="left" if left else "right")
-        for name, layer in self.items():
-            table.add_row(
-                name, f"{layer.units}", f"{layer.features}", ", ".join(layer.producers[1:]),
-                ", ".join(layer.consumers), f"{layer.parameters:,}", f"{layer.flops:,}",
-            )  # fmt: skip
-        for name, reason in self.refused.items():
-            table.add_row(name, "-", "-", reason, style="dim")
+        rows = [
+            {
+                "layer": name, "units": f"{layer.units}", "features": f"{layer.features}",
+                "with": ", ".join(layer.producers[1:]), "taken by": ", ".join(layer.consumers),
+                "parameters": f"{layer.parameters:,}", "FLOPs": f"{layer.flops:,}",
+            }
+            for name, layer in self.items()
+        ]  # fmt: skip
+        rows += [{"layer": name, "why not": reason} for name, reason in self.refused.items()]
+        columns = [column for column in COLUMNS if any(row.get(column) for row in rows)]
+        for column in columns:
+            table.add_column(column, justify="left" if column in TEXTS else "right")
+        for row in rows:
+            texts = [row.get(column, "") for column in columns]
+            table.add_row(*texts, style="dim" if "why not" in row else "")
         table.caption = self.saving
         return table
 
