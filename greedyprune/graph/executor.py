@@ -90,6 +90,8 @@ class GraphExecutor:
             name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
+        # What `output_of` and `output_error` read, also where the graph uses it nowhere.
+        self._read = {*graph.layers, *(path.end for path in self.linear_paths.values())}
 
     def accepts(self, batch: Batch) -> bool:
         """Has a batch sizes that the graph serves?"""
@@ -141,7 +143,7 @@ class GraphExecutor:
             if node.op == "output":
                 break
             value = self.evaluate(node, env)
-            if node.users or i == end - 1:  # what nothing uses may still be looked at
+            if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
             for source in self._last_uses[i]:
                 env.pop(source, None)
