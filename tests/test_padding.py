@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune import Fisher, Imitation, Loss, Selection
+from greedyprune.surgery.cut import masked
 from greedyprune.surgery.distill import _relative_error
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -391,3 +392,59 @@ def test_several_processes(team: Team, way: str) -> None:
     expected = selected(sequences(), **WAYS[way])
     for selection in team.results(2, _on_rank, way):
         same(expected, selection)
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, which has a fast path for padded sequences, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 20, batch_first=True)
+        self.embed, self.encoder = nn.Embedding(50, WIDTH), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, tokens: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        x = self.encoder(self.embed(tokens), src_key_padding_mask=src_key_padding_mask)
+        shown = ~src_key_padding_mask[..., None]
+        return self.head((x * shown).sum(1) / shown.sum(1))
+
+
+def encoder_data(fill: str | None) -> list[dict[str, Tensor]]:
+    """Sequences for `Encoder`: padded to one length, or alone where `fill` is None."""
+    batches = sequences() if fill is None else padded(sequences(), fill)
+    return [
+        {
+            "tokens": batch["input_ids"],
+            "src_key_padding_mask": batch["attention_mask"] == 0,
+            "labels": batch["labels"][:, 0] % 3,
+        }
+        for batch in batches
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:data. found too few samples")
+@pytest.mark.parametrize(
+    ("way", "enabled"),
+    [("defaults", True), ("defaults", False), ("from one pass", True), ("loss", True)],
+)
+def test_torch_s_encoder_with_a_padding_mask(
+    way: str, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", enabled)
+    torch.manual_seed(3)
+    model = Encoder().eval()
+    options: dict[str, Any] = WAYS[way] | {"mask": "src_key_padding_mask", "size": 0.5}
+    expected = greedyprune.select(model, encoder_data(None), **options)
+    for fill in ("zeros", "noise"):
+        selection = greedyprune.select(model, encoder_data(fill), **options)
+        same(expected, selection)
+    assert list(selection.layers) == [f"encoder.layers.{i}.linear1" for i in (0, 1)]
+    data = encoder_data("noise")
+    inputs = data[0]["tokens"], data[0]["src_key_padding_mask"]
+    with torch.no_grad():  # torch's fast path, in both
+        small = greedyprune.prune(model, selection)(*inputs)
+        torch.testing.assert_close(small, masked(model, selection)(*inputs))
+        refitted = greedyprune.refit(model, selection, data)(*inputs)
+        errors = [(outputs - model(*inputs)).square().sum() for outputs in (refitted, small)]
+        assert errors[0] < errors[1]
+    assert torch.backends.mha.get_fastpath_enabled() is enabled

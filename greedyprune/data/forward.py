@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import first_line, raised_here
-from .batch import Batch
+from ..runtime.sparse import are_equal
+from .batch import Batch, samples_of
 from .padding import NO_PADDING, Padding
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Runs the model in eval mode, without gradients, autocast, inference mode and torch.compile.
+
+    A forward's own autocast has no effect, either: a trace would hide the layers inside it.
+    Attention takes no fast path: with a padding mask, that path needs nested tensors, which have no
+    sizes for a trace.
 
     Inside, fake quantisation keeps its ranges, as batch normalisation its statistics, and
     parameters and buffers that are inference tensors are ordinary ones. Afterwards the
@@ -29,8 +35,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     gpus = {device.index for device in devices if device.type == "cuda"}
     if torch.cuda.is_initialized():
         gpus.add(torch.cuda.current_device())
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -38,13 +46,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
             torch.compiler.set_stance("force_eager"),
+            _autocast_without_effect(),
         ):
             for module in model.modules():
                 if (enabled := module._buffers.get("observer_enabled")) is not None:
                     enabled.zero_()
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
         state.restore()
+
+
+@contextmanager
+def _autocast_without_effect() -> Iterator[None]:
+    """Makes `with torch.autocast(...)` do nothing inside, in this thread."""
+    autocast: Any = torch.autocast
+    enter, leave, thread = autocast.__enter__, autocast.__exit__, threading.get_ident()
+
+    def do_enter(self: Any) -> Any:
+        return self if threading.get_ident() == thread else enter(self)
+
+    def do_leave(self: Any, *error: Any) -> Any:
+        return None if threading.get_ident() == thread else leave(self, *error)
+
+    autocast.__enter__, autocast.__exit__ = do_enter, do_leave
+    try:
+        yield
+    finally:
+        autocast.__enter__, autocast.__exit__ = enter, leave
 
 
 class _State:
@@ -83,7 +112,7 @@ class _State:
             with torch.inference_mode(False), torch.no_grad():
                 if buffer.shape != saved.shape:  # as those of quantisation's observers
                     buffer.data = saved
-                elif not torch.equal(buffer, saved):
+                elif not are_equal(buffer, saved):
                     buffer.copy_(saved)
         for parameter, required in self._required:
             if parameter.requires_grad != required:
@@ -241,6 +270,31 @@ def shown_output(outputs: object, batch: Batch) -> Tensor:
     """`main_output` without the positions that the batch's padding hides."""
     shown: Tensor = _shown(main_output(outputs), batch.padding)
     return shown
+
+
+def is_separate(model: nn.Module, batch: Batch, outputs: object = None) -> bool:
+    """Are the outputs for some of a batch's samples those for the whole batch?
+
+    They are not where the model has no dimension of samples, combines samples (the nodes of a
+    graph, statistics of the batch), or takes inputs without one entry for each sample.
+
+    outputs: the model's, where they are known
+    """
+    count = samples_of(batch) or 1
+    if count == 1:
+        return False
+    try:
+        whole = main_output(run_model(model, batch) if outputs is None else outputs)
+        rows = whole.reshape(count, -1, *whole.shape[1:])
+        for samples in (torch.arange(0, count, 2), torch.arange(1, count, 2)):
+            part = batch.take(samples)
+            expected = rows[samples.to(rows.device)].flatten(0, 1)
+            actual = shown_output(run_model(model, part), part)
+            if not alike(_shown(expected, part.padding), actual):
+                return False
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def check_finite(name: str, module: nn.Module) -> None:

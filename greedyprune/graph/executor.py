@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
+from ..runtime.sparse import bytes_of
 from .propagate import IDENTITY, RESHAPING
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
@@ -91,6 +92,8 @@ class GraphExecutor:
             name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
+        # What `output_of` and `output_error` read, also where the graph uses it nowhere.
+        self._read = {*graph.layers, *(path.end for path in self.linear_paths.values())}
 
     def accepts(self, batch: Batch) -> bool:
         """Has a batch sizes that the graph serves?"""
@@ -142,7 +145,7 @@ class GraphExecutor:
             if node.op == "output":
                 break
             value = self.evaluate(node, env)
-            if node.users:
+            if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
             for source in self._last_uses[i]:
                 env.pop(source, None)
@@ -416,4 +419,4 @@ def bytes_held(values: Sequence[Values]) -> int:
         for value in tree_leaves([list(nodes.values()) for nodes in values])
         if isinstance(value, Tensor)
     }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(bytes_of, tensors.values()))

@@ -39,11 +39,11 @@ class GraphExecutors:
     def find(self, batch: Batch) -> GraphExecutor | None:
         """The executor for a batch; None for more than MOST_SHAPES traces."""
         leaves, structure = tree_flatten((batch.args, batch.kwargs))
-        shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+        shapes = tuple((v.shape, v.dtype, v.layout) if isinstance(v, Tensor) else v for v in leaves)
         known = self._by_shapes.get(shapes)
         if known is not None:
             return known
-        ranks = tuple((v.dim(), v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+        ranks = tuple((v.dim(), v.dtype, v.layout) if isinstance(v, Tensor) else v for v in leaves)
         if self._by_shapes:
             executor = self._with_open_sizes((ranks, str(structure)), batch)
             if executor is not None and executor.accepts(batch):

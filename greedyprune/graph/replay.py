@@ -114,7 +114,7 @@ class Replay:
         layers = sorted(layers, key=self.order(layers).__getitem__)
         tensors = self._dense, self._dense | self._changed
         for state in self._all(bar):
-            state.advance(state.executor.place[layers[0]], *tensors)
+            state.advance(_place(state.executor, layers[0]), *tensors)
             if resumed.contains(state.mark):
                 continue
             self._visit_batch(state, layers, tensors, add)
@@ -129,7 +129,7 @@ class Replay:
         dense = dict(state.dense)
         pruned = dict(state.dense if state.pruned is None else state.pruned)
         for layer in layers:
-            place = executor.place[layer]
+            place = _place(executor, layer)
             executor.run(pruned, tensors[1], at, place)
             executor.run(dense, tensors[0], at, place)
             inputs, after = executor.input_of(layer, pruned), dict(dense)
@@ -151,7 +151,7 @@ class Replay:
         """
         for state in self._all(bar):
             tensors = self._dense, self._dense | self._changed
-            state.advance(state.executor.place[layer], *tensors)
+            state.advance(_place(state.executor, layer), *tensors)
             pruned = state.pruned or state.dense
             error = state.executor.output_error(layer, state.dense, pruned, tensors)
             inputs, mask = state.executor.input_of(layer, pruned), state.padding.of(layer)
@@ -168,7 +168,7 @@ class Replay:
             if not unchanged:
                 first = self._first_change
                 assert first is not None
-                state.advance(state.executor.place[first], self._dense, self._dense)
+                state.advance(_place(state.executor, first), self._dense, self._dense)
                 state.pruned = dict(state.dense)
             yield state
             held += state.bytes
@@ -194,3 +194,13 @@ class Replay:
                 states[: i + 1] = [None] * (i + 1)
         if fits:
             self._states = [state for state in states if state is not None]
+
+
+def _place(executor: GraphExecutor, layer: str) -> int:
+    """At which place in the graph a layer runs; ValueError where the batch does not run it."""
+    if layer not in executor.place:
+        raise ValueError(
+            f"data: a batch does not run {layer!r}, as the first batch does; expected batches that "
+            "run the same layers"
+        )
+    return executor.place[layer]

@@ -22,6 +22,7 @@ from ..kernels.path import Rule
 from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path
 from ..objectives.memory import bytes_of, turns
 from ..runtime.free_memory import room
+from ..runtime.modules import module_of
 
 try:
     from torch_pruning.pruner.importance import Importance
@@ -88,8 +89,7 @@ class GreedyImportance(Importance):
     """
 
     def __init__(self, model: nn.Module, data: object, *, mask: str | None = "auto") -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+        module_of(model)  # raises for what is none
         Batches(data, model, mask=mask)  # raises at once for data that are none
         self._model, self._data, self._mask = model, data, mask
         self._scores: dict[nn.Module, Tensor] = {}  # from a layer to the scores of its inputs

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Batches, samples_of
+from ..data.batches import Batch, Batches
 from ..data.compared import Compared, compared
-from ..data.forward import alike, main_output, run_model, shown_output
+from ..data.forward import is_separate, main_output, run_model
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.padding import NO_LABEL
 from ..data.targets import joined, joined_over, part_of
@@ -134,7 +134,7 @@ class Network:
         outputs = main_output(run_model(model, first))
         self._nothing = outputs[:0], part_of(first.targets, slice(0, 0))
         on_cpu = traced and batches.device.type == "cpu"
-        self._splits = on_cpu and _is_separate(model, first, outputs)
+        self._splits = on_cpu and is_separate(model, first, outputs)
         if self._executors is not None:
             try:
                 self._executors.of(self._parts(first)[0])
@@ -340,17 +340,3 @@ class Network:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         return batch.split(PART) if self._splits else [batch]
-
-
-def _is_separate(model: nn.Module, batch: Batch, outputs: Tensor) -> bool:
-    """Are the outputs for parts of a batch those for the whole batch?
-
-    They are not where the model has no batch dimension, normalises over the batch, or takes inputs
-    that are not tensors with one entry for each sample.
-    """
-    try:
-        parts = batch.split(-(-(samples_of(batch) or 1) // 2))
-        halves = [shown_output(run_model(model, part), part) for part in parts]
-        return alike(shown_output(outputs, batch), torch.cat(halves))
-    except (ValueError, RuntimeError):
-        return False

@@ -33,9 +33,10 @@ from ..graph.unfold import columns_in_halves, module_weight
 from ..kernels.least_squares import Halves, chosen_damping, ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
-from ..runtime.distributed import Ranks, ranks_of, unwrapped
+from ..runtime.distributed import Ranks, ranks_of
 from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
+from ..runtime.modules import module_of
 from ..runtime.progress import Bar, bars, warn
 from .cut import check_made_for, cut, masked
 from .distill import distill
@@ -105,7 +106,7 @@ def refit(
     """
     ranks = ranks_of(process_group)
     with ranks.together(), torch.inference_mode(False):
-        model = unwrapped(model)
+        model = module_of(model)
         check_made_for(model, selection)
         _check_epochs(epochs, ranks)
         memory_limit = positive_int("memory_limit", memory_limit)

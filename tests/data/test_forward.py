@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -111,6 +112,69 @@ def test_whole_calls_leave_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="layers: found 'nothing'"):
         greedyprune.select(model, (X, Y), layers="nothing")
     assert {**state_of(model), "random state": 0} == {**before, "random state": 0}
+
+
+class MixedPrecision(nn.Module):
+    """Two layers under autocast, one of them by a decorator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 20), nn.Linear(20, 12), nn.Linear(12, 3)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.fc1(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.fc2(self.hidden(x)).relu()
+            with torch.autocast("cpu", enabled=False):
+                return self.fc3(hidden.float())
+
+
+def test_autocast_inside_the_forward() -> None:
+    """Units are judged in the model's own precision; the pruned model still has its autocast."""
+    torch.manual_seed(0)
+    model = MixedPrecision()
+    inputs, targets = torch.randn(90, 8), torch.randint(3, (90,))
+    plain = nn.Sequential(model.fc1, nn.ReLU(), model.fc2, nn.ReLU(), model.fc3)
+    assert list(greedyprune.layers(model, inputs)) == ["fc1", "fc2"]
+    selection = greedyprune.select(model, (inputs, targets), size=0.5)
+    expected = greedyprune.select(plain, (inputs, targets), size=0.5)
+    for one, other in zip(selection.layers.values(), expected.layers.values(), strict=True):
+        assert one.order.equal(other.order)
+        torch.testing.assert_close(one.losses, other.losses)
+    for call in (greedyprune.prune, lambda m, s: greedyprune.refit(m, s, (inputs, targets))):
+        small, in_float32 = call(model, selection), call(plain, expected)
+        torch.testing.assert_close(small.fc3.weight, in_float32[4].weight)
+        assert small.hidden(inputs).dtype == torch.bfloat16
+        outputs = small(inputs)
+        assert not outputs.equal(in_float32(inputs))
+        torch.testing.assert_close(outputs, in_float32(inputs), rtol=0.05, atol=0.05)
+
+
+def test_autocast_works_in_other_threads_and_afterwards() -> None:
+    methods = torch.autocast.__enter__, torch.autocast.__exit__
+    found = dict[str, bool]()
+
+    def inside(name: str) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            found[name] = torch.is_autocast_enabled("cpu")
+
+    def fails() -> None:
+        with evaluating(nn.Linear(2, 2)), evaluating(nn.Linear(2, 2)):
+            inside("here")
+            other = threading.Thread(target=inside, args=["there"])
+            other.start()
+            other.join()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    inside("after")
+    assert found == {"here": False, "there": True, "after": True}
+    assert methods == (torch.autocast.__enter__, torch.autocast.__exit__)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 class Quantised(nn.Module):
