@@ -14,6 +14,7 @@ from ..graph.costs import Cost, costs_of, count_flops
 from ..graph.groups import Group, analyse
 from ..graph.pretrained import before_selection
 from ..graph.refusals import refused_in
+from ..graph.trace_errors import place_of
 from ..graph.unrun import UsedTensors, warn_of_unrun
 from ..runtime.arguments import ByName
 from ..runtime.errors import first_line
@@ -145,7 +146,7 @@ def layers(model: nn.Module, example: object) -> Layers:
             with UsedTensors() as used:
                 _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
         except Exception as error:
-            reason = first_line(error)
+            reason = first_line(error) + place_of(model, error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error
         structure = analyse(model, batch, check_cut)
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
