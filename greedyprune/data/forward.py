@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
             torch.compiler.set_stance("force_eager"),
-            _autocast_without_effect(),
+            _AUTOCAST_WITHOUT_EFFECT,
         ):
             for module in model.modules():
                 if (enabled := module._buffers.get("observer_enabled")) is not None:
@@ -57,23 +58,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         state.restore()
 
 
-@contextmanager
-def _autocast_without_effect() -> Iterator[None]:
-    """Makes `with torch.autocast(...)` do nothing inside, in this thread."""
-    autocast: Any = torch.autocast
-    enter, leave, thread = autocast.__enter__, autocast.__exit__, threading.get_ident()
+class _AutocastWithoutEffect:
+    """Makes `with torch.autocast(...)` do nothing inside, in the threads that are inside.
 
-    def do_enter(self: Any) -> Any:
-        return self if threading.get_ident() == thread else enter(self)
+    torch.autocast is patched while any thread is, so that the order in which they leave is no
+    matter.
+    """
 
-    def do_leave(self: Any, *error: Any) -> Any:
-        return None if threading.get_ident() == thread else leave(self, *error)
+    def __init__(self) -> None:
+        self._threads, self._lock = Counter[int](), threading.Lock()
+        self._own: tuple[Any, Any] = None, None
 
-    autocast.__enter__, autocast.__exit__ = do_enter, do_leave
-    try:
-        yield
-    finally:
-        autocast.__enter__, autocast.__exit__ = enter, leave
+    def __enter__(self) -> None:
+        autocast: Any = torch.autocast
+        with self._lock:
+            if not self._threads:
+                self._own = enter, leave = autocast.__enter__, autocast.__exit__
+
+                def do_enter(context: Any) -> Any:
+                    return context if threading.get_ident() in self._threads else enter(context)
+
+                def do_leave(context: Any, *error: Any) -> Any:
+                    is_inside = threading.get_ident() in self._threads
+                    return None if is_inside else leave(context, *error)
+
+                autocast.__enter__, autocast.__exit__ = do_enter, do_leave
+            self._threads[threading.get_ident()] += 1
+
+    def __exit__(self, *_: object) -> None:
+        autocast: Any = torch.autocast
+        with self._lock:
+            self._threads[threading.get_ident()] -= 1
+            self._threads += Counter()  # without the threads that have left
+            if not self._threads:
+                autocast.__enter__, autocast.__exit__ = self._own
+
+
+_AUTOCAST_WITHOUT_EFFECT = _AutocastWithoutEffect()
 
 
 class _State:
@@ -213,15 +234,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def alike(expected: Tensor, actual: Tensor) -> bool:
-    """Are two floating-point outputs the same up to rounding?"""
-    rounding = 0.02 if torch.finfo(expected.dtype).bits == 16 else 1e-4
-    return expected.shape == actual.shape and (
-        not expected.numel()
-        or float((actual - expected).abs().max()) <= rounding * (float(expected.abs().max()) or 1.0)
-    )
-
-
 def run_model(model: nn.Module, batch: Batch) -> object:
     """The model's output on a batch; ValueError, with the reason, where the model raises.
 
@@ -284,17 +296,31 @@ def is_separate(model: nn.Module, batch: Batch, outputs: object = None) -> bool:
     if count == 1:
         return False
     try:
-        whole = main_output(run_model(model, batch) if outputs is None else outputs)
-        rows = whole.reshape(count, -1, *whole.shape[1:])
+        whole = _by_sample(run_model(model, batch) if outputs is None else outputs, count)
         for samples in (torch.arange(0, count, 2), torch.arange(1, count, 2)):
             part = batch.take(samples)
-            expected = rows[samples.to(rows.device)].flatten(0, 1)
-            actual = shown_output(run_model(model, part), part)
-            if not alike(_shown(expected, part.padding), actual):
+            expected = [rows[samples.to(rows.device)].flatten(0, 1) for rows in whole]
+            parts = _by_sample(run_model(model, part), len(samples))
+            actual = [rows.flatten(0, 1) for rows in parts]
+            if not whole or not same_outputs(expected, actual, part.padding):
                 return False
     except (ValueError, RuntimeError):
         return False
     return True
+
+
+def _by_sample(outputs: object, samples: int) -> list[Tensor]:
+    """The tensors in an output, each (samples, rows of a sample, ...); scalars are left out."""
+    tensors = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    return [tensor.reshape(samples, -1, *tensor.shape[1:]) for tensor in tensors]
+
+
+def not_run(layer: str) -> ValueError:
+    """The error for a batch that takes another route through the model than the first one."""
+    return ValueError(
+        f"data: a batch does not run {layer!r}, as the first batch does; expected batches that run "
+        "the same layers"
+    )
 
 
 def check_finite(name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
+from ..data.forward import not_run
 from ..data.halves import in_second_half
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
@@ -199,8 +200,5 @@ class Replay:
 def _place(executor: GraphExecutor, layer: str) -> int:
     """At which place in the graph a layer runs; ValueError where the batch does not run it."""
     if layer not in executor.place:
-        raise ValueError(
-            f"data: a batch does not run {layer!r}, as the first batch does; expected batches that "
-            "run the same layers"
-        )
+        raise not_run(layer)
     return executor.place[layer]

@@ -21,12 +21,12 @@ from ..data.padding import NO_LABEL
 from ..data.targets import joined, joined_over, part_of
 from ..graph.executor import (
     GraphExecutor,
-    OverwrittenError,
     bytes_held,
     tensors_of,
 )
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
+from ..graph.in_place import OverwrittenError
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..surgery.copying import copied

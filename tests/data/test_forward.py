@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.ao import quantization
 
 import greedyprune
-from greedyprune.data.forward import evaluating, same_outputs
+from greedyprune.data.batches import Batch
+from greedyprune.data.forward import evaluating, is_separate, same_outputs
 from greedyprune.surgery.cut import masked
 
 X, Y = torch.randn(32, 6), torch.randint(3, (32,))
@@ -151,6 +152,40 @@ def test_autocast_inside_the_forward() -> None:
         outputs = small(inputs)
         assert not outputs.equal(in_float32(inputs))
         torch.testing.assert_close(outputs, in_float32(inputs), rtol=0.05, atol=0.05)
+
+
+def test_threads_may_leave_in_the_order_in_which_they_came() -> None:
+    """Autocast works again in both, whichever patch was the last."""
+    model, entered, leave, types = nn.Linear(6, 3), threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with evaluating(model):
+            entered.set()
+            leave.wait(10)
+        with torch.autocast("cpu", torch.bfloat16):
+            types.append(model(X).dtype)
+
+    thread = threading.Thread(target=other)
+    with evaluating(model):
+        thread.start()
+        entered.wait(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X).dtype == torch.bfloat16  # while the other thread is still inside
+    leave.set()
+    thread.join()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X).dtype == torch.bfloat16
+    assert types == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_separate_samples_in_outputs_of_any_structure(mixing: bool) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            rows = x - x.mean(0) if mixing else x
+            return {"hidden": [x, rows.flatten()], "loss": x.sum()}
+
+    assert is_separate(Net(), Batch((X,), {}, None)) is not mixing
 
 
 def test_autocast_works_in_other_threads_and_afterwards() -> None:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -186,5 +187,7 @@ def test_batches_that_run_other_layers_are_named() -> None:
     sentence = re.escape("data: a batch does not run 'heads.a.0', as the first batch does")
     with pytest.raises(ValueError, match=sentence):
         greedyprune.refit(model, selection, batches)
-    with pytest.raises(ValueError, match=sentence):
-        greedyprune.select(model, batches, objective="imitation")
+    options: list[Any] = ["imitation", "fisher", greedyprune.Imitation(metric="fisher")]
+    for objective in options:
+        with pytest.raises(ValueError, match=sentence):
+            greedyprune.select(model, batches, objective=objective)
