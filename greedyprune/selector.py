@@ -20,6 +20,7 @@ from .data.losses import Criterion, criterion_of
 from .data.padding import AUTO
 from .graph.costs import costs_of, count_flops
 from .graph.groups import Group
+from .graph.unrun import UsedTensors, warn_of_unrun
 from .kernels import backend as backends
 from .objectives.job import Job
 from .objectives.options import Fisher, Imitation, Loss
@@ -36,9 +37,10 @@ from .plan import (
 )
 from .request import Request, Size, check_model, checked_request
 from .runtime.checkpoint import Checkpoint
-from .runtime.distributed import Ranks, ranks_of, unwrapped
+from .runtime.distributed import Ranks, ranks_of
 from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
 from .runtime.free_memory import room
+from .runtime.modules import module_of
 from .runtime.progress import bars, warn
 from .surgery.copying import check_functions
 from .surgery.hf_config import how_saved
@@ -157,7 +159,7 @@ def select_on(
     mask: str | None = AUTO,
 ) -> Selection:
     """`select` for checked arguments, inside `ranks.together()`."""
-    module = unwrapped(model)
+    module = module_of(model)
     check_model(module)
     criterion = criterion_of(loss, None)
     batches = Batches(data, module, ranks, mask)
@@ -199,13 +201,16 @@ def select_on(
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     check_functions(model)
-    (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
+    with UsedTensors() as used:
+        (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
     groups, refused = groups_of(
         model, first, request.layers, request.consumers, request.sized_layers
     )
+    warn_of_unrun(model, used, groups, "data")
     if request.consumers is not None:  # no graph tells what follows these layers
-        agreed = job.ranks.gather("outputs", _unmoved(model, first, output_layers))
-        output_layers = set.intersection(*agreed)
+        output_layers = _unmoved(model, first, output_layers)
+    # One rank's first batch may have NaN, or leave its outputs as they are in an operation after.
+    output_layers = set.intersection(*job.ranks.gather("output layers", output_layers))
     groups = [_with_output(model, group, output_layers) for group in groups]
     judges = {judge_of(request, group) for group in groups}
     by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})

@@ -192,16 +192,26 @@ def test_show_config_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
 KEYWORDS = [
     "size", "steps", "tolerance", "round_to", "layers", "loss", "objective", "weights",
-    "replacement", "seed", "backend", "memory_limit", "process_group", "checkpoint", "progress",
+    "replacement", "mask", "seed", "backend", "memory_limit", "process_group", "checkpoint",
+    "progress",
 ]  # fmt: skip
 
 
-def test_fifteen_keywords() -> None:
+def test_sixteen_keywords() -> None:
     parameters = inspect.signature(greedyprune.select).parameters
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["model", "data"]
     assert [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == KEYWORDS
-    assert len(parameters) == 17
+    assert len(parameters) == 18
+
+
+def test_refit_reads_the_data_as_select_does() -> None:
+    """What says how data are read has the same name and default in both."""
+    select, refit = (
+        inspect.signature(f).parameters for f in (greedyprune.select, greedyprune.refit)
+    )
+    for name in ("mask", "memory_limit", "process_group", "progress"):
+        assert (refit[name].default, refit[name].kind) == (select[name].default, select[name].kind)
 
 
 def test_help_is_two_screens() -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from padded import WIDTH, padded, sequences, tagger, together
+from padded import CLASSES, WIDTH, hidden_batch, padded, sequences, tagger, together
 from processes import Team, group_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 import greedyprune
 from greedyprune import Fisher, Imitation, Loss, Selection
-from greedyprune.surgery.distill import _relative_error
+from greedyprune.surgery.cut import masked
 
 WAYS: dict[str, dict[str, Any]] = {
     "imitation": {"objective": "imitation"},
@@ -27,8 +27,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "loss, refit": {"objective": "loss", "weights": "refit"},
     "mini-batches of all": {"objective": Loss(candidates=4, draw="gradient")},
     "steps": {"objective": "loss", "steps": 12, "layers": "hidden"},
-    "columns": {"objective": Imitation(sequential=False), "weights": "counts", "layers": "up"},
-}
+    "columns": {
+        "objective": Imitation(sequential=False), "weights": "counts", "layers": "up", "size": 2,
+        "memory_limit": 1000,  # less than the Gram matrix takes
+    },
+}  # fmt: skip
 
 
 def selected(data: object, pooled: bool = False, **options: Any) -> Selection:
@@ -121,6 +124,29 @@ def test_losses_of_each_output(loss: str, targets: Tensor) -> None:
         same(expected, found, rtol=1e-6)
 
 
+def test_mini_batches_of_a_network() -> None:
+    """Targets of hidden positions are numbers, which no label -100 marks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh())
+    inputs, targets = torch.randn(12, 5, WIDTH), torch.randn(12, 5, 4)
+    shown = torch.rand(12, 5) > 0.4
+    found = []
+    for fill in (0.0, 7.0):
+        data = [
+            {
+                "input": x.masked_fill(~s, fill),
+                "labels": y.masked_fill(~s, fill),
+                "shown": s[..., 0],
+            }
+            for x, y, s in zip(
+                inputs.split(4), targets.split(4), shown[..., None].split(4), strict=True
+            )
+        ]
+        objective = Loss(batch_size=3, candidates=6)
+        found.append(greedyprune.select(model, data, objective=objective, mask="shown", size=7))
+    same(*found, rtol=1e-9)
+
+
 def test_convolutions_over_positions() -> None:
     """Their positions are those of the sequence; a window reaches into what is hidden."""
     torch.manual_seed(0)
@@ -183,6 +209,7 @@ def test_masks_that_hide_nothing() -> None:
     for more in (
         {"attention_mask": torch.where(hidden, 0.0, -1e9)[:, None, None]},
         {"attention_mask": torch.where(hidden, 0.0, -1e9)},
+        {"attention_mask": torch.zeros(6, 5)},  # of the same form, without padding
         {"bool_masked_pos": hidden},
     ):
         same(expected, greedyprune.select(model, [{"x": inputs, **more}], size=4), rtol=1e-12)
@@ -229,18 +256,56 @@ def test_the_monitor_measures_what_is_shown() -> None:
     assert first.dense_metric == pytest.approx(float((logits.argmax(-1) == labels).double().mean()))
 
 
-def test_training_of_all_layers_ignores_padding() -> None:
-    """refit(epochs=) compares the shown positions of both networks only."""
-    torch.manual_seed(0)
-    one, other = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
-    mask = torch.rand(4, 6) > 0.4
-    expected = (one[mask] - other[mask]).square().mean() / other[mask].square().mean()
-    noisy = one.masked_fill(~mask[..., None], 1e6)
-    torch.testing.assert_close(_relative_error(noisy, other, None, mask), expected)
-    flipped = (noisy.transpose(1, 2), other.transpose(1, 2))  # (m, C, T), a convolution's
-    torch.testing.assert_close(_relative_error(*flipped, None, mask), expected)
-    flat = (noisy.flatten(0, 1), other.flatten(0, 1))
-    torch.testing.assert_close(_relative_error(*flat, None, mask), expected)
+def own_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """It skips hidden positions, whose labels are -100."""
+    return functional.cross_entropy(outputs.reshape(-1, CLASSES).float(), targets.flatten().long())
+
+
+def test_least_squares_for_a_loss_of_ones_own() -> None:
+    """The loss is called with all positions; least squares leaves out the hidden ones."""
+    options = {"objective": "loss", "weights": "refit", "layers": "hidden", "loss": own_loss}
+    found = [
+        selected(together(padded(sequences(), fill), 4), **options) for fill in ("zeros", "noise")
+    ]
+    same(*found)
+    same(selected(sequences(), **options | {"loss": "cross_entropy"}), found[0])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", own_loss], ids=["named", "own"])
+def test_a_batch_that_counts_nowhere(loss: Any) -> None:
+    """In which all positions are hidden or, for a named loss, all labels are ignored."""
+    batches = together(padded(sequences(), "noise"), 4)
+    ignored = batches[0] | {"labels": torch.full_like(batches[0]["labels"], -100)}
+    for objective in ("loss", "fisher"):
+        expected = selected(batches, objective=objective, loss=loss, layers="hidden")
+        others = [hidden_batch()] if callable(loss) else [hidden_batch(), ignored]
+        for other in others:
+            for data in ([other, *batches], [*batches, other]):
+                same(expected, selected(data, objective=objective, loss=loss, layers="hidden"))
+
+
+def test_nothing_counts() -> None:
+    data, loss = [hidden_batch()], "data: every label is ignored or hidden by the mask"
+    for way, message in (
+        ("imitation", "data: every position is hidden"), ("counts", "data: every position is"),
+        ("from one pass", "data: every position is"), ("loss", loss), ("fisher", loss),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            selected(data, **WAYS[way])
+    with pytest.raises(ValueError, match="data: every position is hidden by the mask"):
+        selected(data, **WAYS["counts"], layers="up", backend="reference")
+    selection = selected(sequences())
+    with pytest.raises(ValueError, match="data: every position is hidden by the mask"):
+        greedyprune.refit(tagger(), selection, data, progress=False)
+
+
+def test_one_label_of_a_wider_tensor() -> None:
+    """A view of one number, whose stride is not 1, among the targets of a batch."""
+    alone = [batch | {"labels": batch["labels"][:, 0]} for batch in sequences()]
+    assert alone[0]["labels"].stride() != (1,)
+    cloned = [batch | {"labels": batch["labels"].clone()} for batch in alone]
+    for way in ("metric", "fisher", "defaults"):
+        same(selected(cloned, pooled=True, **WAYS[way]), selected(alone, pooled=True, **WAYS[way]))
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +328,59 @@ def test_several_processes(team: Team, way: str) -> None:
     expected = selected(sequences(), **WAYS[way])
     for selection in team.results(2, _on_rank, way):
         same(expected, selection)
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, which has a fast path for padded sequences, and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 20, batch_first=True)
+        self.embed, self.encoder = nn.Embedding(50, WIDTH), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, tokens: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        x = self.encoder(self.embed(tokens), src_key_padding_mask=src_key_padding_mask)
+        shown = ~src_key_padding_mask[..., None]
+        return self.head((x * shown).sum(1) / shown.sum(1))
+
+
+def encoder_data(fill: str | None) -> list[dict[str, Tensor]]:
+    """Sequences for `Encoder`: padded to one length, or alone where `fill` is None."""
+    batches = sequences() if fill is None else padded(sequences(), fill)
+    return [
+        {
+            "tokens": batch["input_ids"],
+            "src_key_padding_mask": batch["attention_mask"] == 0,
+            "labels": batch["labels"][:, 0] % 3,
+        }
+        for batch in batches
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:data. found too few samples")
+@pytest.mark.parametrize(
+    ("way", "enabled"),
+    [("defaults", True), ("defaults", False), ("from one pass", True), ("loss", True)],
+)
+def test_torch_s_encoder_with_a_padding_mask(
+    way: str, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", enabled)
+    torch.manual_seed(3)
+    model = Encoder().eval()
+    options: dict[str, Any] = WAYS[way] | {"mask": "src_key_padding_mask", "size": 0.5}
+    expected = greedyprune.select(model, encoder_data(None), **options)
+    for fill in ("zeros", "noise"):
+        selection = greedyprune.select(model, encoder_data(fill), **options)
+        same(expected, selection)
+    assert list(selection.layers) == [f"encoder.layers.{i}.linear1" for i in (0, 1)]
+    data = encoder_data("noise")
+    inputs = data[0]["tokens"], data[0]["src_key_padding_mask"]
+    with torch.no_grad():  # torch's fast path, in both
+        small = greedyprune.prune(model, selection)(*inputs)
+        torch.testing.assert_close(small, masked(model, selection)(*inputs))
+        refitted = greedyprune.refit(model, selection, data)(*inputs)
+        errors = [(outputs - model(*inputs)).square().sum() for outputs in (refitted, small)]
+        assert errors[0] < errors[1]
+    assert torch.backends.mha.get_fastpath_enabled() is enabled

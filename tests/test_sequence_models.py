@@ -76,6 +76,15 @@ def test_labels_are_shifted_as_the_model_shifts_them() -> None:
     assert check.dense_metric == pytest.approx(float(right.double().mean()))
 
 
+def test_the_first_batch_may_ignore_all_labels() -> None:
+    model, ids = llama(), torch.randint(1, 40, (6, 9))
+    batches = [{"input_ids": ids, "labels": labels} for labels in (torch.full_like(ids, -100), ids)]
+    options: dict[str, Any] = {"layers": "model.layers.0.mlp.gate_proj", "size": 6}
+    selection = greedyprune.select(model, batches, objective="loss", **options)
+    dense = model(**batches[1]).loss
+    assert float(selection.dense_loss) == pytest.approx(float(dense), rel=1e-5)
+
+
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("objective", ["imitation", "loss", "fisher"])
 def test_padded_language_models(objective: str, left: bool) -> None:

@@ -107,6 +107,20 @@ def test_torch_puts_classes_second(shape: tuple[int, ...], objective: str) -> No
     assert check.dense_metric == pytest.approx(float(right))
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_class_probabilities_of_positions(loss: Any) -> None:
+    """Classes are second, as in torch, or last where a Linear gives the model's output."""
+    criterion = nn.CrossEntropyLoss() if isinstance(loss, str) else loss
+    images, likely = torch.randn(12, 3, 5, 6), torch.randn(12, 4, 5, 6).softmax(1)
+    selection = greedyprune.select(Maps(2), (images, likely), objective="loss", loss=loss)
+    expected = criterion(Maps(2)(images), likely)
+    assert float(selection.dense_loss) == pytest.approx(float(expected), rel=1e-5)
+    inputs, likely = torch.randn(20, 5, 6), torch.randn(20, 5, 4).softmax(-1)
+    found = greedyprune.select(mlp(), (inputs, likely), loss=loss, objective="loss")
+    rows = (inputs.flatten(0, 1), likely.flatten(0, 1))
+    same(greedyprune.select(mlp(), rows, loss=loss, objective="loss"), found)
+
+
 def test_which_dimension_has_the_classes() -> None:
     """With as many positions as classes, only the layer that gives the outputs tells."""
     inputs, labels = torch.randn(12, 4, 6), torch.randint(4, (12, 4))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..runtime.sparse import held_tensors, rows_at
 from .padding import NO_PADDING, Padding
 from .targets import part_of, samples_in
 
@@ -36,7 +37,7 @@ class Batch:
 
         def chosen(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() and len(value) == count:
-                return value[samples.to(value.device)]
+                return rows_at(value, samples)
             return value
 
         targets = self.targets
@@ -68,12 +69,13 @@ class Batch:
 
         def add(value: Any) -> Any:
             if isinstance(value, Tensor):
-                flat = value.detach().reshape(-1)
-                stride = max(1, flat.numel() // MARKED)
-                sample = flat[::stride].cpu().contiguous()
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                if sample.numel():
-                    digest.update(sample.view(torch.uint8).numpy().data)
+                for held in held_tensors(value.detach()):
+                    flat = held.reshape(-1)
+                    stride = max(1, flat.numel() // MARKED)
+                    sample = flat[::stride].cpu().clone(memory_format=torch.contiguous_format)
+                    if sample.numel():
+                        digest.update(sample.view(torch.uint8).numpy().data)
             else:
                 digest.update(repr(type(value)).encode())
             return value

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..runtime.distributed import ALONE, Ranks
+from ..runtime.sparse import held_tensors
 from .batch import Batch as Batch
 from .batch import samples_of as samples_of
 from .padding import AUTO, Padding, padding_of, visible
@@ -270,7 +271,8 @@ class Batches:
         self.on_gpu = self.on_gpu or value.is_cuda
         dtype = self._dtype if cast and value.is_floating_point() else None
         to_gpu = self._device.type == "cuda"
-        if to_gpu and not value.is_cuda and not value.is_pinned():
+        is_strided = value.layout is torch.strided
+        if to_gpu and is_strided and not value.is_cuda and not value.is_pinned():
             value = value.pin_memory()  # only copies from pinned memory run in the background
         return value.to(self._device, dtype, non_blocking=to_gpu)
 
@@ -296,7 +298,8 @@ def _random_states(source: object) -> list[tuple[torch.Generator, Tensor]]:
 def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:
     """Keeps a tensor's memory until this stream has finished with it."""
     if isinstance(value, Tensor) and value.is_cuda:
-        value.record_stream(stream)
+        for held in held_tensors(value):
+            held.record_stream(stream)
     return value
 
 

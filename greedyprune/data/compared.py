@@ -51,7 +51,10 @@ def compared(criterion: Criterion, outputs: object, batch: Batch) -> Compared:
     if criterion.kind == "custom":
         classes = shape[-1] if len(shape) > 1 else 1
         samples = math.prod(shape) // max(1, classes)
-        return Compared(Target("custom", classes, samples, float(samples)), -1, None)
+        shown = counted(batch.padding.outputs, shape[:-1])
+        weight = None if shown is None else shown.flatten().double()
+        target = Target("custom", classes, samples, float(samples), weight=weight)
+        return Compared(target, -1, None)
     if not isinstance(targets, Tensor):
         criterion.target(targets, shape)  # raises
     if criterion.kind == "cross_entropy" and not targets.is_floating_point():
@@ -91,9 +94,12 @@ def class_dim_of(criterion: Criterion, shape: tuple[int, ...], batch: Batch) -> 
     if len(shape) < 2:
         return None
     if criterion.kind == "cross_entropy":
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+        if not isinstance(targets, Tensor):
             return -1
-        return criterion.class_dim(shape, tuple(targets.shape))
+        if not targets.is_floating_point():
+            return criterion.class_dim(shape, tuple(targets.shape))
+        by_position = mask is not None and shape[:-1] == tuple(mask.shape)
+        return -1 if len(shape) == 2 or criterion.classes_last or by_position else 1
     if mask is None:
         return -1
     if shape == tuple(mask.shape) and not criterion.classes_last:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import first_line, raised_here
-from .batch import Batch
+from ..runtime.sparse import are_equal
+from .batch import Batch, samples_of
 from .padding import NO_PADDING, Padding
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Runs the model in eval mode, without gradients, autocast, inference mode and torch.compile.
+
+    A forward's own autocast has no effect, either: a trace would hide the layers inside it.
+    Attention takes no fast path: with a padding mask, that path needs nested tensors, which have no
+    sizes for a trace.
 
     Inside, fake quantisation keeps its ranges, as batch normalisation its statistics, and
     parameters and buffers that are inference tensors are ordinary ones. Afterwards the
@@ -29,8 +36,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     gpus = {device.index for device in devices if device.type == "cuda"}
     if torch.cuda.is_initialized():
         gpus.add(torch.cuda.current_device())
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -38,13 +47,54 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
             torch.compiler.set_stance("force_eager"),
+            _AUTOCAST_WITHOUT_EFFECT,
         ):
             for module in model.modules():
                 if (enabled := module._buffers.get("observer_enabled")) is not None:
                     enabled.zero_()
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
         state.restore()
+
+
+class _AutocastWithoutEffect:
+    """Makes `with torch.autocast(...)` do nothing inside, in the threads that are inside.
+
+    torch.autocast is patched while any thread is, so that the order in which they leave is no
+    matter.
+    """
+
+    def __init__(self) -> None:
+        self._threads, self._lock = Counter[int](), threading.Lock()
+        self._own: tuple[Any, Any] = None, None
+
+    def __enter__(self) -> None:
+        autocast: Any = torch.autocast
+        with self._lock:
+            if not self._threads:
+                self._own = enter, leave = autocast.__enter__, autocast.__exit__
+
+                def do_enter(context: Any) -> Any:
+                    return context if threading.get_ident() in self._threads else enter(context)
+
+                def do_leave(context: Any, *error: Any) -> Any:
+                    is_inside = threading.get_ident() in self._threads
+                    return None if is_inside else leave(context, *error)
+
+                autocast.__enter__, autocast.__exit__ = do_enter, do_leave
+            self._threads[threading.get_ident()] += 1
+
+    def __exit__(self, *_: object) -> None:
+        autocast: Any = torch.autocast
+        with self._lock:
+            self._threads[threading.get_ident()] -= 1
+            self._threads += Counter()  # without the threads that have left
+            if not self._threads:
+                autocast.__enter__, autocast.__exit__ = self._own
+
+
+_AUTOCAST_WITHOUT_EFFECT = _AutocastWithoutEffect()
 
 
 class _State:
@@ -83,7 +133,7 @@ class _State:
             with torch.inference_mode(False), torch.no_grad():
                 if buffer.shape != saved.shape:  # as those of quantisation's observers
                     buffer.data = saved
-                elif not torch.equal(buffer, saved):
+                elif not are_equal(buffer, saved):
                     buffer.copy_(saved)
         for parameter, required in self._required:
             if parameter.requires_grad != required:
@@ -184,15 +234,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def alike(expected: Tensor, actual: Tensor) -> bool:
-    """Are two floating-point outputs the same up to rounding?"""
-    rounding = 0.02 if torch.finfo(expected.dtype).bits == 16 else 1e-4
-    return expected.shape == actual.shape and (
-        not expected.numel()
-        or float((actual - expected).abs().max()) <= rounding * (float(expected.abs().max()) or 1.0)
-    )
-
-
 def run_model(model: nn.Module, batch: Batch) -> object:
     """The model's output on a batch; ValueError, with the reason, where the model raises.
 
@@ -241,6 +282,45 @@ def shown_output(outputs: object, batch: Batch) -> Tensor:
     """`main_output` without the positions that the batch's padding hides."""
     shown: Tensor = _shown(main_output(outputs), batch.padding)
     return shown
+
+
+def is_separate(model: nn.Module, batch: Batch, outputs: object = None) -> bool:
+    """Are the outputs for some of a batch's samples those for the whole batch?
+
+    They are not where the model has no dimension of samples, combines samples (the nodes of a
+    graph, statistics of the batch), or takes inputs without one entry for each sample.
+
+    outputs: the model's, where they are known
+    """
+    count = samples_of(batch) or 1
+    if count == 1:
+        return False
+    try:
+        whole = _by_sample(run_model(model, batch) if outputs is None else outputs, count)
+        for samples in (torch.arange(0, count, 2), torch.arange(1, count, 2)):
+            part = batch.take(samples)
+            expected = [rows[samples.to(rows.device)].flatten(0, 1) for rows in whole]
+            parts = _by_sample(run_model(model, part), len(samples))
+            actual = [rows.flatten(0, 1) for rows in parts]
+            if not whole or not same_outputs(expected, actual, part.padding):
+                return False
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _by_sample(outputs: object, samples: int) -> list[Tensor]:
+    """The tensors in an output, each (samples, rows of a sample, ...); scalars are left out."""
+    tensors = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    return [tensor.reshape(samples, -1, *tensor.shape[1:]) for tensor in tensors]
+
+
+def not_run(layer: str) -> ValueError:
+    """The error for a batch that takes another route through the model than the first one."""
+    return ValueError(
+        f"data: a batch does not run {layer!r}, as the first batch does; expected batches that run "
+        "the same layers"
+    )
 
 
 def check_finite(name: str, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..runtime.sparse import as_coo
 from .batch import Batch, samples_of
 from .padding import counted
 
@@ -34,10 +35,24 @@ def _hashes(batch: Batch) -> Tensor:
     for value in (*batch.args, *batch.kwargs.values()):
         if isinstance(value, Tensor) and value.dim() and len(value) == samples_of(batch):
             rows = counted(batch.padding.mask, value.shape)
-            shown = value.detach() if rows is None else value.detach().masked_fill(~rows, 0)
-            entries = shown.reshape(len(value), -1).contiguous()
-            if entries.is_complex():
-                entries = torch.view_as_real(entries).flatten(1)
-            bits = entries.view(INTEGERS[entries.element_size()])
-            return bits.sum(1, dtype=torch.int64).cpu() * SPREAD
+            shown = value.detach()
+            if rows is not None:
+                shown = (shown.to_dense() if _is_sparse(shown) else shown).masked_fill(~rows, 0)
+            return _sums_of_bits(shown).cpu() * SPREAD
     return torch.zeros(1, dtype=torch.int64)
+
+
+def _sums_of_bits(rows: Tensor) -> Tensor:
+    """The sum of each row's entries, their bits read as integers: (m,) int64."""
+    if _is_sparse(rows):  # the entries that are left out are zeros, without bits
+        rows = as_coo(rows)
+        sums = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        return sums.index_add_(0, rows.indices()[0], _sums_of_bits(rows.values()))
+    entries = rows.reshape(len(rows), -1).contiguous()
+    if entries.is_complex():
+        entries = torch.view_as_real(entries).flatten(1)
+    return entries.view(INTEGERS[entries.element_size()]).sum(1, dtype=torch.int64)
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided

@@ -46,7 +46,8 @@ class Target:
     mass:    what the sums are divided by; the masses of the blocks of one data set add up
     value:   (C, m) float64: the targets of mse; those of bce_with_logits, in [0, 1]; else None
     label:   (m,) int32: the classes for cross_entropy; else None
-    weight:  (m,) float64 for cross_entropy, else (C, m) float64; None stands for ones
+    weight:  (m,) float64 for cross_entropy, else (C, m) float64; None stands for ones. For a
+        user's function (m,), 0 for hidden positions, which only least squares leaves out
     linear:  (C, m) float64: the linear term; None stands for zeros
     """
 

@@ -6,7 +6,7 @@ inside the model may have other shapes; `counted` finds a mask's entries for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 AUTO = "auto"
 MASK = "attention_mask"
 DECODER_MASK = "decoder_attention_mask"
+NO_LABEL = "data: every label is ignored or hidden by the mask, expected at least one that counts"
+NO_POSITION = "data: every position is hidden by the mask, expected at least one that counts"
 INVERTED = "key_padding_mask"  # torch's masks with this name are True where a position is hidden
 
 
@@ -95,13 +97,16 @@ def padding_of(
     samples: m
 
     ValueError for a mask that is named but missing, or is not (m, T) of 0 and 1. With "auto", other
-    forms of a mask, such as those that are added to attention's products, hide nothing.
+    forms of a mask, such as those that are added to attention's products, hide nothing. A mask of
+    0.0 only is one of these, of a batch without padding.
     """
     if name is None:
         return None, None
     decoder = _mask(entries.get(DECODER_MASK), samples)
     if name == AUTO:
-        return _mask(entries.get(MASK), samples), decoder
+        value = entries.get(MASK)
+        is_zero = isinstance(value, Tensor) and value.is_floating_point() and not value.any()
+        return None if is_zero else _mask(value, samples), decoder
     if name not in entries:
         known = f"one of {sorted(entries)}" if entries else "batches that are dicts with it"
         raise ValueError(f"mask: found {name!r}, which no entry of a batch has, expected {known}")
@@ -136,22 +141,3 @@ def visible(targets: Tensor, mask: Tensor | None, ignored: int) -> Tensor:
     if mask is None or targets.shape != mask.shape or not is_labels:
         return targets
     return targets.long().masked_fill(~mask, ignored)
-
-
-class PaddingOfPass:
-    """A progress bar that also knows the padding of the item that it passed on last.
-
-    The first pass takes batches. Later ones may take records of them, in the same order.
-    """
-
-    def __init__(self, bar: Callable[..., Any]) -> None:
-        self._bar, self._paddings = bar, list[Padding]()
-        self.padding = NO_PADDING
-
-    def __call__(self, items: Iterable[Any], description: str = "") -> Iterator[Any]:
-        for i, item in enumerate(self._bar(items, description)):
-            padding = getattr(item, "padding", None)
-            if padding is not None:
-                self._paddings[i:] = [padding]
-            self.padding = self._paddings[i]
-            yield item

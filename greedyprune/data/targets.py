@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.distributed import Ranks
+from ..runtime.sparse import rows_at
 
 
 def parsed(value: Any) -> Any:
@@ -36,8 +37,9 @@ def parsed(value: Any) -> Any:
 def part_of(targets: Any, samples: slice | Tensor) -> Any:
     """The targets of some of the samples: a slice of them, or their indices (s,) int64."""
     if isinstance(targets, Tensor):
-        at = samples.to(targets.device) if isinstance(samples, Tensor) else samples
-        return targets[at] if targets.dim() else targets
+        if isinstance(samples, Tensor) and targets.dim():
+            return rows_at(targets, samples)
+        return targets[samples] if targets.dim() else targets
     if isinstance(targets, list):
         if isinstance(samples, slice):
             return targets[samples]

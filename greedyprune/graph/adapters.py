@@ -13,12 +13,8 @@ ADAPTED = (
     "first (with peft: model = model.merge_and_unload())"
 )
 
-_LOW_RANK = (
-    "lora_A",
-    "lora_a",
-    "lora_down",
-    "lora_embedding_A",
-)  # attributes with the first factor
+# The attributes that hold an adapter's first factor.
+_LOW_RANK = ("lora_A", "lora_a", "lora_down", "lora_embedding_A")
 
 
 def has_adapter(model: nn.Module, layer: str) -> bool:

@@ -12,7 +12,7 @@ import inspect
 from torch import fx
 
 from .propagate import IDENTITY, RESHAPING
-from .tracing import Graph, call_of, is_plain, module_of, operation
+from .tracing import Graph, call_of, is_plain, module_name_of, operation
 
 
 def sees_input(graph: Graph, node: fx.Node) -> bool:
@@ -38,7 +38,7 @@ def is_alone(graph: Graph, node: fx.Node) -> bool:
 
 
 def _runs_in_own_module(graph: Graph, node: fx.Node) -> bool:
-    runs_in = graph.model.get_submodule(module_of(node))
+    runs_in = graph.model.get_submodule(module_name_of(node))
     return runs_in is graph.model.get_submodule(graph.layers[node].name)
 
 

@@ -12,6 +12,8 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
+from ..runtime.sparse import bytes_of
+from .in_place import check_in_place
 from .propagate import IDENTITY, RESHAPING
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
@@ -51,10 +53,6 @@ class LinearPath(NamedTuple):
         return torch.where(corrected, difference / torch.where(corrected, scale, 1.0), 0.0)
 
 
-class OverwrittenError(ValueError):
-    """The model changes a part of a tensor in place, which running its graph does not support."""
-
-
 class GraphExecutor:
     """Runs a model's graph for batches of one shape, any range of its nodes at a time.
 
@@ -72,7 +70,7 @@ class GraphExecutor:
     def __init__(self, model: nn.Module, batch: Batch, dynamic: bool = False) -> None:
         graph = Graph(model, batch.args, batch.kwargs, dynamic)
         self._graph, self.nodes = graph, graph.nodes
-        self._check_in_place()
+        check_in_place(graph)
         self._interpreter = fx.Interpreter(graph.program.graph_module)
         self.layers = {layer.name: layer for layer in graph.layers.values()}
         self.place: dict[str, int] = {}
@@ -91,6 +89,8 @@ class GraphExecutor:
             name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
+        # What `output_of` and `output_error` read, also where the graph uses it nowhere.
+        self._read = {*graph.layers, *(path.end for path in self.linear_paths.values())}
 
     def accepts(self, batch: Batch) -> bool:
         """Has a batch sizes that the graph serves?"""
@@ -142,7 +142,7 @@ class GraphExecutor:
             if node.op == "output":
                 break
             value = self.evaluate(node, env)
-            if node.users:
+            if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
             for source in self._last_uses[i]:
                 env.pop(source, None)
@@ -357,49 +357,6 @@ class GraphExecutor:
             and (layer.bias is None or is_own(layer.bias))
         }
 
-    def _check_in_place(self) -> None:
-        """In-place operations act on a copy: no later node may use a tensor that shares memory."""
-        for node in filter(in_place, self.nodes):
-            base = node.args[0]
-            while isinstance(base, fx.Node) and _is_alias(base):
-                base = base.args[0]
-            aliases, todo = set[fx.Node](), _same_item(base)
-            while todo:
-                alias = todo.pop()
-                if isinstance(alias, fx.Node) and alias is not node and alias not in aliases:
-                    aliases.add(alias)
-                    todo += [user for user in alias.users if _is_alias(user)]
-            users = {user for alias in aliases for user in alias.users}
-            if any(self._graph.position[user] > self._graph.position[node] for user in users):
-                raise OverwrittenError(
-                    f"model: {node.target} changes a part of a tensor in place, and the whole is "
-                    "used later; expected operations that return new tensors, or sequential=False "
-                    "in the objective of `select`"
-                )
-
-
-def _is_alias(node: fx.Node) -> bool:
-    """May a node's value share memory with its first operand's?"""
-    if node.op != "call_function" or not node.args:
-        return False
-    schema = getattr(node.target, "_schema", None)
-    is_view = schema is not None and any(arg.alias_info for arg in schema.arguments[:1])
-    if _is_item(node):  # of several outputs: split gives parts of its operand, topk new tensors
-        return _is_alias(node.args[0])  # type: ignore[arg-type]
-    return is_view or operation(node) in IDENTITY
-
-
-def _is_item(node: object) -> bool:
-    """Does a node take one of an operation's several outputs?"""
-    return isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem"
-
-
-def _same_item(node: Any) -> list[Any]:
-    """All nodes that take the same one of an operation's outputs; the node itself for others."""
-    if not _is_item(node):
-        return [node]
-    return [user for user in node.args[0].users if _is_item(user) and user.args == node.args]
-
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, by every name that they have."""
@@ -416,4 +373,4 @@ def bytes_held(values: Sequence[Values]) -> int:
         for value in tree_leaves([list(nodes.values()) for nodes in values])
         if isinstance(value, Tensor)
     }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(bytes_of, tensors.values()))

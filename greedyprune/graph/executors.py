@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..data.batches import Batch
-from ..data.forward import alike, run_model, shown_output, traceable
+from ..data.forward import run_model, same_outputs, traceable
 from .executor import GraphExecutor, tensors_of
+from .tracing import without_cache
 
 MOST_SHAPES = 16  # of batches that take a trace of their own
 
@@ -39,11 +42,11 @@ class GraphExecutors:
     def find(self, batch: Batch) -> GraphExecutor | None:
         """The executor for a batch; None for more than MOST_SHAPES traces."""
         leaves, structure = tree_flatten((batch.args, batch.kwargs))
-        shapes = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+        shapes = tuple((v.shape, v.dtype, v.layout) if isinstance(v, Tensor) else v for v in leaves)
         known = self._by_shapes.get(shapes)
         if known is not None:
             return known
-        ranks = tuple((v.dim(), v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+        ranks = tuple((v.dim(), v.dtype, v.layout) if isinstance(v, Tensor) else v for v in leaves)
         if self._by_shapes:
             executor = self._with_open_sizes((ranks, str(structure)), batch)
             if executor is not None and executor.accepts(batch):
@@ -63,7 +66,7 @@ class GraphExecutors:
                     outputs = executor.outputs(executor.inputs(batch), tensors_of(self._model), 0)
             except Exception:  # torch.export raises errors of many types; a graph may need a size
                 return None
-            expected = shown_output(run_model(self._model, batch), batch)
-            if alike(expected.detach(), shown_output(outputs, batch)):
+            traced = replace(batch, kwargs=without_cache(self._model, batch.kwargs))
+            if same_outputs(run_model(self._model, traced), outputs, batch.padding):
                 self._open[form] = executor
         return self._open[form]

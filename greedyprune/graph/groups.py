@@ -293,7 +293,7 @@ def _signature(model: nn.Module, batch: Batch) -> object:
         if isinstance(value, (bool, int, float, str, type(None))):
             return value
         if isinstance(value, Tensor):
-            return tuple(value.shape), value.dtype
+            return tuple(value.shape), value.dtype, value.layout
         if isinstance(value, (tuple, list)):
             return type(value), tuple(map(plain, value))
         if isinstance(value, dict):

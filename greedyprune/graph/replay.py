@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
+from ..data.forward import not_run
 from ..data.halves import in_second_half
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
@@ -25,13 +26,15 @@ from .executor import (
 from .executors import GraphExecutors
 from .tracing import Layer
 
+Add = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], None]
+
 
 class _State:
     """One batch in both networks, run up to the same node; `pruned` is None while they agree."""
 
     def __init__(self, batch: Batch, executor: GraphExecutor) -> None:
         self.executor, self.at, self.mark = executor, 0, batch.mark
-        self.second_half = in_second_half(batch)
+        self.second_half, self.padding = in_second_half(batch), batch.padding
         self.dense = executor.inputs(batch)
         self.pruned: Values | None = None
 
@@ -97,15 +100,13 @@ class Replay:
         """The names of the tensors that have changed."""
         return list(self._changed)
 
-    def visit(
-        self, layers: Sequence[str], add: Callable[[str, Tensor, Tensor, Tensor], None],
-        bar: Bar, resumed: Pass,
-    ) -> None:  # fmt: skip
-        """Calls add(layer, inputs, target, second_half) for each of the layers and each batch.
+    def visit(self, layers: Sequence[str], add: Add, bar: Bar, resumed: Pass) -> None:
+        """Calls add(layer, inputs, target, second_half, mask) for all these layers and batches.
 
         The inputs are those that the layer receives in the pruned network. The target is the
         layer's output in the dense network; where it is added to a shortcut, the target also
-        compensates for the shortcut's error in the pruned network.
+        compensates for the shortcut's error in the pruned network. The mask (m, T) says which
+        positions count; None: all.
 
         Leaves both networks just before the first of the layers.
 
@@ -114,7 +115,7 @@ class Replay:
         layers = sorted(layers, key=self.order(layers).__getitem__)
         tensors = self._dense, self._dense | self._changed
         for state in self._all(bar):
-            state.advance(state.executor.place[layers[0]], *tensors)
+            state.advance(_place(state.executor, layers[0]), *tensors)
             if resumed.contains(state.mark):
                 continue
             self._visit_batch(state, layers, tensors, add)
@@ -123,13 +124,13 @@ class Replay:
 
     def _visit_batch(
         self, state: _State, layers: Sequence[str], tensors: Sequence[Mapping[str, Tensor]],
-        add: Callable[[str, Tensor, Tensor, Tensor], None],
+        add: Add,
     ) -> None:  # fmt: skip
         executor, at = state.executor, state.at
         dense = dict(state.dense)
         pruned = dict(state.dense if state.pruned is None else state.pruned)
         for layer in layers:
-            place = executor.place[layer]
+            place = _place(executor, layer)
             executor.run(pruned, tensors[1], at, place)
             executor.run(dense, tensors[0], at, place)
             inputs, after = executor.input_of(layer, pruned), dict(dense)
@@ -138,20 +139,24 @@ class Replay:
             if state.pruned is not None:
                 error = executor.shortcut_error(layer, dense, pruned, tensors)
                 target = target if error is None else target + error
-            add(layer, inputs, target, state.second_half)
+            add(layer, inputs, target, state.second_half, state.padding.of(layer))
             at = place
 
-    def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A layer's inputs in the pruned network, the error of its output, and the samples' halves.
+    def errors(
+        self, layer: str, bar: Bar
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """A layer's inputs in the pruned network, the error of its output, the halves and the mask.
 
-        Adding the error to the output would correct it (`GraphExecutor.output_error`).
+        Adding the error to the output would correct it (`GraphExecutor.output_error`). The halves
+        are those of the samples; the mask (m, T) says which positions count, None: all.
         """
         for state in self._all(bar):
             tensors = self._dense, self._dense | self._changed
-            state.advance(state.executor.place[layer], *tensors)
+            state.advance(_place(state.executor, layer), *tensors)
             pruned = state.pruned or state.dense
             error = state.executor.output_error(layer, state.dense, pruned, tensors)
-            yield state.executor.input_of(layer, pruned), error, state.second_half
+            inputs, mask = state.executor.input_of(layer, pruned), state.padding.of(layer)
+            yield inputs, error, state.second_half, mask
 
     def _all(self, bar: Bar) -> Iterator[_State]:
         """Every batch, at the layer where the last pass left it or at the inputs."""
@@ -164,7 +169,7 @@ class Replay:
             if not unchanged:
                 first = self._first_change
                 assert first is not None
-                state.advance(state.executor.place[first], self._dense, self._dense)
+                state.advance(_place(state.executor, first), self._dense, self._dense)
                 state.pruned = dict(state.dense)
             yield state
             held += state.bytes
@@ -190,3 +195,10 @@ class Replay:
                 states[: i + 1] = [None] * (i + 1)
         if fits:
             self._states = [state for state in states if state is not None]
+
+
+def _place(executor: GraphExecutor, layer: str) -> int:
+    """At which place in the graph a layer runs; ValueError where the batch does not run it."""
+    if layer not in executor.place:
+        raise not_run(layer)
+    return executor.place[layer]

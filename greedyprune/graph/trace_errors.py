@@ -24,6 +24,11 @@ class TraceError(ValueError):
 
 def trace_error(model: nn.Module, error: Exception) -> TraceError:
     """The error to raise in the place of torch.export's own."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_packed_params") and not isinstance(module, nn.RNNBase):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            reason = f"{name!r} is quantised, {kind}: prune first, then quantise"
+            return TraceError(f"model: torch.export can't trace it ({reason})")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0][:LONGEST].rstrip(".") if lines else type(error).__name__
     return TraceError(f"model: torch.export can't trace it ({reason}{place_of(model, error)})")

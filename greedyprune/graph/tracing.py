@@ -225,7 +225,7 @@ class Graph:
     def _row_of(self, node: fx.Node, weight_node: Any) -> str:
         """The name under which a node that is no layer is listed: its module's or its weight's."""
         tensor = self._constant_behind(weight_node)
-        module = module_of(node)
+        module = module_name_of(node)
         if module and getattr(self.model.get_submodule(module), "weight", None) is not None:
             return module
         if tensor is None:
@@ -302,7 +302,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {a.name: a.default_value for a in schema} | given | node.kwargs
 
 
-def module_of(node: fx.Node) -> str:
+def module_name_of(node: fx.Node) -> str:
     """The name of the innermost module that runs a node."""
     stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
     return list(stack.values())[-1][0] if stack else ""

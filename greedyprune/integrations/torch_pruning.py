@@ -22,6 +22,7 @@ from ..kernels.path import Rule
 from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path
 from ..objectives.memory import bytes_of, turns
 from ..runtime.free_memory import room
+from ..runtime.modules import module_of
 
 try:
     from torch_pruning.pruner.importance import Importance
@@ -64,6 +65,7 @@ class GreedyImportance(Importance):
     Args:
         model: the model that the pruner was given
         data: as for `select`; targets are not used
+        mask: as for `select`: which positions of padded sequences count
 
     Raises:
         TypeError: `model` is not an nn.Module, or `data` has a type that `select` does not take
@@ -86,11 +88,10 @@ class GreedyImportance(Importance):
     Source: Ye et al. 2020, arXiv:2003.01794; eq. (2) for imitation.
     """
 
-    def __init__(self, model: nn.Module, data: object) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
-        Batches(data, model)  # raises at once for data that are none
-        self._model, self._data = model, data
+    def __init__(self, model: nn.Module, data: object, *, mask: str | None = "auto") -> None:
+        module_of(model)  # raises for what is none
+        Batches(data, model, mask=mask)  # raises at once for data that are none
+        self._model, self._data, self._mask = model, data, mask
         self._scores: dict[nn.Module, Tensor] = {}  # from a layer to the scores of its inputs
         # The parameters that the scores hold for: identity, version and shape of each.
         self._scored_parameters: list[tuple[int, int, torch.Size]] | None = None
@@ -137,7 +138,7 @@ class GreedyImportance(Importance):
 
         As many groups share a pass over the data as the free memory allows.
         """
-        batches = Batches(self._data, self._model)
+        batches = Batches(self._data, self._model, mask=self._mask)
         limit = room(batches.device)
         needed = [
             bytes_of(self._model, group, Rule(group.units, group.units, False), "none")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
-from ..data.forward import hooked, main_output, run_model
+from ..data.forward import hooked, main_output, not_run, run_model
 
 # By the names of layers, for each of their uses: the input (or output) and the derivative in it.
 Derivatives = dict[str, list[tuple[Tensor, Tensor]]]
@@ -38,6 +38,9 @@ def derivatives(
             seen.clear()
             with torch.enable_grad():
                 outputs = main_output(run_model(model, batch))
+            for name in names:
+                if name not in seen:
+                    raise not_run(name)
             uses = [(name, *use) for name in names for use in seen[name]]
             slopes = torch.autograd.grad(
                 outputs, [zeros for _, zeros, _ in uses], slope(outputs.detach(), batch),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.batches import Batch, samples_of
 from ..data.compared import compared
 from ..data.losses import Criterion, loss_of_function, slope_in
-from ..data.padding import counted
+from ..data.padding import NO_LABEL, counted
 from ..graph.groups import Group
 from ..graph.unfold import by_position, consumer_window, input_positions, outputs_of
 from ..runtime.resume import Pass, Tensors
@@ -91,7 +91,7 @@ def gate_products(job: Job, groups: Sequence[Group]) -> dict[str, LayerProducts]
             by_layer[group.producer].add(_gate_slopes(job, group, batch, values))
     [mass] = ranks.sum_numbers("mass", float(total.mass))
     if mass == 0:
-        raise ValueError("data: every label is ignored, expected at least one that counts")
+        raise ValueError(NO_LABEL)
     for i, gates in enumerate(by_layer.values()):
         gates.finish(ranks, ranks.owner(i))
         scale = job.criterion.scale(mass)  # 1 where the loss is a mean over all batches
@@ -109,29 +109,41 @@ def _gate_slopes(job: Job, group: Group, batch: Batch, values: Derivatives) -> T
     """u (samples, N): the derivatives in a group's gates, from those in its consumers' inputs.
 
     A gate multiplies its unit at every use of a consumer. Hidden positions add nothing, and samples
-    all of whose positions are hidden are left out.
+    that the loss does not count are left out.
     """
     total, samples = torch.zeros(()), samples_of(batch) or 1
+    kept = _counted_samples(job.criterion, batch)
     for name in group.consumers:
         at, window = group.slices[f"{name}.weight"], consumer_window(job.model, group, name)
-        mask = batch.padding.of(name)
         for inputs, derivative in values[name]:
             products = by_position(window, inputs * derivative)
-            rows = counted(mask, input_positions(window, inputs))
+            rows = counted(batch.padding.of(name), input_positions(window, inputs))
             if rows is not None:
                 hidden = ~rows.reshape(-1, 1).to(products.device)
                 products = products.masked_fill(hidden, 0)  # they may be NaN
             count = samples if len(products) % samples == 0 else len(products)
             products = products[:, at.places.flatten().to(products.device)]
             products = products.view(count, -1, group.units, at.width).sum((1, 3))
-            kept = counted(mask, (count,))
-            total = total + (products if kept is None else products[kept.to(products.device)])
+            total = total + products
+    if kept is not None and len(kept) == len(total):
+        total = total[kept.to(total.device)]
     if not total.isfinite().all():
         raise ValueError(
             f"layer {group.producer!r}: NaN or inf in the loss's derivative in its "
             "activations, expected finite numbers"
         )
     return total
+
+
+def _counted_samples(criterion: Criterion, batch: Batch) -> Tensor | None:
+    """Which samples have a position that the loss counts: (m,) bool; None: all."""
+    samples, labels = samples_of(batch) or 1, batch.targets
+    shown = counted(batch.padding.outputs, (samples,))
+    is_labels = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if criterion.kind != "cross_entropy" or not is_labels or len(labels) != samples:
+        return shown
+    labelled = (labels != criterion.ignore_index).reshape(samples, -1).any(1)
+    return labelled if shown is None else labelled & shown.to(labelled.device)
 
 
 def _loss_slope(criterion: Criterion, outputs: Tensor, batch: Batch) -> tuple[Tensor, float]:
@@ -143,7 +155,10 @@ def _loss_slope(criterion: Criterion, outputs: Tensor, batch: Batch) -> tuple[Te
     with torch.enable_grad():
         leaf = outputs.requires_grad_()
         if criterion.function is not None:
-            samples = samples_of(batch) or 1
+            shown = _counted_samples(criterion, batch)
+            samples = (samples_of(batch) or 1) if shown is None else int(shown.sum())
+            if not samples:  # a mean over no positions would be NaN
+                return torch.zeros_like(outputs), 0.0
             value = loss_of_function(criterion.function, leaf, batch.targets)
             return slope_in(leaf, value) * samples, float(samples)
         columns = found.columns(leaf)

@@ -13,7 +13,6 @@ from functools import partial
 
 from torch import Tensor
 
-from ..data.padding import PaddingOfPass
 from ..graph.groups import Group
 from ..graph.replay import Replay
 from ..graph.unfold import weight_of
@@ -65,7 +64,7 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
     """Layers in the order of the graph, each in the network pruned so far."""
     largest = max(imitation_bytes(job, group).together for group in groups)
     limit = job.memory_limit - metric_bytes(job, groups) - largest
-    replay, bar = Replay(job.model, job.batches, limit), PaddingOfPass(job.bar)
+    replay = Replay(job.model, job.batches, limit)
     place = replay.order([name for group in groups for name in group.consumers])
     selected = {}
     for group in sorted(groups, key=lambda group: min(place[name] for name in group.consumers)):
@@ -77,7 +76,7 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
                     halves=job.refits,
                 )[group.producer]  # fmt: skip
             else:
-                products = _replayed(job, group, replay, roots, bar)
+                products = _replayed(job, group, replay, roots)
             layer = job.ranks.on_first(group.producer, partial(select_layer, job, group, products))
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
         for name in sorted(group.consumers, key=place.__getitem__):
@@ -86,19 +85,19 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
     return selected
 
 
-def _replayed(
-    job: Job, group: Group, replay: Replay, roots: Roots, bar: PaddingOfPass
-) -> LayerProducts:
+def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProducts:
     """One group's products: inputs from the network pruned so far, targets from the dense one."""
     products = LayerProducts.of_consumers(job.model, group, roots, given=True, halves=job.refits)
     by_name = {consumer.name: consumer for consumer in products.consumers}
     resumed = Pass(job.checkpoint, group.producer)
     resumed.hold(*products.consumers)
 
-    def add(name: str, inputs: Tensor, targets: Tensor, second_half: Tensor) -> None:
-        by_name[name].add(inputs, targets, second_half, bar.padding.of(name))
+    def add(
+        name: str, inputs: Tensor, targets: Tensor, second_half: Tensor, mask: Tensor | None
+    ) -> None:
+        by_name[name].add(inputs, targets, second_half, mask)
 
-    replay.visit(group.consumers, add, bar, resumed)
+    replay.visit(group.consumers, add, job.bar, resumed)
     for consumer in products.consumers:
         consumer.finish(replay.ranks)
     return products

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
 from ..data.halves import in_second_half
-from ..data.padding import NO_PADDING
+from ..data.padding import NO_PADDING, NO_POSITION
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
@@ -65,7 +65,11 @@ class LayerProducts:
 
     @property
     def mass(self) -> float:
-        return sum(consumer.mass for consumer in self.consumers)
+        """What sums of squares are divided by; ValueError where no position counts."""
+        mass = sum(consumer.mass for consumer in self.consumers)
+        if not mass:
+            raise ValueError(NO_POSITION)
+        return mass
 
     def end_losses(self) -> tuple[float, float]:
         """The loss with all units as they are, and without any unit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..data.padding import NO_LABEL, NO_POSITION
 from ..kernels import ops
 from ..kernels.path import Moments
 from ..kernels.products import COPIED_ROWS, add_upper_product, mirror
@@ -49,7 +50,7 @@ def moments(features: InMemory | Streamed, backend: str, gram: Tensor | None = N
     features.ranks.sum("moments", norm, beta, variance, sums.numbers)
     count, mass, dense, empty, target_norm, mean_norm = sums.numbers.tolist()
     if mass == 0:
-        raise ValueError("data: every label is ignored, expected at least one that counts")
+        raise ValueError(NO_POSITION if features.imitation else NO_LABEL)
     spread = 0.0
     if features.criterion.kind != "custom":
         spread = float((variance * outgoing.square()).sum()) / units - mean_norm

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Batches, samples_of
+from ..data.batches import Batch, Batches
 from ..data.compared import Compared, compared
-from ..data.forward import alike, main_output, run_model, shown_output
+from ..data.forward import is_separate, main_output, run_model
 from ..data.losses import Criterion, loss_of_function, slope_in
+from ..data.padding import NO_LABEL
 from ..data.targets import joined, joined_over, part_of
 from ..graph.executor import (
     GraphExecutor,
-    OverwrittenError,
     bytes_held,
     tensors_of,
 )
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
+from ..graph.in_place import OverwrittenError
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..surgery.copying import copied
@@ -103,7 +104,7 @@ def _values(totals: Sequence[_Loss], criterion: Criterion, ranks: Ranks) -> Tens
     sums = torch.tensor([[float(total.sum), total.mass] for total in totals], dtype=torch.float64)
     ranks.sum("losses", sums)
     if not sums[:, 1].all():
-        raise ValueError("data: every label is ignored, expected at least one that counts")
+        raise ValueError(NO_LABEL)
     return sums[:, 0] if criterion.reduction == "sum" else sums[:, 0] / sums[:, 1]
 
 
@@ -133,7 +134,7 @@ class Network:
         outputs = main_output(run_model(model, first))
         self._nothing = outputs[:0], part_of(first.targets, slice(0, 0))
         on_cpu = traced and batches.device.type == "cpu"
-        self._splits = on_cpu and _is_separate(model, first, outputs)
+        self._splits = on_cpu and is_separate(model, first, outputs)
         if self._executors is not None:
             try:
                 self._executors.of(self._parts(first)[0])
@@ -339,17 +340,3 @@ class Network:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         return batch.split(PART) if self._splits else [batch]
-
-
-def _is_separate(model: nn.Module, batch: Batch, outputs: Tensor) -> bool:
-    """Are the outputs for parts of a batch those for the whole batch?
-
-    They are not where the model has no batch dimension, normalises over the batch, or takes inputs
-    that are not tensors with one entry for each sample.
-    """
-    try:
-        parts = batch.split(-(-(samples_of(batch) or 1) // 2))
-        halves = [shown_output(run_model(model, part), part) for part in parts]
-        return alike(shown_output(outputs, batch), torch.cat(halves))
-    except (ValueError, RuntimeError):
-        return False

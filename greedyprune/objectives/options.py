@@ -35,7 +35,8 @@ class Imitation:
         sequential: True: layer by layer, each on the inputs that it receives from the layers
             already pruned; False: all layers from one pass through the dense network, or in turns
             of a pass each if their sums do not fit in memory together. It is always False if
-            `layers` is a mapping that names the consumers
+            `layers` is a mapping that names the consumers, and for a layer whose consumer runs
+            several times in a forward pass with the same weights
 
     Raises:
         ValueError, TypeError: an option that is out of range

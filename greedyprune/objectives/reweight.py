@@ -18,6 +18,7 @@ from .memory import check_least_squares
 from .moments import squares_of
 from .options import DAMPING
 from .pointwise import CustomObjective
+from .source import Block
 
 CHUNK = 2**22  # entries of outputs that are computed at a time
 
@@ -55,7 +56,7 @@ class Reweighting:
         gram = torch.zeros(len(units), len(units), dtype=torch.float64, device=features.device)
         right = gram.new_zeros(len(units), features.outputs)
         squares = gram.new_zeros(features.units)
-        for block in features.blocks():
+        for block in map(_shown, features.blocks()):
             rows = block.features[rows_of].double()
             wanted = block.target.value if block.target.kind == "mse" else None
             if wanted is None:
@@ -111,3 +112,12 @@ class Reweighting:
             features.ranks.sum("losses", total)
             total = total / self._mass
         return total.cpu()[distinct_counts(order) - 1]
+
+
+def _shown(block: Block) -> Block:
+    """The block without the hidden positions that a loss of the user's own is called with."""
+    target = block.target
+    if target.kind != "custom" or target.weight is None:
+        return block
+    rows = target.weight.nonzero().flatten().to(block.features.device)
+    return Block(block.features[:, rows], target[rows])

@@ -10,6 +10,7 @@ from ..data.batches import Batch
 from ..data.compared import Compared, compared
 from ..data.forward import evaluating, main_output, run_model
 from ..data.losses import Criterion, Metric, ask, number
+from ..data.padding import NO_LABEL
 from ..data.targets import joined
 
 ACCURACY = "accuracy"  # counted batch by batch; a user's function needs all outputs at once
@@ -57,7 +58,7 @@ def loss_and_metric(
                 correct, labelled = correct + batch_correct, labelled + batch_labelled
         concatenated = [joined(parts) for parts in zip(*pairs, strict=True)]
         if not mass and criterion.function is None:
-            raise ValueError("data: every label is ignored, expected at least one that counts")
+            raise ValueError(NO_LABEL)
         if criterion.function is not None:
             loss_sum, mass = number("loss", ask("loss", criterion.function, *concatenated)), 1.0
         if criterion.reduction == "sum":

@@ -26,7 +26,8 @@ from ..kernels import backend as backends
 from ..plan import rules_of
 from ..request import check_model, checked_request
 from ..runtime.arguments import is_int, is_number
-from ..runtime.distributed import ALONE, unwrapped
+from ..runtime.distributed import ALONE
+from ..runtime.modules import module_of
 from ..runtime.progress import bars
 from ..selector import criterion_on, select, select_on
 from ..surgery.cut import prune
@@ -168,7 +169,7 @@ class PretrainingMonitor:
                 )
         if steps is None and not any(options.get(name) is not None for name in STOPPING_OPTIONS):
             steps = STEPS
-        self._model, self._options = unwrapped(model), {"steps": steps, **options}
+        self._model, self._options = module_of(model), {"steps": steps, **options}
         self._data = RepeatedPasses(data)
         self._held_out: RepeatedPasses | None = None
         if held_out is not None:

@@ -15,11 +15,9 @@ from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch import Tensor, distributed
 
 T = TypeVar("T")
-SHARDS = ("DTensor", "FlatParameter")  # of FSDP2 and tensor parallelism, of FSDP
 # Up to so many ranks and bytes (of all ranks together), gathering costs less than a ring reduction.
 GATHER_RANKS = 8
 GATHER_BYTES = 2**20
@@ -310,26 +308,3 @@ def ranks_of(process_group: object) -> Ranks:
     if group is None or distributed.get_world_size(group) == 1:
         return ALONE
     return Ranks(group)
-
-
-def unwrapped(model: Any) -> Any:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile's wrapper.
-
-    It has the same parameters. TypeError for one whose parameters are shards.
-    """
-    while isinstance(model, nn.Module):
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        else:
-            break
-    if isinstance(model, nn.Module):
-        for name, tensor in model.named_parameters():
-            if type(tensor).__name__ in SHARDS or type(tensor.data).__name__ in SHARDS:
-                raise TypeError(
-                    f"model: {name!r} is sharded over the ranks, expected a whole model: load "
-                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), "
-                    "from torch.distributed.checkpoint.state_dict, into a model that is not sharded"
-                )
-    return model

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks
+from .sparse import held_tensors
 
 
 def of_fields(record: Any, prefix: str = "") -> dict[str, str]:
@@ -57,9 +58,10 @@ def of_model(model: nn.Module) -> dict[str, str]:
 def of_tensor(tensor: Tensor) -> str:
     """A digest of a tensor's dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)
+    for held in held_tensors(tensor.detach()):
+        flat = held.cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

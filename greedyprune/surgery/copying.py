@@ -56,6 +56,11 @@ def copied(model: nn.Module) -> nn.Module:
     return new
 
 
+def _is_compressed(tensor: Tensor) -> bool:
+    """Is it a sparse tensor of a layout that copy.deepcopy does not take, as CSR?"""
+    return tensor.layout not in (torch.strided, torch.sparse_coo)
+
+
 def check_functions(model: nn.Module) -> None:
     """ValueError if a function in the place of a forward holds tensors from outside the model.
 
@@ -85,12 +90,12 @@ def _tensors_in(value: object) -> list[Tensor]:
 
 
 class _Detaching(TorchFunctionMode):
-    """Lets copy.deepcopy copy tensors that are not leaves: without their history."""
+    """Lets copy.deepcopy copy tensors that are not leaves, without their history, and CSR."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+        if func is Tensor.__deepcopy__ and (not args[0].is_leaf or _is_compressed(args[0])):
             tensor, memo = args
             return memo.setdefault(id(tensor), tensor.detach().clone())
         return func(*args, **(kwargs or {}))

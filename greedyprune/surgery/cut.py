@@ -19,7 +19,7 @@ from ..data.forward import run_model
 from ..graph.groups import Group
 from ..graph.slices import Slice
 from ..graph.unfold import module_weight, outputs_of
-from ..runtime.distributed import unwrapped
+from ..runtime.modules import module_of
 from .copying import copied
 from .hf_config import describe
 from .module_sizes import HEADS, sizes_after
@@ -78,7 +78,7 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
         >>> greedyprune.prune(model, selection)[0].weight.shape
         torch.Size([3, 4])
     """
-    model = unwrapped(model)
+    model = module_of(model)
     check_made_for(model, selection)
     batch = selection.example if example is None else example_batch(example)
     full = masked(model, selection)
@@ -114,9 +114,7 @@ def recalibrate(model: nn.Module, data: object) -> nn.Module:
         >>> torch.allclose(model[1].running_mean, model[0](inputs).mean(0), atol=1e-5)
         True
     """
-    module = unwrapped(model)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    module = module_of(model)
     batches = Batches(data, module)
     batches.first()  # raises where there are no samples
     with _as_before_on_errors(module):
@@ -207,8 +205,6 @@ def cut_to(model: nn.Module, groups: Iterable[Group], widths: Mapping[str, int])
 
 def check_made_for(model: nn.Module, selection: Selection) -> None:
     """Raises TypeError or ValueError unless the selection was made for this model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
     if not isinstance(selection, Selection):
         raise TypeError(f"selection: found {_kind_of(selection)}, expected a Selection")
     for name, layer in selection.layers.items():

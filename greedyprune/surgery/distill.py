@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches, samples_of
-from ..data.forward import evaluating
+from ..data.forward import evaluating, is_separate
 from ..data.halves import held_out
-from ..data.padding import counted
+from ..data.padding import Padding, counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.slices import Slice
-from ..graph.tracing import Layer
+from ..graph.tracing import CONVOLUTION_TYPES, Layer
 from ..runtime.progress import Bar
 from .selection import Selection
 
@@ -65,29 +66,35 @@ def distill(
         with torch.no_grad():
             targets = dense.of(part).path_ends(part, dense_tensors, kept_outputs)
         outputs = pruned.of(part).path_ends(part, tensors, kept_outputs)
-        return [
-            _relative_error(outputs[name], targets[name], kept_outputs[name], part.padding.of(name))
-            for name in outputs
-        ]
+        found = list[Tensor]()
+        for name, output in outputs.items():
+            of_convolution = isinstance(model.get_submodule(name), CONVOLUTION_TYPES)
+            kept, mask = kept_outputs[name], part.padding.of(name)
+            found.append(
+                _relative_error(output, targets[name], kept, mask, 1 if of_convolution else -1)
+            )
+        return found
 
     def held_out_error() -> float:
         """The mean error on the held-out samples; inf where there are none."""
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in batches:
-                for part in _parts(batch, held_out(batch)):
+                for part in _parts(batch, held_out(batch), separate):
                     samples = samples_of(part) or 1
                     total += float(torch.stack(errors(part)).sum()) * samples
                     count += samples
         return total / count if count else math.inf
 
+    with evaluating(model):
+        separate = is_separate(model, batches.first())
     count = len(batches) or sum(1 for _ in batches)
     torch.manual_seed(SEED)  # `evaluating` restores torch's random state
     with evaluating(small):
         best, lowest = dict[int, Tensor](), held_out_error()
         for epoch in bar(range(epochs), "distilling"):
             for i, batch in enumerate(batches):
-                parts = _parts(batch, ~held_out(batch))
+                parts = _parts(batch, ~held_out(batch), separate)
                 for j, part in enumerate(parts):
                     done = (epoch + (i + j / len(parts)) / count) / epochs
                     optimiser.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * done)) / 2
@@ -102,16 +109,33 @@ def distill(
         parameter.data.copy_(best[id(parameter)])
 
 
-def _parts(batch: Batch, chosen: Tensor) -> list[Batch]:
+def _parts(batch: Batch, chosen: Tensor, separate: bool) -> list[Batch]:
     """The chosen samples in parts of at most SAMPLES, which are drawn anew in every call.
 
-    chosen: (m,) bool. A batch without a dimension of samples is used whole if chosen[0] is true
+    Samples all of whose positions are hidden are left out.
+
+    chosen:   (m,) bool. A batch without a dimension of samples is used whole if chosen[0] is true
+    separate: can samples run without the others? If not, as the nodes of a graph, the whole batch
+        is the part, with the other samples hidden as padding is
     """
     if samples_of(batch) != len(chosen):
         return [batch] if bool(chosen[0]) else []
-    samples = chosen.nonzero().flatten()
+    if not separate:
+        return [replace(batch, padding=_shown_only(batch.padding, chosen))] if chosen.any() else []
+    shown = counted(batch.padding.mask, chosen.shape)
+    samples = (chosen if shown is None else chosen & shown.cpu()).nonzero().flatten()
     drawn = samples[torch.randperm(len(samples))]
     return [batch.take(part) for part in drawn.split(SAMPLES) if len(part)]
+
+
+def _shown_only(padding: Padding, samples: Tensor) -> Padding:
+    """The padding that also hides all but these samples, (m,) bool."""
+
+    def hidden(mask: Tensor | None) -> Tensor:
+        column = samples[:, None] if mask is None else samples[:, None].to(mask.device)
+        return column if mask is None else mask & column
+
+    return replace(padding, mask=hidden(padding.mask), decoder_mask=hidden(padding.decoder_mask))
 
 
 class _KeptOutputs(NamedTuple):
@@ -143,19 +167,17 @@ def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _K
 
 
 def _relative_error(
-    output: Tensor, target: Tensor, kept: _KeptOutputs | None, mask: Tensor | None
+    output: Tensor, target: Tensor, kept: _KeptOutputs | None, mask: Tensor | None, channels: int
 ) -> Tensor:
-    """|output - target|^2 / |target|^2, a scalar, over the positions that the mask shows."""
+    """|output - target|^2 / |target|^2, a scalar, over the positions that the mask shows.
+
+    channels: the outputs' dimension that is none of the positions
+    """
     target = target if kept is None else kept.of(target, output)
-    rows = counted(mask, output.shape[:1] + output.shape[2:])  # (m, C, T), as a convolution's
-    if mask is not None and output.shape[:2] == mask.shape:
-        rows = counted(mask, output.shape[:-1])
-    elif rows is not None and output.dim() > 2:
-        output, target = output.movedim(1, -1), target.movedim(1, -1)
-    elif rows is not None:  # (m, F) or (m * T, F)
-        rows = counted(mask, output.shape[:1])
+    at = channels % output.dim()
+    rows = counted(mask, output.shape[:at] + output.shape[at + 1 :])
     if rows is not None:
-        output, target = output[rows], target[rows]
+        output, target = (value.movedim(channels, -1)[rows] for value in (output, target))
     if not output.numel():
         return output.sum()
     return (output - target).square().mean() / target.square().mean().clamp(min=TINY)

@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..data.batches import example_batch
-from ..data.forward import evaluating, run_model
+from ..data.batches import example_batch, placed
+from ..data.forward import evaluating
 from ..graph.costs import Cost, costs_of, count_flops
 from ..graph.groups import Group, analyse
 from ..graph.pretrained import before_selection
 from ..graph.refusals import refused_in
+from ..graph.trace_errors import place_of
+from ..graph.unrun import UsedTensors, warn_of_unrun
 from ..runtime.arguments import ByName
-from ..runtime.distributed import unwrapped
+from ..runtime.errors import first_line
+from ..runtime.modules import module_of
 from .trial_cut import check_cut
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+TEXTS = ("layer", "with", "taken by", "why not")
+COLUMNS = ("layer", "units", "features", "with", "taken by", "parameters", "FLOPs", "why not")
 
 
 @dataclass(frozen=True)
@@ -69,20 +75,31 @@ class Layers(Mapping[str, Prunable]):
         return len(self._prunable)
 
     def summary(self) -> Table:
-        """A rich table with a row for each layer: `rich.print(layers.summary())`."""
+        """A rich table with a row for each layer: `rich.print(layers.summary())`.
+
+        with: the other layers that give these units, too
+        why not: the reason why a layer can't be pruned
+
+        Columns that would be empty are left out.
+        """
         from rich.table import Table
 
         table = Table(title=f"{len(self)} of {len(self) + len(self.refused)} layers can be pruned")
-        for column in ("layer", "units", "features", "with", "taken by", "parameters", "FLOPs"):
-            left = column in ("layer", "with", "taken by")
-            table.add_column(column, justify="left" if left else "right")
-        for name, layer in self.items():
-            table.add_row(
-                name, f"{layer.units}", f"{layer.features}", ", ".join(layer.producers[1:]),
-                ", ".join(layer.consumers), f"{layer.parameters:,}", f"{layer.flops:,}",
-            )  # fmt: skip
-        for name, reason in self.refused.items():
-            table.add_row(name, "-", "-", reason, style="dim")
+        rows = [
+            {
+                "layer": name, "units": f"{layer.units}", "features": f"{layer.features}",
+                "with": ", ".join(layer.producers[1:]), "taken by": ", ".join(layer.consumers),
+                "parameters": f"{layer.parameters:,}", "FLOPs": f"{layer.flops:,}",
+            }
+            for name, layer in self.items()
+        ]  # fmt: skip
+        rows += [{"layer": name, "why not": reason} for name, reason in self.refused.items()]
+        columns = [column for column in COLUMNS if any(row.get(column) for row in rows)]
+        for column in columns:
+            table.add_column(column, justify="left" if column in TEXTS else "right")
+        for row in rows:
+            texts = [row.get(column, "") for column in columns]
+            table.add_row(*texts, style="dim" if "why not" in row else "")
         table.caption = self.saving
         return table
 
@@ -101,11 +118,11 @@ def layers(model: nn.Module, example: object) -> Layers:
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
         example: inputs for one forward pass: a tensor, a tuple of tensors, or a dict of keyword
-            arguments
+            arguments. It is moved to the model's device, and floats are cast to its dtype
 
     Raises:
         TypeError: `model` is not an nn.Module, or `example` has another type
-        ValueError: the model can't be traced, or can't be run on the example; or, with fewer units,
+        ValueError: the model can't be run on the example, or can't be traced; or, with fewer units,
             it fails for another reason than its shapes
 
     Example:
@@ -120,14 +137,20 @@ def layers(model: nn.Module, example: object) -> Layers:
         >>> table.refused
         {'2': "its units are the model's output"}
     """
-    model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    model = module_of(model)
     batch = example_batch(example)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        batch = placed(batch, model)
     with evaluating(model):
+        try:
+            with UsedTensors() as used:
+                _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
+        except Exception as error:
+            reason = first_line(error) + place_of(model, error)
+            raise ValueError(f"example: the model can't run on it ({reason})") from error
         structure = analyse(model, batch, check_cut)
-        _, total, flops = count_flops(lambda: run_model(model, batch))
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
+    warn_of_unrun(model, used, groups.values(), "example")
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
     return Layers(prunable, refused_in(model, structure), before_selection(model, groups))

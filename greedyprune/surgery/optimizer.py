@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ..graph.slices import Slice
-from ..runtime.distributed import unwrapped
+from ..runtime.modules import module_of
 from .cut import check_made_for, in_format_of
 from .selection import LayerSelection, Selection
 
@@ -59,9 +59,7 @@ def prune_optimizer(optimizer: T, model: nn.Module, small: nn.Module, selection:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: found {type(optimizer).__name__}, expected a torch.optim one")
-    model, small = unwrapped(model), unwrapped(small)
-    if not isinstance(small, nn.Module):
-        raise TypeError(f"small: found {type(small).__name__}, expected an nn.Module")
+    model, small = module_of(model), module_of(small, "small: found")
     check_made_for(model, selection)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     cuts: dict[str, list[_Cut]] = {}

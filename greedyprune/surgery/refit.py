@@ -25,15 +25,17 @@ from torch.distributed import ProcessGroup
 
 from ..data.batches import Batches
 from ..data.forward import evaluating
+from ..data.padding import NO_POSITION
 from ..graph.replay import Replay
 from ..graph.tracing import Layer
-from ..graph.unfold import in_halves, module_weight, unfolded_parts
+from ..graph.unfold import columns_in_halves, module_weight
 from ..kernels.least_squares import Halves, chosen_damping, ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
-from ..runtime.distributed import Ranks, ranks_of, unwrapped
+from ..runtime.distributed import Ranks, ranks_of
 from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
+from ..runtime.modules import module_of
 from ..runtime.progress import Bar, bars, warn
 from .cut import check_made_for, cut, masked
 from .distill import distill
@@ -51,6 +53,7 @@ def refit(
     data: object,
     *,
     epochs: int = 0,
+    mask: str | None = "auto",
     memory_limit: int | None = None,
     progress: bool | None = None,
     process_group: ProcessGroup | None = None,
@@ -76,6 +79,7 @@ def refit(
             towards the outputs of the dense network's layers. A tenth of the samples is held out;
             the weights are those of the epoch that was best on it. 0: none. If many units were
             removed, 20 epochs gain a point of accuracy or more
+        mask: as for `select`: which positions of padded sequences count
         memory_limit: bytes for the activations between two layers. If they do not fit, they are
             computed again for every layer. None: half the free memory
         progress: False hides the progress bars
@@ -101,11 +105,11 @@ def refit(
     """
     ranks = ranks_of(process_group)
     with ranks.together(), torch.inference_mode(False):
-        model = unwrapped(model)
+        model = module_of(model)
         check_made_for(model, selection)
         _check_epochs(epochs, ranks)
         memory_limit = positive_int("memory_limit", memory_limit)
-        batches = _batches_of(data, model, ranks)
+        batches = _batches_of(data, model, ranks, mask)
         bar = bars(progress if ranks.rank == 0 else False)
         shared = memory_limit is None and not batches.on_gpu
         limit = ranks.memory(memory_limit or room(batches.device), shared)
@@ -125,9 +129,9 @@ def _check_epochs(epochs: int, ranks: Ranks) -> None:
         )
 
 
-def _batches_of(data: object, model: nn.Module, ranks: Ranks) -> Batches:
+def _batches_of(data: object, model: nn.Module, ranks: Ranks, mask: str | None) -> Batches:
     """The data as batches that can be read once for each layer."""
-    batches = Batches(data, model, ranks)
+    batches = Batches(data, model, ranks, mask)
     batches.share_first()
     if batches.once:
         raise ValueError(
@@ -193,8 +197,8 @@ def _refit_layer(
     if channels is not None:
         problem.start_from(model.get_parameter(layer.weight))
     for _ in range(ROUNDS if path.rectified else 1):
-        for inputs, error, second_half in replay.errors(layer.name, bar):
-            problem.add(inputs, error, second_half)
+        for inputs, error, second_half, mask in replay.errors(layer.name, bar):
+            problem.add(inputs, error, second_half, mask)
         problem.solve(replay.ranks)
         if problem.stays:
             break
@@ -245,25 +249,28 @@ class _LeastSquares:
             change = change.T
         self._change[: self.features] = change.flatten(1).T
 
-    def add(self, inputs: Tensor, error: Tensor, second_half: Tensor) -> None:
-        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
-        if not inputs.isfinite().all():
-            raise ValueError(
-                f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
-            )
-        halves = in_halves(self._window, inputs, error, second_half)
-        for half, its_inputs, its_error in halves:
-            for columns, target in unfolded_parts(self._window, its_inputs, its_error):
-                assert target is not None
-                rows = columns[self._channels].flatten(0, 1)
-                if self._free:
-                    rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
-                if self._damping is not None:  # the inputs are the same in every round
-                    add_right(self._rights[0], rows, target, rows.dtype)
-                    continue
-                self.rows += rows.shape[1]
-                add_right(self._rights[half], rows, target, rows.dtype)
-                add_upper_product(self._grams[half], rows, rows.dtype)
+    def add(self, inputs: Tensor, error: Tensor, second_half: Tensor, mask: Tensor | None) -> None:
+        """Adds one batch: the layer's inputs, and by what its outputs are to change.
+
+        second_half: (m,) bool: which of the m samples are in the second half
+        mask: (m, T) bool: which positions count; None: all
+        """
+        parts = columns_in_halves(self._window, inputs, error, second_half, mask)
+        for half, columns, target in parts:
+            assert target is not None
+            if not columns.isfinite().all():
+                raise ValueError(
+                    f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
+                )
+            rows = columns[self._channels].flatten(0, 1)
+            if self._free:
+                rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
+            if self._damping is not None:  # the inputs are the same in every round
+                add_right(self._rights[0], rows, target, rows.dtype)
+                continue
+            self.rows += rows.shape[1]
+            add_right(self._rights[half], rows, target, rows.dtype)
+            add_upper_product(self._grams[half], rows, rows.dtype)
 
     @property
     def stays(self) -> bool:
@@ -279,6 +286,8 @@ class _LeastSquares:
                 ranks.sum_upper(f"products {self._name!r} {half}", gram)
             [rows] = ranks.sum_numbers(f"rows {self._name!r}", self.rows)
             self.rows = int(rows)
+            if not self.rows:
+                raise ValueError(NO_POSITION)
         change, self._damping = ranks.on_first(f"weights {self._name!r}", self._solution)
         if self.stays:
             return

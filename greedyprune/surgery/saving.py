@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.executor import tensors_of
-from ..runtime.distributed import unwrapped
 from ..runtime.files import read_tensors, write_tensors
+from ..runtime.modules import module_of
 from .cut import in_format_of
 from .hf_config import restore, saved_configs, saved_refusal
 from .module_sizes import Size, can_be_cut, sizes_of
@@ -39,9 +39,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> greedyprune.save_pruned(model, "small.safetensors")
     """
-    model = unwrapped(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, expected an nn.Module")
+    model = module_of(model)
     tensors = tensors_of(model)
     for name in model.state_dict():
         if name not in tensors:
@@ -49,6 +47,11 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TypeError(f"model: {name!r} is on the meta device, expected numbers in memory")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"model: {name!r} is sparse ({tensor.layout}), expected dense tensors, as the file "
+                "has no others; or torch.save the whole model"
+            )
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
@@ -117,10 +120,7 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
         tensors |= {name: tensors[first] for name, first in tied.items()}
     except (KeyError, ValueError):
         raise ValueError(f"path: the header of {str(path)!r} is damaged") from None
-    model = model_factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model_factory: it returned {type(model).__name__}, expected an nn.Module")
-    model = unwrapped(model)
+    model = module_of(model_factory(), "model_factory: it returned")
     _check_architecture(model, sizes, tensors, set(buffers))
     for name, attributes in sizes.items():
         for attribute, size in attributes.items():

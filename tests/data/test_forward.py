@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.ao import quantization
 
 import greedyprune
-from greedyprune.data.forward import evaluating, same_outputs
+from greedyprune.data.batches import Batch
+from greedyprune.data.forward import evaluating, is_separate, same_outputs
 from greedyprune.surgery.cut import masked
 
 X, Y = torch.randn(32, 6), torch.randint(3, (32,))
@@ -111,6 +113,103 @@ def test_whole_calls_leave_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="layers: found 'nothing'"):
         greedyprune.select(model, (X, Y), layers="nothing")
     assert {**state_of(model), "random state": 0} == {**before, "random state": 0}
+
+
+class MixedPrecision(nn.Module):
+    """Two layers under autocast, one of them by a decorator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 20), nn.Linear(20, 12), nn.Linear(12, 3)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.fc1(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.fc2(self.hidden(x)).relu()
+            with torch.autocast("cpu", enabled=False):
+                return self.fc3(hidden.float())
+
+
+def test_autocast_inside_the_forward() -> None:
+    """Units are judged in the model's own precision; the pruned model still has its autocast."""
+    torch.manual_seed(0)
+    model = MixedPrecision()
+    inputs, targets = torch.randn(90, 8), torch.randint(3, (90,))
+    plain = nn.Sequential(model.fc1, nn.ReLU(), model.fc2, nn.ReLU(), model.fc3)
+    assert list(greedyprune.layers(model, inputs)) == ["fc1", "fc2"]
+    selection = greedyprune.select(model, (inputs, targets), size=0.5)
+    expected = greedyprune.select(plain, (inputs, targets), size=0.5)
+    for one, other in zip(selection.layers.values(), expected.layers.values(), strict=True):
+        assert one.order.equal(other.order)
+        torch.testing.assert_close(one.losses, other.losses)
+    for call in (greedyprune.prune, lambda m, s: greedyprune.refit(m, s, (inputs, targets))):
+        small, in_float32 = call(model, selection), call(plain, expected)
+        torch.testing.assert_close(small.fc3.weight, in_float32[4].weight)
+        assert small.hidden(inputs).dtype == torch.bfloat16
+        outputs = small(inputs)
+        assert not outputs.equal(in_float32(inputs))
+        torch.testing.assert_close(outputs, in_float32(inputs), rtol=0.05, atol=0.05)
+
+
+def test_threads_may_leave_in_the_order_in_which_they_came() -> None:
+    """Autocast works again in both, whichever patch was the last."""
+    model, entered, leave, types = nn.Linear(6, 3), threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with evaluating(model):
+            entered.set()
+            leave.wait(10)
+        with torch.autocast("cpu", torch.bfloat16):
+            types.append(model(X).dtype)
+
+    thread = threading.Thread(target=other)
+    with evaluating(model):
+        thread.start()
+        entered.wait(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X).dtype == torch.bfloat16  # while the other thread is still inside
+    leave.set()
+    thread.join()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X).dtype == torch.bfloat16
+    assert types == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_separate_samples_in_outputs_of_any_structure(mixing: bool) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            rows = x - x.mean(0) if mixing else x
+            return {"hidden": [x, rows.flatten()], "loss": x.sum()}
+
+    assert is_separate(Net(), Batch((X,), {}, None)) is not mixing
+
+
+def test_autocast_works_in_other_threads_and_afterwards() -> None:
+    methods = torch.autocast.__enter__, torch.autocast.__exit__
+    found = dict[str, bool]()
+
+    def inside(name: str) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            found[name] = torch.is_autocast_enabled("cpu")
+
+    def fails() -> None:
+        with evaluating(nn.Linear(2, 2)), evaluating(nn.Linear(2, 2)):
+            inside("here")
+            other = threading.Thread(target=inside, args=["there"])
+            other.start()
+            other.join()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    inside("after")
+    assert found == {"here": False, "there": True, "after": True}
+    assert methods == (torch.autocast.__enter__, torch.autocast.__exit__)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 class Quantised(nn.Module):

@@ -13,11 +13,11 @@ from greedyprune.data.forward import main_output
 from greedyprune.graph import executors as executors_module
 from greedyprune.graph.executor import (
     GraphExecutor,
-    OverwrittenError,
     bytes_held,
     tensors_of,
 )
 from greedyprune.graph.executors import GraphExecutors
+from greedyprune.graph.in_place import OverwrittenError
 
 
 def batch_of(inputs: Inputs) -> Batch:
@@ -226,3 +226,32 @@ def test_bytes_are_counted_once() -> None:
     executor = GraphExecutor(model, batch_of(inputs))
     values = executor.inputs(batch_of(inputs))
     assert bytes_held([values, dict(values)]) == 4 * inputs.numel()
+
+
+def test_varying_lengths_of_a_model_without_logits() -> None:
+    """The open trace is compared with outputs of any structure, such as an encoder's record."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.down(self.up(x).relu())
+            return {"last_hidden_state": hidden, "pooler_output": hidden.mean(1).tanh()}
+
+    torch.manual_seed(0)
+    model, batches = Encoder(), [torch.randn(4, length, 6) for length in (5, 7, 6, 9)]
+    executors = GraphExecutors(model)
+    opened = [executors.of(Batch((x,), {}, None)) for x in batches]
+    assert opened[1] is opened[2] is opened[3]
+    selection = greedyprune.select(model, batches, size=9)
+    together = torch.cat([x.flatten(0, 1) for x in batches])[:, None]
+    assert selection.kept.equal(greedyprune.select(model, together, size=9).kept)
+
+
+def test_an_open_trace_that_is_not_the_model_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphExecutor, "outputs", lambda self, values, *_: torch.zeros(4, 3))
+    executors = GraphExecutors(nn.Linear(6, 3))
+    made = [executors.of(Batch((torch.randn(4, n, 6),), {}, None)) for n in (5, 7, 6)]
+    assert len(set(map(id, made))) == 3

@@ -66,6 +66,16 @@ def test_the_table_of_layers(name: str) -> None:
     assert all(text in console.file.getvalue() for text in [*table, *table.refused.values()])
 
 
+def test_the_columns_of_the_table() -> None:
+    """Reasons have a column of their own; columns without an entry are left out."""
+    table = greedyprune.layers(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(2, 4))
+    columns = {str(column.header): [*column.cells] for column in table.summary().columns}
+    assert columns["layer"] == ["0", "1"]
+    assert columns["taken by"] == ["1", ""]
+    assert columns["why not"] == ["", "its units are the model's output"]
+    assert "with" not in columns
+
+
 def test_the_numbers_in_the_table_of_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5))
     table = greedyprune.layers(model, torch.randn(2, 3, 4, 4))
@@ -76,7 +86,7 @@ def test_the_numbers_in_the_table_of_layers() -> None:
     assert table.refused == {"3": "its units are the model's output"}
     with pytest.raises(TypeError, match="example: found int"):
         greedyprune.layers(model, 3)
-    with pytest.raises(ValueError, match=r"model: torch.export can't trace it"):
+    with pytest.raises(ValueError, match=r"example: the model can't run on it"):
         greedyprune.layers(model, torch.randn(2, 4, 4, 4))
 
 

@@ -56,6 +56,21 @@ def test_the_pruner_keeps_the_units_that_select_keeps(name: str) -> None:
     torch.testing.assert_close(outputs_of(model, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_hidden_positions_do_not_count() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    inputs, shown = torch.randn(8, 5, 6), torch.rand(8, 5) > 0.4
+    noisy = inputs.masked_fill(~shown[..., None], 1e3)
+    scores = [
+        importance(group_of(graph_of(model, inputs[0]), model[0]))
+        for importance in (
+            GreedyImportance(model, inputs[shown]),
+            GreedyImportance(model, [{"input": noisy, "shown": shown}], mask="shown"),
+        )
+    ]
+    torch.testing.assert_close(scores[1], scores[0])
+
+
 @torch.no_grad()
 def squared_error(layers: list[nn.Module], inputs: list[Tensor], kept: list[int]) -> float:
     """Of the layers' outputs, when their inputs have only the channels `kept`."""

@@ -49,6 +49,26 @@ def test_the_metric_is_that_of_the_slopes(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(root @ root, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_hidden_positions_are_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is hidden has derivatives, too, where a later window reaches it."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    model = Net(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 5, 1), nn.Conv1d(5, 4, 3))
+    inputs, shown = torch.randn(6, 3, 7), torch.rand(6, 7) > 0.4
+    monkeypatch.setattr(output_metric, "_slope", lambda outputs, kind, targets: outputs)
+    data = [{"x": inputs, "attention_mask": shown}]
+    [root] = roots_of(model, ["2"], data, "mse").values()
+    out = model[2](model[1](model[0](inputs))).detach().requires_grad_()
+    [slope] = torch.autograd.grad(model[3](out).square().sum() / 2, out)
+    columns = slope.double().transpose(1, 2)[shown].T
+    expected = columns @ columns.T
+    expected = expected / expected.diagonal().mean() / 2 + torch.eye(5) / 2
+    torch.testing.assert_close(root @ root, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3,), (5, 3)])
 def test_slopes_are_drawn_from_the_predictions(shape: tuple[int, ...]) -> None:
     """Of mean 0, and with the Fisher information of their distribution as covariance."""

@@ -83,3 +83,9 @@ def together(batches: list[dict[str, Tensor]], count: int) -> list[dict[str, Ten
         {name: torch.cat([b[name] for b in batches[i : i + count]]) for name in batches[0]}
         for i in range(0, len(batches), count)
     ]
+
+
+def hidden_batch() -> dict[str, Tensor]:
+    """Four sequences without any token."""
+    batch = together(padded(sequences(), "noise"), 4)[0]
+    return batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}

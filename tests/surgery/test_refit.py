@@ -293,3 +293,42 @@ def test_layers_that_held_out_samples_speak_against_stay(monkeypatch: pytest.Mon
         small = greedyprune.refit(model, selection, [images])
     for key, value in greedyprune.prune(model, selection).state_dict().items():
         assert small.state_dict()[key].equal(value)
+
+
+class Aside(nn.Module):
+    """A head, and a twin of it that runs and whose output nothing uses."""
+
+    def __init__(self, follows: nn.Module | None) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 24), nn.Linear(24, 3)
+        self.twin, self.follows = copy.deepcopy(self.head), follows
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x).relu()
+        if self.follows is not None:
+            self.follows(self.twin(hidden))
+        return self.head(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:data. the first batch does not run 'twin'")
+@pytest.mark.parametrize("follows", [nn.Identity(), nn.BatchNorm1d(3), nn.ReLU()], ids=repr)
+def test_an_output_that_nothing_uses(follows: nn.Module) -> None:
+    """The twin is cut and refitted as the head is, whose weights are those without a twin."""
+    torch.manual_seed(0)
+    model = Aside(follows).eval()
+    alone = copy.deepcopy(model)
+    alone.follows = None
+    data = torch.randn(300, 6), torch.randn(300, 3)
+    options: dict[str, Any] = {"size": 9, "objective": "imitation"}
+    selections = [greedyprune.select(net, data, **options) for net in (model, alone)]
+    assert selections[0].kept.equal(selections[1].kept)
+    small, expected = (
+        greedyprune.refit(net, selection, data, epochs=0)
+        for net, selection in zip((model, alone), selections, strict=True)
+    )
+    assert torch.allclose(small.head.weight, expected.head.weight, rtol=1e-4, atol=1e-6)
+    dense = model.head.weight[:, selections[0].kept]
+    assert not torch.allclose(small.head.weight, dense, atol=1e-3)
+    if not isinstance(follows, nn.ReLU):  # before a ReLU, negative values need only stay so
+        assert torch.allclose(small.twin.weight, small.head.weight, rtol=1e-3, atol=1e-5)
+    greedyprune.refit(model, selections[0], data, epochs=1)
