@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from greedyprune.data.batches import Batches
 from greedyprune.data.losses import Criterion
-from greedyprune.graph.groups import Group, group_of
+from greedyprune.graph.groups import Group, groups_in
 from greedyprune.graph.tracing import Graph
 from greedyprune.objectives.network import Network
 from greedyprune.surgery.cut import scaled_weight
@@ -53,9 +53,8 @@ def problem_of(case: Case) -> tuple[nn.Sequential, Group, tuple[Tensor, Tensor],
     model(data[0])
     model.eval().requires_grad_(False)
     graph = Graph(model, (data[0][:2],), {})
-    group = next(
-        group_of(graph, node) for node, layer in graph.layers.items() if layer.name == case.layer
-    )
+    group = groups_in(graph)[case.layer]
+    assert isinstance(group, Group)
     batches, criterion = Batches(data, model), Criterion("cross_entropy")
     network = Network(model, batches, criterion, 2**32, lambda source, _: source, traced=True)
     network.stop_before(group.consumer)

@@ -2,12 +2,14 @@
 
 The parameters of a group's layers, and the FLOPs of its layers and of its matrix products, are in
 proportion to its size, the number of units. If two groups share a weight, as two convolutions in a
-row do, they are in proportion to the product of both sizes.
+row do, they are in proportion to the product of both sizes. Of a concatenation, each group has its
+share of the weight.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -96,29 +98,46 @@ def costs_of(
     total: FLOPs of one run of the dense model
     flops: FLOPs of each of its modules in that run
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    sizes = {
-        name: parameters[name].numel()
-        for group in groups for name in group.slices if name in parameters
-    }  # fmt: skip
-    layers = {
-        name: flops.get(name.removesuffix(".weight"), 0)
-        for group in groups for name in group.slices if name.endswith(".weight")
-    }  # fmt: skip
+    params: Counter[tuple[str, ...]] = Counter()
+    layers: Counter[tuple[str, ...]] = Counter()
+    cut = {name for group in groups for name in group.slices}
+    for name, parameter in model.named_parameters():  # one that has two names counts once
+        if name not in cut:
+            continue
+        of_layer = flops.get(name.removesuffix(".weight"), 0) if name.endswith(".weight") else 0
+        for producers, entries in _blocks(groups, name, parameter.shape).items():
+            params[producers] += entries
+            layers[producers] += of_layer * entries // parameter.numel()
     products = {name: amount for group in groups for name, amount in group.products.items()}
+    for name, amount in products.items():
+        layers[tuple(g.producer for g in groups if name in g.products)] += amount
     units = {group.producer: group.units for group in groups}
     dense = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "params": Cost(dense, units, _parts(groups, sizes)),
-        "flops": Cost(total, units, _parts(groups, layers | products)),
-    }
+    return {"params": Cost(dense, units, params), "flops": Cost(total, units, layers)}
 
 
-def _parts(groups: Sequence[Group], amounts: Mapping[str, int]) -> dict[tuple[str, ...], int]:
-    """The costs of tensors and products, summed over all that the same groups cut."""
-    parts: dict[tuple[str, ...], int] = {}
-    for name, amount in amounts.items():
-        layers = tuple(g.producer for g in groups if name in g.slices or name in g.products)
-        if layers:
-            parts[layers] = parts.get(layers, 0) + amount
-    return parts
+def _blocks(groups: Sequence[Group], name: str, shape: Sequence[int]) -> dict[tuple[str, ...], int]:
+    """How many entries of a tensor belong to units of the same groups, by these groups' names.
+
+    Along a dimension a group may have all entries, or a part of them, as after a concatenation.
+    """
+    blocks: dict[tuple[str, ...], int] = {(): 1}
+    for dim, size in enumerate(shape):
+        counts: dict[str, int] = {}
+        for group in groups:
+            at = group.slices.get(name)
+            if at is not None and at.dim == dim:
+                counts[group.producer] = at.places.numel()
+        rest = size - sum(counts.values())
+        along = {(producer,): count for producer, count in counts.items()} | {(): rest}
+        blocks = {
+            (*before, *new): entries * count
+            for before, entries in blocks.items() for new, count in along.items() if count
+        }  # fmt: skip
+    order = [group.producer for group in groups]
+    totals: dict[tuple[str, ...], int] = {}
+    for producers, entries in blocks.items():
+        key = tuple(sorted(producers, key=order.index))
+        totals[key] = totals.get(key, 0) + entries
+    totals.pop((), None)
+    return totals

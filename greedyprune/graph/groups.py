@@ -308,9 +308,13 @@ def _signature(model: nn.Module, batch: Batch) -> object:
 
 
 def find_groups(
-    model: nn.Module, structure: Structure, wanted: Sequence[str] | None
-) -> list[Group]:
+    model: nn.Module, structure: Structure, wanted: Sequence[str] | None, *,
+    streams: bool = False, sized: Sequence[str] = (),
+) -> list[Group]:  # fmt: skip
     """The groups of the wanted producers, from what `analyse` returned; None: all groups.
+
+    streams: take residual streams, too, where `wanted` is None
+    sized:   names of streams that are taken all the same
 
     Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can, and
     ValueError for an unknown one.
@@ -320,9 +324,10 @@ def find_groups(
         groups += [
             group for name, group in structure.items()
             if isinstance(group, Group) and name == group.producer
+            if streams or not group.stream or name in sized
         ]  # fmt: skip
         if not groups:
-            reasons = by_reason(refused_in(model, structure)) or [
+            reasons = by_reason(refused_in(model, structure) | streams_in(structure)) or [
                 "it has no Linear and no convolution"
             ]
             raise NotPrunableError(f"model: no layer can be pruned: {'; '.join(reasons)}")
@@ -344,6 +349,14 @@ def find_groups(
             reason = "no such module" if module is None else why_not(module)
             raise ValueError(f"layers: found {name!r} ({reason}), {expected}")
     return groups
+
+
+def streams_in(structure: Structure) -> dict[str, str]:
+    """The producers of residual streams, each with the reason why they are not selected."""
+    return {
+        name: "it gives a residual stream, which its name or layers='all' selects"
+        for name, group in structure.items() if isinstance(group, Group) and group.stream
+    }  # fmt: skip
 
 
 def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:

@@ -106,7 +106,7 @@ class Propagation:
         self.doubts: list[Doubt] = []
         self.products: list[tuple[fx.Node, Ids]] = []
         self.summed: list[Ids] = []
-        self._splits: list[Ids] = []  # of dimensions that a reshape made of one
+        self._splits: list[Ids] = []  # of several dimensions, which lose whole rows only
         self._states: dict[fx.Node, State] = {}
         self._parts: dict[fx.Node, list[State]] = {}  # of nodes that give several tensors
         self._constants = set[fx.Node]()  # nodes that are computed from parameters only
@@ -395,37 +395,27 @@ class Propagation:
         named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         dim = int(named) % dims
         if not any(dim in labels.dims for part in parts for labels in self.of(part)):
-            same = {at: at for at in range(dims)}
-            return self._met(node, [(part, self.of(part), same | {dim: None}) for part in parts])
-        states = [self._complete(node, part, dim) for part in parts]
-        joint = sorted({d for state in states for labels in state if dim in labels.dims
+            rest: dict[int, int | None] = {at: at for at in range(dims) if at != dim}
+            return self._met(node, [(part, self.of(part), rest | {dim: None}) for part in parts])
+        joint = sorted({d for part in parts for labels in self.of(part) if dim in labels.dims
                         for d in labels.dims})  # fmt: skip
-        blocks, rests = [], []
-        for part, state in zip(parts, states, strict=True):
-            inside = tuple(labels for labels in state if set(labels.dims) & set(joint))
-            shape = shape_of(part)
-            blocks.append(
-                self._block(
-                    node,
-                    joint,
-                    [shape[d] for d in joint],
-                    [(part, inside, {at: at for at in range(dims)})],
-                )
-            )
-            rests.append(tuple(labels for labels in state if not set(labels.dims) & set(joint)))
+        same: dict[int, int | None] = {at: at for at in range(dims)}
+        blocks, rests = list[Ids](), list[State]()
+        for part in parts:
+            inside = tuple(la for la in self.of(part) if set(la.dims) & set(joint))
+            if not inside:  # values that no layer gives
+                fresh = self.classes.fresh(shape_of(part)[dim])
+                self.classes.fix(fresh, f"{node.target} joins its units with other values")
+                inside = (Labels((dim,), fresh),)
+            sizes = [shape_of(part)[d] for d in joint]
+            blocks.append(self._block(node, joint, sizes, [(None, inside, same)]))
+            rests.append(tuple(la for la in self.of(part) if not set(la.dims) & set(joint)))
         ids = np.concatenate(blocks, axis=joint.index(dim))
-        same = {at: at for at in range(dims)} | dict.fromkeys(joint, None)
-        others = self._met(node, [(p, rest, same) for p, rest in zip(parts, rests, strict=True)])
+        along = same | dict.fromkeys(joint)
+        others = self._met(node, [(p, rest, along) for p, rest in zip(parts, rests, strict=True)])
+        if len(joint) > 1:
+            self._splits.append(ids)
         return (*others, Labels(tuple(joint), ids))
-
-    def _complete(self, node: fx.Node, part: fx.Node, dim: int) -> State:
-        """The ids of a part of a concatenation; those of values that no layer gives are fixed."""
-        state = self.of(part)
-        if any(dim in labels.dims for labels in state):
-            return state
-        ids = self.classes.fresh(shape_of(part)[dim])
-        self.classes.fix(ids, f"{node.target} joins its units with other values")
-        return (*state, Labels((dim,), ids))
 
     def _stacked(self, node: fx.Node) -> State:
         parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
@@ -439,7 +429,9 @@ class Propagation:
         blocks = [
             self._block(node, labelled, sizes, [(part, self.of(part), moved)]) for part in parts
         ]
-        return (Labels((dim, *labelled), np.stack(blocks)),)
+        ids = np.stack(blocks)
+        self._splits.append(ids)
+        return (Labels((dim, *labelled), ids),)
 
     def _through_glu(self, node: fx.Node) -> State:
         source = first_of(node)
@@ -514,7 +506,7 @@ class Propagation:
         roots, dims, ids = self.classes.roots(labels.ids), list(labels.dims), labels.ids
         for axis in reversed(range(ids.ndim)):
             if ids.ndim > 1 and (roots == roots.take([0], axis)).all():
-                roots, ids = roots.take(0, axis), ids.take(0, axis)
+                roots, ids = np.take(roots, 0, axis), np.take(ids, 0, axis)
                 del dims[axis]
         return Labels(tuple(dims), ids)
 
@@ -562,7 +554,7 @@ class Propagation:
                 axis = dims.index(dim)
                 ids = ids[(slice(None),) * axis + (places,)]
                 if removed:
-                    ids, dims = ids.take(0, axis), dims[:axis] + dims[axis + 1 :]
+                    ids, dims = np.take(ids, 0, axis), dims[:axis] + dims[axis + 1 :]
             if dims:
                 dims = tuple(d - (removed and d > dim) for d in dims)
                 result.append(Labels(dims, ids))
@@ -588,9 +580,7 @@ class Propagation:
 
     # Several operands.
 
-    def _met(
-        self, node: fx.Node, operands: Sequence[tuple[fx.Node, State, dict[int, int | None]]]
-    ) -> State:
+    def _met(self, node: fx.Node, operands: Sequence[Operand]) -> State:
         """The ids of a result whose entries are computed from those at the same place."""
         shape = shape_of(node)
         blocks: list[set[int]] = []  # of the result's dimensions that share ids

@@ -63,7 +63,11 @@ class Slice:
 
     def without(self, kept: Tensor) -> Tensor:
         """The entries of the whole dimension but those of the units that are not `kept`."""
+        return self.stays(kept).nonzero().flatten()
+
+    def stays(self, kept: Tensor) -> Tensor:
+        """Which entries of the whole dimension are not of a unit that goes: (size,) bool."""
         stays = torch.ones(self.size, dtype=torch.bool)
         stays[self.places.flatten()] = False
         stays[self.entries(kept)] = True
-        return stays.nonzero().flatten()
+        return stays

@@ -24,7 +24,7 @@ from .copying import copied
 from .hf_config import describe
 from .module_sizes import HEADS, sizes_after
 from .proof import prove
-from .selection import LayerSelection, Selection
+from .selection import LayerSelection, Selection, entries_left
 
 
 def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.Module:
@@ -176,7 +176,8 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
     """Removes the dropped units from a model that `masked` gives, in place; returns the model."""
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
-            _cut_layer(full, layer)
+            _set_heads(full, layer)
+        _cut_tensors(full, entries_left(selection.layers.values()))
     return full
 
 
@@ -260,8 +261,8 @@ def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:
     return (weight.detach().double() * scale).to(weight.dtype)
 
 
-def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
-    """Cuts all tensors with entries of the layer's units, and the attributes with their sizes."""
+def _set_heads(model: nn.Module, layer: LayerSelection) -> None:
+    """Sets the numbers of heads of attention modules, where the layer's units are heads."""
     units, kept = len(layer.counts), len(layer.kept)
     for attention in _attention_modules(layer):
         module = model.get_submodule(attention)
@@ -269,18 +270,21 @@ def _cut_layer(model: nn.Module, layer: LayerSelection) -> None:
             size = getattr(module, attribute, None)
             if isinstance(size, int):
                 setattr(module, attribute, size * kept // units)
-    slices_of: dict[str, dict[str, Slice]] = {}
-    for name, at in layer.slices.items():
+
+
+def _cut_tensors(model: nn.Module, entries: Mapping[tuple[str, int], Tensor]) -> None:
+    """Cuts tensors down to these entries of their dimensions, and sets attributes with sizes."""
+    by_owner: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for (name, dim), left in entries.items():
         owner, _, tensor = name.rpartition(".")
-        slices_of.setdefault(owner, {})[tensor] = at
-    for owner, slices in slices_of.items():
+        by_owner.setdefault(owner, {})[tensor, dim] = left
+    for owner, cuts in by_owner.items():
         module = model.get_submodule(owner)
-        sizes = sizes_after(module, slices, units, kept)
-        for tensor, at in slices.items():
+        sizes = sizes_after(module, {key: len(left) for key, left in cuts.items()})
+        for (tensor, dim), left in cuts.items():
             dense: Tensor = getattr(module, tensor)
-            entries = at.without(layer.kept).to(dense.device)
             # The tensor stays the same object: functions that hold it use the smaller one, too.
-            dense.data = in_format_of(dense, dense.index_select(at.dim, entries))
+            dense.data = in_format_of(dense, dense.index_select(dim, left.to(dense.device)))
         for attribute, size in sizes.items():
             setattr(module, attribute, size)
 

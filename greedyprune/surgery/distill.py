@@ -29,10 +29,9 @@ from ..data.halves import held_out
 from ..data.padding import Padding, counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
-from ..graph.slices import Slice
 from ..graph.tracing import CONVOLUTION_TYPES, Layer
 from ..runtime.progress import Bar
-from .selection import Selection
+from .selection import Selection, entries_left
 
 RATE = 1e-3  # Adam's (Kingma and Ba 2015), falling to 0 along a cosine
 SAMPLES = 128  # in one step of Adam
@@ -54,7 +53,7 @@ def distill(
         epochs: passes over the batches
         bar: draws a progress bar
     """
-    kept_outputs = _kept_outputs(selection, layers)
+    kept_outputs = _kept_outputs(model, selection, layers)
     dense, pruned = GraphExecutors(model), GraphExecutors(small)
     trained = {id(p): p.detach().clone().requires_grad_() for p in small.parameters()}
     dense_tensors = tensors_of(model)
@@ -139,30 +138,31 @@ def _shown_only(padding: Padding, samples: Tensor) -> Padding:
 
 
 class _KeptOutputs(NamedTuple):
-    """The units (K,) int64 of a layer's outputs that are kept."""
+    """The entries (K,) int64 that are kept of a layer's outputs, of which there were `size`."""
 
-    at: Slice  # where the layer's weight has all units
-    units: Tensor
+    entries: Tensor
+    size: int
 
     def of(self, target: Tensor, like: Tensor) -> Tensor:
         """The dense network's values of the outputs that `like` has."""
         for dim, size in enumerate(target.shape):
             if size != like.shape[dim]:
-                unsplit = size == self.at.size  # otherwise a dimension of heads, say
-                units = self.at.units
-                at = self.at if unsplit else Slice.regular(dim, units, inner=size // units)
-                return target.index_select(dim, at.without(self.units).to(target.device))
+                inner = self.size // size  # above 1: a dimension of heads, say
+                entries = self.entries[::inner] // inner
+                return target.index_select(dim, entries.to(target.device))
         return target
 
 
-def _kept_outputs(selection: Selection, layers: Sequence[Layer]) -> dict[str, _KeptOutputs | None]:
+def _kept_outputs(
+    model: nn.Module, selection: Selection, layers: Sequence[Layer]
+) -> dict[str, _KeptOutputs | None]:
     """The kept outputs of each layer, by its name in the dense model; None: all."""
-    kept_outputs: dict[str, _KeptOutputs | None] = {layer.name: None for layer in layers}
+    left = entries_left(selection.layers.values())
+    kept_outputs: dict[str, _KeptOutputs | None] = {}
     for layer in layers:
-        for selected in selection.layers.values():
-            at = selected.slices.get(layer.weight)
-            if at is not None and at.dim == layer.out_dim:
-                kept_outputs[layer.name] = _KeptOutputs(at, selected.kept)
+        entries = left.get((layer.weight, layer.out_dim))
+        size = model.get_parameter(layer.weight).shape[layer.out_dim]
+        kept_outputs[layer.name] = None if entries is None else _KeptOutputs(entries, size)
     return kept_outputs
 
 

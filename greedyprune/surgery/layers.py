@@ -24,8 +24,10 @@ from .trial_cut import check_cut
 if TYPE_CHECKING:
     from rich.table import Table
 
-TEXTS = ("layer", "with", "taken by", "why not")
-COLUMNS = ("layer", "units", "features", "with", "taken by", "parameters", "FLOPs", "why not")
+TEXTS = ("layer", "kind", "with", "taken by", "why not")
+COLUMNS = (
+    "layer", "kind", "units", "features", "with", "taken by", "parameters", "FLOPs", "why not",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Prunable:
                 them
     flops:      the FLOPs of these layers and of the units' matrix products (attention's) on the
                 example; a multiplication with an addition counts as two
+    stream:     the units are sums of several layers' outputs, as along residual connections.
+                `select` takes such a layer where it is named, in `layers` or `size`, or with
+                layers="all"
     """
 
     units: int
@@ -49,6 +54,7 @@ class Prunable:
     consumers: tuple[str, ...]
     parameters: int
     flops: int
+    stream: bool = False
 
 
 class Layers(Mapping[str, Prunable]):
@@ -88,6 +94,7 @@ class Layers(Mapping[str, Prunable]):
         rows = [
             {
                 "layer": name, "units": f"{layer.units}", "features": f"{layer.features}",
+                "kind": "residual stream" if layer.stream else "",
                 "with": ", ".join(layer.producers[1:]), "taken by": ", ".join(layer.consumers),
                 "parameters": f"{layer.parameters:,}", "FLOPs": f"{layer.flops:,}",
             }
@@ -113,7 +120,8 @@ def layers(model: nn.Module, example: object) -> Layers:
 
     The model is traced once and run once. If an operation may have a layer's size as a constant,
     such as a `view`, the model is also run with half of that layer's units, unless its parameters
-    are on the meta device. `select` prunes the same layers for the same example.
+    are on the meta device. `select` prunes the same layers for the same example, with layers="all"
+    all of them, else those that are no residual stream.
 
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
@@ -150,7 +158,8 @@ def layers(model: nn.Module, example: object) -> Layers:
             raise ValueError(f"example: the model can't run on it ({reason})") from error
         structure = analyse(model, batch, check_cut)
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
-    warn_of_unrun(model, used, groups.values(), "example")
+    inner = [group for group in groups.values() if not group.stream]
+    warn_of_unrun(model, used, inner, "example")
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
     return Layers(prunable, refused_in(model, structure), before_selection(model, groups))
@@ -166,4 +175,5 @@ def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prun
         consumers=group.consumers,
         parameters=costs["params"].of(group.producer),
         flops=costs["flops"].of(group.producer),
+        stream=group.stream,
     )

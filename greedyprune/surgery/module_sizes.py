@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ..graph.slices import Slice
-
 Size = int | tuple[int, ...]
 
 # The names of attributes that hold the size of one dimension of the weight, with this dimension.
@@ -28,7 +26,9 @@ _NAMES = {
 HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "all_head_size")
 
 # Of torch's own modules those with tensors that pruning can cut, along their first two dimensions.
-_CUT_TYPES = (nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
+_CUT_TYPES = (
+    nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU, nn.Embedding,
+)  # fmt: skip
 
 
 def sizes_of(module: nn.Module) -> dict[str, Size]:
@@ -40,40 +40,38 @@ def sizes_of(module: nn.Module) -> dict[str, Size]:
     return {name: size for name, size in sizes.items() if _is_size(size)}
 
 
-def sizes_after(
-    module: nn.Module, slices: Mapping[str, Slice], units: int, kept: int
-) -> dict[str, Size]:
-    """The attributes that change when `kept` of `units` units stay, with their new values.
+def sizes_after(module: nn.Module, cuts: Mapping[tuple[str, int], int]) -> dict[str, Size]:
+    """The attributes that change when tensors of the module are cut, with their new values.
 
     An attribute changes if it has a known name and equals the size of a dimension that is cut. If a
     dimension that is not cut has the same size, only the names of `_DIMENSIONS` tell which one is
     meant.
 
-    slices: the module's own tensors that have entries of the units, and where; not yet cut
+    cuts: new sizes of dimensions of the module's own tensors, by tensor and dimension; not yet cut
     """
     tensors, sizes, changed = _tensors_of(module), sizes_of(module), dict[str, Size]()
-    cut_dims = {(name, at.dim) for name, at in slices.items()}
-    for tensor, at in slices.items():
-        size = tensors[tensor].shape[at.dim]
+    for (tensor, dim), new in cuts.items():
+        size = tensors[tensor].shape[dim]
         others = {
-            (name, dim) for name, other in tensors.items()
-            for dim, other_size in enumerate(other.shape) if other_size == size
-        } - cut_dims  # fmt: skip
+            (name, other_dim) for name, other in tensors.items()
+            for other_dim, other_size in enumerate(other.shape) if other_size == size
+            if cuts.get((name, other_dim)) != new
+        }  # fmt: skip
         for name, value in sizes.items():
-            dim = _DIMENSIONS.get(name)
-            if dim is not None and getattr(module, "transposed", False):  # ConvTranspose's weight
-                dim = 1 - dim
-            is_meant = not others or (tensor == "weight" and dim == at.dim)
+            named = _DIMENSIONS.get(name)
+            if named is not None and getattr(module, "transposed", False):  # ConvTranspose's weight
+                named = 1 - named
+            is_meant = not others or (tensor == "weight" and named == dim)
             if name in HEADS or name == "groups" or not is_meant:
                 continue
             if value == size:
-                changed[name] = size * kept // units
+                changed[name] = new
             elif isinstance(value, tuple) and value == tuple(tensors[tensor].shape):
-                changed[name] = (*value[: at.dim], size * kept // units, *value[at.dim + 1 :])
+                changed[name] = (*value[:dim], new, *value[dim + 1 :])
         if tensor == "weight" and isinstance(groups := sizes.get("groups"), int) and groups > 1:
-            changed["groups"] = groups * kept // units  # each group has its own units
+            changed["groups"] = groups * new // size  # each group has its own units
             if isinstance(channels := sizes.get("in_channels"), int):
-                changed["in_channels"] = channels * kept // units
+                changed["in_channels"] = channels * new // size
     return changed
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ..graph.slices import Slice
 from ..runtime.modules import module_of
 from .cut import check_made_for, in_format_of
-from .selection import LayerSelection, Selection
+from .selection import Selection, entries_left
 
 T = TypeVar("T", bound=Optimizer)
 
@@ -63,9 +62,8 @@ def prune_optimizer(optimizer: T, model: nn.Module, small: nn.Module, selection:
     check_made_for(model, selection)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     cuts: dict[str, list[_Cut]] = {}
-    for layer in selection.layers.values():
-        for tensor, at in layer.slices.items():
-            cuts.setdefault(tensor, []).append(_Cut(layer, at))
+    for (tensor, dim), entries in entries_left(selection.layers.values()).items():
+        cuts.setdefault(tensor, []).append(_Cut(dim, entries))
     groups, state = [], dict[Tensor, dict[str, Any]]()
     for group in optimizer.param_groups:
         parameters = []
@@ -89,18 +87,17 @@ def prune_optimizer(optimizer: T, model: nn.Module, small: nn.Module, selection:
     return pruned
 
 
-class _Cut:
-    """Where a layer's units lie in a tensor, and what stays of it."""
+class _Cut(NamedTuple):
+    """The entries (K,) int64 that stay of a tensor's dimension."""
 
-    def __init__(self, layer: LayerSelection, at: Slice) -> None:
-        self.dim = at.dim
-        self._entries = at.without(layer.kept)
+    dim: int
+    entries: Tensor
 
     def of(self, tensor: Tensor, size: int) -> Tensor:
         """The entries that stay; all of a dimension of 1, as Adafactor's state has."""
         if tensor.shape[self.dim] == 1 != size:
             return tensor
-        return tensor.index_select(self.dim, self._entries.to(tensor.device))
+        return tensor.index_select(self.dim, self.entries.to(tensor.device))
 
 
 def _counterpart(small: nn.Module, name: str, parameter: Tensor, cuts: list[_Cut]) -> nn.Parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from types import MappingProxyType
@@ -341,6 +341,19 @@ class Selection:
             for name, layer in self.layers.items()
         )
         return f"Selection({{{layers}}})"
+
+
+def entries_left(layers: Iterable[LayerSelection]) -> dict[tuple[str, int], Tensor]:
+    """What stays of each dimension that is cut: its entries, ascending, by tensor and dimension.
+
+    Several layers may cut the same dimension, as the parts of a concatenation do.
+    """
+    stays: dict[tuple[str, int], Tensor] = {}
+    for layer in layers:
+        for name, at in layer.slices.items():
+            mask = stays.setdefault((name, at.dim), torch.ones(at.size, dtype=torch.bool))
+            mask &= at.stays(layer.kept)
+    return {key: mask.nonzero().flatten() for key, mask in stays.items()}
 
 
 def distinct_counts(order: Tensor) -> Tensor:

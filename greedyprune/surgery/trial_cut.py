@@ -9,7 +9,7 @@ masked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
-from ..graph.groups import Group, analyse, find_groups, named_group
+from ..graph.groups import Group, analyse, find_groups, named_group, streams_in
 from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.trace_errors import TraceError, place_of
@@ -44,7 +44,7 @@ class FailedTrialError(NotPrunableError):
 
 def groups_of(
     model: nn.Module, example: Batch, layers: tuple[str, ...] | None,
-    consumers: Mapping[str, str] | None, sized: Iterable[str] = (),
+    consumers: Mapping[str, str] | None, sized: Sequence[str] = (),
 ) -> tuple[list[Group], dict[str, str]]:  # fmt: skip
     """The groups to select from, and why other layers can't be pruned.
 
@@ -54,7 +54,8 @@ def groups_of(
     Args:
         model: the dense model
         example: a batch that the model is traced with
-        layers: the names of the groups' producers; None: all that can be found in the graph
+        layers: the names of the groups' producers; None: all that can be found in the graph, but
+            for residual streams; ("all",): these, too
         consumers: the name of the consumer for each producer's name. They are taken as the caller
             names them, without a graph. None: the graph says what follows the producers
         sized: names of layers that the argument `size` has entries for
@@ -74,9 +75,13 @@ def groups_of(
             structure = analyse(model, example, check_cut)
         except TraceError as error:
             raise TraceError(f"{error}; name the layers in layers={{producer: consumer}}") from None
-        groups = find_groups(model, structure, layers)
-        if layers is None:
+        by_name = None if layers == ("all",) else layers
+        groups = find_groups(model, structure, by_name, streams=layers is not None, sized=sized)
+        if by_name is None:
             refused = refused_in(model, structure)
+            taken = {name for group in groups for name in group.producers}
+            streams = streams_in(structure).items()
+            refused |= {name: reason for name, reason in streams if name not in taken}
             failed = {
                 name: refused[name]
                 for name, reason in structure.items() if isinstance(reason, FailedTrialError)

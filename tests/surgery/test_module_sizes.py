@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune.graph.slices import Slice
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.module_sizes import sizes_after, sizes_of
 
@@ -78,21 +77,19 @@ def test_norms_hold_their_new_size(norm: str, tmp_path: Path) -> None:
 
 
 def test_sizes_of_layers_with_equal_dimensions() -> None:
-    square, units, kept = Slice(1), 8, 3
-    linear = nn.Linear(8, 8)
-    assert sizes_after(linear, {"weight": square}, units, kept) == {"in_features": 3}
-    both = {"weight": Slice(0), "bias": Slice(0)}
-    assert sizes_after(linear, both, units, kept) == {"out_features": 3}
-    cube = nn.Conv2d(3, 3, 3)
-    assert sizes_after(cube, {"weight": square}, 3, 2) == {"in_channels": 2}
-    assert sizes_after(nn.ConvTranspose2d(8, 8, 3), {"weight": Slice(0)}, 8, 3) == {
-        "in_channels": 3
-    }
+    outputs, linear = {("weight", 0): 3, ("bias", 0): 3}, nn.Linear(8, 8)
+    assert sizes_after(linear, {("weight", 1): 3}) == {"in_features": 3}
+    assert sizes_after(linear, outputs) == {"out_features": 3}
+    both = {"out_features": 3, "in_features": 5}
+    assert sizes_after(linear, outputs | {("weight", 1): 5}) == both
+    assert sizes_after(nn.Conv2d(3, 3, 3), {("weight", 1): 2}) == {"in_channels": 2}
+    assert sizes_after(nn.ConvTranspose2d(8, 8, 3), {("weight", 0): 3}) == {"in_channels": 3}
     deep = nn.Conv2d(8, 16, 3, groups=8)
-    cut = {"weight": Slice(0, 1, 2), "bias": Slice(0, 1, 2)}
-    assert sizes_after(deep, cut, 8, 3) == {"in_channels": 3, "out_channels": 6, "groups": 3}
-    assert sizes_after(nn.LayerNorm(8), both, units, kept) == {"normalized_shape": (3,)}
-    assert sizes_after(nn.GroupNorm(2, 8), both, units, kept) == {"num_channels": 3}
+    assert sizes_after(deep, {("weight", 0): 6, ("bias", 0): 6}) == {
+        "in_channels": 3, "out_channels": 6, "groups": 3
+    }  # fmt: skip
+    assert sizes_after(nn.LayerNorm(8), outputs) == {"normalized_shape": (3,)}
+    assert sizes_after(nn.GroupNorm(2, 8), outputs) == {"num_channels": 3}
     assert sizes_of(nn.GroupNorm(2, 8)) == {"num_channels": 8}
     assert sizes_of(nn.ReLU()) == {}
 
