@@ -21,7 +21,7 @@ def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> 
     return find_groups(model, analyse(model.eval(), Batch((x,), {}, None)), [name])[0]
 
 
-BASE = {"first.weight": Slice(0), "first.bias": Slice(0), "last.weight": Slice(1)}
+BASE = {"first.weight": Slice.regular(0, 8), "first.bias": Slice.regular(0, 8), "last.weight": Slice.regular(1, 8)}
 NORM = ("weight", "bias", "running_mean", "running_var")
 ACCEPTED = {
     "nothing": (lambda s, h, x: h, {}),
@@ -33,13 +33,13 @@ ACCEPTED = {
     "a sample's own factor": (lambda s, h, x: h * x[:, :1], {}),
     "transposed": (lambda s, h, x: h.T.t().transpose(0, 1).T, {}),
     "reshaped": (lambda s, h, x: h.unsqueeze(1).reshape(2, 2, -1).flatten(0, 1), {}),
-    "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice(0)}),
+    "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice.regular(0, 8)}),
     "prelu": (lambda s, h, x: s.prelu(h), {}),
-    "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": Slice(0)}),
-    "batch norm": (lambda s, h, x: s.norm(h), {f"norm.{name}": Slice(0) for name in NORM}),
+    "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": Slice.regular(0, 8)}),
+    "batch norm": (lambda s, h, x: s.norm(h), {f"norm.{name}": Slice.regular(0, 8) for name in NORM}),
     "plain norm": (
         lambda s, h, x: s.plain_norm(h),
-        {f"plain_norm.{n}": Slice(0) for n in NORM[2:]},
+        {f"plain_norm.{n}": Slice.regular(0, 8) for n in NORM[2:]},
     ),
 }
 

@@ -69,16 +69,17 @@ def test_weights_by_unit_and_back(kind: str, outer: int, inner: int) -> None:
     units, features = 5, 5 * outer * inner
     kernel = (2, 3) if kind == "Conv2d" else ()
     weight = torch.randn(4, features, *kernel)
-    at = Slice(1, outer, inner)
+    at = Slice.regular(1, units, outer, inner)
     if kind == "Conv1D":
-        weight, at = weight.T.contiguous(), Slice(0, outer, inner)
-    by_unit = unfold.unit_major(weight, at, units)
+        weight, at = weight.T.contiguous(), Slice.regular(0, units, outer, inner)
+    by_unit = unfold.unit_major(weight, at)
     for unit in range(units):
-        entries = at.entries(torch.tensor([unit]), units)
+        entries = at.entries(torch.tensor([unit]))
         expected = weight.index_select(at.dim, entries)
         expected = expected.T if kind == "Conv1D" else expected.flatten(1)
         assert by_unit.view(4, units, -1)[:, unit].equal(expected)
-    assert unfold.module_weight(by_unit.view(4, units, -1), at, weight).equal(weight)
+    back = unfold.module_weight(by_unit.view(4, units, -1), at.dim, weight)
+    assert back.equal(weight.index_select(at.dim, at.places.flatten()))
 
 
 def test_half_precision_is_unfolded_as_float32() -> None:
