@@ -129,7 +129,7 @@ class Part {
   // A dependent feature has a root of 0 and takes no part in the fit.
   static double inverse(double root) { return root > 0 ? 1 / root : 0; }
 
-  const LeastSquares& p_;
+  const LeastSquares p_;
   const int64_t units_, most_;
 };
 
@@ -188,10 +188,11 @@ class RefitObjective {
         parallel_blocks(p_.units, block_size, work, caller_, [&](int64_t first, int64_t last) {
           for (int64_t j = first; j < last; ++j) p_.gain[j] = 0;
           for (int64_t i = 0; i < count_; ++i) {
+            const Part each = part(i);
             for (int64_t j = first; j < last; ++j) {
               if (p_.place[j] >= 0) continue;
-              change(part(i), j);
-              p_.gain[j] += part(i).gain(j);
+              change(each, j);
+              p_.gain[j] += each.gain(j);
             }
           }
         });
