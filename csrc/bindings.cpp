@@ -6,6 +6,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 using namespace greedyprune;
 using namespace pybind11::literals;
@@ -150,10 +151,10 @@ void bind_structs(py::module_& m) {
               FIELD(P, value32), FIELD(P, linear_unit), FIELD(P, slopes), FIELD(P, slope_errors),
               FIELD(P, weight_batch), FIELD(P, value_batch), FIELD(P, linear_batch));
   using S = LeastSquares;
-  bind_struct(m, "LeastSquares", FIELD(S, units), FIELD(S, width), FIELD(S, outputs),
-              FIELD(S, most), FIELD(S, scale), FIELD(S, target_norm), FIELD(S, gram),
-              FIELD(S, right), FIELD(S, factor), FIELD(S, solved), FIELD(S, place), FIELD(S, rest),
-              FIELD(S, root), FIELD(S, gain));
+  bind_struct(m, "LeastSquares", FIELD(S, width), FIELD(S, outputs), FIELD(S, gram),
+              FIELD(S, right), FIELD(S, factor), FIELD(S, solved), FIELD(S, rest), FIELD(S, root));
+  bind_struct(m, "Refit", FIELD(Refit, units), FIELD(Refit, most), FIELD(Refit, scale),
+              FIELD(Refit, target_norm), FIELD(Refit, place), FIELD(Refit, gain));
   bind_struct(m, "Swaps", FIELD(Swaps, units), FIELD(Swaps, width), FIELD(Swaps, outputs),
               FIELD(Swaps, swept), FIELD(Swaps, right), FIELD(Swaps, norms), FIELD(Swaps, kept),
               FIELD(Swaps, dropped), FIELD(Swaps, kept_count), FIELD(Swaps, dropped_count),
@@ -244,10 +245,14 @@ void bind_greedy(py::module_& m) {
       return active->swap_gains(at<double>(gains), problem, caller);
     });
   });
-  m.def("greedy_refit", [](Path& path, const LeastSquares& problem, const Rule& rule,
-                           const Workspace& workspace, int threads, py::object step) {
+  m.def("greedy_refit", [](Path& path, const Refit& refit, const py::sequence& problems,
+                           const Rule& rule, const Workspace& workspace, int threads,
+                           py::object step) {
+    std::vector<LeastSquares> parts;
+    for (const auto& problem : problems) parts.push_back(problem.cast<const LeastSquares&>());
     run(threads, std::move(step), py::none(), py::none(), [&](const Caller& caller) {
-      return active->greedy_refit(path, problem, rule, workspace, caller);
+      return active->greedy_refit(path, refit, parts.data(), static_cast<int64_t>(parts.size()),
+                                  rule, workspace, caller);
     });
   });
 }

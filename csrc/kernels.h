@@ -157,24 +157,28 @@ struct Pointwise {
   double* linear_batch;  // (C, b)
 };
 
-// Least squares on units of `width` features each, refitted in every step.
+// One consumer's least squares, for N units of `width` features each.
 struct LeastSquares {
-  int64_t units, width, outputs;  // N, w, C
-  int64_t most;                   // the most distinct picks
-  double scale;                   // of the loss
-  double target_norm;             // |t|^2
-  const double* gram;             // (N w, N w)  <x_i, x_j>, with any damping on its diagonal
-  double* right;                  // (N w, C)  <x_i, t>; on return those of the residual
+  int64_t width, outputs;  // w, C
+  const double* gram;      // (N w, N w)  <x_i, x_j>, with any damping on its diagonal
+  double* right;           // (N w, C)  <x_i, t>; on return those of the residual
   // For the picked units in their order: gram = L L^T and L solved = right.
   double* factor;  // (N w, most w)  each unit's rows of L; zero on entry
   double* solved;  // (most w, C); zero on entry
-  int64_t* place;  // (N)  a unit's place in that order; -1: not picked
   // Scratch:
   double* rest;  // (N, w, w)
   double* root;  // (N, w, w)
-  double* gain;  // (N)
 };
 constexpr int64_t kMostWidth = 512;
+
+// All consumers' least squares, refitted in every step. Their squared errors add up.
+struct Refit {
+  int64_t units, most;  // N, the most distinct picks
+  double scale;         // of the loss
+  double target_norm;   // the sum of |t|^2 over the consumers
+  int64_t* place;       // (N)  a unit's place in the order of the picks; -1: not picked
+  double* gain;         // (N)  scratch
+};
 
 // Least squares on kept units, one of which may be exchanged for a dropped one. A and B are its
 // matrices swept on all the kept units (cpu/swap_gains.cpp).
@@ -252,8 +256,8 @@ struct Kernels {
   Status (*greedy_pointwise)(Path& path, const Pointwise& objective, const Rule& rule,
                              const Workspace& workspace, const Caller& caller);
   // Least squares, with the picked units' outgoing weights solved for again in every step.
-  Status (*greedy_refit)(Path& path, const LeastSquares& problem, const Rule& rule,
-                         const Workspace& workspace, const Caller& caller);
+  Status (*greedy_refit)(Path& path, const Refit& refit, const LeastSquares* parts, int64_t count,
+                         const Rule& rule, const Workspace& workspace, const Caller& caller);
   // gains (kept_count, dropped_count): by how much each exchange lowers the squared error.
   Status (*swap_gains)(double* gains, const Swaps& problem, const Caller& caller);
 };

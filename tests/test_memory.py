@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "as they are": (one_layer, {"size": 0.5, "weights": "none", **apart()}),
     "in sequence": (two_layers, {"size": 0.3, **in_sequence(swaps=0)}),
     "two consumers": (two_consumers, {"size": 0.5, **in_sequence(swaps=0)}),
+    "two consumers, exchanges": (two_consumers, {"size": 0.5, **in_sequence(swaps=3)}),
     "one after the other": (two_layers, {"size": 0.3, **apart(swaps=0)}),
     "gates": (two_layers, {"size": 0.3, "tolerance": 0.0, "objective": "fisher"}),
 }  # fmt: skip
@@ -102,7 +103,7 @@ def give_back_at_once(_: int) -> None:
 
 # Half a minute each.
 LONG = {"least squares, all units", "exchanges from both sides", "in sequence",
-        "one after the other"}  # fmt: skip
+        "one after the other", "two consumers, exchanges"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ Status greedy_columns(Path& path, const ColumnCache& cache, const Quadratic& qua
                       const Rule& rule, const Workspace& workspace, const Caller& caller);
 Status greedy_pointwise(Path& path, const Pointwise& pointwise, const Rule& rule,
                         const Workspace& workspace, const Caller& caller);
-Status greedy_refit(Path& path, const LeastSquares& problem, const Rule& rule,
-                    const Workspace& workspace, const Caller& caller);
+Status greedy_refit(Path& path, const Refit& refit, const LeastSquares* parts, int64_t count,
+                    const Rule& rule, const Workspace& workspace, const Caller& caller);
 
 }  // namespace GREEDYPRUNE_ISA
 }  // namespace greedyprune

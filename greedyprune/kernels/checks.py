@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -94,3 +96,26 @@ def check_spread(ranks: int, starts: Tensor | None, mass: float | None, backend:
         raise ValueError(f"ranks: found {ranks} with {what}, expected one")
     if mass is None:
         raise ValueError(f"mass: found None with {ranks} ranks, expected that of all samples")
+
+
+def check_parts(grams: Sequence[Tensor], rights: Sequence[Tensor], widths: Sequence[int]) -> None:
+    """Raises ValueError or TypeError unless these are least squares in the same N units."""
+    if not len(grams) == len(rights) == len(widths) or not len(grams):
+        raise ValueError(
+            f"grams: found {len(grams)} with {len(rights)} right sides and {len(widths)} widths, "
+            "expected as many of each, at least one"
+        )
+    units = 0
+    for i, (gram, right, width) in enumerate(zip(grams, rights, widths, strict=True)):
+        features = len(gram)
+        check(f"grams[{i}]", gram, (features, features), torch.float64)
+        check(f"rights[{i}]", right, (features, right.shape[-1]), torch.float64)
+        if width < 1 or features % width:
+            raise ValueError(
+                f"widths[{i}]: found {width} for {features} features, expected a divisor"
+            )
+        units = units or features // width
+        if features // width != units:
+            raise ValueError(
+                f"grams[{i}]: found {features // width} units, expected {units} as in the first"
+            )

@@ -6,7 +6,7 @@ the same functions for a GPU; csrc/kernels.h says what each field and argument m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -172,45 +172,52 @@ def greedy_pointwise(
 
 
 def greedy_refit(
-    gram: Tensor, right: Tensor, target_norm: float, rule: Rule, width: int, scale: float,
-    step: Step | None,
-) -> tuple[Path, NestedFit]:  # fmt: skip
-    features, outputs = right.shape
-    units = features // width
+    grams: Sequence[Tensor], rights: Sequence[Tensor], target_norm: float, rule: Rule,
+    widths: Sequence[int], scale: float, step: Step | None,
+) -> tuple[Path, list[NestedFit]]:  # fmt: skip
+    units = len(grams[0]) // widths[0]
     run, most = Run(rule, units, False), rule.most(units)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float64)
-
-    factor = torch.zeros(features, most * width, dtype=torch.float64)
-    solved = torch.zeros(most * width, outputs, dtype=torch.float64)
-    problem = run.make(
-        extension().LeastSquares,
+    fits, parts = [], []  # of each part: factor and solved, and the problem with them
+    for gram, right, width in zip(grams, rights, widths, strict=True):
+        factor = torch.zeros(len(gram), most * width, dtype=torch.float64)
+        solved = torch.zeros(most * width, right.shape[1], dtype=torch.float64)
+        fits.append((factor, solved))
+        part = run.make(
+            extension().LeastSquares,
+            width=width,
+            outputs=right.shape[1],
+            gram=gram.contiguous(),
+            right=right.clone().contiguous(),
+            factor=factor,
+            solved=solved,
+            rest=torch.empty(units, width, width, dtype=torch.float64),
+            root=torch.empty(units, width, width, dtype=torch.float64),
+        )
+        parts.append(part)
+    refit = run.make(
+        extension().Refit,
         units=units,
-        width=width,
-        outputs=outputs,
         most=most,
         scale=scale,
         target_norm=target_norm,
-        gram=gram.contiguous(),
-        right=right.clone().contiguous(),
-        factor=factor,
-        solved=solved,
         place=torch.empty(units, dtype=torch.int64),
-        rest=empty(units, width, width),
-        root=empty(units, width, width),
-        gain=empty(units),
+        gain=torch.empty(units, dtype=torch.float64),
     )
     extension().greedy_refit(
-        run.path, problem, run.rule, run.workspace, torch.get_num_threads(), step
+        run.path, refit, parts, run.rule, run.workspace, torch.get_num_threads(), step
     )
     path = run.result()
     picked = first_picks(path.order)
+    return path, [_nested(picked, width, *fit) for width, fit in zip(widths, fits, strict=True)]
+
+
+def _nested(picked: Tensor, width: int, factor: Tensor, solved: Tensor) -> NestedFit:
+    """The picked units' part of a factor (N w, most w), and of solved (most w, C)."""
     size = len(picked) * width
     root = factor[feature_rows(picked, width), :size].contiguous()
     diagonal = root.diagonal()
     diagonal[diagonal == 0] = 1  # of a dependent feature, as in least_squares.factored
-    return path, NestedFit(picked, root, solved[:size].clone())
+    return NestedFit(picked, root, solved[:size].clone())
 
 
 def swap_gains(

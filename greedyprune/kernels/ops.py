@@ -10,7 +10,7 @@ ValueError or TypeError for shapes, types or backends that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .checks import (
     check,
     check_backend,
     check_features,
+    check_parts,
     check_spread,
     check_starts,
     check_target,
@@ -306,37 +307,49 @@ def greedy_pointwise(
 
 
 def greedy_refit(
-    gram: Tensor, right: Tensor, target_norm: float, rule: Rule, *, width: int = 1,
-    scale: float = 1.0, step: Step | None = None, backend: str = "cpu",
-) -> tuple[Path, NestedFit]:  # fmt: skip
+    grams: Sequence[Tensor], rights: Sequence[Tensor], target_norm: float, rule: Rule, *,
+    widths: Sequence[int], scale: float = 1.0, step: Step | None = None, backend: str = "cpu",
+) -> tuple[Path, list[NestedFit]]:  # fmt: skip
     """All greedy steps of least squares that is refitted in every step.
 
-    Each step adds the unit with the largest drop of min_B |t - B x_S|^2, where S are the picked
-    units and a unit is `width` features side by side.
+    Each step adds the unit with the largest drop of the sum, over all parts, of
+    min_B |t - B x_S|^2. S are the picked units, the same in all parts; each part has its own
+    target t, and w features x of each unit, side by side.
 
     Args:
-        gram: (N w, N w) float64, <x_i, x_j>, with any ridge on its diagonal
-        right: (N w, C) float64, <x_i, t>
-        target_norm: |t|^2
-        width: w, the features of a unit
+        grams: of each part (N w, N w) float64, <x_i, x_j>, with any ridge on its diagonal
+        rights: of each part (N w, C) float64, <x_i, t>; w and C may differ between parts
+        target_norm: |t|^2, summed over the parts
+        widths: w of each part, the features of a unit
         scale: factor of the losses; 1 gives the squared errors
         backend: "cpu" or "reference"
 
+    Returns:
+        the path, and each part's least squares
+
     Source: eq. (4): a Cholesky factor, of which a column is formed when its unit is picked.
+
+    Example:
+        >>> import torch
+        >>> from greedyprune.kernels import ops
+        >>> from greedyprune.kernels.path import Rule
+        >>> grams = [torch.eye(2).double(), torch.eye(2).double()]
+        >>> rights = [torch.tensor([[2.0], [1.0]]).double(), torch.tensor([[0.0], [3.0]]).double()]
+        >>> path, _ = ops.greedy_refit(grams, rights, 14.0, Rule(2, 2, False), widths=[1, 1])
+        >>> path.order.tolist(), path.losses.tolist()
+        ([1, 0], [4.0, 0.0])
     """
     check_backend(backend, "cpu", "reference")
-    features = len(gram)
-    check("gram", gram, (features, features), torch.float64)
-    check("right", right, (features, right.shape[-1]), torch.float64)
-    if features % width:
-        raise ValueError(f"width: found {width} for {features} features, expected a divisor")
+    check_parts(grams, rights, widths)
     if backend == "reference":
         return reference.greedy_refit(
-            gram, right, target_norm, rule, width=width, scale=scale, step=step
+            grams, rights, target_norm, rule, widths=widths, scale=scale, step=step
         )
-    if width > extension().most_width:
-        raise ValueError(f"width: found {width}, expected at most {extension().most_width}")
-    return cpu.greedy_refit(gram, right, target_norm, rule, width, scale, step)
+    if max(widths) > extension().most_width:
+        raise ValueError(
+            f"widths: found {max(widths)}, expected at most {extension().most_width} each"
+        )
+    return cpu.greedy_refit(grams, rights, target_norm, rule, widths, scale, step)
 
 
 def swap_gains(

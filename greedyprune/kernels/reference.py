@@ -6,6 +6,8 @@ functions for backend="reference"; nothing else in the package does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -92,18 +94,41 @@ def greedy_gram(
     return greedy(QuadraticObjective(gram, moments, with_gap), rule, step)
 
 
-class RefitObjective:
-    """Least squares refitted in every step, for `loop.greedy`, by its definition.
+class Remainder:
+    """One part's least squares: what the picked units leave of all features and of the target.
 
-    The Gram matrix and the right side are those of what the picked units leave of all features and
-    of the target (the Schur complement, kept whole).
+    gram: (N w, N w) float64, right: (N w, C) float64: kept whole, as Schur complements
     """
 
+    def __init__(self, gram: Tensor, right: Tensor, width: int) -> None:
+        self._gram, self._right, self._width = gram.clone(), right.clone(), width
+
+    def gain(self, unit: int) -> float:
+        """The drop of the squared error if the unit is picked."""
+        rows = self._rows(unit)
+        right = self._right[rows]
+        return float((right * torch.linalg.lstsq(self._gram[rows, rows], right).solution).sum())
+
+    def add(self, unit: int) -> None:
+        rows = self._rows(unit)
+        across = torch.linalg.solve(self._gram[rows, rows], self._gram[rows])
+        weights = torch.linalg.solve(self._gram[rows, rows], self._right[rows])
+        columns = self._gram[:, rows].clone()
+        self._gram -= columns @ across
+        self._right -= columns @ weights
+
+    def _rows(self, unit: int) -> slice:
+        return slice(unit * self._width, (unit + 1) * self._width)
+
+
+class RefitObjective:
+    """Least squares of all parts, refitted in every step, for `loop.greedy`, by its definition."""
+
     def __init__(
-        self, gram: Tensor, right: Tensor, target_norm: float, width: int, scale: float
+        self, units: int, parts: Sequence[Remainder], target_norm: float, scale: float
     ) -> None:
-        self.units, self._width, self._scale = len(gram) // width, width, scale
-        self._gram, self._right, self._error = gram.clone(), right.clone(), target_norm
+        self.units, self._parts = units, parts
+        self._error, self._scale = target_norm, scale
         self._picked: set[int] = set()
 
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
@@ -115,12 +140,8 @@ class RefitObjective:
             return
         self._error -= self._gain(unit)
         self._picked.add(unit)
-        rows = self._rows(unit)
-        across = torch.linalg.solve(self._gram[rows, rows], self._gram[rows])
-        weights = torch.linalg.solve(self._gram[rows, rows], self._right[rows])
-        columns = self._gram[:, rows].clone()
-        self._gram -= columns @ across
-        self._right -= columns @ weights
+        for part in self._parts:
+            part.add(unit)
 
     def loss(self, k: int) -> float:
         return self._scale * self._error
@@ -129,31 +150,26 @@ class RefitObjective:
         return None
 
     def _gain(self, unit: int) -> float:
-        """The drop of the squared error if the unit is picked."""
-        if unit in self._picked:
-            return 0.0
-        rows = self._rows(unit)
-        right = self._right[rows]
-        return float((right * torch.linalg.lstsq(self._gram[rows, rows], right).solution).sum())
-
-    def _rows(self, unit: int) -> slice:
-        return slice(unit * self._width, (unit + 1) * self._width)
+        return 0.0 if unit in self._picked else sum(part.gain(unit) for part in self._parts)
 
 
 def greedy_refit(
-    gram: Tensor,
-    right: Tensor,
+    grams: Sequence[Tensor],
+    rights: Sequence[Tensor],
     target_norm: float,
     rule: Rule,
     *,
-    width: int = 1,
+    widths: Sequence[int],
     scale: float = 1.0,
     step: Step | None = None,
-) -> tuple[Path, NestedFit]:
+) -> tuple[Path, list[NestedFit]]:
     """All greedy steps of least squares that is refitted in every step."""
-    path = greedy(RefitObjective(gram, right, target_norm, width, scale), rule, step)
+    problems = list(zip(grams, rights, widths, strict=True))
+    parts = [Remainder(*problem) for problem in problems]
+    units = len(grams[0]) // widths[0]
+    path = greedy(RefitObjective(units, parts, target_norm, scale), rule, step)
     picked = first_picks(path.order)
-    return path, on_units(gram, right, picked, width)
+    return path, [on_units(gram, right, picked, width) for gram, right, width in problems]
 
 
 def swap_gains(

@@ -6,8 +6,10 @@ Either each consumer's products of features (products.py), or the products of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ Roots = Mapping[str, Tensor]  # square roots of the metrics of consumers' output
 
 class LayerProducts:
     """The products of all of a group's consumers, and the paths that follow from them.
+
+    The loss is the sum of the consumers' squared errors, each times its factor, over the mass.
 
     outputs: how many outputs each consumer has
     gates:   "", or the name of the products that are of one gate a unit (fisher.py)
@@ -71,24 +75,42 @@ class LayerProducts:
             raise ValueError(NO_POSITION)
         return mass
 
+    @cached_property
+    def factors(self) -> list[float]:
+        """What each consumer's squared error counts with.
+
+        That is 1, but in a stream the errors count as shares of those without any unit: the loss is
+        the mean of the shares. A consumer whose target is zero then counts 0.
+        """
+        if not self.group.stream or self.gates:
+            return [1.0] * len(self.consumers)
+        norms = [consumer.target_norm() for consumer in self.consumers]
+        share = self.mass / len(norms)
+        return [share / norm if norm > 0 else 0.0 for norm in norms]
+
     def end_losses(self) -> tuple[float, float]:
         """The loss with all units as they are, and without any unit."""
-        ends = (consumer.end_losses() for consumer in self.consumers)
-        dense, empty = map(sum, zip(*ends, strict=True))
+        ends = [consumer.end_losses() for consumer in self.consumers]
+        dense, empty = (self._weighted(errors) for errors in zip(*ends, strict=True))
         return max(0.0, dense) / self.mass, empty / self.mass
+
+    def _weighted(self, errors: Iterable[float]) -> float:
+        return sum(f * error for f, error in zip(self.factors, errors, strict=True))
 
     def moments(self) -> tuple[Tensor, Moments]:
         """G (N, N) float64 and the sums of eq. (2), for the dense output as the target."""
-        units, (first, *others) = self.group.units, self.consumers
-        gram = first.unit_gram()
-        for consumer in others:
-            gram += consumer.unit_gram()
+        units = self.group.units
+        (first, *others), (factor, *factors) = self.consumers, self.factors
+        gram = first.unit_gram().mul_(factor)
+        for factor, consumer in zip(factors, others, strict=True):
+            gram.add_(consumer.unit_gram(), alpha=factor)
+        beta = torch.zeros(units, dtype=torch.float64)
+        for factor, consumer in zip(self.factors, self.consumers, strict=True):
+            beta.add_(consumer.unit_beta(), alpha=factor)
         mean_norm = float(gram.sum())  # |mean phi|^2
         gram *= units**2
-        beta = units * sum(
-            (consumer.unit_beta() for consumer in self.consumers), torch.zeros(units).double()
-        )
-        target_norm = sum(consumer.target_norm() for consumer in self.consumers)
+        beta *= units
+        target_norm = self._weighted(consumer.target_norm() for consumer in self.consumers)
         norm = gram.diagonal().clone()
         spread = max(0.0, float(norm.mean()) - mean_norm) / self.mass  # B / 2 = 1 / C
         dense, empty = self.end_losses()
@@ -102,14 +124,17 @@ class LayerProducts:
         It is chosen for the units whose own contributions to the consumers' outputs are the
         largest, so that no greedy path is needed; at most half the units.
         """
-        consumers = self.consumers
+        consumers, factors = self.consumers, self.factors
         if not all(consumer.halves for consumer in consumers):
             return least
         assert all(len(consumer.sums) == 2 for consumer in consumers), "halves were added up"
-        norms = torch.stack([consumer.contributions() for consumer in consumers]).sum(0)
+        norms = [f * each.contributions() for f, each in zip(factors, consumers, strict=True)]
         kept = max(1, min(kept, self.group.units // 2))
-        units = norms.argsort(descending=True, stable=True)[:kept].sort().values
+        units = torch.stack(norms).sum(0).argsort(descending=True, stable=True)[:kept].sort().values
         problems = [consumer.errors_without(units) for consumer in consumers]
+        for factor, problem in zip(factors, problems, strict=True):
+            for right in problem.rights:
+                right *= math.sqrt(factor)
         squares = [
             consumer.squares()[feature_rows(units, consumer.width)] for consumer in consumers
         ]
@@ -123,47 +148,56 @@ class LayerProducts:
         The ridge R, a diagonal matrix, is towards the dense weights W: with the weights B on the
         kept units, tr((W - B) R (W - B)^T) is added to the squared error, where B is 0 for other
         units. That is least squares with K + R in the place of K, and with the right side
-        (K + R) W^T. The losses are those without the ridge. Several consumers take a unit through
-        features of their own: their problems are one, whose matrices are zero between them.
+        (K + R) W^T. The losses are those without the ridge.
+
+        Each consumer is a part of its own. Its factor multiplies its gains where the right side is
+        multiplied by the root of the factor; what was solved is divided by that root in the end.
         """
-        width = sum(consumer.width for consumer in self.consumers)
-        ridges = [ridge(consumer.squares(), damping) for consumer in self.consumers]
-        gram, right, slices = self._side_by_side(ridges)
-        target_norm = sum(
-            consumer.target_norm() + float((consumer.weight.square() * its_ridge).sum())
-            for consumer, its_ridge in zip(self.consumers, ridges, strict=True)
+        consumers, factors = self.consumers, self.factors
+        widths = [consumer.width for consumer in consumers]
+        ridges = [ridge(consumer.squares(), damping) for consumer in consumers]
+        rights = [_right(*each) for each in zip(consumers, ridges, strict=True)]
+        for factor, right in zip(factors, rights, strict=True):
+            right *= math.sqrt(factor)
+        target_norm = self._weighted(
+            consumer.target_norm() + float((consumer.weight.square() * added).sum())
+            for consumer, added in zip(consumers, ridges, strict=True)
         )
-        undamped = gram.diagonal().clone()
-        by_unit = [its_ridge.view(self.group.units, -1) for its_ridge in ridges]
-        gram.diagonal().add_(torch.cat(by_unit, 1).flatten())
-        path, fitted = ops.greedy_refit(
-            gram, right, target_norm, rule, width=width, scale=1 / self.mass, step=step,
+        grams = [consumer.gram for consumer in consumers]
+        undamped = [gram.diagonal().clone() for gram in grams]
+        for gram, added in zip(grams, ridges, strict=True):
+            gram.diagonal().add_(added)
+        path, fits = ops.greedy_refit(
+            grams, rights, target_norm, rule, widths=widths, scale=1 / self.mass, step=step,
             backend=backend,
         )  # fmt: skip
-        if swaps and width <= WIDEST and len(fitted.units) == len(path.order):
+        picked = fits[0].units
+        if swaps and sum(widths) <= WIDEST and len(picked) == len(path.order):
             best = exchange.best_exchanged(
-                gram, right, target_norm, fitted.units, width, swaps, backend
-            )
-            if not best.units.equal(fitted.units):
-                gains = best.solved.square().sum(1).view(-1, width).sum(1)
+                *_side_by_side(grams, rights, widths), target_norm, picked, sum(widths), swaps,
+                backend,
+            ).units  # fmt: skip
+            if not best.equal(picked):
+                problems = zip(grams, rights, widths, strict=True)
+                fits = [on_units(gram, right, best, width) for gram, right, width in problems]
+                gains = torch.stack([_gains(fit) for fit in fits]).sum(0)
                 losses = (target_norm - gains.cumsum(0)) / self.mass
-                path, fitted = Path(best.units, losses, None, path.scored, path.rescored), best
-        gram.diagonal().copy_(undamped)
+                path = Path(best, losses, None, path.scored, path.rescored)
+        for gram, diagonal in zip(grams, undamped, strict=True):
+            gram.diagonal().copy_(diagonal)
         by_consumer, losses = {}, path.losses
         at = distinct_counts(path.order) - 1
-        for consumer, its_ridge, (columns, outputs) in zip(
-            self.consumers, ridges, slices, strict=True
-        ):
-            part = replace(fitted, units=fitted.units.clone())
-            if len(self.consumers) > 1:
-                rows = torch.arange(len(fitted.factor)).view(-1, width)[:, columns].flatten()
-                solved = fitted.solved[rows][:, outputs].clone()
-                part = NestedFit(fitted.units.clone(), fitted.factor[rows[:, None], rows], solved)
-            losses = losses - part.distances(consumer.weight, its_ridge)[at] / self.mass
+        for factor, consumer, added, fit in zip(factors, consumers, ridges, fits, strict=True):
+            if factor:
+                part = replace(fit, solved=fit.solved / math.sqrt(factor))
+            else:  # no error counted, so its right side was zero
+                right = _right(consumer, added)
+                part = on_units(consumer.gram, right, fit.units, consumer.width, added)
+            losses = losses - factor * part.distances(consumer.weight, added)[at] / self.mass
             if consumer.root is not None:  # the weights themselves are the same in any metric
                 plain = torch.linalg.solve(consumer.root, part.solved, left=False)
                 part = replace(part, solved=plain)
-            by_consumer[consumer.name] = part
+            by_consumer[consumer.name] = replace(part, units=part.units.clone())
         return replace(path, losses=losses.clamp(min=0)), by_consumer
 
     def refit_on(self, units: Tensor, damping: float) -> dict[str, NestedFit]:
@@ -171,36 +205,41 @@ class LayerProducts:
         fitted = {}
         for consumer in self.consumers:
             added = ridge(consumer.squares(), damping)
-            right = consumer.right() + added[:, None] * consumer.weight.T
+            right = _right(consumer, added)
             fitted[consumer.name] = on_units(consumer.gram, right, units, consumer.width, added)
         return fitted
 
-    def _side_by_side(
-        self, ridges: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
-        """All consumers' problem: (N w, N w) and (N w, C), and where each consumer's part is.
 
-        The right side has the ridges' part, the matrix does not.
-        """
-        if len(self.consumers) == 1:
-            [only] = self.consumers
-            right = only.right() + ridges[0][:, None] * only.weight.T
-            return only.gram, right, [(slice(None), slice(None))]
-        n, width = self.group.units, sum(consumer.width for consumer in self.consumers)
-        outputs = sum(consumer.outputs for consumer in self.consumers)
-        gram = torch.zeros(n, width, n, width, dtype=torch.float64)
-        right = torch.zeros(n, width, outputs, dtype=torch.float64)
-        slices, column, output = [], 0, 0
-        for consumer, its_ridge in zip(self.consumers, ridges, strict=True):
-            columns = slice(column, column + consumer.width)
-            its_outputs = slice(output, output + consumer.outputs)
-            column, output = columns.stop, its_outputs.stop
-            products = consumer.gram.view(n, consumer.width, n, consumer.width)
-            gram[:, columns, :, columns] = products
-            its_right = consumer.right() + its_ridge[:, None] * consumer.weight.T
-            right[:, columns, its_outputs] = its_right.view(n, consumer.width, -1)
-            slices.append((columns, its_outputs))
-        return gram.view(n * width, n * width), right.view(n * width, outputs), slices
+def _right(consumer: Products, added: Tensor) -> Tensor:
+    """The right side with the part of a ridge `added` (N w,) towards W: (N w, C) float64."""
+    return consumer.right() + added[:, None] * consumer.weight.T
+
+
+def _gains(fit: NestedFit) -> Tensor:
+    """By how much each unit lowers the squared error, after those before it: (K,) float64."""
+    return fit.solved.square().sum(1).view(-1, fit.width).sum(1)
+
+
+def _side_by_side(
+    grams: Sequence[Tensor], rights: Sequence[Tensor], widths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Several parts as one problem, with zeros between them: (N w, N w) and (N w, C) float64.
+
+    Its w and C are the sums of the parts'.
+    """
+    if len(grams) == 1:
+        return grams[0], rights[0]
+    units, width = len(grams[0]) // widths[0], sum(widths)
+    outputs = [right.shape[1] for right in rights]
+    gram = torch.zeros(units, width, units, width, dtype=torch.float64)
+    right = torch.zeros(units, width, sum(outputs), dtype=torch.float64)
+    column, output = 0, 0
+    for i, (w, c) in enumerate(zip(widths, outputs, strict=True)):
+        columns = slice(column, column + w)
+        gram[:, columns, :, columns] = grams[i].view(units, w, units, w)
+        right[:, columns, output : output + c] = rights[i].view(units, w, c)
+        column, output = column + w, output + c
+    return gram.view(units * width, units * width), right.view(units * width, -1)
 
 
 def unscaled_path(

@@ -50,29 +50,39 @@ def bytes_of(
         for name in group.consumers:
             outputs = outputs_of(model, group, name)
             shapes.append((weight_of(model.get_submodule(name)).numel() // outputs, outputs))
-    features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
     halves = 1 + (weights in ("auto", "refit") and not gates and not picked)
     sums = sum(halves * f * f + (1 + halves) * f * c for f, c in shapes)  # with W and K W^T
-    picks, width = rule.most(units), features // units
-    kept, whole, sides = picks * width, features**2, 3 * features * outputs
+    picks, widths = rule.most(units), [f // units for f, _ in shapes]
+    sides = 3 * sum(f * c for f, c in shapes)
     if weights not in ("auto", "refit"):
-        gram = 0 if width == 1 else units**2
+        gram = 0 if sum(widths) == 1 else units**2
         work = max(f for f, _ in shapes) ** 2 + gram + max(3 * picks**2, sides)
         return Bytes(WORD * sums, WORD * work)
+    kept = [(picks * width) ** 2 for width in widths]  # each consumer's Cholesky factor
+    least_squares = sum(kept) + 2 * max(kept)  # the ridge in the losses takes two more
     if picked:
-        return Bytes(WORD * sums, WORD * (3 * kept**2 + sides))
-    steps = max(features * kept + kept**2, 3 * kept**2)  # Cholesky's factor; the losses' ridge
-    exchanges = 0
-    if swaps and width <= WIDEST:  # a swept matrix; for elimination an inverse too
-        exchanges = whole + kept**2 if features > ELIMINATION_FEATURES else 2 * (whole + kept**2)
-        sides += 4 * kept * outputs
-    side_by_side = whole + kept**2 if len(shapes) > 1 else 0
-    work = side_by_side + sides + max(steps, exchanges)
+        return Bytes(WORD * sums, WORD * (least_squares + sides))
+    rows = sum(f * picks * width for (f, _), width in zip(shapes, widths, strict=True))
+    steps, exchanges = max(rows + sum(kept), least_squares), 0  # all units' rows of the factors
+    if swaps and sum(widths) <= WIDEST:
+        exchanges = _exchange_words(shapes, units, picks)
+    work = sides + max(steps, exchanges)
     if halves == 2:  # then both halves' products are added up, in the memory of the first
         spare = sum(f * f for f, _ in shapes)
-        chosen = whole + sides  # products of at most half the features, four times; see `damping`
+        chosen = spare + sides  # products of at most half the features, four times; see `damping`
         work = max(chosen, work - spare)
     return Bytes(WORD * sums, WORD * work)
+
+
+def _exchange_words(shapes: Sequence[tuple[int, int]], units: int, picks: int) -> int:
+    """The float64 numbers that exchanges take: of all consumers side by side, if several."""
+    features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
+    whole, kept = features**2, picks * features // units
+    swept = whole + kept**2  # for elimination an inverse too
+    words = (swept if features > ELIMINATION_FEATURES else 2 * swept) + 4 * kept * outputs
+    if len(shapes) == 1:
+        return words
+    return max(words, 3 * kept**2) + whole + features * outputs
 
 
 def imitation_bytes(job: Job, group: Group) -> Bytes:

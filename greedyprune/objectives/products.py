@@ -166,11 +166,11 @@ class Products:
         return self.gram @ self.weight.T if cross is None else cross
 
     def target_norm(self) -> float:
-        """|target|^2."""
-        self.merge()
-        if self.sums[0].cross is None:
-            return float((self.right() * self.weight.T).sum())
-        return self.sums[0].target_norm
+        """|target|^2; it leaves the halves apart."""
+        if self.sums[0].cross is not None:
+            return sum(sums.target_norm for sums in self.sums)
+        rights = (sums.gram @ self.weight.T for sums in self.sums)
+        return sum(float((right * self.weight.T).sum()) for right in rights)
 
     def end_losses(self) -> tuple[float, float]:
         """|target - output|^2 with all units as they are, and without any unit."""

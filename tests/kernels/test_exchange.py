@@ -110,7 +110,7 @@ def test_the_better_of_both_directions() -> None:
     a, b, other = torch.randn(3, 200, dtype=torch.float64)
     x = torch.stack([a, b, a + b + 0.3 * other, torch.randn(200, dtype=torch.float64)])
     gram, right, norm = x @ x.T, x @ (a + b)[:, None], float((a + b).square().sum())
-    forward = ops.greedy_refit(gram, right, norm, Rule(2, 2, False))[1].units
+    forward = ops.greedy_refit([gram], [right], norm, Rule(2, 2, False), widths=[1])[1][0].units
     assert forward[0] == 2
     assert exchange.eliminated(gram, right, 2, 1).units.tolist() == [0, 1]
     best = exchange.best_exchanged(gram, right, norm, forward, 1, 0, "cpu")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import NETWORKS, TOTALS, Inputs, data_of, network, outputs_of
+from networks import NETWORKS, TOTALS, Inputs, data_of, network, outputs_of, streams_of
 from torch import Tensor, nn
 
 import greedyprune
@@ -21,16 +21,21 @@ each_network = pytest.mark.parametrize("name", NETWORKS)
 each_weights = pytest.mark.parametrize("weights", ["counts", "uniform", "none", "refit"])
 
 
-def consumer_errors(
-    model: nn.Module, inputs: Inputs, consumers: list[str], other: nn.Module
+def loss_in_consumers(
+    model: nn.Module, inputs: Inputs, consumers: list[str], other: nn.Module, *, stream: bool
 ) -> Tensor:
-    """How the consumers' outputs differ with another model's weights, on the dense inputs."""
-    errors: list[Tensor] = []
+    """The mean squared error of consumers' outputs with another model's weights, on the dense
+    inputs; for a stream the mean of each consumer's error as a share of that without any input."""
+    errors: dict[str, Tensor] = {name: torch.zeros(0).double() for name in consumers}
+    empty = dict.fromkeys(consumers, 0.0)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             consumer = copy.deepcopy(other.get_submodule(name))
-            errors.append((consumer(*args) - output).double().flatten())
+            error = (consumer(*args) - output).double().flatten()
+            errors[name] = torch.cat([errors[name], error])
+            nothing = consumer(*map(torch.zeros_like, args)) - output
+            empty[name] += float(nothing.double().square().sum())
 
         return record
 
@@ -38,7 +43,9 @@ def consumer_errors(
     outputs_of(model, inputs)
     for handle in handles:
         handle.remove()
-    return torch.cat(errors)
+    if stream:
+        return torch.stack([errors[name].square().sum() / empty[name] for name in errors]).mean()
+    return torch.cat(list(errors.values())).square().mean()
 
 
 @each_network
@@ -50,12 +57,14 @@ def test_losses_are_those_of_the_consumers(name: str, weights: str) -> None:
     selection = greedyprune.select(
         model, data_of(inputs), objective=Imitation(sequential=False), weights=weights
     )
+    streams = streams_of(model, inputs)
     for producer, layer in selection.layers.items():
         for k in {1, len(layer.order)}:
             cut = layer.at(k)
             other = masked(model, greedyprune.Selection({producer: cut}))
-            errors = consumer_errors(model, inputs, list(cut.outputs), other)
-            expected = errors.square().mean()
+            expected = loss_in_consumers(
+                model, inputs, list(cut.outputs), other, stream=producer in streams
+            )
             torch.testing.assert_close(cut.losses[-1], expected, rtol=1e-5, atol=1e-9)
 
 
@@ -253,9 +262,11 @@ def test_a_tolerance_stops_each_layer() -> None:
     selection = greedyprune.select(
         model, [inputs], tolerance=1e-4, objective=Imitation(sequential=False)
     )
-    for layer in selection.layers.values():
-        errors = consumer_errors(model, inputs, list(layer.outputs), nothing)
-        enough = 1e-4 * float(errors.square().mean())
+    streams = streams_of(model, inputs)
+    for name, layer in selection.layers.items():
+        enough = 1e-4 * float(
+            loss_in_consumers(model, inputs, list(layer.outputs), nothing, stream=name in streams)
+        )
         assert 1 < len(layer.order) < len(layer.counts)
         assert float(layer.losses[-1]) <= enough
         assert (layer.losses[:-1] > enough).all()

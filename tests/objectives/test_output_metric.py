@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jobs import job_of
-from networks import NETWORKS, data_of, network, outputs_of
+from networks import NETWORKS, data_of, network, outputs_of, streams_of
 from torch import Tensor, nn
 
 import greedyprune
@@ -117,23 +117,31 @@ def test_losses_are_in_the_metric(name: str, weights: str) -> None:
     selection = greedyprune.select(model, data_of(inputs), objective=objective, weights=weights)
     consumers = [each for layer in selection.layers.values() for each in layer.outputs]
     roots = roots_of(model, consumers, data_of(inputs), "mse")
+    streams = streams_of(model, inputs)
     for producer, layer in selection.layers.items():
         other = masked(model, greedyprune.Selection({producer: layer}))
-        total, count = 0.0, 0
+        total, count, shares = 0.0, 0, []
         for consumer in layer.outputs:
             found: list[Tensor] = []
+            empty: list[Tensor] = []
 
             def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-                error = (other.get_submodule(consumer)(*args) - out).double()  # noqa: B023
-                found.append(as_columns(window_of(module), error))  # noqa: B023
+                pruned = other.get_submodule(consumer)  # noqa: B023
+                nothing = map(torch.zeros_like, args)
+                for errors, given in ((found, args), (empty, nothing)):  # noqa: B023
+                    errors.append(as_columns(window_of(module), (pruned(*given) - out).double()))
 
             handle = model.get_submodule(consumer).register_forward_hook(record)
             outputs_of(model, inputs)
             handle.remove()
-            for error in found:  # one for each use
-                total += float((roots[consumer] @ error).square().sum())
-                count += error.numel()
-        assert float(layer.losses[-1]) == pytest.approx(total / count, rel=1e-5, abs=1e-9)
+            squares, without = (  # the errors of each use
+                sum(float((roots[consumer] @ error).square().sum()) for error in errors)
+                for errors in (found, empty)
+            )
+            total, count = total + squares, count + sum(error.numel() for error in found)
+            shares.append(squares / without)
+        expected = sum(shares) / len(shares) if producer in streams else total / count
+        assert float(layer.losses[-1]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 def test_the_best_weights_are_the_same_in_any_metric() -> None:

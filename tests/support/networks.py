@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from greedyprune.data.batches import Batch
+from greedyprune.graph.groups import analyse, find_groups
+
 Inputs = Tensor | dict[str, Tensor]
 Groups = dict[
     str, tuple[int, tuple[str, ...], tuple[str, ...]]
@@ -353,3 +356,10 @@ def loss_of(model: nn.Module, pair: tuple[Inputs, Tensor]) -> float:
                 outputs_of(model, pair[0]), pair[1].to(next(model.parameters()).dtype)
             )
         )
+
+
+def streams_of(model: nn.Module, inputs: Inputs) -> set[str]:
+    """The layers that residual streams are known by."""
+    batch = Batch((), inputs, None) if isinstance(inputs, dict) else Batch((inputs,), {}, None)
+    groups = find_groups(model, analyse(model, batch), None)
+    return {group.producer for group in groups if group.stream}
