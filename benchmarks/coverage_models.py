@@ -166,7 +166,7 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
     with torch.no_grad():
         for parameter in model.parameters():
             is_constant = bool((parameter == parameter.flatten()[:1]).all())
-            if parameter.is_floating_point() and parameter.numel() > 1 and is_constant:
+            if parameter.is_floating_point() and is_constant:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model.eval(), inputs
 
