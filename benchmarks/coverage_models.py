@@ -7,14 +7,18 @@ transformers are of two small layers where their configs allow it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import greedyprune
 
 Inputs = Tensor | dict[str, Any]
 
@@ -91,8 +95,6 @@ def import_torchvision() -> Any:
             return (lambda fake: fake) if is_missing else register(op, *args, **kwargs)
 
         torch.library.register_fake = register_others
-        import sys
-
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]  # what the failed import left
         import torchvision
@@ -153,8 +155,8 @@ def _size(name: str) -> float:
 def build(name: str) -> tuple[nn.Module, Inputs]:
     """The model in eval mode, and the smallest inputs on which it runs.
 
-    Constants such as a layer scale of 1e-6 get random values, without which whole blocks would not
-    change the output.
+    Constants such as a layer scale of 1e-6 get random values, and batch normalisations the
+    statistics of the inputs. Without these whole blocks would not change the output.
     """
     library, _, kind = name.partition("/")
     torch.manual_seed(0)
@@ -168,6 +170,8 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
             is_constant = bool((parameter == parameter.flatten()[:1]).all())
             if parameter.is_floating_point() and is_constant:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    with contextlib.suppress(ValueError):  # some models do not run in training mode
+        greedyprune.recalibrate(model, [inputs] if isinstance(inputs, dict) else inputs)
     return model.eval(), inputs
 
 
@@ -233,7 +237,8 @@ def _images(name: str, model: nn.Module, size: Any) -> Inputs:
 
 
 def _transformer(kind: str) -> tuple[nn.Module, Inputs]:
-    import_torchvision()
+    with contextlib.suppress(ModuleNotFoundError):  # a torchvision that can't load would stop it
+        import_torchvision()
     import transformers
 
     head, (_, entries) = next(

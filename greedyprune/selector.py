@@ -202,9 +202,12 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     check_functions(model)
     used = UsedTensors()
-    (outputs, output_layers), total, flops = count_flops(
-        model, lambda: used.during(lambda: _run_seen(model, first))
-    )
+
+    def run() -> tuple[object, set[str]]:
+        with used:
+            return _run_seen(model, first)
+
+    (outputs, output_layers), total, flops = count_flops(model, run)
     groups, refused = groups_of(
         model, first, request.layers, request.consumers, request.sized_layers
     )

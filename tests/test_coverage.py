@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -15,8 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+import greedyprune
+from greedyprune.surgery.cut import masked
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(FOLDER))
+import coverage_models  # noqa: E402
 
 
 def script() -> ModuleType:
@@ -52,35 +54,52 @@ def test_the_page_is_computed_from_the_rows() -> None:
 
 
 def test_the_check_sees_a_missing_unit() -> None:
-    """Also one that changes the output by a ten-thousandth."""
+    """It compares up to rounding, and says where nothing could be seen."""
     coverage = script()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    other = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    other.load_state_dict(model.state_dict())
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 2))
     inputs = torch.randn(8, 5)
-    precision, gap = coverage.compared(copy.deepcopy(model), copy.deepcopy(other), inputs)
-    assert precision == "float64" and gap <= coverage.TOLERANCE["float64"]
-    with torch.no_grad():
-        other[2].weight[:, 0] += 1e-4
-    assert coverage.compared(model, other, inputs)[1] > coverage.TOLERANCE["float64"]
+    selection = greedyprune.select(model.eval(), inputs, size=0.5)
+
+    def compared(change: float, gain: float) -> tuple[str, float, list[str]]:
+        full, small = masked(model, selection), greedyprune.prune(model, selection)
+        with torch.no_grad():
+            small[2].weight[0, 0] += change
+            for part in (full, small):
+                part[4].weight *= gain
+        found: tuple[str, float, list[str]] = coverage.compared(full, small, inputs, selection)
+        return found
+
+    tolerance = coverage.TOLERANCE["float64"]
+    precision, gap, unseen = compared(0, 1)
+    assert precision == "float64" and gap <= tolerance and not unseen
+    assert compared(1e-4, 1)[1] > tolerance
+    assert compared(0, 0)[2] == ["0", "2"]  # a gain of 0 hides all units
+
+
+def dozen(library: str, tmp_path: Path) -> None:
+    """All models of a library among the dozen pass."""
+    rows = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(FOLDER / "coverage.py"), "--dozen", "--models", f"{library}/*"]
+    paths = ["--rows", str(rows), "--page", str(tmp_path / "page.md")]
+    subprocess.run([*command, *paths], check=True)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    names = [name for name in coverage_models.DOZEN if name.startswith(library)]
+    assert {row["name"]: row.get("verdict") for row in found} == dict.fromkeys(names, "passes")
+
+
+@pytest.mark.timeout(600)
+def test_public_models_of_transformers(tmp_path: Path) -> None:
+    for library in ("transformers", "torch_pruning"):
+        pytest.importorskip(library)
+    dozen("transformers", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_dozen_public_models(tmp_path: Path) -> None:
-    models = importlib.import_module("coverage_models")
-    try:
-        models.import_torchvision()
-    except ImportError:
-        pytest.skip("needs torchvision")
-    for library in ("timm", "transformers", "torch_pruning"):
-        if importlib.util.find_spec(library) is None:
-            pytest.skip(f"needs {library}")
-    rows = tmp_path / "rows.jsonl"
-    command = [sys.executable, str(FOLDER / "coverage.py"), "--dozen", "--rows", str(rows)]
-    subprocess.run([*command, "--page", str(tmp_path / "page.md")], check=True)
-    found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert {row["name"]: row.get("verdict") for row in found} == dict.fromkeys(
-        models.DOZEN, "passes"
-    )
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_public_models_of_images(library: str, tmp_path: Path) -> None:
+    for needed in ("timm", "torchvision", "torch_pruning"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"needs {needed}")
+    dozen(library, tmp_path)

@@ -9,8 +9,8 @@ these units, as one head beside another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -22,7 +22,6 @@ from .groups import Group
 SHOWN = 3  # names in a warning
 IN_SIZES = ("in_features", "in_channels", "num_features", "num_channels", "input_size", "nx")
 OUT_SIZES = ("out_features", "out_channels", "num_features", "num_channels", "hidden_size", "nf")
-T = TypeVar("T")
 Sizes = tuple[frozenset[int], frozenset[int]]  # of a module's inputs and outputs
 
 
@@ -41,11 +40,6 @@ class UsedTensors(TorchFunctionMode):
     ) -> Any:
         self.used.update(id(v) for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor))
         return func(*args, **(kwargs or {}))
-
-    def during(self, run: Callable[[], T]) -> T:
-        """Calls a function inside."""
-        with self:
-            return run()
 
 
 def warn_of_unrun(
