@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/
 
 CXX_FILES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard benchmarks/*.cpp tests/emulated/*.h tests/emulated/*.cpp)
 
-.PHONY: help test test-all demo docs lint format bench bench-quick gpu-check clean install
+.PHONY: help test test-all demo docs lint format bench bench-quick coverage gpu-check clean install
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ bench-quick: .venv/installed  ## every benchmark once, at tiny sizes: out/bench-
 	mkdir -p out
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick --benchmark-quiet --benchmark-json=out/bench-quick.json
 	$(BIN)/python benchmarks/report.py out/bench-quick.json --out out/bench-quick
+
+coverage: .venv/installed  ## public architectures, over an hour: docs/coverage.md
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[coverage]'
+	$(BIN)/python benchmarks/coverage.py
 
 clean:  ## remove what the other targets made
 	rm -rf .venv build dist out *.egg-info greedyprune/_C*.so

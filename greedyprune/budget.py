@@ -230,7 +230,7 @@ def _measured(
     if what == "params":
         return sum(parameter.numel() for parameter in small.parameters()) / dense
     if what == "flops":
-        return count_flops(lambda: run_model(small, batch))[1] / dense
+        return count_flops(small, lambda: run_model(small, batch))[1] / dense
     before, after = (times[""] for times in medians([model, small], batch))
     return after / before
 

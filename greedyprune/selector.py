@@ -202,8 +202,13 @@ def select_on(
 def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     model, first = job.model, job.batches.first()
     check_functions(model)
-    with UsedTensors() as used:
-        (outputs, output_layers), total, flops = count_flops(lambda: _run_seen(model, first))
+    used = UsedTensors()
+
+    def run() -> tuple[object, set[str]]:
+        with used:
+            return _run_seen(model, first)
+
+    (outputs, output_layers), total, flops = count_flops(model, run)
     groups, refused = groups_of(
         model, first, request.layers, request.consumers, request.sized_layers
     )

@@ -31,6 +31,35 @@ def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     }
 
 
+class ClassToken(nn.Module):
+    """A module takes a view of a parameter, as the blocks of CaiT and PiT take class tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 5))
+        self.token_block = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.block = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + self.token_block(self.token.expand(len(x), -1))
+
+
+def test_costs_where_a_module_takes_a_view_of_a_parameter() -> None:
+    """torch's counter failed with "Expected gradient function to be set"."""
+    torch.manual_seed(0)
+    model, x = ClassToken(), torch.randn(20, 5)
+    model.block[0].weight.requires_grad_(False)
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    flops = count(model.requires_grad_(False), x)["flops"]
+    for parameter, value in zip(model.parameters(), required, strict=True):
+        parameter.requires_grad_(value)
+    assert set(greedyprune.layers(model, x)) == {"token_block.0", "block.0"}
+    selection = greedyprune.select(model, x, size=Budget(flops=0.6))
+    assert selection.costs is not None and selection.costs["flops"].dense == flops
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+    greedyprune.prune(model, selection)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_costs_are_those_of_the_pruned_model(name: str, tmp_path: object) -> None:
     model, inputs = network(name)

@@ -76,13 +76,25 @@ class BudgetReport:
     gap: float
 
 
-def count_flops(run: Callable[[], T]) -> tuple[T, int, dict[str, int]]:
-    """Calls a function: its result, its FLOPs, and the FLOPs of each module that it runs, by name.
+def count_flops(model: nn.Module, run: Callable[[], T]) -> tuple[T, int, dict[str, int]]:
+    """Calls a function that runs a model without gradients.
 
-    Counted by torch.utils.flop_counter: a multiplication with an addition is two.
+    Returns its result, its FLOPs, and the FLOPs of each module that it runs, by name. Counted by
+    torch.utils.flop_counter: a multiplication with an addition is two.
+
+    The counter asks each module's inputs that require gradients for their node in autograd's graph.
+    A view of a parameter, such as an expanded class token, requires them but has no node. So no
+    parameter requires gradients meanwhile.
     """
-    with FlopCounterMode(display=False) as counter:
-        result = run()
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            result = run()
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
     by_module = {
         name.partition(".")[2]: sum(by_operation.values())
         for name, by_operation in counter.get_flop_counts().items()

@@ -291,7 +291,10 @@ def _entries(model: nn.Module, name: str, cut: Cut) -> Edits:
         return {}
     edits: Edits = {}
     if "head_dim" not in (getattr(config, "per_layer_attributes", None) or ()):
-        edits[f"{path}head_dim"] = _read(config, "head_dim") or config.hidden_size // heads
+        head_dim, hidden = _read(config, "head_dim"), _read(config, "hidden_size")
+        if head_dim is None and not isinstance(hidden, int):  # MobileViT: a size for each stage
+            return {}
+        edits[f"{path}head_dim"] = head_dim or hidden // heads
     for entry in HEADS:
         if isinstance(value := _read(config, entry), int):
             edits[f"{path}{entry}"] = value // cut.units * cut.kept

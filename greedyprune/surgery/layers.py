@@ -149,10 +149,15 @@ def layers(model: nn.Module, example: object) -> Layers:
     batch = example_batch(example)
     if not any(parameter.is_meta for parameter in model.parameters()):
         batch = placed(batch, model)
+    used = UsedTensors()
+
+    def run() -> object:
+        with used:
+            return model(*batch.args, **batch.kwargs)
+
     with evaluating(model):
         try:
-            with UsedTensors() as used:
-                _, total, flops = count_flops(lambda: model(*batch.args, **batch.kwargs))
+            _, total, flops = count_flops(model, run)
         except Exception as error:
             reason = first_line(error) + place_of(model, error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Imitation
+from greedyprune.surgery.cut import masked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REFUSED = "^save_pretrained: .* can't describe the sizes of .* save it with greedyprune.save_pruned"
@@ -100,6 +101,26 @@ def test_what_no_config_describes_is_refused_before_a_file_is_written(
         assert selection.saving == str(raised.value)
         assert not (tmp_path / "new").exists()
         assert small.config.to_dict() == model.config.to_dict()
+
+
+def test_a_config_with_a_hidden_size_for_each_stage(tmp_path: Path) -> None:
+    """MobileViT's config has `hidden_sizes`: it can't say how many heads stay."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MobileViTConfig(
+        hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32], image_size=64
+    )
+    torch.manual_seed(0)
+    model = transformers.MobileViTForImageClassification(config).eval()
+    images = torch.randn(2, 3, 64, 64)
+    table = greedyprune.layers(model, images)
+    heads = [name for name in table if name.endswith("attention.query")]
+    assert heads
+    assert "attention.query" in str(table.saving).partition("is refused once")[2]
+    small, selection = pruned(model, {"pixel_values": images}, heads, 0.5)
+    full = masked(model, selection)
+    torch.testing.assert_close(small(images).logits, full(images).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=REFUSED):
+        small.save_pretrained(tmp_path / "new")
 
 
 @each_family
