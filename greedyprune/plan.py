@@ -12,6 +12,7 @@ from .budget import Budget, relative_losses, within_budget
 from .data.batches import Batches
 from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
+from .graph.slices import Slice
 from .graph.unfold import consumer_window, outputs_of, weight_of
 from .kernels.path import Rule
 from .objectives import fisher, imitation, memory, network_loss, output_loss, output_metric
@@ -147,11 +148,12 @@ def _fits_by_columns(job: Job, group: Group, imitating: int) -> bool:
 
 
 def is_simple(model: nn.Module, group: Group) -> bool:
-    """Does each unit have one feature, which one Linear takes once, as its module's input?"""
+    """Is each unit one feature, and are these all the inputs of one Linear, which runs once?"""
     if len(group.consumers) > 1 or group.repeated or group.inner:
         return False
     at = group.slices[f"{group.consumer}.weight"]
-    return isinstance(model.get_submodule(group.consumer), nn.Linear) and at.width == 1
+    is_linear = isinstance(model.get_submodule(group.consumer), nn.Linear)
+    return is_linear and at == Slice.regular(1, group.units)
 
 
 def _check_passes(batches: Batches, judges: Mapping[str, str], budget: Budget | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +14,30 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
+from ..data.forward import not_run
 from ..runtime.sparse import bytes_of
 from .in_place import check_in_place
-from .propagate import IDENTITY, RESHAPING
+from .norms import over_entries
+from .propagate import IDENTITY, RESHAPING, Propagation
+from .slices import Entries
 from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
 
 SMALLEST_SCALE = 1e-3  # of the largest one: channels that are scaled by less are not corrected
 
 # The values of nodes that have run and are still needed: tensors, or tuples of them.
 Values = dict[fx.Node, Any]
+
+
+class Network(NamedTuple):
+    """A network that an executor runs: the model with other weights, or without some units.
+
+    tensors: parameters and buffers by name
+    left:    what is left of each dimension that is cut. The tensors have their whole size; only the
+             norms over units need to know
+    """
+
+    tensors: Mapping[str, Tensor]
+    left: Entries = MappingProxyType({})
 
 
 class LinearPath(NamedTuple):
@@ -89,6 +106,7 @@ class GraphExecutor:
             name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
+        self._last_left: tuple[Entries | None, dict[fx.Node, tuple[int, Tensor]]] = None, {}
         # What `output_of` and `output_error` read, also where the graph uses it nowhere.
         self._read = {*graph.layers, *(path.end for path in self.linear_paths.values())}
 
@@ -131,9 +149,15 @@ class GraphExecutor:
                 found[node] = tensors[name] if name in tensors else traced[spec.target]
         return found
 
-    def run(self, values: Values, tensors: Mapping[str, Tensor], start: int, end: int) -> None:
-        """Runs nodes [start, end) on `values`, in place; values without later use are dropped."""
-        constants = self.constants(tensors)
+    def run(
+        self, values: Values, tensors: Mapping[str, Tensor], start: int, end: int,
+        left: Entries | None = None,
+    ) -> None:  # fmt: skip
+        """Runs nodes [start, end) on `values`, in place; values without later use are dropped.
+
+        tensors, left: the network's, as in `Network`
+        """
+        constants, in_norms = self.constants(tensors), self._in_norms(left)
         env = constants | values
         for i in range(start, end):
             node = self.nodes[i]
@@ -141,7 +165,7 @@ class GraphExecutor:
                 continue
             if node.op == "output":
                 break
-            value = self.evaluate(node, env)
+            value = self.evaluate(node, env, in_norms.get(node))
             if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
             for source in self._last_uses[i]:
@@ -150,20 +174,55 @@ class GraphExecutor:
         values.update({node: value for node, value in env.items() if node not in constants})
         self._interpreter.env = {}
 
-    def evaluate(self, node: fx.Node, values: Values) -> Any:
-        """One operation; in place ones act on a copy, since two networks may share the values."""
+    def evaluate(
+        self, node: fx.Node, values: Values, in_norm: tuple[int, Tensor] | None = None
+    ) -> Any:
+        """One operation; in place ones act on a copy, since two networks may share the values.
+
+        in_norm: for a norm over units: its dimension, and the entries that are left of it
+        """
         self._interpreter.env = values
-        if not in_place(node):
+        if not in_place(node) and in_norm is None:
             return self._interpreter.run_node(node)
         args: Any = self._interpreter.map_nodes_to_values(node.args, node)
         options: Any = self._interpreter.map_nodes_to_values(node.kwargs, node)
+        if in_norm is not None:
+            return over_entries(node, args, options, *in_norm)
         target: Any = node.target
         return target(args[0].clone(), *args[1:], **options)
 
-    def outputs(self, values: Values, tensors: Mapping[str, Tensor], start: int) -> Any:
+    @cached_property
+    def _propagation(self) -> Propagation:
+        return Propagation(self._graph)
+
+    def _in_norms(self, left: Entries | None) -> dict[fx.Node, tuple[int, Tensor]]:
+        """The norms over units of which some go, with the entries that are left."""
+        if not left:
+            return {}
+        if self._last_left[0] is not left:
+            self._last_left = left, self._propagation.entries_in_norms(left)
+        return self._last_left[1]
+
+    def has_norms(self, left: Entries) -> bool:
+        """Is there a norm over units of which some go?"""
+        return bool(self._in_norms(left))
+
+    def start_of(self, layers: Iterable[str], left: Entries) -> int:
+        """The place of the first of these layers, or of the first norm over units that go."""
+        places = [self._graph.position[node] for node in self._in_norms(left)]
+        for layer in layers:
+            if layer not in self.place:
+                raise not_run(layer)
+            places.append(self.place[layer])
+        return min(places)
+
+    def outputs(
+        self, values: Values, tensors: Mapping[str, Tensor], start: int,
+        left: Entries | None = None,
+    ) -> Any:  # fmt: skip
         """The model's output from the values just before node `start`; these are not changed."""
         values = dict(values)
-        self.run(values, tensors, start, len(self.nodes))
+        self.run(values, tensors, start, len(self.nodes), left)
         return self.returned(values)
 
     def returned(self, values: Values) -> Any:
@@ -231,7 +290,7 @@ class GraphExecutor:
         return target(inputs, weight, bias, *node.args[3:], **options)
 
     def shortcut_error(
-        self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
+        self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]
     ) -> Tensor | None:
         """The shortcut's error, dense minus pruned, as a change of the layer's output.
 
@@ -239,17 +298,17 @@ class GraphExecutor:
         is added to the layer's output.
 
         dense, pruned: the two networks' values just before the layer
-        tensors:       the two networks' weights
+        networks:      these two networks
         """
         path = self.linear_paths[layer]
         if path.shortcut is None:
             return None
         end = self._end(layer) - 1
-        shape, goal, value = self._values_at(path.shortcut, layer, (dense, pruned), tensors, end)
+        shape, goal, value = self._values_at(path.shortcut, layer, (dense, pruned), networks, end)
         return path.as_output(goal - value, shape)
 
     def output_error(
-        self, layer: str, dense: Values, pruned: Values, tensors: Sequence[Mapping[str, Tensor]]
+        self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]
     ) -> Tensor:
         """The change of the layer's output that makes both networks equal at its path's end.
 
@@ -260,7 +319,7 @@ class GraphExecutor:
         """
         path = self.linear_paths[layer]
         end = self._end(layer)
-        shape, goal, value = self._values_at(path.end, layer, (dense, pruned), tensors, end)
+        shape, goal, value = self._values_at(path.end, layer, (dense, pruned), networks, end)
         if path.rectified:
             goal = torch.where(goal > 0, goal, value.clamp(max=0))
         return path.as_output(goal - value, shape)
@@ -270,19 +329,19 @@ class GraphExecutor:
         return self._graph.position[self.linear_paths[layer].end] + 1
 
     def _values_at(
-        self, node: fx.Node, layer: str, networks: Sequence[Values],
-        tensors: Sequence[Mapping[str, Tensor]], end: int,
+        self, node: fx.Node, layer: str, before: Sequence[Values], networks: Sequence[Network],
+        end: int,
     ) -> tuple[tuple[int, ...], Tensor, Tensor]:  # fmt: skip
         """The shape of the layer's output, and a node's value in the dense and pruned network.
 
-        networks: their values just before the layer
+        before: the networks' values just before the layer
         """
         results, place, shape = list[Tensor](), self.place[layer], tuple[int, ...]()
-        for before, weights in zip(networks, tensors, strict=True):
-            values = dict(before)
-            self.run(values, weights, place, place + 1)
+        for its_values, network in zip(before, networks, strict=True):
+            values = dict(its_values)
+            self.run(values, network.tensors, place, place + 1, network.left)
             shape = tuple(self.output_of(layer, values).shape)
-            self.run(values, weights, place + 1, end)
+            self.run(values, network.tensors, place + 1, end, network.left)
             results.append(values[node])
         goal, value = results
         return shape, goal, value

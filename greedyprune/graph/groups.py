@@ -30,7 +30,7 @@ from .classes import Ids
 from .constant_sizes import line_of
 from .propagate import IDENTITY, RESHAPING, Propagation
 from .refusals import by_reason, refused_in, why_not, without_layer
-from .slices import NotPrunableError, Slice
+from .slices import Entries, NotPrunableError, Slice
 from .tracing import Graph, Layer, Window, flops_of, is_plain, operation
 
 
@@ -77,6 +77,11 @@ class Group:
     def consumer(self) -> str:
         """The first consumer."""
         return self.consumers[0]
+
+    @property
+    def without_units(self) -> Entries:
+        """What is left of each tensor where all units go."""
+        return {(name, at.dim): at.rest() for name, at in self.slices.items()}
 
 
 # Every producer's group, or why it has none.

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .classes import Classes, Ids
 from .constant_sizes import may_hold_size, split_may_hold_size
+from .norms import NORMS, STATISTICS
+from .slices import Entries
 from .tracing import (
     CONVOLUTIONS,
     LINEAR,
@@ -90,6 +92,14 @@ class Doubt(NamedTuple):
     ids: Ids
 
 
+class Norm(NamedTuple):
+    """An operation that takes statistics over units: along `dim` of its input, with their ids."""
+
+    node: fx.Node
+    dim: int
+    ids: Ids
+
+
 class Propagation:
     """The ids of all tensors of a graph.
 
@@ -98,6 +108,7 @@ class Propagation:
     doubts:     operations that may have the number of units as a constant
     products:   the matrix products of each unit by itself (attention's), with the units' ids
     summed:     ids of sums whose terms come from different layers
+    norms:      the operations that take statistics over units, with these along a dimension
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -106,13 +117,17 @@ class Propagation:
         self.doubts: list[Doubt] = []
         self.products: list[tuple[fx.Node, Ids]] = []
         self.summed: list[Ids] = []
+        self.norms: list[Norm] = []
         self._splits: list[Ids] = []  # of several dimensions, which lose whole rows only
         self._states: dict[fx.Node, State] = {}
         self._parts: dict[fx.Node, list[State]] = {}  # of nodes that give several tensors
         self._constants = set[fx.Node]()  # nodes that are computed from parameters only
         self._nearest: dict[fx.Node, frozenset[fx.Node]] = {}  # the last layers before a node
+        self._uniform: dict[fx.Node, set[int]] = {}  # dimensions along which a tensor is constant
         for node in graph.nodes:
             self._step(node)
+        for norm in self.norms:
+            self._check_rescales(norm)
         self._make_rectangular()
 
     def of(self, node: fx.Node) -> State:
@@ -131,6 +146,10 @@ class Propagation:
         )  # fmt: skip
         if all(source in self._constants for source in node.all_input_nodes):
             self._constants.add(node)
+        if node.op == "call_function" and operation(node) == "expand":
+            old, new = shape_of(first_of(node)), shape_of(node)
+            old = (1,) * (len(new) - len(old)) + tuple(old)
+            self._uniform[node] = {dim for dim, size in enumerate(new) if old[dim] == 1 < size}
         sources = [source for source in node.all_input_nodes if self._is_labelled(source)]
         if node.op == "output":
             for source in sources:
@@ -167,6 +186,8 @@ class Propagation:
             return self._through_attention(node)
         if op in PER_UNIT_ARGUMENTS:
             return self._through_per_unit(node, op)
+        if op in NORMS:
+            return self._through_norm(node, op)
         if op in RESHAPING:
             return self._reshaped(node, self.of(first_of(node)))
         if op in MOVING:
@@ -176,7 +197,7 @@ class Propagation:
             count = len(sizes) // 2 if op == "pad" else int(op[-2])  # type: ignore[arg-type]
             dims = len(shape_of(first_of(node)))
             return self._mixed(node, self.of(first_of(node)), range(dims - count, dims))
-        if op in REDUCING | MIXING:
+        if op in REDUCING | MIXING | STATISTICS.keys():
             return self._along(node, op)
         if op in TAKING:
             return self._taken(node, op)
@@ -340,6 +361,92 @@ class Propagation:
                 self._fix(others, f"{node.target} does not act along the units' dimension")
         return self._met(node, operands)
 
+    def _through_norm(self, node: fx.Node, op: str) -> State:
+        """A norm along the last dimensions, or of groups of channels with all positions."""
+        source, of_groups = first_of(node), op == "group_norm"
+        dims = len(shape_of(source))
+        sizes: Any = node.args[1]
+        over = range(1, dims) if of_groups else range(dims - len(sizes), dims)
+        state = tuple(
+            labels for all_labels in self.of(source)
+            for labels in (
+                (all_labels,) if all_labels.dims in [(dim,) for dim in over]
+                and not (of_groups and all_labels.dims[0] > 1)
+                else self._mixed(node, (all_labels,), over if not of_groups else range(2, dims))
+            )
+        )  # fmt: skip
+        operands: list[Operand] = [(source, state, {dim: dim for dim in range(dims)})]
+        for operand in node.args[2:4]:
+            if isinstance(operand, fx.Node):
+                to = {dim: over[dim] for dim in range(len(shape_of(operand)))}
+                operands.append((operand, self.of(operand), to))
+        state = self._met(node, operands)
+        for labels in state:
+            if not set(labels.dims) & set(over):
+                continue
+            if len(labels.dims) > 1:
+                self._fix((labels,), f"{node.target} mixes its units")
+            elif of_groups and sizes > 1:
+                self.classes.unite_along(labels.ids.reshape(sizes, -1), (1,))
+            else:
+                self.norms.append(Norm(node, labels.dims[0], labels.ids))
+            if len(operands) == 1:  # its sizes are those of no tensor
+                self.doubts.append(Doubt(node, labels.ids))
+        return state
+
+    def _statistic(self, node: fx.Node, along: set[int]) -> State:
+        """A statistic along dimensions, which stay with size 1: a part of a norm, maybe."""
+        source, result = first_of(node), list[Labels]()
+        for labels in self.of(source):
+            if len(labels.dims) == 1 and labels.dims[0] in along:
+                self.norms.append(Norm(node, labels.dims[0], labels.ids))
+            else:
+                result += self._mixed(node, (labels,), along)
+        if operation(node) == "var_mean":
+            self._parts[node] = [tuple(result), tuple(result)]
+            return ()
+        return tuple(result)
+
+    def _check_rescales(self, norm: Norm) -> None:
+        """Fixes units of which a statistic is used for anything but the units themselves."""
+        if operation(norm.node) in NORMS:
+            return
+        units, todo, seen = self.classes.roots(norm.ids), [norm.node], {norm.node}
+        while todo:
+            for user in todo.pop().users:
+                if user in seen:
+                    continue
+                seen.add(user)
+                if any(np.isin(units, self.classes.roots(la.ids)).any() for la in self.of(user)):
+                    continue
+                op = operation(user)
+                is_pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ())
+                if user.op == "output" or not (
+                    is_pointwise or op in ELEMENTWISE | {"expand", "getitem"}
+                ):
+                    self.classes.fix(norm.ids, f"{norm.node.target} mixes its units")
+                    return
+                todo.append(user)
+
+    def entries_in_norms(self, left: Entries) -> dict[fx.Node, tuple[int, Tensor]]:
+        """The norms over entries that go: the dimension, and the entries that are left of it.
+
+        left: what stays of each dimension that is cut
+        """
+        gone = list[Ids]()
+        for key, entries in left.items():
+            if key in self.parameters:
+                goes = np.ones(len(self.parameters[key]), np.bool_)
+                goes[entries.numpy()] = False
+                gone.append(self.classes.roots(self.parameters[key][goes]))
+        lost = np.unique(np.concatenate(gone)) if gone else np.empty(0, np.int64)
+        found = {}
+        for node, dim, ids in self.norms:
+            stays = ~np.isin(self.classes.roots(ids), lost)
+            if not stays.all():
+                found[node] = dim, torch.from_numpy(np.nonzero(stays)[0])
+        return found
+
     def _elementwise(self, node: fx.Node, op: str) -> State:
         operands = node.all_input_nodes
         state = self._met(node, [(o, self.of(o), _aligned(o, node)) for o in operands])
@@ -354,8 +461,11 @@ class Propagation:
     def _along(self, node: fx.Node, op: str) -> State:
         """An operation along dimensions that its arguments name (all of them where none is)."""
         source = first_of(node)
-        named = node.args[2 if op == "roll" else 1] if len(node.args) > 1 else None
+        place = 2 if op == "roll" else STATISTICS.get(op, 1)
+        named = node.args[place] if len(node.args) > place else node.kwargs.get("dim")
         along = _dims(named, len(shape_of(source)))
+        if op in STATISTICS and not _removes(source, node):
+            return self._statistic(node, along)
         state = self._mixed(node, self.of(source), along)
         return _without_dims(state, along) if _removes(source, node) else state
 
@@ -625,7 +735,13 @@ class Propagation:
                     arrays.append(np.broadcast_to(ids, sizes))
             if operand is None or operand is node:
                 continue
-            own = {at: shape_of(operand)[dim] for dim, at in to.items() if at in dims}
+            uniform = self._uniform.get(operand, set())
+            if any(to.get(dim) in dims for dim in uniform):
+                self.doubts.append(Doubt(operand, arrays[0] if arrays else np.empty(0, np.int64)))
+            own = {
+                at: shape_of(operand)[dim] for dim, at in to.items()
+                if at in dims and dim not in uniform
+            }  # fmt: skip
             if any(size > 1 and at not in covered for at, size in own.items()):
                 other = f"another tensor of shape {shape_of(operand)}"
                 reasons.append(f"{node.target} combines its units with {other}")

@@ -7,7 +7,7 @@ they do not fit in memory, they are computed again from the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -19,11 +19,14 @@ from ..runtime.resume import Pass
 from .executor import (
     GraphExecutor,
     LinearPath,
+    Network,
     Values,
     bytes_held,
     tensors_of,
 )
 from .executors import GraphExecutors
+from .groups import Group
+from .slices import Entries
 from .tracing import Layer
 
 Add = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -42,12 +45,17 @@ class _State:
     def bytes(self) -> int:
         return bytes_held([self.dense, self.pruned or {}])
 
-    def advance(self, to: int, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-        """Runs both networks, with these weights, up to node `to`."""
+    def advance(self, to: int, dense: Network, pruned: Network) -> None:
+        """Runs both networks up to node `to`."""
         if self.pruned is not None:
-            self.executor.run(self.pruned, pruned, self.at, to)
-        self.executor.run(self.dense, dense, self.at, to)
+            self.executor.run(self.pruned, pruned.tensors, self.at, to, pruned.left)
+        self.executor.run(self.dense, dense.tensors, self.at, to)
         self.at = to
+
+    def separate(self) -> None:
+        """From here on the two networks differ."""
+        if self.pruned is None:
+            self.pruned = dict(self.dense)
 
 
 class Replay:
@@ -60,9 +68,10 @@ class Replay:
 
     def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
         self._batches, self._limit, self.ranks = batches, limit, batches.ranks
-        self._dense = tensors_of(model)
+        self._dense = Network(tensors_of(model))
         self._changed: dict[str, Tensor] = {}
-        self._first_change: str | None = None
+        self._left: Entries = {}
+        self._first_layer: str | None = None  # that was changed
         self._executors = GraphExecutors(model)
         self._states: list[_State] | None = None  # None: computed from the inputs in every pass
 
@@ -74,12 +83,22 @@ class Replay:
         place = self._first_executor().place
         return {name: place[name] for name in names}
 
+    def start_of(self, group: Group) -> int:
+        """The place of the first node that does something else without units of a group."""
+        return self._first_executor().start_of(group.consumers, group.without_units)
+
     def after_changes(self) -> list[Layer]:
         """The layers from the first changed one on, in order, whose weights nothing else uses."""
-        executor, first = self._first_executor(), self._first_change
-        if first is None:
+        if self._first_layer is None:
             return []
-        return [layer for i, layer in executor.refittable.items() if i >= executor.place[first]]
+        executor = self._first_executor()
+        first = self._first_change(executor)
+        return [layer for i, layer in executor.refittable.items() if i >= first]
+
+    def _first_change(self, executor: GraphExecutor) -> int:
+        """The place from which on the two networks differ."""
+        layers = [] if self._first_layer is None else [self._first_layer]
+        return executor.start_of(layers, self._left)
 
     def linear_path(self, layer: str) -> LinearPath:
         return self._first_executor().linear_paths[layer]
@@ -90,17 +109,34 @@ class Replay:
         Layers are changed in the order in which they run.
         """
         self._changed |= {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
-        self._first_change = self._first_change or layer
+        self._first_layer = self._first_layer or layer
         for state in self._states or []:
-            if state.pruned is None:
-                state.pruned = dict(state.dense)
+            state.separate()
+
+    def keep_only(self, left: Entries) -> None:
+        """Only these entries have a part in the pruned network's norms; a layer is changed next.
+
+        The networks have not run beyond the first of the norms that this concerns.
+        """
+        self._left = left
+
+    def weight(self, layer: str) -> Tensor:
+        """A layer's weight in the pruned network."""
+        name = f"{layer}.weight"
+        return self._changed.get(name, self._dense.tensors[name])
+
+    def _networks(self) -> tuple[Network, Network]:
+        """The dense network and the pruned one."""
+        return self._dense, Network({**self._dense.tensors, **self._changed}, self._left)
 
     @property
     def changed(self) -> list[str]:
         """The names of the tensors that have changed."""
         return list(self._changed)
 
-    def visit(self, layers: Sequence[str], add: Add, bar: Bar, resumed: Pass) -> None:
+    def visit(
+        self, layers: Sequence[str], add: Add, bar: Bar, resumed: Pass, left: Entries | None = None
+    ) -> None:
         """Calls add(layer, inputs, target, second_half, mask) for all these layers and batches.
 
         The inputs are those that the layer receives in the pruned network. The target is the
@@ -108,36 +144,37 @@ class Replay:
         compensates for the shortcut's error in the pruned network. The mask (m, T) says which
         positions count; None: all.
 
-        Leaves both networks just before the first of the layers.
+        Leaves both networks just before the first of the layers and of the norms over units that
+        would not be `left`.
 
         resumed: the pass over the data; its batches that were added before are left out
         """
         layers = sorted(layers, key=self.order(layers).__getitem__)
-        tensors = self._dense, self._dense | self._changed
+        networks = self._networks()
         for state in self._all(bar):
-            state.advance(_place(state.executor, layers[0]), *tensors)
+            state.advance(state.executor.start_of(layers, left or {}), *networks)
             if resumed.contains(state.mark):
                 continue
-            self._visit_batch(state, layers, tensors, add)
+            self._visit_batch(state, layers, networks, add)
             resumed.added()
         resumed.end()
 
     def _visit_batch(
-        self, state: _State, layers: Sequence[str], tensors: Sequence[Mapping[str, Tensor]],
-        add: Add,
-    ) -> None:  # fmt: skip
+        self, state: _State, layers: Sequence[str], networks: tuple[Network, Network], add: Add
+    ) -> None:
         executor, at = state.executor, state.at
+        dense_network, pruned_network = networks
         dense = dict(state.dense)
         pruned = dict(state.dense if state.pruned is None else state.pruned)
         for layer in layers:
             place = _place(executor, layer)
-            executor.run(pruned, tensors[1], at, place)
-            executor.run(dense, tensors[0], at, place)
+            executor.run(pruned, pruned_network.tensors, at, place, pruned_network.left)
+            executor.run(dense, dense_network.tensors, at, place)
             inputs, after = executor.input_of(layer, pruned), dict(dense)
-            executor.run(after, tensors[0], place, place + 1)
+            executor.run(after, dense_network.tensors, place, place + 1)
             target = executor.output_of(layer, after)
             if state.pruned is not None:
-                error = executor.shortcut_error(layer, dense, pruned, tensors)
+                error = executor.shortcut_error(layer, dense, pruned, networks)
                 target = target if error is None else target + error
             add(layer, inputs, target, state.second_half, state.padding.of(layer))
             at = place
@@ -151,10 +188,10 @@ class Replay:
         are those of the samples; the mask (m, T) says which positions count, None: all.
         """
         for state in self._all(bar):
-            tensors = self._dense, self._dense | self._changed
-            state.advance(_place(state.executor, layer), *tensors)
+            networks = self._networks()
+            state.advance(_place(state.executor, layer), *networks)
             pruned = state.pruned or state.dense
-            error = state.executor.output_error(layer, state.dense, pruned, tensors)
+            error = state.executor.output_error(layer, state.dense, pruned, networks)
             inputs, mask = state.executor.input_of(layer, pruned), state.padding.of(layer)
             yield inputs, error, state.second_half, mask
 
@@ -167,10 +204,8 @@ class Replay:
         for batch in bar(self._batches, "activations"):
             state = _State(batch, self._executors.of(batch))
             if not unchanged:
-                first = self._first_change
-                assert first is not None
-                state.advance(_place(state.executor, first), self._dense, self._dense)
-                state.pruned = dict(state.dense)
+                state.advance(self._first_change(state.executor), self._dense, self._dense)
+                state.separate()
             yield state
             held += state.bytes
             if held > self._limit:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# What is left of dimensions of tensors: the entries, (K,) int64 ascending, by tensor and dimension.
+Entries = Mapping[tuple[str, int], Tensor]
 
 
 class NotPrunableError(ValueError):
@@ -60,6 +64,10 @@ class Slice:
     def entries(self, kept: Tensor) -> Tensor:
         """The entries of the units `kept`, (K,) int64, in their order along `dim`: (K * w,)."""
         return self.places[kept.cpu()].flatten().sort().values
+
+    def rest(self) -> Tensor:
+        """The entries that belong to no unit of the group: (R,) int64."""
+        return self.stays(torch.arange(0)).nonzero().flatten()
 
     def without(self, kept: Tensor) -> Tensor:
         """The entries of the whole dimension but those of the units that are not `kept`."""

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..graph.groups import Group
 from ..graph.replay import Replay
-from ..graph.unfold import weight_of
 from ..runtime.resume import Pass
 from ..surgery.cut import masked_weight
-from ..surgery.selection import LayerSelection
+from ..surgery.selection import LayerSelection, entries_left
 from .job import Job
 from .layer_products import LayerProducts, Roots, collect
 from .memory import imitation_bytes, metric_bytes, turns
@@ -66,8 +65,8 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
     limit = job.memory_limit - metric_bytes(job, groups) - largest
     replay = Replay(job.model, job.batches, limit)
     place = replay.order([name for group in groups for name in group.consumers])
-    selected = {}
-    for group in sorted(groups, key=lambda group: min(place[name] for name in group.consumers)):
+    selected = dict[str, LayerSelection]()
+    for group in sorted(groups, key=replay.start_of):
         layer = job.checkpoint.finished(group.producer)
         if layer is None:
             if group.repeated:  # from the dense network, since its uses are many places in it
@@ -79,15 +78,18 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
                 products = _replayed(job, group, replay, roots)
             layer = job.ranks.on_first(group.producer, partial(select_layer, job, group, products))
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
+        replay.keep_only(entries_left(selected.values()))
         for name in sorted(group.consumers, key=place.__getitem__):
-            weight = weight_of(job.model.get_submodule(name))
-            replay.change(name, weight=masked_weight(weight, layer, name))
+            replay.change(name, weight=masked_weight(replay.weight(name), layer, name))
     return selected
 
 
 def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProducts:
     """One group's products: inputs from the network pruned so far, targets from the dense one."""
-    products = LayerProducts.of_consumers(job.model, group, roots, given=True, halves=job.refits)
+    weights = {name: replay.weight(name) for name in group.consumers}
+    products = LayerProducts.of_consumers(
+        job.model, group, roots, given=True, halves=job.refits, weights=weights
+    )
     by_name = {consumer.name: consumer for consumer in products.consumers}
     resumed = Pass(job.checkpoint, group.producer)
     resumed.hold(*products.consumers)
@@ -97,7 +99,7 @@ def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProd
     ) -> None:
         by_name[name].add(inputs, targets, second_half, mask)
 
-    replay.visit(group.consumers, add, job.bar, resumed)
+    replay.visit(group.consumers, add, job.bar, resumed, group.without_units)
     for consumer in products.consumers:
         consumer.finish(replay.ranks)
     return products

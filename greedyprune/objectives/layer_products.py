@@ -51,18 +51,21 @@ class LayerProducts:
 
     @staticmethod
     def of_consumers(
-        model: nn.Module, group: Group, roots: Roots, *, given: bool = False, halves: bool = False
-    ) -> LayerProducts:
+        model: nn.Module, group: Group, roots: Roots, *, given: bool = False, halves: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> LayerProducts:  # fmt: skip
         """Empty sums; ValueError where weights are not finite.
 
         given, halves: as for `Products`
+        weights: the weights that the consumers have by now; None: the dense ones
         """
         for name in (*group.producers, *group.consumers):
             check_finite(name, model.get_submodule(name))
         consumers = [
             ConsumerProducts(
-                name, model.get_submodule(name), group, roots.get(name), given=given, halves=halves
-            )
+                name, model.get_submodule(name), group, roots.get(name), given=given,
+                halves=halves, current=(weights or {}).get(name),
+            )  # fmt: skip
             for name in group.consumers
         ]
         return LayerProducts(group, consumers, {c.name: c.outputs for c in consumers})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Group
+from ..graph.slices import Slice
 from ..graph.tracing import window_of
 from ..graph.unfold import columns_in_halves, unit_major, weight_of
 from ..kernels.least_squares import Halves, feature_rows
@@ -205,12 +206,13 @@ class Products:
 
 
 class ConsumerProducts(Products):
-    """The products of one consumer, whose target is its dense output."""
+    """The products of one consumer, whose target is what the units give of its dense output."""
 
     def __init__(
         self, name: str, module: nn.Module, group: Group, root: Tensor | None = None, *,
-        given: bool = False, halves: bool = False,
+        given: bool = False, halves: bool = False, current: Tensor | None = None,
     ) -> None:  # fmt: skip
+        """current: the weight that the consumer has by now, None: the dense one."""
         dense, at = weight_of(module), group.slices[f"{name}.weight"]
         weight = unit_major(dense.detach().double().cpu(), at)
         weight = weight if root is None else root @ weight
@@ -218,6 +220,10 @@ class ConsumerProducts(Products):
         self.root, self.layer = root, group.producer
         self._module, self._at = module, at
         self._window = group.windows.get(name) or window_of(module)
+        self._rest = at.rest()
+        current = dense if current is None else current
+        rest = Slice(at.dim, self._rest[:, None], at.size)
+        self._of_rest = unit_major(current.detach().double(), rest)
 
     def add(
         self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
@@ -255,6 +261,9 @@ class ConsumerProducts(Products):
             return
         if bias is not None:
             target = target - bias.detach()[:, None]
+        if len(self._rest):  # what the other inputs give, as those of a concatenation
+            others = columns[self._rest.to(columns.device)].flatten(0, 1)
+            target = target - (self._of_rest @ others.double()).to(target)
         if self.root is not None:
             target = self.root.to(target) @ target
         assert sums.cross is not None

@@ -86,7 +86,7 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
     weights = {name: full.get_parameter(name).data for name in (f"{c}.weight" for c in consumers)}
     small = cut(full, selection)
     if batch is not None:
-        prove(model, weights, small, batch)
+        prove(model, weights, small, batch, entries_left(selection.layers.values()))
     describe(small, selection)
     return small
 

@@ -35,7 +35,7 @@ def sizes_of(module: nn.Module) -> dict[str, Size]:
     """The attributes of a module that hold sizes which pruning can change, with their values."""
     names = set(HEADS)
     if _tensors_of(module):
-        names |= _NAMES | _DIMENSIONS.keys() | {"groups"}
+        names |= _NAMES | _DIMENSIONS.keys() | {"groups", "num_groups"}
     sizes = {name: vars(module)[name] for name in sorted(names & vars(module).keys())}
     return {name: size for name, size in sizes.items() if _is_size(size)}
 
@@ -62,7 +62,7 @@ def sizes_after(module: nn.Module, cuts: Mapping[tuple[str, int], int]) -> dict[
             if named is not None and getattr(module, "transposed", False):  # ConvTranspose's weight
                 named = 1 - named
             is_meant = not others or (tensor == "weight" and named == dim)
-            if name in HEADS or name == "groups" or not is_meant:
+            if name in HEADS or name in ("groups", "num_groups") or not is_meant:
                 continue
             if value == size:
                 changed[name] = new
@@ -72,6 +72,8 @@ def sizes_after(module: nn.Module, cuts: Mapping[tuple[str, int], int]) -> dict[
             changed["groups"] = groups * new // size  # each group has its own units
             if isinstance(channels := sizes.get("in_channels"), int):
                 changed["in_channels"] = channels * new // size
+        if tensor == "weight" and isinstance(groups := sizes.get("num_groups"), int) and groups > 1:
+            changed["num_groups"] = groups * new // size
     return changed
 
 

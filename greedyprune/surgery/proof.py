@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, placed, samples_of
 from ..data.forward import evaluating, run_model, same_outputs
-from ..graph.executor import tensors_of
-from ..graph.tracing import without_cache
+from ..graph.executor import GraphExecutor, tensors_of
+from ..graph.in_place import OverwrittenError
+from ..graph.propagate import Propagation
+from ..graph.slices import Entries
+from ..graph.tracing import Graph, without_cache
 
 SAMPLES = 2  # that a Selection keeps for the proof
 SEEDS = (0, 1)  # of the random numbers that a forward draws
@@ -34,8 +37,9 @@ def example_of(model: nn.Module, batch: Batch) -> Batch:
 
 
 def prove(
-    model: nn.Module, changed: Mapping[str, Tensor], small: nn.Module, example: Batch
-) -> None:
+    model: nn.Module, changed: Mapping[str, Tensor], small: nn.Module, example: Batch,
+    left: Entries,
+) -> None:  # fmt: skip
     """ValueError unless the pruned model gives the outputs of the dense one with other weights.
 
     The dense model itself runs, with the new weights in its own tensors for a moment. So everything
@@ -43,8 +47,12 @@ def prove(
     Nothing is compared if the model can't run on the example, or draws random numbers that decide
     its output.
 
+    Where a norm goes over units of which some go, the dense model's graph is run, with that norm
+    over the units that are left. Nothing is compared if the graph can't be run in pieces.
+
     changed: by the names of the dense model's parameters and buffers: their new values
     small: the pruned model
+    left: what is left of each dimension that is cut
     """
     example = placed(example, model)
     example = replace(example, kwargs=without_cache(model, example.kwargs), targets=None)
@@ -69,6 +77,8 @@ def prove(
                 return
             if _same_in_float64(model, values, small, example):
                 return
+            if same_with_norms(model, values, small, example, left):
+                return
         except ValueError as error:
             reason = f"it fails: {error}".replace("data: the model", "the model")
     raise ValueError(
@@ -92,6 +102,38 @@ def _same_in_float64(
     except ValueError:
         return False
     return same_outputs(expected, outputs, example.padding)
+
+
+def same_with_norms(
+    model: nn.Module, changed: Mapping[str, Tensor], small: nn.Module, example: Batch,
+    left: Entries,
+) -> bool:  # fmt: skip
+    """Are the outputs the same where norms go over the units that are left? False without norms.
+
+    True where the model has such norms, but its graph can't be run in pieces. Arguments as for
+    `prove`.
+    """
+    whole = {n: tensor.data for n, tensor in tensors_of(model).items()} | dict(changed)
+    pruned = {name: tensor.data for name, tensor in tensors_of(small).items()}
+    for batch in (example, example.to(torch.float64)):
+        if batch is not example:
+            whole, pruned = _in_float64(whole), _in_float64(pruned)
+        try:
+            with _holding(model, whole), _holding(small, pruned):
+                executor = GraphExecutor(model, batch)
+                if not executor.has_norms(left):
+                    return False
+                tensors = tensors_of(model)
+                expected = executor.outputs(executor.inputs(batch), tensors, 0, left)
+                outputs = _outputs(small, batch, SEEDS[0])
+        except OverwrittenError:
+            graph = Graph(model, example.args, example.kwargs)
+            return bool(Propagation(graph).entries_in_norms(left))
+        except (ValueError, RuntimeError):  # it can't run in float64
+            return False
+        if same_outputs(expected, outputs, example.padding):
+            return True
+    return False
 
 
 def _in_float64(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

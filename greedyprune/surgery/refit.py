@@ -27,6 +27,7 @@ from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.padding import NO_POSITION
 from ..graph.replay import Replay
+from ..graph.slices import Entries
 from ..graph.tracing import Layer
 from ..graph.unfold import columns_in_halves, module_weight
 from ..kernels.least_squares import Halves, chosen_damping, ridge
@@ -41,7 +42,7 @@ from .cut import check_made_for, cut, masked
 from .distill import distill
 from .hf_config import describe
 from .proof import example_of, prove
-from .selection import Selection
+from .selection import Selection, entries_left
 
 DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
 ROUNDS = 4  # of least squares before a ReLU: each takes its target from the last one's outputs
@@ -145,21 +146,18 @@ def _refit(
     model: nn.Module, selection: Selection, batches: Batches, epochs: int, limit: int, bar: Bar
 ) -> nn.Module:
     full = masked(model, selection)
-    cut_inputs = {name: layer for layer in selection.layers.values() for name in layer.outputs}
+    consumers = {name for layer in selection.layers.values() for name in layer.outputs}
+    left = entries_left(selection.layers.values())
     with evaluating(model):
         replay = Replay(model, batches, limit)
-        place = replay.order(list(cut_inputs))
-        for name in sorted(cut_inputs, key=place.__getitem__):
+        replay.keep_only(left)
+        place = replay.order(list(consumers))
+        for name in sorted(consumers, key=place.__getitem__):
             replay.change(name, weight=full.get_parameter(f"{name}.weight"))
         layers = replay.after_changes()
         stayed = list[str]()
         for layer in layers:
-            channels = None
-            if layer.name in cut_inputs:
-                inputs = cut_inputs[layer.name]
-                at = inputs.slices[layer.weight]
-                channels = at.without(inputs.kept)
-            problem = _refit_layer(model, full, layer, channels, replay, bar)
+            problem = _refit_layer(model, full, layer, left, replay, bar)
             if problem.stays:
                 rows, features = problem.rows, problem.features
                 stayed.append(f"{layer.name!r} ({rows} rows of {features} inputs)")
@@ -171,7 +169,7 @@ def _refit(
         weights = {name: full.get_parameter(name).data for name in replay.changed}
         del replay  # and the activations that it holds
         small = cut(full, selection)
-        prove(model, weights, small, example_of(model, batches.first()))
+        prove(model, weights, small, example_of(model, batches.first()), left)
         del weights
         if epochs and layers:
             distill(model, small, selection, layers, batches, epochs, bar)
@@ -180,12 +178,11 @@ def _refit(
 
 
 def _refit_layer(
-    model: nn.Module, full: nn.Module, layer: Layer, channels: Tensor | None, replay: Replay,
-    bar: Bar,
-) -> _LeastSquares:  # fmt: skip
+    model: nn.Module, full: nn.Module, layer: Layer, left: Entries, replay: Replay, bar: Bar
+) -> _LeastSquares:
     """Changes one layer of `full` and of the replay's pruned network.
 
-    channels: those of the layer's input channels that are kept; None: all
+    left: what stays of each dimension that is cut
     """
     path, scale, shifted = replay.linear_path(layer.name), None, None
     if layer.bias is not None:
@@ -193,8 +190,8 @@ def _refit_layer(
     elif path.norm is not None:
         shifted, scale = path.norm, path.scale
     bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
-    problem = _LeastSquares(full.get_submodule(layer.name), layer, channels, bias, scale)
-    if channels is not None:
+    problem = _LeastSquares(full.get_submodule(layer.name), layer, left, bias, scale)
+    if (layer.weight, layer.in_dim) in left:
         problem.start_from(model.get_parameter(layer.weight))
     for _ in range(ROUNDS if path.rectified else 1):
         for inputs, error, second_half, mask in replay.errors(layer.name, bar):
@@ -215,24 +212,27 @@ class _LeastSquares:
     constant 1, where there is a bias. The change D of the weights is the whole change from the
     weights that the layer had before its first round.
 
-    channels: those of the layer's input channels that are kept; None: all
+    left: what stays of each dimension that is cut; of the layer's outputs only these are solved for
     bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
         normalisation's; None: there is no constant
     scale: (outputs,), the normalisation's factors of the layer's outputs; None: 1
     """
 
     def __init__(
-        self, module: nn.Module, layer: Layer, channels: Tensor | None, bias: Tensor | None,
+        self, module: nn.Module, layer: Layer, left: Entries, bias: Tensor | None,
         scale: Tensor | None,
     ) -> None:  # fmt: skip
         self._window, self._name, self._dim = layer.window, layer.name, layer.in_dim
         self._weight = module.get_parameter("weight")
         self._bias, self._scale = bias, scale
-        if channels is None:
-            channels = torch.arange(self._weight.shape[self._dim])
-        self._channels = channels.to(self._weight.device)
-        taps = self._weight[0, 0].numel()
-        self.features, outputs = len(channels) * taps, self._weight.shape[1 - self._dim]
+        self._channels, self._outputs = (
+            left.get((layer.weight, dim), torch.arange(self._weight.shape[dim])).to(
+                self._weight.device
+            )
+            for dim in (layer.in_dim, layer.out_dim)
+        )
+        taps, outputs = self._weight[0, 0].numel(), len(self._outputs)
+        self.features = len(self._channels) * taps
         self._free = int(self._bias is not None)
         rows = self.features + self._free
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
@@ -244,7 +244,9 @@ class _LeastSquares:
 
     def start_from(self, dense: Tensor) -> None:
         """The weights that the ridge is towards: the dense ones of the kept channels."""
-        change = (self._weight.double() - dense.double()).index_select(self._dim, self._channels)
+        change = self._weight.double() - dense.double()
+        change = change.index_select(self._dim, self._channels)
+        change = change.index_select(1 - self._dim, self._outputs)
         if self._dim == 0:
             change = change.T
         self._change[: self.features] = change.flatten(1).T
@@ -258,6 +260,7 @@ class _LeastSquares:
         parts = columns_in_halves(self._window, inputs, error, second_half, mask)
         for half, columns, target in parts:
             assert target is not None
+            target = target[self._outputs]
             if not columns.isfinite().all():
                 raise ValueError(
                     f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
@@ -296,11 +299,16 @@ class _LeastSquares:
             right.zero_()
         added = added.T
         if self._bias is not None:
-            constant = added[:, -1] if self._scale is None else added[:, -1] * self._scale
-            self._bias.add_(constant.to(self._bias.dtype))
+            constant = added[:, -1]
+            if self._scale is not None:
+                constant = constant * self._scale[self._outputs]
+            self._bias.index_add_(0, self._outputs, constant.to(self._bias.dtype))
             added = added[:, :-1]
-        shaped = module_weight(added, self._dim, self._weight)
-        self._weight.index_add_(self._dim, self._channels, shaped.to(self._weight.dtype))
+        shaped = module_weight(added, self._dim, self._weight).to(self._weight.dtype)
+        whole = shaped.new_zeros(self._weight.shape)
+        whole = whole.index_select(self._dim, self._channels)
+        whole.index_copy_(1 - self._dim, self._outputs, shaped)
+        self._weight.index_add_(self._dim, self._channels, whole)
 
     def _solution(self) -> tuple[Tensor, float]:
         """The whole change D of the weights, (rows, outputs), and its damping; inf for no change.

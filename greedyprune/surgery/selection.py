@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..graph.costs import BudgetReport, Cost
-from ..graph.slices import Slice
+from ..graph.slices import Entries, Slice
 from ..kernels.path import NestedFit
 from ..runtime.arguments import ByName, is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
@@ -343,7 +343,7 @@ class Selection:
         return f"Selection({{{layers}}})"
 
 
-def entries_left(layers: Iterable[LayerSelection]) -> dict[tuple[str, int], Tensor]:
+def entries_left(layers: Iterable[LayerSelection]) -> Entries:
     """What stays of each dimension that is cut: its entries, ascending, by tensor and dimension.
 
     Several layers may cut the same dimension, as the parts of a concatenation do.

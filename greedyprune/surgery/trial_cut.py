@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
+from ..graph.executor import tensors_of
 from ..graph.groups import Group, analyse, find_groups, named_group, streams_in
 from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
@@ -28,6 +29,8 @@ from ..graph.tracing import without_cache
 from ..runtime.errors import first_line
 from ..runtime.progress import warn
 from .cut import cut, masked, selection_of_units
+from .proof import same_with_norms
+from .selection import entries_left
 
 # Words in the messages of errors about a tensor's shape.
 _SHAPE = re.compile(
@@ -109,13 +112,17 @@ def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     with preserving_random_state([]), _WithoutDropout():
         seed_all()
         expected = run_model(full, batch)
+        weights = {n: t.data for n, t in tensors_of(full).items() if n in group.slices}
         small = cut(full, selection)
         seed_all()
         try:
             outputs = small(*batch.args, **batch.kwargs)
         except Exception as error:
             raise _failure(group, small, error) from error
-    if same_outputs(expected, outputs, batch.padding):
+    left = entries_left(selection.layers.values())
+    if same_outputs(expected, outputs, batch.padding) or same_with_norms(
+        model, weights, small, batch, left
+    ):
         return
     reason = f"something between it and {group.consumer!r} mixes them"
     raise FailedTrialError(
