@@ -11,11 +11,15 @@ Ids = NDArray[np.int64]
 
 
 class Classes:
-    """Entries by their ids, in classes. A class that can't go is *fixed*, for a reason."""
+    """Entries by their ids, in classes. A class that can't go is *fixed*, for a reason.
+
+    A note on a class says which operation has made it large.
+    """
 
     def __init__(self) -> None:
         self._parent: Ids = np.empty(0, np.int64)
         self._reasons: dict[int, str] = {}  # by the class's root
+        self._notes: dict[int, str] = {}
 
     def fresh(self, count: int) -> Ids:
         """New entries, each in a class of its own: (count,) int64."""
@@ -42,10 +46,21 @@ class Classes:
         for one, other in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0):
             self._unite(self._root(int(one)), self._root(int(other)))
 
-    def unite_along(self, ids: Ids, axes: tuple[int, ...]) -> None:
-        """Makes all entries along these axes one class."""
+    def unite_along(self, ids: Ids, axes: tuple[int, ...], note: str = "") -> None:
+        """Makes all entries along these axes one class.
+
+        note: is left on classes that grow
+        """
         first = ids[tuple(slice(0, 1) if i in axes else slice(None) for i in range(ids.ndim))]
+        grow = first[(self.roots(ids) != self.roots(first)).any(axes, keepdims=True)]
         self.unite(ids, first)
+        if note:
+            for root in np.unique(self.roots(grow)):
+                self._notes[int(root)] = note
+
+    def note(self, one: int) -> str:
+        """The first note on a class; "": there is none."""
+        return self._notes.get(self._root(one), "")
 
     def fix(self, ids: Ids, reason: str) -> None:
         """Fixes the classes of these entries; a class keeps its first reason."""
@@ -66,6 +81,7 @@ class Classes:
             return
         kept, gone = min(one, other), max(one, other)
         self._parent[gone] = kept
-        reason = self._reasons.pop(gone, None)
-        if reason is not None:
-            self._reasons.setdefault(kept, reason)
+        for texts in (self._reasons, self._notes):
+            text = texts.pop(gone, None)
+            if text is not None:
+                texts.setdefault(kept, text)

@@ -31,14 +31,15 @@ from .constant_sizes import line_of
 from .propagate import IDENTITY, RESHAPING, Propagation
 from .refusals import by_reason, refused_in, why_not, without_layer
 from .slices import Entries, NotPrunableError, Slice
-from .tracing import Graph, Layer, Window, flops_of, is_plain, operation
+from .tracing import Graph, Layer, Window, first_of, flops_of, is_plain, operation
 
 
 @dataclass(frozen=True)
 class Group:
     """Units that are removed together.
 
-    producers:     the layers whose outputs are the units, in the order in which they run
+    producers:     the layers and embeddings whose outputs are the units, in the order in which they
+                   run
     consumers:     the layers that sum over the units
     units:         how many there are
     slices:        the parameters and buffers with entries of the units, and where
@@ -97,10 +98,22 @@ def groups_in(graph: Graph) -> dict[str, Group | NotPrunableError]:
         for name in group.producers:
             structure.setdefault(name, group)
     by_place: dict[str, Group | NotPrunableError] = {}
-    for layer in graph.layers.values():
-        reason = _why_not(propagation, layer)
-        by_place.setdefault(layer.name, structure.get(layer.name, NotPrunableError(reason)))
+    for node in graph.nodes:
+        layer, table = graph.layers.get(node), _table_of(graph, node)
+        if layer is not None:
+            reason = NotPrunableError(_why_not(propagation, layer))
+            by_place.setdefault(layer.name, structure.get(layer.name, reason))
+        elif table is not None and table in structure:
+            by_place.setdefault(table, structure[table])
     return by_place
+
+
+def _table_of(graph: Graph, node: fx.Node) -> str | None:
+    """The name of the module whose rows an embedding looks up; None: the node is none."""
+    if node.op != "call_function" or operation(node) not in ("embedding", "embedding_bag"):
+        return None
+    owner, _, attribute = (graph.tensor_of(first_of(node)) or "").rpartition(".")
+    return owner if owner and attribute == "weight" else None
 
 
 def _why_not(propagation: Propagation, layer: Layer) -> str:
@@ -109,8 +122,10 @@ def _why_not(propagation: Propagation, layer: Layer) -> str:
             f"layer {layer.name!r}: it is a grouped convolution, so its units are those of its "
             "input"
         )
-    reasons = propagation.classes.reasons(propagation.parameters[layer.weight, layer.out_dim])
-    reason = next(filter(None, reasons), "nothing uses its units")
+    ids = propagation.parameters[layer.weight, layer.out_dim]
+    reason = next(filter(None, propagation.classes.reasons(ids)), "nothing uses its units")
+    if reason == "nothing uses its units" and len(np.unique(propagation.classes.roots(ids))) == 1:
+        reason = propagation.classes.note(int(ids[0])) or reason
     return f"layer {layer.name!r}: {reason}"
 
 
@@ -153,7 +168,8 @@ def _groups(graph: Graph, propagation: Propagation) -> Iterator[Group]:
             graph, propagation, {keys[i]: roots_of[i] for i, _ in places}, np.array(units)
         )) is not None
     ]  # fmt: skip
-    order = {layer.name: i for i, layer in reversed([*enumerate(graph.layers.values())])}
+    names = [_producer_at(graph, node) for node in graph.nodes]
+    order = {name: i for i, name in reversed([*enumerate(names)]) if name is not None}
     named = set[str]()
     for group in sorted(groups, key=lambda group: (order[group.producer], -group.units)):
         if group.producer not in named:  # other units of the same layers stay
@@ -161,16 +177,32 @@ def _groups(graph: Graph, propagation: Propagation) -> Iterator[Group]:
             yield group
 
 
+def _producer_at(graph: Graph, node: fx.Node) -> str | None:
+    """The name of the layer or embedding that a node is."""
+    layer = graph.layers.get(node)
+    return _table_of(graph, node) if layer is None else layer.name
+
+
 def _group(
     graph: Graph, propagation: Propagation, roots_of: Mapping[tuple[str, int], Ids], units: Ids
 ) -> Group | None:
-    """The group of these units; None if no layer gives them, or none takes them."""
+    """The group of these units; None if no layer gives them, or none takes them.
+
+    None, too, where there is one unit of several entries: none of these can go without the others.
+    """
     layers = {la.name: la for la in graph.layers.values() if la.groups == 1}.values()
-    producers = [la for la in layers if (la.weight, la.out_dim) in roots_of]
+    given = {la.name: roots_of.get((la.weight, la.out_dim)) for la in layers}
+    tables = {name for node in graph.nodes if (name := _table_of(graph, node)) is not None}
+    given |= {name: roots_of.get((f"{name}.weight", 1)) for name in tables}
+    names = dict.fromkeys(_producer_at(graph, node) for node in graph.nodes)
+    producers = [name for name in names if name is not None and given.get(name) is not None]
     consumers = [la for la in layers if (la.weight, la.in_dim) in roots_of]
     if not producers or not consumers:
         return None
-    first = roots_of[producers[0].weight, producers[0].out_dim]
+    if len(units) == 1 and any((roots == units[0]).sum() > 1 for roots in roots_of.values()):
+        return None
+    first = given[producers[0]]
+    assert first is not None
     place = {int(unit): int(np.argmax(first == unit)) for unit in units}
     units = np.array(sorted(place, key=place.__getitem__))
     shapes = {name: tensor.shape for name, tensor in _tensors_of(graph.model)}
@@ -193,7 +225,7 @@ def _group(
         return bool(np.isin(classes.roots(ids), units).any())
 
     return Group(
-        tuple(la.name for la in producers), tuple(dict.fromkeys(uses.values())), len(units),
+        tuple(producers), tuple(dict.fromkeys(uses.values())), len(units),
         slices, not_output == "", not_output,
         tuple(line_of(node) for node, ids in propagation.doubts if concerns(ids)),
         {node.name: flops_of(node) for node, ids in propagation.products if concerns(ids)},

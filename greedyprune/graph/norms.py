@@ -18,7 +18,7 @@ from .tracing import operation
 NORMS = {"layer_norm", "rms_norm", "group_norm"}
 # A norm that is written out takes these along its dimension, by which argument names it.
 STATISTICS = {
-    "mean": 1, "sum": 1, "var": 1, "std": 1, "var_mean": 1, "linalg_vector_norm": 2, "norm": 2,
+    "mean": 1, "var": 1, "std": 1, "var_mean": 1, "linalg_vector_norm": 2, "norm": 2,
 }  # fmt: skip
 
 

@@ -109,14 +109,16 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def cut_shapes(shapes: Shapes, cuts: Mapping[str, Cut]) -> Shapes:
-    """The shapes after the cuts."""
-    small = dict(shapes)
+    """The shapes after the cuts, from those of the dense or the pruned model."""
+    left: dict[tuple[str, int], int] = {}
     for cut in cuts.values():
         for tensor, at in cut.slices.items():
-            if tensor in small:
-                sizes = list(small[tensor])
-                sizes[at.dim] -= at.width * (cut.units - cut.kept)
-                small[tensor] = tuple(sizes)
+            gone = at.width * (cut.units - cut.kept)
+            left[tensor, at.dim] = left.get((tensor, at.dim), at.size) - gone
+    small = dict(shapes)
+    for (tensor, dim), size in left.items():
+        if tensor in small:
+            small[tensor] = (*small[tensor][:dim], size, *small[tensor][dim + 1 :])
     return small
 
 

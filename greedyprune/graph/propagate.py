@@ -66,6 +66,7 @@ TAKING = {"slice", "narrow", "select"}
 PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4), "prelu": (1,)}
 # They multiply matrices: the first dimensions are a batch's, and may hold units:
 MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
+MIXED = "a reshape mixes its units' dimension with others"
 # They add values of several layers: their units are then a stream.
 SUMS = {"add", "sub", "lerp", "addcmul", "rsub"}
 
@@ -90,6 +91,15 @@ class Doubt(NamedTuple):
 
     node: fx.Node
     ids: Ids
+
+
+class _Factor(NamedTuple):
+    """Ids that an operation combines with a constant, which has some of their axes only."""
+
+    node: fx.Node
+    ids: Ids
+    constant: Ids
+    axes: tuple[int, ...]
 
 
 class Norm(NamedTuple):
@@ -118,17 +128,21 @@ class Propagation:
         self.products: list[tuple[fx.Node, Ids]] = []
         self.summed: list[Ids] = []
         self.norms: list[Norm] = []
+        self._factors: list[_Factor] = []
         self._splits: list[Ids] = []  # of several dimensions, which lose whole rows only
         self._states: dict[fx.Node, State] = {}
         self._parts: dict[fx.Node, list[State]] = {}  # of nodes that give several tensors
         self._constants = set[fx.Node]()  # nodes that are computed from parameters only
-        self._nearest: dict[fx.Node, frozenset[fx.Node]] = {}  # the last layers before a node
+        self._nearest: dict[fx.Node, frozenset[str]] = {}  # the last layers before a node
         self._uniform: dict[fx.Node, set[int]] = {}  # dimensions along which a tensor is constant
         for node in graph.nodes:
             self._step(node)
         for norm in self.norms:
             self._check_rescales(norm)
         self._make_rectangular()
+        if self._factors:
+            self._decide_factors()
+            self._make_rectangular()
 
     def of(self, node: fx.Node) -> State:
         """The ids of a node's tensor."""
@@ -140,10 +154,11 @@ class Propagation:
         if node.op == "placeholder":
             self._states[node] = self._of_parameter(node)
             return
-        self._nearest[node] = frozenset[fx.Node]().union(
-            *({n} if n in self.graph.layers else self._nearest.get(n, ())
-              for n in node.all_input_nodes)
-        )  # fmt: skip
+        self._nearest[node] = frozenset[str]().union(
+            *(self._nearest.get(source, ()) for source in node.all_input_nodes)
+        )
+        if node in self.graph.layers:
+            self._nearest[node] = frozenset({self.graph.layers[node].name})
         if all(source in self._constants for source in node.all_input_nodes):
             self._constants.add(node)
         if node.op == "call_function" and operation(node) == "expand":
@@ -154,7 +169,7 @@ class Propagation:
         if node.op == "output":
             for source in sources:
                 self._fix(self._of_all(source), "its units are the model's output")
-        elif sources and (node.users or node.op != "call_function"):
+        elif sources and (node.users or node in self.graph.layers):
             self._states[node] = self._after(node, operation(node))
 
     def _of_parameter(self, node: fx.Node) -> State:
@@ -213,6 +228,8 @@ class Propagation:
             return self._through_pixel_shuffle(node)
         if op == "embedding":
             return self._through_embedding(node)
+        if op == "index":
+            return self._indexed(node)
         if op in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return self._elementwise(node, op)
         for source in node.all_input_nodes:
@@ -268,8 +285,11 @@ class Propagation:
     ) -> None:
         """A grouped convolution: units of a group's channels, one of these if it has only one."""
         ins, outs = (ids.reshape(layer.groups, -1) for ids in (channels, outputs))
-        self.classes.unite_along(ins, (1,))
-        self.classes.unite_along(outs, (1,))
+        for channels_of in (ins, outs):
+            note = f"{node.target} has groups of {channels_of.shape[1]} channels"
+            self.classes.unite_along(
+                channels_of, (1,), f"{note}, which mix several of its units"
+            )
         self.classes.unite(ins[:, 0], outs[:, 0])
         self.classes.fix(taken, f"{node.target} has groups")
 
@@ -290,13 +310,13 @@ class Propagation:
             if dim in labels.dims:
                 axis = labels.dims.index(dim)
                 alone = len(labels.dims) == 1
-                if max(sizes) == 1 and alone:
-                    self._fix((labels,), f"{node.target} puts its units into different tensors")
-                elif len(set(sizes)) > 1:
+                if len(set(sizes)) > 1:
                     self._fix((labels,), f"{node.target} splits its units into unequal parts")
                 elif alone:
                     moved = np.moveaxis(labels.ids, axis, 0).reshape(len(sizes), sizes[0], -1)
-                    self.classes.unite_along(moved, (0,))
+                    self.classes.unite_along(
+                        moved, (0,), f"{node.target} puts its units into different tensors"
+                    )
                     if split_may_hold_size(node, dim):
                         self.doubts.append(Doubt(node, labels.ids))
         return ()
@@ -450,11 +470,10 @@ class Propagation:
     def _elementwise(self, node: fx.Node, op: str) -> State:
         operands = node.all_input_nodes
         state = self._met(node, [(o, self.of(o), _aligned(o, node)) for o in operands])
-        terms = [
-            {o} if o in self.graph.layers else self._nearest.get(o, set())
-            for o in operands if self.of(o) and o not in self._constants
-        ]  # fmt: skip
-        if op in SUMS and len(set(map(frozenset, terms))) > 1:
+        terms = {
+            self._nearest.get(o) for o in operands if self.of(o) and o not in self._constants
+        }
+        if op in SUMS and len(terms) > 1:
             self.summed += [labels.ids for labels in state]
         return state
 
@@ -484,8 +503,10 @@ class Propagation:
         places = slice(start, start + size * step, step)
         if size < shape[dim]:
             for labels in self.of(source):
-                if labels.dims == (dim,):
-                    self._fix((labels,), f"{node.target} mixes its units")
+                if labels.dims == (dim,) and op == "select":
+                    self._fix((labels,), f"{node.target} takes one of its units")
+                elif labels.dims == (dim,):
+                    self.doubts.append(Doubt(node, labels.ids))
         return self._cut_out(self.of(source), dim, places, removed=op == "select")
 
     def _flipped(self, node: fx.Node) -> State:
@@ -579,6 +600,22 @@ class Propagation:
             Labels((last,), labels.ids) for labels in self.of(table) if labels.dims == (1,)
         )
 
+    def _indexed(self, node: fx.Node) -> State:
+        """The entries at places of one dimension that another tensor names."""
+        source, indices = first_of(node), list(node.args[1])  # type: ignore[arg-type]
+        named = [dim for dim, index in enumerate(indices) if index is not None]
+        if len(named) != 1 or self._is_labelled(indices[named[0]]):
+            return self._refused(node, f"{node.target} is not known to keep its units apart")
+        [dim], shift = named, len(shape_of(indices[named[0]])) - 1
+        result = []
+        for labels in self.of(source):
+            if dim in labels.dims:
+                self._fix((labels,), f"{node.target} looks its units up")
+            else:
+                dims = tuple(at + shift if at > dim else at for at in labels.dims)
+                result.append(Labels(dims, labels.ids))
+        return tuple(result)
+
     # Shapes.
 
     def _reshaped(self, node: fx.Node, state: State) -> State:
@@ -595,7 +632,7 @@ class Propagation:
             if not inside or len(before) == len(after) == 1:
                 continue
             others = sorted({dim for labels in inside for dim in labels.dims} - set(before))
-            if not renamed.keys() >= set(others):
+            if min(len(before), len(after)) > 1 or not renamed.keys() >= set(others):
                 self._fix(inside, f"{node.target} mixes its units' dimension with others")
                 continue
             dims = [*others, *before]
@@ -682,7 +719,9 @@ class Propagation:
             elif len(axes) == len(labels.dims):
                 self._fix((labels,), reason or f"{node.target} mixes its units")
             else:
-                self.classes.unite_along(labels.ids, axes)
+                self.classes.unite_along(
+                    labels.ids, axes, reason or f"{node.target} mixes its units"
+                )
                 kept = [axis for axis in range(len(labels.dims)) if axis not in axes]
                 first = tuple(0 if a in axes else slice(None) for a in range(len(labels.dims)))
                 result.append(Labels(tuple(labels.dims[a] for a in kept), labels.ids[first]))
@@ -713,7 +752,8 @@ class Propagation:
         operands: Sequence[Operand],
     ) -> Ids:  # fmt: skip
         """The ids of a result along `dims`, of these sizes; those that meet become one class."""
-        arrays, reasons, mixed = list[Ids](), list[str](), set[int]()
+        arrays, reasons = list[Ids](), list[str]()
+        factors = list[tuple[Ids, tuple[int, ...]]]()
         for operand, state, to in operands:
             covered = set[int]()
             for labels in state:
@@ -729,8 +769,7 @@ class Propagation:
                 if ids.size == 1 < math.prod(sizes):  # a single unit that is broadcast
                     self.classes.fix(ids, f"{node.target} changes the size of its units' dimension")
                 elif operand in self._constants and len(axes) < len(dims):
-                    self.classes.fix(ids, f"{node.target} has the same for several units")
-                    mixed.update(axes)  # a head stays whole where its entries have factors
+                    factors.append((np.broadcast_to(ids, sizes), tuple(axes)))
                 else:
                     arrays.append(np.broadcast_to(ids, sizes))
             if operand is None or operand is node:
@@ -748,8 +787,7 @@ class Propagation:
         first = arrays[0] if arrays else self.classes.fresh(math.prod(sizes)).reshape(sizes)
         for others in arrays[1:]:
             self.classes.unite(first, others)
-        if mixed:
-            self.classes.unite_along(first, tuple(mixed))
+        self._factors += [_Factor(node, first, ids, axes) for ids, axes in factors]
         for reason in reasons:
             self.classes.fix(first, reason)
         return np.ascontiguousarray(first)
@@ -770,6 +808,21 @@ class Propagation:
         for labels in state:
             self.classes.fix(labels.ids, reason)
 
+    def _decide_factors(self) -> None:
+        """A constant along one of the dimensions that hold units: are these its entries?
+
+        Yes where the units differ along its dimensions, as heads do with a bias for each head. If
+        they do not, its entries stay: a norm's factors of the entries of all heads.
+        """
+        for node, ids, constant, axes in self._factors:
+            roots = self.classes.roots(ids)
+            others = tuple(axis for axis in range(ids.ndim) if axis not in axes)
+            if all((roots == roots.take([0], axis)).all() for axis in others):
+                self.classes.unite(ids, constant)
+            else:
+                self.classes.fix(constant, f"{node.target} has the same for several units")
+                self.classes.unite_along(ids, axes, f"{node.target} has factors for its entries")
+
     def _make_rectangular(self) -> None:
         """A dimension that was split into several loses its entries along one of these only.
 
@@ -784,7 +837,7 @@ class Propagation:
             if len(varying) < 2 or not free.any():
                 continue
             most = max(varying, key=lambda axis: ids.shape[axis])
-            self.classes.unite_along(ids, tuple(a for a in range(ids.ndim) if a != most))
+            self.classes.unite_along(ids, tuple(a for a in range(ids.ndim) if a != most), MIXED)
 
 
 def _aligned(operand: fx.Node, result: fx.Node) -> dict[int, int | None]:

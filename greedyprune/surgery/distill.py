@@ -143,13 +143,25 @@ class _KeptOutputs(NamedTuple):
     entries: Tensor
     size: int
 
-    def of(self, target: Tensor, like: Tensor) -> Tensor:
-        """The dense network's values of the outputs that `like` has."""
-        for dim, size in enumerate(target.shape):
-            if size != like.shape[dim]:
-                inner = self.size // size  # above 1: a dimension of heads, say
-                entries = self.entries[::inner] // inner
-                return target.index_select(dim, entries.to(target.device))
+    def of(self, target: Tensor, channels: int) -> Tensor:
+        """The dense network's values of the outputs that are kept, in the target's shape.
+
+        channels: the dimension of the layer's outputs: 1 or the last one. A reshape may have made
+            several of it, such as heads and their entries
+        """
+        first, last = 1, 2
+        if channels < 0:
+            first, last = target.dim() - 1, target.dim()
+        while math.prod(target.shape[first:last]) < self.size:
+            first, last = (first - 1, last) if channels < 0 else (first, last + 1)
+        kept = torch.zeros(self.size, dtype=torch.bool)
+        kept[self.entries] = True
+        kept = kept.view(target.shape[first:last])
+        for dim in range(first, last):
+            others = tuple(other - first for other in range(first, last) if other != dim)
+            left = kept.any(others) if others else kept
+            if not left.all():
+                target = target.index_select(dim, left.nonzero().flatten().to(target.device))
         return target
 
 
@@ -173,7 +185,7 @@ def _relative_error(
 
     channels: the outputs' dimension that is none of the positions
     """
-    target = target if kept is None else kept.of(target, output)
+    target = target if kept is None else kept.of(target, channels)
     at = channels % output.dim()
     rows = counted(mask, output.shape[:at] + output.shape[at + 1 :])
     if rows is not None:

@@ -28,7 +28,7 @@ def gates_of(
         for name in layer.outputs:
             at = layer.slices[f"{name}.weight"]
             weight = model.get_parameter(f"{name}.weight")
-            every = gate.expand(at.outer, -1)[:, :, None].expand(-1, -1, at.inner).reshape(-1)
+            every = gate.new_ones(at.size).index_put((at.places,), gate[:, None])
             shape = [1] * weight.dim()
             shape[at.dim] = -1
             weights[f"{name}.weight"] = weight.detach() * every.view(shape)

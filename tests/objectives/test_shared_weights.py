@@ -158,16 +158,12 @@ REFUSED = {
         Model(lambda m, x: m.c(m.b(m.b(m.a(x)))), a=nn.Linear(5, 8), b=nn.Linear(8, 8),
               c=nn.Linear(8, 3)), "b", "its units are also inputs of 'b'",
     ),
-    "an input that has other units": (
-        Model(lambda m, x: m.c(m.b(m.a(x)) + m.b(m.d(x))), a=nn.Linear(5, 8), d=nn.Linear(5, 8),
-              b=nn.Linear(8, 4), c=nn.Linear(4, 3)), "a", "'b.weight' is shared with another layer",
-    ),
     "two modules": (
         Model(lambda m, x: m.b(m.a(x)) + m.b(m.c(x)), **tied()), "a", "is shared with another",
     ),
     "a use that is the output": (
         Model(lambda m, x: torch.cat([m.b(m.a(x)), m.a(x)], 1), a=nn.Linear(5, 8),
-              b=nn.Linear(8, 3)), "a", "joins its units with other values",
+              b=nn.Linear(8, 3)), "a", "its units are the model's output",
     ),
 }  # fmt: skip
 
@@ -188,6 +184,24 @@ def test_a_layer_used_twice_before_one_consumer() -> None:
     selection = greedyprune.select(model, (x, y), layers="a", objective="loss", steps=5)
     assert Dense(model, x, y, "mse", "b").follow(selection.order) == 5
     assert close_outputs(model, selection, x)
+
+
+def test_a_consumer_used_for_the_units_of_two_layers() -> None:
+    """Its weights are for the units of both, which are therefore removed together."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 8), "d": nn.Linear(5, 8), "b": nn.Linear(8, 4)}
+    model = Model(lambda m, x: m.c(m.b(m.a(x)) + m.b(m.d(x))), **layers, c=nn.Linear(4, 3))
+    x = torch.randn(60, 5)
+    assert greedyprune.layers(model, x)["a"].producers == ("a", "d")
+    selection = greedyprune.select(model, x, objective="imitation", layers="a")
+    assert close_outputs(model, selection, x)
+    with torch.no_grad():
+        both = torch.cat([model.a(x), model.d(x)])
+        target = model.b(both)
+        kept = selection.kept
+        small = greedyprune.prune(model, selection)
+        error = (small.b(both[:, kept]) - target).square().mean()
+    assert selection.losses[-1] == pytest.approx(float(error), rel=1e-5)
 
 
 def test_a_consumer_used_twice_for_the_same_units() -> None:

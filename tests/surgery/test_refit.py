@@ -98,7 +98,7 @@ def test_the_normal_equations(name: str, memory_limit: int | None) -> None:
         for selected in selection.layers.values():
             at = selected.slices.get(f"{layer}.weight")
             if at is not None and layer not in selected.outputs:  # the layer's own units were cut
-                target = target[at.entries(selected.kept, len(selected.counts))]
+                target = target[at.entries(selected.kept)]
         error = target - y
         ridge = least_squares.ridge(x.square().sum(1), DAMPING)
         change = matrix(module) - matrix(before.get_submodule(layer))
