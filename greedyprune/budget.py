@@ -116,7 +116,7 @@ def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[l
     kinds: dict[object, list[Group]] = {}
     for group in groups:
         places = []
-        for tensor, at in group.slices.items():
+        for tensor, at in group.places:
             module, _, attribute = tensor.rpartition(".")
             kind = type(model.get_submodule(module)).__name__
             places.append((kind, attribute, at.dim, at.width, at.neighbours))

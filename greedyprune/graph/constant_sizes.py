@@ -7,7 +7,7 @@ dimension is inferred (-1), or is no argument at all, there is no doubt.
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from .tracing import first_of, operation, shape_of
 
@@ -39,6 +39,27 @@ def split_may_hold_size(node: fx.Node, dim: int) -> bool:
     along = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     same_dim = int(along) % len(shape_of(first_of(node))) == dim  # type: ignore[arg-type]
     return same_dim and operation(node) != "chunk"
+
+
+def attributes_of(model: nn.Module, node: fx.Node, value: int) -> list[str]:
+    """The attributes that an operation's size may come from: "module.attribute" names.
+
+    They are those attributes of the innermost module that runs the operation, or of the modules
+    around it, which are ints of this value.
+    """
+    stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(stack.values()):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        names = [
+            name for name, size in vars(module).items()
+            if isinstance(size, int) and not isinstance(size, bool) and size == value
+        ]  # fmt: skip
+        if names:
+            return [f"{path}.{name}".lstrip(".") for name in names]
+    return []
 
 
 def line_of(node: fx.Node) -> str:

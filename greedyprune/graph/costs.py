@@ -137,9 +137,9 @@ def _blocks(groups: Sequence[Group], name: str, shape: Sequence[int]) -> dict[tu
     for dim, size in enumerate(shape):
         counts: dict[str, int] = {}
         for group in groups:
-            at = group.slices.get(name)
-            if at is not None and at.dim == dim:
-                counts[group.producer] = at.places.numel()
+            for at in (group.slices.get(name), group.also.get(name)):
+                if at is not None and at.dim == dim:
+                    counts[group.producer] = at.places.numel()
         rest = size - sum(counts.values())
         along = {(producer,): count for producer, count in counts.items()} | {(): rest}
         blocks = {

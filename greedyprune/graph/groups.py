@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..data.forward import hooked
 from .adapters import ADAPTED, has_adapter
 from .calls import is_alone, sees_input
 from .classes import Ids
-from .constant_sizes import line_of
+from .constant_sizes import attributes_of, line_of
 from .propagate import IDENTITY, RESHAPING, Propagation
 from .refusals import by_reason, refused_in, why_not, without_layer
 from .slices import Entries, NotPrunableError, Slice
@@ -42,10 +43,16 @@ class Group:
                    run
     consumers:     the layers that sum over the units
     units:         how many there are
-    slices:        the parameters and buffers with entries of the units, and where
+    slices:        the parameters and buffers with entries of the units, and where; for a consumer
+                   where the units are its inputs
+    also:          those of them that hold the units along a second dimension, and where: the
+                   weights of layers that both read and write a stream
     output:        the only consumer's output is the model's output
     not_output:    the operation between the consumer and the model's output; "" if there is none
     may_hold_size: operations whose arguments may hold the number of units as a constant
+    sizes:         attributes of modules that these may come from, as "module.attribute", and which
+                   of the entries that such an attribute counts are of which unit. Cutting sets them
+                   where the group can't be cut otherwise (surgery/trial_cut.py)
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     windows:       how the consumers that are convolutions go over their inputs; those that are not
                    listed run as torch's own modules do
@@ -62,6 +69,8 @@ class Group:
     output: bool
     not_output: str = ""
     may_hold_size: tuple[str, ...] = ()
+    sizes: Mapping[str, Slice] = field(default_factory=dict)
+    also: Mapping[str, Slice] = field(default_factory=dict)
     products: Mapping[str, int] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
     repeated: bool = False
@@ -82,11 +91,23 @@ class Group:
     @property
     def without_units(self) -> Entries:
         """What is left of each tensor where all units go."""
-        return {(name, at.dim): at.rest() for name, at in self.slices.items()}
+        return {(name, at.dim): at.rest() for name, at in self.places}
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What cutting needs to know, by the names of LayerSelection's attributes."""
+        return {"slices": dict(self.slices), "also": dict(self.also), "sizes": dict(self.sizes)}
+
+    @property
+    def places(self) -> list[tuple[str, Slice]]:
+        """Every tensor with entries of the units, and where; some tensors twice."""
+        return [*self.slices.items(), *self.also.items()]
 
 
 # Every producer's group, or why it has none.
 Structure = Mapping[str, Group | NotPrunableError]
+# Tries to cut groups, and gives each as it can be cut, or why it can't, by its first producer.
+Check = Callable[[nn.Module, Sequence[Group], Batch], Structure]
 
 
 def groups_in(graph: Graph) -> dict[str, Group | NotPrunableError]:
@@ -135,17 +156,15 @@ def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
     for (name, _), ids in propagation.parameters.items():
         if name in shared:
             classes.fix(ids, f"{name!r} is shared with another layer")
-    layers = {layer.weight: layer.name for layer in graph.layers.values()}
+    layers = {layer.weight for layer in graph.layers.values() if layer.groups == 1}
     dims_of = defaultdict[str, list[Ids]](list)
     for (name, _), ids in propagation.parameters.items():
         dims_of[name].append(ids)
     for name, dims in dims_of.items():
         for one, other in combinations(dims, 2):
-            twice = np.intersect1d(classes.roots(one), classes.roots(other))
-            reason = f"{name!r} holds its units in two different ways"
-            if name in layers:
-                reason = f"its units are also inputs of {layers[name]!r}"
-            classes.fix(twice, reason)
+            if name not in layers:
+                twice = np.intersect1d(classes.roots(one), classes.roots(other))
+                classes.fix(twice, f"{name!r} holds its units in two different ways")
 
 
 def _groups(graph: Graph, propagation: Propagation) -> Iterator[Group]:
@@ -206,10 +225,11 @@ def _group(
     place = {int(unit): int(np.argmax(first == unit)) for unit in units}
     units = np.array(sorted(place, key=place.__getitem__))
     shapes = {name: tensor.shape for name, tensor in _tensors_of(graph.model)}
-    slices = {
-        name: Slice(dim, _places(roots, units), shapes[name][dim])
-        for (name, dim), roots in roots_of.items()
-    }
+    slices, also = dict[str, Slice](), dict[str, Slice]()
+    inputs = {(la.weight, la.in_dim) for la in consumers}
+    for (name, dim), roots in sorted(roots_of.items(), key=lambda item: item[0] not in inputs):
+        held = also if name in slices else slices
+        held[name] = Slice(dim, _places(roots, units), shapes[name][dim])
     uses = {
         node: la.name for node, la in graph.layers.items() if la.name in {c.name for c in consumers}
     }
@@ -227,7 +247,8 @@ def _group(
     return Group(
         tuple(producers), tuple(dict.fromkeys(uses.values())), len(units),
         slices, not_output == "", not_output,
-        tuple(line_of(node) for node, ids in propagation.doubts if concerns(ids)),
+        tuple(line_of(doubt.node) for doubt in propagation.doubts if concerns(doubt.ids)),
+        _sizes(graph, propagation, units), also,
         {node.name: flops_of(node) for node, ids in propagation.products if concerns(ids)},
         {name: window for name, window in windows.items() if window is not None},
         len(uses) > len(consumers),
@@ -235,6 +256,22 @@ def _group(
         tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
         any(concerns(ids) for ids in propagation.summed),
     )  # fmt: skip
+
+
+def _sizes(graph: Graph, propagation: Propagation, units: Ids) -> dict[str, Slice]:
+    """Attributes that operations may have sizes from, with the entries of each unit."""
+    sizes, conflicts = dict[str, Slice](), set[str]()
+    for node, ids, axis, value in propagation.doubts:
+        roots = np.moveaxis(propagation.classes.roots(ids), axis, 0).reshape(value, -1)
+        alone = np.where((roots == roots[:, :1]).all(1), roots[:, 0], -1)  # of one unit
+        counts = [int((alone == unit).sum()) for unit in units]
+        if not counts[0] or len(set(counts)) > 1:
+            continue
+        at = Slice(0, _places(alone, units), value)
+        for name in attributes_of(graph.model, node, value):
+            if sizes.setdefault(name, at) != at:
+                conflicts.add(name)
+    return {name: at for name, at in sizes.items() if name not in conflicts}
 
 
 def _places(roots: Ids, units: Ids) -> Tensor:
@@ -282,11 +319,11 @@ _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictiona
 
 
 def analyse(
-    model: nn.Module, batch: Batch, check: Callable[[nn.Module, Group, Batch], None] | None = None
+    model: nn.Module, batch: Batch, check: Check | None = None
 ) -> Structure:
     """Every producer's group, or why it has none, in the order in which the producers run.
 
-    check: raises NotPrunableError for a group whose `may_hold_size` prevents cutting
+    check: is called with the groups that have a `may_hold_size`
 
     Raises TraceError for a model that torch.export can't trace. A second call with an unchanged
     model returns what the first one found.
@@ -296,8 +333,17 @@ def analyse(
     if known is not None and known[0] == signature:
         return known[1]
     graph = Graph(model, batch.args, batch.kwargs)
+    found = groups_in(graph)
+    doubtful = {
+        group.producer: group for group in found.values()
+        if isinstance(group, Group) and group.may_hold_size
+        and not any(has_adapter(model, name) for name in (*group.producers, *group.consumers))
+    }  # fmt: skip
+    checked: Mapping[str, Group | NotPrunableError] = {}
+    if check is not None and doubtful:
+        checked = check(model, list(doubtful.values()), batch)
     structure: dict[str, Group | NotPrunableError] = {}
-    for name, group in groups_in(graph).items():
+    for name, group in found.items():
         if name in structure:  # in the group of a layer before it
             continue
         names = [name]
@@ -307,8 +353,9 @@ def analyse(
             names = [*dict.fromkeys((name, *group.producers))]
             if any(has_adapter(model, name) for name in (*group.producers, *group.consumers)):
                 raise NotPrunableError(ADAPTED)
-            if check is not None and group.may_hold_size:
-                check(model, group, batch)
+            group = checked.get(group.producer, group)
+            if isinstance(group, NotPrunableError):
+                raise group
             structure |= {name: group for name in names if name not in structure}
         except NotPrunableError as error:
             reason = ADAPTED if has_adapter(model, name) else without_layer(error)

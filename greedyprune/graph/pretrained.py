@@ -37,11 +37,23 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Cut(NamedTuple):
-    """A layer of which `kept` units of `units` stay, and where its tensors hold them."""
+    """A layer of which `kept` units of `units` stay, and where its tensors hold them.
+
+    slices, also: as in `Group`
+    """
 
     units: int
     kept: int
     slices: Mapping[str, Slice]
+    also: Mapping[str, Slice]
+
+    def inside(self, prefix: str) -> Cut:
+        """The tensors whose names start with `prefix`, under the rest of their names."""
+        slices, also = (
+            {t.removeprefix(prefix): at for t, at in places.items() if t.startswith(prefix)}
+            for places in (self.slices, self.also)
+        )
+        return Cut(self.units, self.kept, slices, also)
 
 
 class Forecast(NamedTuple):
@@ -94,12 +106,9 @@ def pattern(name: str) -> str:
 def cuts_in(prefix: str, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
     """The cuts of the layers whose names start with `prefix`, under the rest of their names."""
     return {
-        name.removeprefix(prefix): cut._replace(slices={
-            tensor.removeprefix(prefix): at
-            for tensor, at in cut.slices.items() if tensor.startswith(prefix)
-        })
+        name.removeprefix(prefix): cut.inside(prefix)
         for name, cut in cuts.items() if name.startswith(prefix)
-    }  # fmt: skip
+    }
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -112,7 +121,7 @@ def cut_shapes(shapes: Shapes, cuts: Mapping[str, Cut]) -> Shapes:
     """The shapes after the cuts, from those of the dense or the pruned model."""
     left: dict[tuple[str, int], int] = {}
     for cut in cuts.values():
-        for tensor, at in cut.slices.items():
+        for tensor, at in (*cut.slices.items(), *cut.also.items()):
             gone = at.width * (cut.units - cut.kept)
             left[tensor, at.dim] = left.get((tensor, at.dim), at.size) - gone
     small = dict(shapes)
@@ -183,7 +192,7 @@ def forecast(model: nn.Module, layers: Mapping[str, Cut]) -> Forecast:
 
 def before_selection(model: nn.Module, groups: Mapping[str, Group]) -> str | None:
     """What `save_pretrained` takes, in one line for each Hugging Face model; None without one."""
-    cuts = {name: Cut(group.units, group.units, group.slices) for name, group in groups.items()}
+    cuts = {name: Cut(group.units, group.units, group.slices, group.also) for name, group in groups.items()}
     lines = []
     for prefix, part in outermost(model):
         found = forecast(part, cuts_in(prefix, cuts))

@@ -87,10 +87,16 @@ Operand = tuple[fx.Node | None, State, Mapping[int, int | None]]
 
 
 class Doubt(NamedTuple):
-    """An operation that may have the number of units as a constant, and the ids of these."""
+    """An operation that may have the size of a dimension with units as a constant.
+
+    ids:   of the entries that the size counts, along `axis`
+    value: the size
+    """
 
     node: fx.Node
     ids: Ids
+    axis: int
+    value: int
 
 
 class _Factor(NamedTuple):
@@ -311,15 +317,23 @@ class Propagation:
                 axis = labels.dims.index(dim)
                 alone = len(labels.dims) == 1
                 if len(set(sizes)) > 1:
-                    self._fix((labels,), f"{node.target} splits its units into unequal parts")
+                    for part in self._parts[node]:
+                        self._doubt_sizes(node, part, [dim])
                 elif alone:
                     moved = np.moveaxis(labels.ids, axis, 0).reshape(len(sizes), sizes[0], -1)
                     self.classes.unite_along(
                         moved, (0,), f"{node.target} puts its units into different tensors"
                     )
                     if split_may_hold_size(node, dim):
-                        self.doubts.append(Doubt(node, labels.ids))
+                        self._doubt_sizes(node, self._parts[node][0], [dim])
         return ()
+
+    def _doubt_sizes(self, node: fx.Node, state: State, dims: Iterable[int]) -> None:
+        """Notes that an operation may have the sizes of these dimensions as constants."""
+        self.doubts += [
+            Doubt(node, labels.ids, axis, labels.ids.shape[axis])
+            for labels in state for axis, dim in enumerate(labels.dims) if dim in dims
+        ]  # fmt: skip
 
     def _through_product(self, node: fx.Node) -> State:
         """A matrix product for each entry of the first dimensions."""
@@ -411,7 +425,7 @@ class Propagation:
             else:
                 self.norms.append(Norm(node, labels.dims[0], labels.ids))
             if len(operands) == 1:  # its sizes are those of no tensor
-                self.doubts.append(Doubt(node, labels.ids))
+                self._doubt_sizes(node, (labels,), over)
         return state
 
     def _statistic(self, node: fx.Node, along: set[int]) -> State:
@@ -505,8 +519,13 @@ class Propagation:
             for labels in self.of(source):
                 if labels.dims == (dim,) and op == "select":
                     self._fix((labels,), f"{node.target} takes one of its units")
-                elif labels.dims == (dim,):
-                    self.doubts.append(Doubt(node, labels.ids))
+                elif dim in labels.dims:
+                    axis, end = labels.dims.index(dim), start + size * step
+                    moved = np.moveaxis(labels.ids, axis, 0)
+                    self.doubts += [
+                        Doubt(node, ids, 0, len(ids)) for ids in (moved[:start], moved[:end])
+                        if 0 < len(ids) < shape[dim]
+                    ]  # fmt: skip
         return self._cut_out(self.of(source), dim, places, removed=op == "select")
 
     def _flipped(self, node: fx.Node) -> State:
@@ -643,9 +662,8 @@ class Propagation:
             if len(labels.dims) > 1 and len(before) < len(after):
                 self._splits.append(labels.ids)
             result.append(labels)
-        for labels in result:
-            if any(may_hold_size(node, dim) for dim in labels.dims):
-                self.doubts.append(Doubt(node, labels.ids))
+        held = [dim for dim in range(len(new)) if may_hold_size(node, dim)]
+        self._doubt_sizes(node, tuple(result), held)
         return tuple(result)
 
     def _simple(self, labels: Labels) -> Labels:
@@ -670,9 +688,8 @@ class Propagation:
                 s == shape_of(node)[d + shift] for d, s in zip(la.dims, la.ids.shape, strict=True)
             )]  # fmt: skip
             result = tuple(Labels(tuple(d + shift for d in la.dims), la.ids) for la in kept)
-            for labels in result:
-                if any(may_hold_size(node, dim) for dim in labels.dims):
-                    self.doubts.append(Doubt(node, labels.ids))
+            held = [dim for dim in range(len(shape_of(node))) if may_hold_size(node, dim)]
+            self._doubt_sizes(node, result, held)
             return result
         order = list(range(dims))
         if op == "permute":
@@ -775,8 +792,11 @@ class Propagation:
             if operand is None or operand is node:
                 continue
             uniform = self._uniform.get(operand, set())
-            if any(to.get(dim) in dims for dim in uniform):
-                self.doubts.append(Doubt(operand, arrays[0] if arrays else np.empty(0, np.int64)))
+            if arrays:
+                axes = [dims.index(at) for dim, at in to.items() if dim in uniform and at in dims]
+                self.doubts += [
+                    Doubt(operand, arrays[0], axis, arrays[0].shape[axis]) for axis in axes
+                ]
             own = {
                 at: shape_of(operand)[dim] for dim, at in to.items()
                 if at in dims and dim not in uniform

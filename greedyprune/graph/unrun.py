@@ -77,7 +77,7 @@ def unrun_ties(
     for name in unrun:
         ins, outs = _sizes(modules[name])
         for group in groups:
-            taken = {at.width * group.units for at in group.slices.values()}
+            taken = {at.width * group.units for _, at in group.places}
             beside = any(_beside(modules, name, consumer, 0) for consumer in group.consumers)
             needed = ins if beside else ins - free_in
             beside = any(_beside(modules, name, producer, -1) for producer in group.producers)
@@ -122,7 +122,7 @@ def _layer_sizes(layer: nn.Module, names: tuple[str, ...]) -> frozenset[int]:
 
 def _sizes_of_whole(model: nn.Module, used: UsedTensors, groups: list[Group]) -> Sizes:
     """The sizes of inputs and outputs, of layers that ran, whose channels are not removed."""
-    cut = {(name, at.dim) for group in groups for name, at in group.slices.items()}
+    cut = {(name, at.dim) for group in groups for name, at in group.places}
     ins, outs = set[int](), set[int]()
     for name, layer in model.named_modules():
         weight = layer._parameters.get("weight")

@@ -109,7 +109,7 @@ def select_layer(
             group.units, picks, weights,
             None if products is None else products.refit_on(first_picks(picks), DAMPING),
             losses=torch.tensor(losses, dtype=torch.float64), gap=None, bound=None,
-            dense_loss=torch.tensor(dense_loss, dtype=torch.float64), slices=dict(group.slices),
+            dense_loss=torch.tensor(dense_loss, dtype=torch.float64), **group.cut,
             outputs={name: outputs_of(network.model, group, name) for name in group.consumers},
             loss=network.criterion.kind, objective="loss",
         )  # fmt: skip

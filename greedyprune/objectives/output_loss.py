@@ -117,7 +117,7 @@ def _selected(job: Job, rule: Rule, features: InMemory | Streamed) -> LayerSelec
         dense_loss=torch.tensor(dense_loss * scale, dtype=torch.float64),
         bound=bound(dense_loss, solver.moments.spread, len(path.order)) * scale
         if certified else None,
-        slices=dict(group.slices), outputs={group.consumer: features.outputs}, loss=kind,
+        **group.cut, outputs={group.consumer: features.outputs}, loss=kind,
         objective="imitation" if features.imitation else "loss",
     )  # fmt: skip
 

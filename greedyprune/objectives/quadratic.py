@@ -98,6 +98,6 @@ def select_from(
         gap=None if gap is None else gap[:k],
         dense_loss=torch.tensor(dense_loss, dtype=torch.float64),
         bound=bound(dense_loss, moments.spread, k) if certified and moments else None,
-        slices=dict(group.slices), outputs=products.outputs, loss=loss,
+        **group.cut, outputs=products.outputs, loss=loss,
         objective="fisher" if products.gates else "imitation",
     )  # fmt: skip

@@ -17,12 +17,12 @@ from torch.optim.swa_utils import update_bn
 from ..data.batches import Batch, Batches, example_batch
 from ..data.forward import run_model
 from ..graph.groups import Group
-from ..graph.slices import Slice
+from ..graph.slices import Entries, Slice
 from ..graph.unfold import module_weight, outputs_of
 from ..runtime.modules import module_of
 from .copying import copied
 from .hf_config import describe
-from .module_sizes import HEADS, sizes_after
+from .module_sizes import HEADS, note_size, sizes_after
 from .proof import prove
 from .selection import LayerSelection, Selection, entries_left
 
@@ -178,6 +178,7 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
         for layer in selection.layers.values():
             _set_heads(full, layer)
         _cut_tensors(full, entries_left(selection.layers.values()))
+        _set_sizes(full, entries_left(selection.layers.values(), attributes=True))
     return full
 
 
@@ -190,8 +191,8 @@ def selection_of_units(model: nn.Module, group_units: Iterable[tuple[Group, Tens
     return Selection({
         group.producer: LayerSelection.of_path(
             group.units, units, "none", None, losses=zero.expand(len(units)),
-            dense_loss=zero[0], bound=None, gap=None, slices=group.slices, loss="mse",
-            objective="loss",
+            dense_loss=zero[0], bound=None, gap=None, **group.cut,
+            loss="mse", objective="loss",
             outputs={name: outputs_of(model, group, name) for name in group.consumers},
         )
         for group, units in group_units
@@ -220,7 +221,7 @@ def _kind_of(selection: object) -> str:
 
 def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for tensor, at in layer.slices.items():
+    for tensor, at in (*layer.slices.items(), *layer.also.items()):
         if tensor not in tensors:
             raise ValueError(f"selection: layer {name!r} needs {tensor!r}, which the model lacks")
         size = tensors[tensor].shape[at.dim]
@@ -272,7 +273,16 @@ def _set_heads(model: nn.Module, layer: LayerSelection) -> None:
                 setattr(module, attribute, size * kept // units)
 
 
-def _cut_tensors(model: nn.Module, entries: Mapping[tuple[str, int], Tensor]) -> None:
+def _set_sizes(model: nn.Module, entries: Entries) -> None:
+    """Sets attributes to how many of the entries are left that they count."""
+    for (name, _), left in entries.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, attribute, len(left))
+        note_size(module, attribute)
+
+
+def _cut_tensors(model: nn.Module, entries: Entries) -> None:
     """Cuts tensors down to these entries of their dimensions, and sets attributes with sizes."""
     by_owner: dict[str, dict[tuple[str, int], Tensor]] = {}
     for (name, dim), left in entries.items():

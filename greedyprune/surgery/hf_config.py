@@ -120,7 +120,7 @@ def restore(model: nn.Module, configs: Mapping[str, Any], sentence: str | None) 
 
 def _cuts(selected: Mapping[str, LayerSelection]) -> dict[str, Cut]:
     return {
-        name: Cut(len(layer.counts), len(layer.kept), layer.slices)
+        name: Cut(len(layer.counts), len(layer.kept), layer.slices, layer.also)
         for name, layer in selected.items()
     }
 

@@ -19,7 +19,7 @@ from ..graph.unrun import UsedTensors, warn_of_unrun
 from ..runtime.arguments import ByName
 from ..runtime.errors import first_line
 from ..runtime.modules import module_of
-from .trial_cut import check_cut
+from .trial_cut import check_cuts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -161,7 +161,7 @@ def layers(model: nn.Module, example: object) -> Layers:
         except Exception as error:
             reason = first_line(error) + place_of(model, error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error
-        structure = analyse(model, batch, check_cut)
+        structure = analyse(model, batch, check_cuts)
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
     inner = [group for group in groups.values() if not group.stream]
     warn_of_unrun(model, used, inner, "example")

@@ -25,6 +25,8 @@ _NAMES = {
 # The attributes of attention modules that are in proportion to their number of heads.
 HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "all_head_size")
 
+_NOTED = "_greedyprune_sizes"  # the attribute with a module's other sizes
+
 # Of torch's own modules those with tensors that pruning can cut, along their first two dimensions.
 _CUT_TYPES = (
     nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU, nn.Embedding,
@@ -33,11 +35,17 @@ _CUT_TYPES = (
 
 def sizes_of(module: nn.Module) -> dict[str, Size]:
     """The attributes of a module that hold sizes which pruning can change, with their values."""
-    names = set(HEADS)
+    names = set(HEADS) | vars(module).get(_NOTED, set())
     if _tensors_of(module):
         names |= _NAMES | _DIMENSIONS.keys() | {"groups", "num_groups"}
     sizes = {name: vars(module)[name] for name in sorted(names & vars(module).keys())}
     return {name: size for name, size in sizes.items() if _is_size(size)}
+
+
+def note_size(module: nn.Module, attribute: str) -> None:
+    """Counts an attribute of this module among its sizes, whatever its name is."""
+    if attribute not in sizes_of(module):
+        vars(module)[_NOTED] = vars(module).get(_NOTED, set()) | {attribute}
 
 
 def sizes_after(module: nn.Module, cuts: Mapping[tuple[str, int], int]) -> dict[str, Size]:

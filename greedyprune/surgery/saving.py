@@ -14,7 +14,7 @@ from ..runtime.files import read_tensors, write_tensors
 from ..runtime.modules import module_of
 from .cut import in_format_of
 from .hf_config import restore, saved_configs, saved_refusal
-from .module_sizes import Size, can_be_cut, sizes_of
+from .module_sizes import Size, can_be_cut, note_size, sizes_of
 
 FORMAT = "greedyprune-pruned-2"
 
@@ -121,6 +121,10 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
     except (KeyError, ValueError):
         raise ValueError(f"path: the header of {str(path)!r} is damaged") from None
     model = module_of(model_factory(), "model_factory: it returned")
+    for name, module in model.named_modules():
+        for attribute in sizes.get(name, {}):
+            if attribute in vars(module):
+                note_size(module, attribute)
     _check_architecture(model, sizes, tensors, set(buffers))
     for name, attributes in sizes.items():
         for attribute, size in attributes.items():

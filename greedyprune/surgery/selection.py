@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-FORMAT = "greedyprune-selection-2"
+FORMAT = "greedyprune-selection-3"
 TENSORS = (
     "order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct",
 )  # fmt: skip
+PLACES = ("slices", "also", "sizes")
 REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(NestedFit))
 MOST_NAMES = 8  # of layers in an error message
 
@@ -64,6 +65,9 @@ class LayerSelection:
     loss:       the loss that `losses` are values of: "mse", "cross_entropy", "bce_with_logits" or
                 "custom"; "mse" for a layer that imitates
     objective:  what the layer was judged by: "loss", "imitation" or "fisher"
+    also:       those tensors that hold the units along a second dimension, and where
+    sizes:      attributes of modules that hold a size, as "module.attribute", and where the entries
+                that they count belong to units; only those that have to be set
     """
 
     order: Tensor
@@ -82,6 +86,8 @@ class LayerSelection:
     objective: str
     fitted: Mapping[str, NestedFit] | None = field(default=None, repr=False)
     gates: NestedFit | None = field(default=None, repr=False)
+    also: Mapping[str, Slice] = field(default_factory=dict, repr=False)
+    sizes: Mapping[str, Slice] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_path(
@@ -121,8 +127,8 @@ class LayerSelection:
         return LayerSelection.of_path(
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
-            gap=first(self.gap), slices=self.slices, outputs=self.outputs, loss=self.loss,
-            objective=self.objective,
+            gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes, outputs=self.outputs,
+            loss=self.loss, objective=self.objective,
         )  # fmt: skip
 
     def new_weights(self, consumer: str) -> Tensor | None:
@@ -268,14 +274,18 @@ class Selection:
             refits = {f"fitted.{consumer}": fit for consumer, fit in (layer.fitted or {}).items()}
             if layer.gates is not None:
                 refits["gates"] = layer.gates
-            for key, at in layer.slices.items():
-                tensors[f"{i}.places.{key}"] = at.places.int()
+            for places in PLACES:
+                for key, at in getattr(layer, places).items():
+                    tensors[f"{i}.{places}.{key}"] = at.places.int()
             for key, refit in refits.items():
                 for item in REFIT_FIELDS:
                     tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
-                "slices": {key: (at.dim, at.size) for key, at in layer.slices.items()},
+                **{
+                    places: {k: (at.dim, at.size) for k, at in getattr(layer, places).items()}
+                    for places in PLACES
+                },
                 "loss": layer.loss, "objective": layer.objective,
             })  # fmt: skip
         costs = {what: cost.as_json() for what, cost in (self.costs or {}).items()}
@@ -293,10 +303,11 @@ class Selection:
         layers = {}
         for i, fields in enumerate(json.loads(header["layers"])):
             fields |= {key: tensors.get(f"{i}.{key}") for key in TENSORS}
-            fields["slices"] = {
-                key: Slice(dim, tensors[f"{i}.places.{key}"].long(), size)
-                for key, (dim, size) in fields["slices"].items()
-            }
+            for places in PLACES:
+                fields[places] = {
+                    key: Slice(dim, tensors[f"{i}.{places}.{key}"].long(), size)
+                    for key, (dim, size) in fields[places].items()
+                }
             refits = {
                 key: NestedFit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
                 for key in ("gates", *(f"fitted.{consumer}" for consumer in fields["outputs"]))
@@ -343,14 +354,17 @@ class Selection:
         return f"Selection({{{layers}}})"
 
 
-def entries_left(layers: Iterable[LayerSelection]) -> Entries:
+def entries_left(layers: Iterable[LayerSelection], *, attributes: bool = False) -> Entries:
     """What stays of each dimension that is cut: its entries, ascending, by tensor and dimension.
 
     Several layers may cut the same dimension, as the parts of a concatenation do.
+
+    attributes: instead what stays of the entries that attributes of modules count
     """
     stays: dict[tuple[str, int], Tensor] = {}
     for layer in layers:
-        for name, at in layer.slices.items():
+        tensors = (*layer.slices.items(), *layer.also.items())
+        for name, at in layer.sizes.items() if attributes else tensors:
             mask = stays.setdefault((name, at.dim), torch.ones(at.size, dtype=torch.bool))
             mask &= at.stays(layer.kept)
     return {key: mask.nonzero().flatten() for key, mask in stays.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
 from ..graph.executor import tensors_of
-from ..graph.groups import Group, analyse, find_groups, named_group, streams_in
+from ..graph.groups import Group, Structure, analyse, find_groups, named_group, streams_in
 from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.trace_errors import TraceError, place_of
@@ -75,7 +76,7 @@ def groups_of(
             check_cut(model, group, example)
     else:
         try:
-            structure = analyse(model, example, check_cut)
+            structure = analyse(model, example, check_cuts)
         except TraceError as error:
             raise TraceError(f"{error}; name the layers in layers={{producer: consumer}}") from None
         by_name = None if layers == ("all",) else layers
@@ -98,21 +99,65 @@ def groups_of(
     return groups, refused
 
 
+def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Structure:
+    """Each group as it can be cut, or why it can't be, by its first producer.
+
+    A group keeps its `sizes`, the attributes that are set, only where it can't be cut without. All
+    groups are tried together first. A model on the meta device is not tried, since there are no
+    numbers to compare.
+
+    ValueError where the smaller model raises an error that is not about its shapes.
+    """
+    plain = [replace(group, sizes={}) for group in groups]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return {group.producer: group for group in plain}
+    for together in (plain, groups):
+        try:
+            _try_to_cut(model, together, batch)
+            return {group.producer: group for group in together}
+        except ValueError:  # of which group, the trials of each will tell
+            if len(groups) == 1:
+                break
+    return {group.producer: _as_it_can_be_cut(model, group, batch) for group in groups}
+
+
+def _as_it_can_be_cut(model: nn.Module, group: Group, batch: Batch) -> Group | NotPrunableError:
+    """The group without its `sizes` or with them; or why it can't be cut without."""
+    plain = replace(group, sizes={})
+    try:
+        check_cut(model, plain, batch)
+        return plain
+    except FailedTrialError as error:
+        reason = FailedTrialError(str(error))  # a new one: its frames would keep the model alive
+    if group.sizes:
+        with suppress(ValueError):
+            check_cut(model, group, batch)
+            return group
+    return reason
+
+
 def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     """FailedTrialError unless cutting every other unit does what masking these units does.
 
     ValueError where the smaller model raises an error that is not about its shapes. A model on the
     meta device is not tried.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return  # there are no numbers to compare
-    selection = selection_of_units(model, [(group, torch.arange(0, group.units, 2))])
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        _try_to_cut(model, [group], batch)
+
+
+def _try_to_cut(model: nn.Module, groups: Sequence[Group], batch: Batch) -> None:
+    """Cuts every other unit of these groups; the errors are about the first one."""
+    [group, *_] = groups
+    kept = [(each, torch.arange(0, each.units, 2)) for each in groups]
+    selection = selection_of_units(model, kept)
     full = masked(model, selection)
     batch = replace(batch, kwargs=without_cache(model, batch.kwargs), targets=None)
     with preserving_random_state([]), _WithoutDropout():
         seed_all()
         expected = run_model(full, batch)
-        weights = {n: t.data for n, t in tensors_of(full).items() if n in group.slices}
+        cut_tensors = {name for each in groups for name in each.slices}
+        weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
         small = cut(full, selection)
         seed_all()
         try:
