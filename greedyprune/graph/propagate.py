@@ -623,8 +623,9 @@ class Propagation:
         """The entries at places of one dimension that another tensor names."""
         source, indices = first_of(node), list(node.args[1])  # type: ignore[arg-type]
         named = [dim for dim, index in enumerate(indices) if index is not None]
-        if len(named) != 1 or self._is_labelled(indices[named[0]]):
+        if len(named) != 1:
             return self._refused(node, f"{node.target} is not known to keep its units apart")
+        self._fix(self.of(indices[named[0]]), f"{node.target} looks its units up")
         [dim], shift = named, len(shape_of(indices[named[0]])) - 1
         result = []
         for labels in self.of(source):
@@ -769,7 +770,7 @@ class Propagation:
         operands: Sequence[Operand],
     ) -> Ids:  # fmt: skip
         """The ids of a result along `dims`, of these sizes; those that meet become one class."""
-        arrays, reasons = list[Ids](), list[str]()
+        arrays, reasons = list[Ids](), list[tuple[tuple[int, ...], str]]()
         factors = list[tuple[Ids, tuple[int, ...]]]()
         for operand, state, to in operands:
             covered = set[int]()
@@ -801,15 +802,19 @@ class Propagation:
                 at: shape_of(operand)[dim] for dim, at in to.items()
                 if at in dims and dim not in uniform
             }  # fmt: skip
-            if any(size > 1 and at not in covered for at, size in own.items()):
+            bare = tuple(dims.index(at) for at, s in own.items() if s > 1 and at not in covered)
+            if bare:
                 other = f"another tensor of shape {shape_of(operand)}"
-                reasons.append(f"{node.target} combines its units with {other}")
+                reasons.append((bare, f"{node.target} combines its units with {other}"))
         first = arrays[0] if arrays else self.classes.fresh(math.prod(sizes)).reshape(sizes)
         for others in arrays[1:]:
             self.classes.unite(first, others)
         self._factors += [_Factor(node, first, ids, axes) for ids, axes in factors]
-        for reason in reasons:
-            self.classes.fix(first, reason)
+        for bare, reason in reasons:
+            if len(bare) < len(dims):  # along the other dimensions, units can still be removed
+                self.classes.unite_along(first, bare, reason)
+            else:
+                self.classes.fix(first, reason)
         return np.ascontiguousarray(first)
 
     def _refused(self, node: fx.Node, reason: str) -> State:

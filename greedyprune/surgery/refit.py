@@ -17,6 +17,7 @@ layer whose new weights would be no better on held-out samples than W keeps its 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -42,6 +43,7 @@ from .cut import check_made_for, cut, masked
 from .distill import distill
 from .hf_config import describe
 from .proof import example_of, prove
+from .recovered import selection_of
 from .selection import Selection, entries_left
 
 DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
@@ -50,7 +52,7 @@ ROUNDS = 4  # of least squares before a ReLU: each takes its target from the las
 
 def refit(
     model: nn.Module,
-    selection: Selection,
+    selection: Selection | nn.Module | Mapping[str, Sequence[int]],
     data: object,
     *,
     epochs: int = 0,
@@ -60,6 +62,9 @@ def refit(
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
     """Prunes as `prune` does, and solves for the weights of the layers again.
+
+    This works after any tool's pruning: give the pruned model, or the units to keep, in the place
+    of a Selection.
 
     Every Linear and convolution that runs after the first cut gets new weights, by least squares:
     on its inputs in the pruned network, its outputs come as close as possible to its outputs in
@@ -74,7 +79,9 @@ def refit(
 
     Args:
         model: the dense model that the selection was made for; it is not changed
-        selection: from `select`
+        selection: from `select`. Or a model that another tool has pruned, a smaller copy of `model`:
+            which units it has is found by comparing weights, so it must not have been trained since.
+            Or the kept units of each pruned layer, by the names in `greedyprune.layers`
         data: as for `select`, preferably the same data; targets are not used
         epochs: passes over the data in which all layers are then trained together, by gradients,
             towards the outputs of the dense network's layers. A tenth of the samples is held out;
@@ -93,7 +100,7 @@ def refit(
     Raises:
         TypeError: `model`, `selection` or `data` has another type
         ValueError: the selection was made for a model of other sizes, or one of `prune`'s other
-            reasons; the data are an iterator or have no samples, or the model can't run on them; a
+            reasons; the pruned model's units are not units of `greedyprune.layers`; the data are an iterator or have no samples, or the model can't run on them; a
             layer's inputs have NaN or inf; `epochs` is not an int of 0 or more, or is above 0 with
             several processes; `memory_limit` is below 1; or torch.export can't trace the model
 
@@ -107,10 +114,15 @@ def refit(
     ranks = ranks_of(process_group)
     with ranks.together(), torch.inference_mode(False):
         model = module_of(model)
-        check_made_for(model, selection)
+        if isinstance(selection, Selection | None):
+            check_made_for(model, selection)
         _check_epochs(epochs, ranks)
         memory_limit = positive_int("memory_limit", memory_limit)
         batches = _batches_of(data, model, ranks, mask)
+        if not isinstance(selection, Selection):
+            pruned = module_of(selection) if isinstance(selection, nn.Module) else selection
+            with evaluating(model):
+                selection = selection_of(model, pruned, batches.first())
         bar = bars(progress if ranks.rank == 0 else False)
         shared = memory_limit is None and not batches.on_gpu
         limit = ranks.memory(memory_limit or room(batches.device), shared)

@@ -129,10 +129,11 @@ def _as_it_can_be_cut(model: nn.Module, group: Group, batch: Batch) -> Group | N
         return plain
     except FailedTrialError as error:
         reason = FailedTrialError(str(error))  # a new one: its frames would keep the model alive
-    if group.sizes:
-        with suppress(ValueError):
-            check_cut(model, group, batch)
-            return group
+    for left_out in ("", *group.sizes) if group.sizes else ():
+        sizes = {name: at for name, at in group.sizes.items() if name != left_out}
+        with suppress(ValueError):  # two attributes may have the same value
+            check_cut(model, replace(group, sizes=sizes), batch)
+            return replace(group, sizes=sizes)
     return reason
 
 
