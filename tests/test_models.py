@@ -77,7 +77,7 @@ def test_named_layers_with_a_module_between() -> None:
 MIXED = {
     "softmax": lambda s, h, x: h.softmax(-1),
     "flip": lambda s, h, x: h.relu().flip(-1),
-    "mean": lambda s, h, x: h + h.mean(-1, keepdim=True),
+    "sum": lambda s, h, x: h + h.sum(-1, keepdim=True),
     "layer norm": lambda s, h, x: functional.layer_norm(h, (8,)),
 }
 

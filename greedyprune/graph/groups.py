@@ -60,6 +60,7 @@ class Group:
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
     stream:        the units are sums of several layers' outputs, as along a residual connection
+    norms:         norms over the units: without some of them, the others change
     """
 
     producers: tuple[str, ...]
@@ -77,6 +78,17 @@ class Group:
     inner: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     stream: bool = False
+    norms: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> str:
+        """Why the group is only selected where it is asked for; "": it always is."""
+        what = ""
+        if self.norms:
+            what = f"a norm goes over its units ({self.norms[0]})"
+        if self.stream:
+            what = "it gives a residual stream"
+        return f"{what}, which its name or layers='all' selects" if what else ""
 
     @property
     def producer(self) -> str:
@@ -255,6 +267,7 @@ def _group(
         tuple(dict.fromkeys(uses[node] for node in uses if not sees_input(graph, node))),
         tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
         any(concerns(ids) for ids in propagation.summed),
+        tuple(line_of(norm.node) for norm in propagation.norms if concerns(norm.ids)),
     )  # fmt: skip
 
 
@@ -393,12 +406,12 @@ def _signature(model: nn.Module, batch: Batch) -> object:
 
 def find_groups(
     model: nn.Module, structure: Structure, wanted: Sequence[str] | None, *,
-    streams: bool = False, sized: Sequence[str] = (),
+    everything: bool = False, sized: Sequence[str] = (),
 ) -> list[Group]:  # fmt: skip
     """The groups of the wanted producers, from what `analyse` returned; None: all groups.
 
-    streams: take residual streams, too, where `wanted` is None
-    sized:   names of streams that are taken all the same
+    everything: take residual streams and units under a norm, too, where `wanted` is None
+    sized:      names of such groups that are taken all the same
 
     Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can, and
     ValueError for an unknown one.
@@ -408,10 +421,10 @@ def find_groups(
         groups += [
             group for name, group in structure.items()
             if isinstance(group, Group) and name == group.producer
-            if streams or not group.stream or name in sized
+            if everything or not group.left_out or name in sized
         ]  # fmt: skip
         if not groups:
-            reasons = by_reason(refused_in(model, structure) | streams_in(structure)) or [
+            reasons = by_reason(refused_in(model, structure) | left_out_of(structure)) or [
                 "it has no Linear and no convolution"
             ]
             raise NotPrunableError(f"model: no layer can be pruned: {'; '.join(reasons)}")
@@ -435,11 +448,11 @@ def find_groups(
     return groups
 
 
-def streams_in(structure: Structure) -> dict[str, str]:
-    """The producers of residual streams, each with the reason why they are not selected."""
+def left_out_of(structure: Structure) -> dict[str, str]:
+    """The producers whose groups are only selected where they are asked for, and why."""
     return {
-        name: "it gives a residual stream, which its name or layers='all' selects"
-        for name, group in structure.items() if isinstance(group, Group) and group.stream
+        name: group.left_out
+        for name, group in structure.items() if isinstance(group, Group) and group.left_out
     }  # fmt: skip
 
 

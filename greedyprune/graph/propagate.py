@@ -14,6 +14,7 @@ The tables below list the operations that are known. Any other operation fixes i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,13 +51,8 @@ RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", 
 MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "expand", "movedim"}
 # They cut a dimension into several tensors:
 SPLITTING = {"split", "split_with_sizes", "chunk", "unbind"}
-# They act on the last dimensions; those of a pooling or interpolation are in its name:
-POOLING = {
-    f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
-} | {f"upsample_{kind}" for kind in (
-    "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d",
-    "nearest_exact1d", "nearest_exact2d", "nearest_exact3d",
-)} | {"pad"}  # fmt: skip
+# They act on the last dimensions, as many as the name says: pooling and interpolation. `pad`, too.
+POOLING = re.compile(r"(?:(?:adaptive_)?(?:max|avg)_pool|_?upsample_\w+?)([123])d(?:_aa)?|pad")
 # They act along dimensions that their arguments name, and remove them or keep them:
 REDUCING = {"mean", "sum", "amax", "amin"}
 MIXING = {"softmax", "log_softmax", "_softmax", "cumsum", "roll"}
@@ -213,9 +209,9 @@ class Propagation:
             return self._reshaped(node, self.of(first_of(node)))
         if op in MOVING:
             return self._moved(node, op)
-        if op in POOLING:
-            sizes = node.args[1]
-            count = len(sizes) // 2 if op == "pad" else int(op[-2])  # type: ignore[arg-type]
+        if pooling := POOLING.fullmatch(op):
+            sizes: Any = node.args[1]
+            count = len(sizes) // 2 if op == "pad" else int(pooling[1])
             dims = len(shape_of(first_of(node)))
             return self._mixed(node, self.of(first_of(node)), range(dims - count, dims))
         if op in REDUCING | MIXING | STATISTICS.keys():

@@ -46,6 +46,9 @@ class Prunable:
     stream:     the units are sums of several layers' outputs, as along residual connections.
                 `select` takes such a layer where it is named, in `layers` or `size`, or with
                 layers="all"
+    norms:      the norms over the units, by torch's operation. Without some units the others
+                change, so that a pruned model differs from the masked one. `select` takes such a
+                layer where a stream is taken
     """
 
     units: int
@@ -55,6 +58,12 @@ class Prunable:
     parameters: int
     flops: int
     stream: bool = False
+    norms: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What sets the units apart: "residual stream", "under a norm" or nothing, ""."""
+        return "residual stream" if self.stream else "under a norm" if self.norms else ""
 
 
 class Layers(Mapping[str, Prunable]):
@@ -94,7 +103,7 @@ class Layers(Mapping[str, Prunable]):
         rows = [
             {
                 "layer": name, "units": f"{layer.units}", "features": f"{layer.features}",
-                "kind": "residual stream" if layer.stream else "",
+                "kind": layer.kind,
                 "with": ", ".join(layer.producers[1:]), "taken by": ", ".join(layer.consumers),
                 "parameters": f"{layer.parameters:,}", "FLOPs": f"{layer.flops:,}",
             }
@@ -163,7 +172,7 @@ def layers(model: nn.Module, example: object) -> Layers:
             raise ValueError(f"example: the model can't run on it ({reason})") from error
         structure = analyse(model, batch, check_cuts)
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
-    inner = [group for group in groups.values() if not group.stream]
+    inner = [group for group in groups.values() if not group.left_out]
     warn_of_unrun(model, used, inner, "example")
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
@@ -181,4 +190,5 @@ def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prun
         parameters=costs["params"].of(group.producer),
         flops=costs["flops"].of(group.producer),
         stream=group.stream,
+        norms=group.norms,
     )

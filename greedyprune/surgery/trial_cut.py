@@ -22,7 +22,7 @@ from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
 from ..graph.executor import tensors_of
-from ..graph.groups import Group, Structure, analyse, find_groups, named_group, streams_in
+from ..graph.groups import Group, Structure, analyse, find_groups, left_out_of, named_group
 from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.trace_errors import TraceError, place_of
@@ -59,7 +59,7 @@ def groups_of(
         model: the dense model
         example: a batch that the model is traced with
         layers: the names of the groups' producers; None: all that can be found in the graph, but
-            for residual streams; ("all",): these, too
+            for residual streams and units under a norm; ("all",): these, too
         consumers: the name of the consumer for each producer's name. They are taken as the caller
             names them, without a graph. None: the graph says what follows the producers
         sized: names of layers that the argument `size` has entries for
@@ -80,12 +80,12 @@ def groups_of(
         except TraceError as error:
             raise TraceError(f"{error}; name the layers in layers={{producer: consumer}}") from None
         by_name = None if layers == ("all",) else layers
-        groups = find_groups(model, structure, by_name, streams=layers is not None, sized=sized)
+        groups = find_groups(model, structure, by_name, everything=layers is not None, sized=sized)
         if by_name is None:
             refused = refused_in(model, structure)
             taken = {name for group in groups for name in group.producers}
-            streams = streams_in(structure).items()
-            refused |= {name: reason for name, reason in streams if name not in taken}
+            left_out = left_out_of(structure).items()
+            refused |= {name: reason for name, reason in left_out if name not in taken}
             failed = {
                 name: refused[name]
                 for name, reason in structure.items() if isinstance(reason, FailedTrialError)

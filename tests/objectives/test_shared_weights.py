@@ -127,6 +127,7 @@ def test_albert_shares_its_block() -> None:
     block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
     kept = {name: len(layer.kept) for name, layer in selection.layers.items()}
     assert kept == {f"{block}.attention.query": 2, f"{block}.ffn": 10, "albert.pooler": 12}
+    assert "a norm goes over its units" in selection.refused["albert.embeddings.word_embeddings"]
     small = greedyprune.prune(model, selection)
     ids = data[0]["input_ids"]
     with torch.no_grad():
@@ -154,10 +155,6 @@ def tied() -> dict[str, nn.Module]:
 
 
 REFUSED = {
-    "its input and output": (
-        Model(lambda m, x: m.c(m.b(m.b(m.a(x)))), a=nn.Linear(5, 8), b=nn.Linear(8, 8),
-              c=nn.Linear(8, 3)), "b", "its units are also inputs of 'b'",
-    ),
     "two modules": (
         Model(lambda m, x: m.b(m.a(x)) + m.b(m.c(x)), **tied()), "a", "is shared with another",
     ),
@@ -184,6 +181,22 @@ def test_a_layer_used_twice_before_one_consumer() -> None:
     selection = greedyprune.select(model, (x, y), layers="a", objective="loss", steps=5)
     assert Dense(model, x, y, "mse", "b").follow(selection.order) == 5
     assert close_outputs(model, selection, x)
+
+
+def test_a_layer_that_takes_its_own_units() -> None:
+    """Its weight is cut along both dimensions."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 3)}
+    model, x = Model(lambda m, x: m.c(m.b(m.b(m.a(x)).relu())), **layers), torch.randn(60, 5)
+    row = greedyprune.layers(model, x)["a"]
+    assert (row.producers, row.consumers) == (("a", "b"), ("b", "c"))
+    assert row.parameters == sum(p.numel() for p in model.parameters()) - 3
+    selection = greedyprune.select(model, x, size=3)
+    assert greedyprune.prune(model, selection).b.weight.shape == (3, 3)
+    assert close_outputs(model, selection, x)
+    change = selection.change("params")
+    assert change is not None
+    assert change[1] == sum(p.numel() for p in greedyprune.prune(model, selection).parameters())
 
 
 def test_a_consumer_used_for_the_units_of_two_layers() -> None:

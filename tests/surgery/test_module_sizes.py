@@ -89,8 +89,10 @@ def test_sizes_of_layers_with_equal_dimensions() -> None:
         "in_channels": 3, "out_channels": 6, "groups": 3
     }  # fmt: skip
     assert sizes_after(nn.LayerNorm(8), outputs) == {"normalized_shape": (3,)}
-    assert sizes_after(nn.GroupNorm(2, 8), outputs) == {"num_channels": 3}
-    assert sizes_of(nn.GroupNorm(2, 8)) == {"num_channels": 8}
+    assert sizes_after(nn.GroupNorm(1, 8), outputs) == {"num_channels": 3}
+    half = {("weight", 0): 4, ("bias", 0): 4}  # one of two groups
+    assert sizes_after(nn.GroupNorm(2, 8), half) == {"num_channels": 4, "num_groups": 1}
+    assert sizes_of(nn.GroupNorm(2, 8)) == {"num_channels": 8, "num_groups": 2}
     assert sizes_of(nn.ReLU()) == {}
 
 

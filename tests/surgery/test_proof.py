@@ -121,9 +121,9 @@ def changed_model(change: str) -> tuple[Model, nn.Module]:
 def test_differences_are_found(change: str) -> None:
     model, small = changed_model(change)
     with pytest.raises(ValueError, match="it fails: " if change == "fails" else "outputs differ"):
-        prove(model, {}, small, Batch((X,), {}, None))
+        prove(model, {}, small, Batch((X,), {}, None), {})
     if change == "bias":
-        prove(model, {"fc2.bias": small.fc2.bias.data}, small, Batch((X,), {}, None))
+        prove(model, {"fc2.bias": small.fc2.bias.data}, small, Batch((X,), {}, None), {})
 
 
 def test_proving_changes_nothing() -> None:
@@ -131,7 +131,7 @@ def test_proving_changes_nothing() -> None:
     loss = model.train()(X).square().sum()
     state = torch.get_rng_state()
     data = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    prove(model, {"fc2.weight": torch.zeros(3, 16)}, zeroed(small), Batch((X,), {}, None))
+    prove(model, {"fc2.weight": torch.zeros(3, 16)}, zeroed(small), Batch((X,), {}, None), {})
     assert data == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     assert torch.get_rng_state().equal(state)
     assert model.training
