@@ -115,11 +115,13 @@ def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[l
         return [[group] for group in groups]
     kinds: dict[object, list[Group]] = {}
     for group in groups:
-        places = []
+        places = set()
         for tensor, at in group.places:
             module, _, attribute = tensor.rpartition(".")
-            kind = type(model.get_submodule(module)).__name__
-            places.append((kind, attribute, at.dim, at.width, at.neighbours))
+            owner = model.get_submodule(module)
+            if not isinstance(owner, nn.Embedding):  # a table of T5's biases, for some heads only
+                kind = type(owner).__name__
+                places.add((kind, attribute, at.dim, at.width, at.neighbours))
         kinds.setdefault((group.units, *sorted(places)), []).append(group)
     return list(kinds.values())
 

@@ -60,6 +60,8 @@ class Group:
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
     stream:        the units are sums of several layers' outputs, as along a residual connection
+    tied:          tables of embeddings that linear maps have, too. Such a map takes the units, but its
+                   error does not count, and it keeps its weights
     norms:         norms over the units: without some of them, the others change
     """
 
@@ -79,6 +81,7 @@ class Group:
     mixed: tuple[str, ...] = ()
     stream: bool = False
     norms: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> str:
@@ -108,7 +111,8 @@ class Group:
     @property
     def cut(self) -> dict[str, Any]:
         """What cutting needs to know, by the names of LayerSelection's attributes."""
-        return {"slices": dict(self.slices), "also": dict(self.also), "sizes": dict(self.sizes)}
+        places = {"slices": self.slices, "also": self.also, "sizes": self.sizes}
+        return {name: dict(value) for name, value in places.items()} | {"tied": self.tied}
 
     @property
     def places(self) -> list[tuple[str, Slice]]:
@@ -164,7 +168,7 @@ def _why_not(propagation: Propagation, layer: Layer) -> str:
 
 def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
     """Fixes units of tensors that are shared, or that hold them in two ways."""
-    shared, classes = _shared(graph.model), propagation.classes
+    shared, classes = _shared(graph.model) - _only_tied(graph), propagation.classes
     for (name, _), ids in propagation.parameters.items():
         if name in shared:
             classes.fix(ids, f"{name!r} is shared with another layer")
@@ -268,6 +272,7 @@ def _group(
         tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
         any(concerns(ids) for ids in propagation.summed),
         tuple(line_of(norm.node) for norm in propagation.norms if concerns(norm.ids)),
+        tuple(dict.fromkeys(la.weight for la in graph.tied.values() if la.weight in slices)),
     )  # fmt: skip
 
 
@@ -310,6 +315,16 @@ def _shared(model: nn.Module) -> set[str]:
     for tensor_id, owner in owners.values():
         modules[tensor_id].add(owner)
     return {name for name, (tensor_id, _) in owners.items() if len(modules[tensor_id]) > 1}
+
+
+def _only_tied(graph: Graph) -> set[str]:
+    """The tables that several modules have, and that are only looked up or multiplied with."""
+    return {
+        graph.tensors[node.name] for node in graph.nodes if node.name in graph.tensors
+        if node.users and all(
+            user in graph.tied or operation(user) == "embedding" for user in node.users
+        )
+    }  # fmt: skip
 
 
 def _before_output(graph: Graph, consumer: fx.Node) -> str:

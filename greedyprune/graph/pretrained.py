@@ -27,8 +27,9 @@ WIDTHS = (
     "intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff",
     "hidden_dim",
 )  # fmt: skip
+HIDDEN = ("hidden_size", "n_embd", "d_model")  # the width of the residual stream
 HEADS = ("num_attention_heads", "num_key_value_heads")
-ENTRIES = (*WIDTHS, *HEADS, "head_dim")
+ENTRIES = (*WIDTHS, *HIDDEN, *HEADS, "head_dim")
 PER_LAYER = "per_layer_config"
 METHOD = "save_pretrained"
 
@@ -289,6 +290,10 @@ def _owner(model: nn.Module, name: str) -> tuple[str, Any]:
 def _entries(model: nn.Module, name: str, cut: Cut) -> Edits:
     """The entries that say how many units the layer `name` has, with their new values."""
     path, config = _owner(model, name)
+    if "*" not in pattern(name):  # the stream begins before the blocks
+        hidden = {e: cut.kept for e in HIDDEN if _read(config, e) == cut.units}
+        if hidden:
+            return {f"{path}{entry}": value for entry, value in hidden.items()}
     if cut.slices[f"{name}.weight"].neighbours == 1:
         widths = {
             entry: cut.kept for entry in WIDTHS

@@ -44,7 +44,11 @@ IDENTITY = {
     "detach", "alias", "to", "_to_copy", "lift_fresh_copy",
 }  # fmt: skip
 # They act on every number by itself: these, and the operations that torch tags `pointwise`:
-ELEMENTWISE = IDENTITY | {"hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like"}
+ELEMENTWISE = IDENTITY | {
+    "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "where",
+}  # fmt: skip
+# They make a tensor of one number:
+FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"}
 # They give the same numbers another shape:
 RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
 # They give the dimensions another order or size:
@@ -163,16 +167,28 @@ class Propagation:
             self._nearest[node] = frozenset({self.graph.layers[node].name})
         if all(source in self._constants for source in node.all_input_nodes):
             self._constants.add(node)
-        if node.op == "call_function" and operation(node) == "expand":
-            old, new = shape_of(first_of(node)), shape_of(node)
-            old = (1,) * (len(new) - len(old)) + tuple(old)
-            self._uniform[node] = {dim for dim, size in enumerate(new) if old[dim] == 1 < size}
+        if node.op == "call_function":
+            self._uniform[node] = self._constant_along(node, operation(node))
         sources = [source for source in node.all_input_nodes if self._is_labelled(source)]
         if node.op == "output":
             for source in sources:
                 self._fix(self._of_all(source), "its units are the model's output")
         elif sources and (node.users or node in self.graph.layers):
             self._states[node] = self._after(node, operation(node))
+
+    def _constant_along(self, node: fx.Node, op: str) -> set[int]:
+        """The dimensions of more than one entry along which a tensor is surely constant."""
+        if not (op == "expand" or op in FACTORIES or self._is_pointwise(node, op)):
+            return set()
+        dims = set(range(len(shape_of(node))))
+        for source in () if op in FACTORIES else node.all_input_nodes:
+            shift = len(shape_of(node)) - len(shape_of(source))
+            alike = self._uniform.get(source, set())
+            dims -= {
+                dim + shift for dim, size in enumerate(shape_of(source))
+                if size > 1 and dim not in alike
+            }  # fmt: skip
+        return {dim for dim in dims if shape_of(node)[dim] > 1}
 
     def _of_parameter(self, node: fx.Node) -> State:
         name = self.graph.tensors.get(node.name)
@@ -232,7 +248,7 @@ class Propagation:
             return self._through_embedding(node)
         if op == "index":
             return self._indexed(node)
-        if op in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if self._is_pointwise(node, op):
             return self._elementwise(node, op)
         for source in node.all_input_nodes:
             self._fix(self._of_all(source), f"{node.target} is not known to keep its units apart")
@@ -240,7 +256,8 @@ class Propagation:
 
     def _through_layer(self, node: fx.Node) -> State:
         """A layer sums over its input's channels; a convolution may do so in groups."""
-        inputs, layer = data_input(node), self.graph.layers.get(node)
+        inputs = data_input(node)
+        layer = self.graph.layers.get(node) or self.graph.tied.get(node)
         state = self.of(inputs)
         if layer is None:
             reason = f"{node.target} takes its units, but its weight is not a module's own"
@@ -450,10 +467,8 @@ class Propagation:
                 if any(np.isin(units, self.classes.roots(la.ids)).any() for la in self.of(user)):
                     continue
                 op = operation(user)
-                is_pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ())
-                if user.op == "output" or not (
-                    is_pointwise or op in ELEMENTWISE | {"expand", "getitem"}
-                ):
+                is_pointwise = self._is_pointwise(user, op) or op in ("expand", "getitem")
+                if user.op == "output" or not is_pointwise:
                     self.classes.fix(norm.ids, f"{norm.node.target} mixes its units")
                     return
                 todo.append(user)
@@ -812,6 +827,9 @@ class Propagation:
             else:
                 self.classes.fix(first, reason)
         return np.ascontiguousarray(first)
+
+    def _is_pointwise(self, node: fx.Node, op: str) -> bool:
+        return op in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
     def _refused(self, node: fx.Node, reason: str) -> State:
         for source in node.all_input_nodes:

@@ -73,6 +73,10 @@ class Slice:
         """The entries of the whole dimension but those of the units that are not `kept`."""
         return self.stays(kept).nonzero().flatten()
 
+    def without_units(self, kept: Tensor) -> Tensor:
+        """The entries of the units that are not `kept`: the ones that go."""
+        return (~self.stays(kept)).nonzero().flatten()
+
     def stays(self, kept: Tensor) -> Tensor:
         """Which entries of the whole dimension are not of a unit that goes: (size,) bool."""
         stays = torch.ones(self.size, dtype=torch.bool)

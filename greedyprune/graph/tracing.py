@@ -76,6 +76,8 @@ class Graph:
     position:   each node's index in `nodes`
     tensors:    from a placeholder's name to the model's name for that parameter or buffer
     layers:     the nodes that are layers, in order
+    tied:       nodes that are linear maps by an embedding's table, as the last layer of a language
+                model often is
     not_layers: why other nodes that are linear maps are no layers, by the name of their module or
                 weight
 
@@ -107,11 +109,16 @@ class Graph:
         self.tensors = {node: self._first_name(tensor) for node, tensor in inputs.items()}
         self._parameters = set(signature.inputs_to_parameters)
         self._constants = self.tensors | signature.inputs_to_lifted_tensor_constants
+        first = {id(tensor): name for name, tensor in reversed([*model.named_parameters()])}
         for node in list(program.graph.nodes):
+            if node.name in self._parameters and _is_looked_up(node):  # it may be tied
+                table = model.get_parameter(self.tensors[node.name])
+                self.tensors[node.name] = first[id(table)]
             self._write_as_linear(node)
         self.nodes = list(program.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.layers: dict[fx.Node, Layer] = {}
+        self.tied: dict[fx.Node, Layer] = {}
         self.not_layers: dict[str, str] = {}
         for node in self.nodes:
             self._add_layer(node)
@@ -173,9 +180,14 @@ class Graph:
         else:
             weight_node, bias_node = node.args[1], node.args[2] if len(node.args) > 2 else None
         weight, bias = self.tensor_of(weight_node), self.tensor_of(bias_node)
+        dims = len(shape_of(node))
+        if op in LINEAR and weight is not None and _is_looked_up(weight_node):  # type: ignore[arg-type]
+            name, out = weight.rpartition(".")[0], int(op == "addmm")
+            self.tied[node] = Layer(name, weight, bias, out, 1 - out, 1, dims - 1, None)
+            return
         reason = self._why_no_layer(node, weight_node, bias_node)
         if reason is None and weight is not None:
-            name, dims = weight.rpartition(".")[0], len(shape_of(node))
+            name = weight.rpartition(".")[0]
             window, module = None, self.model.get_submodule(name)
             if op in CONVOLUTIONS:
                 window = window_of(module) if is_plain(module) else _window_of_node(node)
@@ -202,8 +214,6 @@ class Graph:
         assert weight is not None
         owner, _, attribute = weight.rpartition(".")
         module = self.model.get_submodule(owner)
-        if isinstance(module, nn.Embedding):
-            return ""
         if attribute != "weight":
             return f"its weight is {weight!r}; expected a parameter `weight` of its module"
         if bias_node is not None and not self._is_own_bias(bias_node, bias, module):
@@ -242,6 +252,11 @@ class Graph:
             return None
         sources = [source for source in ancestors(node) if source.op == "placeholder"]
         return self._constant_of(sources[0]) if len(sources) == 1 else None
+
+
+def _is_looked_up(weight: fx.Node) -> bool:
+    """Does an embedding look rows of this tensor up?"""
+    return any(operation(user) == "embedding" for user in weight.users)
 
 
 def is_plain(module: nn.Module) -> bool:

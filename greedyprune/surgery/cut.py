@@ -22,7 +22,7 @@ from ..graph.unfold import module_weight, outputs_of
 from ..runtime.modules import module_of
 from .copying import copied
 from .hf_config import describe
-from .module_sizes import HEADS, note_size, sizes_after
+from .module_sizes import HEADS, Size, note_size, sizes_after
 from .proof import prove
 from .selection import LayerSelection, Selection, entries_left
 
@@ -82,8 +82,7 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
     check_made_for(model, selection)
     batch = selection.example if example is None else example_batch(example)
     full = masked(model, selection)
-    consumers = {name for layer in selection.layers.values() for name in layer.outputs}
-    weights = {name: full.get_parameter(name).data for name in (f"{c}.weight" for c in consumers)}
+    weights = {name: full.get_parameter(name).data for name in masked_names(selection)}
     small = cut(full, selection)
     if batch is not None:
         prove(model, weights, small, batch, entries_left(selection.layers.values()))
@@ -169,7 +168,18 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
             for consumer in layer.outputs:
                 weight = full.get_parameter(f"{consumer}.weight")
                 weight.copy_(masked_weight(weight, layer, consumer))
+            for name in layer.tied:
+                table, at = full.get_parameter(name), layer.slices[name]
+                table.index_fill_(at.dim, at.without_units(layer.kept).to(table.device), 0)
     return full
+
+
+def masked_names(selection: Selection) -> list[str]:
+    """The names of the tensors that `masked` changes."""
+    names = list[str]()
+    for layer in selection.layers.values():
+        names += [*(f"{consumer}.weight" for consumer in layer.outputs), *layer.tied]
+    return list(dict.fromkeys(names))
 
 
 def cut(full: nn.Module, selection: Selection) -> nn.Module:
@@ -291,12 +301,31 @@ def _cut_tensors(model: nn.Module, entries: Entries) -> None:
     for owner, cuts in by_owner.items():
         module = model.get_submodule(owner)
         sizes = sizes_after(module, {key: len(left) for key, left in cuts.items()})
+        for tied, new in _tied_sizes(model, module, cuts):
+            for attribute, size in new.items():
+                setattr(tied, attribute, size)
         for (tensor, dim), left in cuts.items():
             dense: Tensor = getattr(module, tensor)
             # The tensor stays the same object: functions that hold it use the smaller one, too.
             dense.data = in_format_of(dense, dense.index_select(dim, left.to(dense.device)))
         for attribute, size in sizes.items():
             setattr(module, attribute, size)
+
+
+def _tied_sizes(
+    model: nn.Module, owner: nn.Module, cuts: Entries
+) -> list[tuple[nn.Module, dict[str, Size]]]:
+    """The attributes that change in other modules that have the owner's tensors."""
+    found = []
+    for module in model.modules():
+        held = {
+            (name, dim): len(left) for (tensor, dim), left in cuts.items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter is getattr(owner, tensor)
+        }  # fmt: skip
+        if held and module is not owner:
+            found.append((module, sizes_after(module, held)))
+    return found
 
 
 def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:

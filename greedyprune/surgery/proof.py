@@ -56,11 +56,7 @@ def prove(
     """
     example = placed(example, model)
     example = replace(example, kwargs=without_cache(model, example.kwargs), targets=None)
-    names_of: dict[int, str] = {}
-    for name, tensor in tensors_of(model).items():
-        if id(tensor) not in names_of or name in changed:
-            names_of[id(tensor)] = name
-    values = {name: changed.get(name, tensors_of(model)[name].data) for name in names_of.values()}
+    values = _all_values(model, changed)
     with evaluating(model), evaluating(small):
         try:
             with _holding(model, values):
@@ -104,6 +100,15 @@ def _same_in_float64(
     return same_outputs(expected, outputs, example.padding)
 
 
+def _all_values(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new values of all tensors, each by one of its names."""
+    names_of: dict[int, str] = {}
+    for name, tensor in tensors_of(model).items():
+        if id(tensor) not in names_of or name in changed:
+            names_of[id(tensor)] = name
+    return {name: changed.get(name, tensors_of(model)[name].data) for name in names_of.values()}
+
+
 def same_with_norms(
     model: nn.Module, changed: Mapping[str, Tensor], small: nn.Module, example: Batch,
     left: Entries,
@@ -113,7 +118,7 @@ def same_with_norms(
     True where the model has such norms, but its graph can't be run in pieces. Arguments as for
     `prove`.
     """
-    whole = {n: tensor.data for n, tensor in tensors_of(model).items()} | dict(changed)
+    whole = _all_values(model, changed)
     pruned = {name: tensor.data for name, tensor in tensors_of(small).items()}
     for batch in (example, example.to(torch.float64)):
         if batch is not example:

@@ -39,7 +39,7 @@ from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
 from ..runtime.modules import module_of
 from ..runtime.progress import Bar, bars, warn
-from .cut import check_made_for, cut, masked
+from .cut import check_made_for, cut, masked, masked_names
 from .distill import distill
 from .hf_config import describe
 from .proof import example_of, prove
@@ -178,7 +178,8 @@ def _refit(
                 f"data: found too few samples to refit {', '.join(stayed)}: the new weights were "
                 "no better on held-out samples, so these layers keep theirs; expected more samples"
             )
-        weights = {name: full.get_parameter(name).data for name in replay.changed}
+        names = dict.fromkeys([*replay.changed, *masked_names(selection)])
+        weights = {name: full.get_parameter(name).data for name in names}
         del replay  # and the activations that it holds
         small = cut(full, selection)
         prove(model, weights, small, example_of(model, batches.first()), left)

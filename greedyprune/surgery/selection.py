@@ -68,6 +68,8 @@ class LayerSelection:
     also:       those tensors that hold the units along a second dimension, and where
     sizes:      attributes of modules that hold a size, as "module.attribute", and where the entries
                 that they count belong to units; only those that have to be set
+    tied:       embeddings' tables that the last layer multiplies with, too: they are cut, and keep
+                their weights
     """
 
     order: Tensor
@@ -88,6 +90,7 @@ class LayerSelection:
     gates: NestedFit | None = field(default=None, repr=False)
     also: Mapping[str, Slice] = field(default_factory=dict, repr=False)
     sizes: Mapping[str, Slice] = field(default_factory=dict, repr=False)
+    tied: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of_path(
@@ -127,7 +130,7 @@ class LayerSelection:
         return LayerSelection.of_path(
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
-            gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes, outputs=self.outputs,
+            gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes, tied=self.tied, outputs=self.outputs,
             loss=self.loss, objective=self.objective,
         )  # fmt: skip
 
@@ -282,6 +285,7 @@ class Selection:
                     tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
+                "tied": layer.tied,
                 **{
                     places: {k: (at.dim, at.size) for k, at in getattr(layer, places).items()}
                     for places in PLACES
@@ -315,6 +319,7 @@ class Selection:
             }
             gates, name = refits.pop("gates", None), fields.pop("name")
             fitted = {key.removeprefix("fitted."): refit for key, refit in refits.items()}
+            fields["tied"] = tuple(fields["tied"])
             layers[name] = LayerSelection(**fields, fitted=fitted or None, gates=gates)
         costs = json.loads(header.get("costs", "{}"))
         budget = json.loads(header.get("budget", "null"))

@@ -326,6 +326,13 @@ STREAMS: dict[str, Groups] = {
             ),
         ),
     },
+    "gpt2": {
+        "transformer.wte": (
+            24,
+            ("transformer.wpe", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"),
+            ("transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"),
+        ),
+    },
     "vit": {
         "vit.embeddings.patch_embeddings.projection": (
             24,
