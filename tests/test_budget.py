@@ -19,7 +19,7 @@ import greedyprune
 from greedyprune import Budget, Imitation, budget
 from greedyprune.budget import knapsack_of
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.graph.structure import analyse, find_groups
 
 
 def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:

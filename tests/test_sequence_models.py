@@ -131,9 +131,7 @@ def test_a_model_with_another_loss() -> None:
         return 3 + functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     with pytest.warns(UserWarning, match="function of your own"):
-        selection = greedyprune.select(
-            model, [batch], layers="a", objective="loss", loss=loss
-        )
+        selection = greedyprune.select(model, [batch], layers="a", objective="loss", loss=loss)
     assert float(selection.dense_loss) == pytest.approx(float(model(**batch)["loss"]), rel=1e-5)
     greedyprune.select(model, [batch], objective="imitation")  # it needs no loss
 

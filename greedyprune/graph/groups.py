@@ -13,26 +13,21 @@ on the way. A layer is refused, with the reason, if
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..data.batches import Batch
-from ..data.forward import hooked
-from .adapters import ADAPTED, has_adapter
 from .calls import is_alone, sees_input
 from .classes import Ids
 from .constant_sizes import attributes_of, line_of
 from .propagate import IDENTITY, RESHAPING, Propagation
-from .refusals import by_reason, refused_in, why_not, without_layer
 from .slices import Entries, NotPrunableError, Slice
-from .tracing import Graph, Layer, Window, first_of, flops_of, is_plain, operation
+from .tracing import Graph, Layer, Window, first_of, flops_of, operation
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,8 @@ class Group:
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
     stream:        the units are sums of several layers' outputs, as along a residual connection
-    tied:          tables of embeddings that linear maps have, too. Such a map takes the units, but its
-                   error does not count, and it keeps its weights
+    tied:          tables of embeddings that linear maps have, too. Such a map takes the units, but
+                   its error does not count, and it keeps its weights
     norms:         norms over the units: without some of them, the others change
     """
 
@@ -118,12 +113,6 @@ class Group:
     def places(self) -> list[tuple[str, Slice]]:
         """Every tensor with entries of the units, and where; some tensors twice."""
         return [*self.slices.items(), *self.also.items()]
-
-
-# Every producer's group, or why it has none.
-Structure = Mapping[str, Group | NotPrunableError]
-# Tries to cut groups, and gives each as it can be cut, or why it can't, by its first producer.
-Check = Callable[[nn.Module, Sequence[Group], Batch], Structure]
 
 
 def groups_in(graph: Graph) -> dict[str, Group | NotPrunableError]:
@@ -340,196 +329,3 @@ def _before_output(graph: Graph, consumer: fx.Node) -> str:
         elif node.users:
             return str(node.target)
     return "nothing that reaches the output"
-
-
-# The structure that the last call of `analyse` found for each model, with what it depends on.
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
-
-
-def analyse(
-    model: nn.Module, batch: Batch, check: Check | None = None
-) -> Structure:
-    """Every producer's group, or why it has none, in the order in which the producers run.
-
-    check: is called with the groups that have a `may_hold_size`
-
-    Raises TraceError for a model that torch.export can't trace. A second call with an unchanged
-    model returns what the first one found.
-    """
-    signature = check, _signature(model, batch)
-    known = _KNOWN.get(model)
-    if known is not None and known[0] == signature:
-        return known[1]
-    graph = Graph(model, batch.args, batch.kwargs)
-    found = groups_in(graph)
-    doubtful = {
-        group.producer: group for group in found.values()
-        if isinstance(group, Group) and group.may_hold_size
-        and not any(has_adapter(model, name) for name in (*group.producers, *group.consumers))
-    }  # fmt: skip
-    checked: Mapping[str, Group | NotPrunableError] = {}
-    if check is not None and doubtful:
-        checked = check(model, list(doubtful.values()), batch)
-    structure: dict[str, Group | NotPrunableError] = {}
-    for name, group in found.items():
-        if name in structure:  # in the group of a layer before it
-            continue
-        names = [name]
-        try:
-            if isinstance(group, NotPrunableError):
-                raise group
-            names = [*dict.fromkeys((name, *group.producers))]
-            if any(has_adapter(model, name) for name in (*group.producers, *group.consumers)):
-                raise NotPrunableError(ADAPTED)
-            group = checked.get(group.producer, group)
-            if isinstance(group, NotPrunableError):
-                raise group
-            structure |= {name: group for name in names if name not in structure}
-        except NotPrunableError as error:
-            reason = ADAPTED if has_adapter(model, name) else without_layer(error)
-            # A new one: the frames of its traceback and context would keep the model alive.
-            structure |= {
-                name: type(error)(f"layer {name!r}: {reason}")
-                for name in names if name not in structure
-            }  # fmt: skip
-    for name, reason in graph.not_layers.items():
-        structure.setdefault(name, NotPrunableError(f"layer {name!r}: {reason}"))
-    _KNOWN[model] = signature, structure
-    return structure
-
-
-def _signature(model: nn.Module, batch: Batch) -> object:
-    """What a trace depends on: modules, their plain attributes, shapes of tensors and inputs."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, (bool, int, float, str, type(None))):
-            return value
-        if isinstance(value, Tensor):
-            return tuple(value.shape), value.dtype, value.layout
-        if isinstance(value, (tuple, list)):
-            return type(value), tuple(map(plain, value))
-        if isinstance(value, dict):
-            return tuple((str(key), plain(entry)) for key, entry in value.items())
-        return id(value)
-
-    modules = [
-        (name, type(module), plain({k: v for k, v in vars(module).items() if k != "_modules"}))
-        for name, module in model.named_modules()
-    ]
-    return modules, plain(batch.args), plain(batch.kwargs)
-
-
-def find_groups(
-    model: nn.Module, structure: Structure, wanted: Sequence[str] | None, *,
-    everything: bool = False, sized: Sequence[str] = (),
-) -> list[Group]:  # fmt: skip
-    """The groups of the wanted producers, from what `analyse` returned; None: all groups.
-
-    everything: take residual streams and units under a norm, too, where `wanted` is None
-    sized:      names of such groups that are taken all the same
-
-    Raises NotPrunableError for a wanted layer that can't be pruned, or where no layer can, and
-    ValueError for an unknown one.
-    """
-    groups: list[Group] = []
-    if wanted is None:
-        groups += [
-            group for name, group in structure.items()
-            if isinstance(group, Group) and name == group.producer
-            if everything or not group.left_out or name in sized
-        ]  # fmt: skip
-        if not groups:
-            reasons = by_reason(refused_in(model, structure) | left_out_of(structure)) or [
-                "it has no Linear and no convolution"
-            ]
-            raise NotPrunableError(f"model: no layer can be pruned: {'; '.join(reasons)}")
-        return groups
-    prunable = [name for name, group in structure.items() if isinstance(group, Group)]
-    expected = f"expected any of: {', '.join(map(repr, prunable)) or 'none'}"
-    for name in wanted:
-        group = structure.get(name)
-        if isinstance(group, Group):
-            if group not in groups:
-                groups.append(group)
-        elif group is not None:
-            reason = str(group).removeprefix(f"layer {name!r}: ")
-            raise NotPrunableError(
-                f"layers: found {name!r}, which can't be pruned ({reason}), {expected}"
-            )
-        else:
-            module = dict(model.named_modules()).get(name)
-            reason = "no such module" if module is None else why_not(module)
-            raise ValueError(f"layers: found {name!r} ({reason}), {expected}")
-    return groups
-
-
-def left_out_of(structure: Structure) -> dict[str, str]:
-    """The producers whose groups are only selected where they are asked for, and why."""
-    return {
-        name: group.left_out
-        for name, group in structure.items() if isinstance(group, Group) and group.left_out
-    }  # fmt: skip
-
-
-def named_group(model: nn.Module, producer: str, consumer: str, batch: Batch) -> Group:
-    """The group of a producer and a consumer that the caller names, for untraceable models.
-
-    One forward pass shows which modules run between the two, and whether the consumer's output is
-    the model's. Both must be nn.Linear, and between them only BatchNorm1d and PReLU may have
-    tensors with an entry for each unit.
-
-    Raises ValueError for names that don't fit, NotPrunableError for another module between them.
-    """
-    modules = dict(model.named_modules())
-    first, last = modules.get(producer), modules.get(consumer)
-    for name, module in ((producer, first), (consumer, last)):
-        if not isinstance(module, nn.Linear) or not is_plain(module):
-            kind = "no such module" if module is None else type(module).__name__
-            raise ValueError(f"layers: found {name!r} ({kind}), expected the name of an nn.Linear")
-        if "weight" not in module._parameters:
-            raise NotPrunableError(f"layers: found {name!r} ({why_not(module)})")
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    units = first.out_features
-    if units != last.in_features:
-        raise ValueError(
-            f"layers: {producer!r} has {units} output units, but {consumer!r} takes "
-            f"{last.in_features} inputs"
-        )
-    calls, outputs = _calls(model, batch)
-    names = [name for name, _ in calls]
-    if names.count(producer) != 1 or names.count(consumer) != 1:
-        raise ValueError(
-            f"layers: {producer!r} ran {names.count(producer)} and {consumer!r} "
-            f"{names.count(consumer)} times in one forward pass, expected once each"
-        )
-    slices = {f"{consumer}.weight": Slice.regular(1, units)}
-    for name in [producer, *names[names.index(producer) + 1 : names.index(consumer)]]:
-        module = modules[name]
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        per_unit = [key for key, tensor in tensors if tensor.dim() and len(tensor) == units]
-        if name != producer and per_unit and not isinstance(module, (nn.BatchNorm1d, nn.PReLU)):
-            raise NotPrunableError(
-                f"layer {producer!r}: {name!r} ({type(module).__name__}) stands between its units "
-                f"and {consumer!r}"
-            )
-        slices |= {f"{name}.{key}": Slice.regular(0, units) for key in per_unit}
-    last_output = calls[names.index(consumer)][1]
-    is_output = (
-        isinstance(outputs, Tensor)
-        and isinstance(last_output, Tensor)
-        and torch.equal(outputs.flatten(), last_output.flatten())
-    )
-    not_output = "" if is_output else "something that was not traced"
-    return Group((producer,), (consumer,), units, slices, is_output, not_output)
-
-
-def _calls(model: nn.Module, batch: Batch) -> tuple[list[tuple[str, object]], object]:
-    """The modules that run, in order, each with what it returns; and what the model returns."""
-    calls: list[tuple[str, object]] = []
-
-    def record(name: str, output: object) -> None:
-        calls.append((name, output))
-
-    with hooked(model, [name for name, _ in model.named_modules()], after=record):
-        return calls, model(*batch.args, **batch.kwargs)

@@ -108,7 +108,8 @@ def cuts_in(prefix: str, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
     """The cuts of the layers whose names start with `prefix`, under the rest of their names."""
     return {
         name.removeprefix(prefix): cut.inside(prefix)
-        for name, cut in cuts.items() if name.startswith(prefix)
+        for name, cut in cuts.items()
+        if name.startswith(prefix)
     }
 
 
@@ -193,7 +194,10 @@ def forecast(model: nn.Module, layers: Mapping[str, Cut]) -> Forecast:
 
 def before_selection(model: nn.Module, groups: Mapping[str, Group]) -> str | None:
     """What `save_pretrained` takes, in one line for each Hugging Face model; None without one."""
-    cuts = {name: Cut(group.units, group.units, group.slices, group.also) for name, group in groups.items()}
+    cuts = {
+        name: Cut(group.units, group.units, group.slices, group.also)
+        for name, group in groups.items()
+    }
     lines = []
     for prefix, part in outermost(model):
         found = forecast(part, cuts_in(prefix, cuts))

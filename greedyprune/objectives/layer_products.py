@@ -63,9 +63,14 @@ class LayerProducts:
             check_finite(name, model.get_submodule(name))
         consumers = [
             ConsumerProducts(
-                name, model.get_submodule(name), group, roots.get(name), given=given,
-                halves=halves, current=(weights or {}).get(name),
-            )  # fmt: skip
+                name,
+                model.get_submodule(name),
+                group,
+                roots.get(name),
+                given=given,
+                halves=halves,
+                current=(weights or {}).get(name),
+            )
             for name in group.consumers
         ]
         return LayerProducts(group, consumers, {c.name: c.outputs for c in consumers})

@@ -11,9 +11,10 @@ from torch import nn
 from ..data.batches import example_batch, placed
 from ..data.forward import evaluating
 from ..graph.costs import Cost, costs_of, count_flops
-from ..graph.groups import Group, analyse
+from ..graph.groups import Group
 from ..graph.pretrained import before_selection
 from ..graph.refusals import refused_in
+from ..graph.structure import analyse
 from ..graph.trace_errors import place_of
 from ..graph.unrun import UsedTensors, warn_of_unrun
 from ..runtime.arguments import ByName

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..graph.executor import tensors_of
-from ..graph.groups import Group, analyse
+from ..graph.groups import Group
 from ..graph.slices import Slice
+from ..graph.structure import analyse
 from ..runtime.arguments import is_int
 from .cut import selection_of_units
 from .selection import Selection, entries_left
@@ -77,9 +78,7 @@ def _named(
         yield name, torch.tensor(sorted(found))
 
 
-def _kept_by(
-    model: nn.Module, pruned: nn.Module, groups: Mapping[str, Group]
-) -> dict[str, Tensor]:
+def _kept_by(model: nn.Module, pruned: nn.Module, groups: Mapping[str, Group]) -> dict[str, Tensor]:
     """The kept units of each group that was cut, by comparing weights."""
     dense, small = tensors_of(model), tensors_of(pruned)
     known: dict[tuple[str, int], Tensor] = {}  # the entries that are left of dimensions
@@ -161,6 +160,6 @@ def _check_shapes(model: nn.Module, pruned: nn.Module, selection: Selection) -> 
         if name not in small or list(small[name].shape) != shape:
             found = tuple(small[name].shape) if name in small else "nothing"
             raise ValueError(
-                f"selection: the pruned model has {found} as {name!r}, where {tuple(shape)} belongs "
-                f"to its units; {EXPECTED}"
+                f"selection: the pruned model has {found} as {name!r}, where {tuple(shape)} "
+                f"belongs to its units; {EXPECTED}"
             )

@@ -79,9 +79,9 @@ def refit(
 
     Args:
         model: the dense model that the selection was made for; it is not changed
-        selection: from `select`. Or a model that another tool has pruned, a smaller copy of `model`:
-            which units it has is found by comparing weights, so it must not have been trained since.
-            Or the kept units of each pruned layer, by the names in `greedyprune.layers`
+        selection: from `select`. Or a model that another tool has pruned, a smaller copy of
+            `model`: which units it has is found by comparing weights, so it must not have been
+            trained since. Or the kept units by layer, with the names of `greedyprune.layers`
         data: as for `select`, preferably the same data; targets are not used
         epochs: passes over the data in which all layers are then trained together, by gradients,
             towards the outputs of the dense network's layers. A tenth of the samples is held out;
@@ -100,8 +100,9 @@ def refit(
     Raises:
         TypeError: `model`, `selection` or `data` has another type
         ValueError: the selection was made for a model of other sizes, or one of `prune`'s other
-            reasons; the pruned model's units are not units of `greedyprune.layers`; the data are an iterator or have no samples, or the model can't run on them; a
-            layer's inputs have NaN or inf; `epochs` is not an int of 0 or more, or is above 0 with
+            reasons; the pruned model's units are not units of `greedyprune.layers`; the data are an
+            iterator or have no samples, or the model can't run on them; a layer's inputs have NaN
+            or inf; `epochs` is not an int of 0 or more, or is above 0 with
             several processes; `memory_limit` is below 1; or torch.export can't trace the model
 
     Example:

@@ -130,8 +130,8 @@ class LayerSelection:
         return LayerSelection.of_path(
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
-            gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes, tied=self.tied, outputs=self.outputs,
-            loss=self.loss, objective=self.objective,
+            gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes,
+            tied=self.tied, outputs=self.outputs, loss=self.loss, objective=self.objective,
         )  # fmt: skip
 
     def new_weights(self, consumer: str) -> Tensor | None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import Group, analyse, find_groups
+from greedyprune.graph.groups import Group
 from greedyprune.graph.slices import NotPrunableError
+from greedyprune.graph.structure import analyse, find_groups
 from greedyprune.graph.tracing import LAYER_TYPES
 
 each_network = pytest.mark.parametrize("name", NETWORKS)

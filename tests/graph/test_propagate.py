@@ -11,8 +11,9 @@ from two_linears import Between, Net
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import Group, analyse, find_groups
+from greedyprune.graph.groups import Group
 from greedyprune.graph.slices import NotPrunableError, Slice
+from greedyprune.graph.structure import analyse, find_groups
 
 
 def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> Group:
@@ -21,7 +22,11 @@ def group_of(model: nn.Module, name: str = "first", x: Tensor | None = None) -> 
     return find_groups(model, analyse(model.eval(), Batch((x,), {}, None)), [name])[0]
 
 
-BASE = {"first.weight": Slice.regular(0, 8), "first.bias": Slice.regular(0, 8), "last.weight": Slice.regular(1, 8)}
+BASE = {
+    "first.weight": Slice.regular(0, 8),
+    "first.bias": Slice.regular(0, 8),
+    "last.weight": Slice.regular(1, 8),
+}
 NORM = ("weight", "bias", "running_mean", "running_var")
 ACCEPTED = {
     "nothing": (lambda s, h, x: h, {}),
@@ -37,7 +42,10 @@ ACCEPTED = {
     "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice.regular(0, 8)}),
     "prelu": (lambda s, h, x: s.prelu(h), {}),
     "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": Slice.regular(0, 8)}),
-    "batch norm": (lambda s, h, x: s.norm(h), {f"norm.{name}": Slice.regular(0, 8) for name in NORM}),
+    "batch norm": (
+        lambda s, h, x: s.norm(h),
+        {f"norm.{name}": Slice.regular(0, 8) for name in NORM},
+    ),
     "plain norm": (
         lambda s, h, x: s.plain_norm(h),
         {f"plain_norm.{n}": Slice.regular(0, 8) for n in NORM[2:]},

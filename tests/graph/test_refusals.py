@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import analyse, named_group
 from greedyprune.graph.slices import NotPrunableError
+from greedyprune.graph.structure import analyse, named_group
 
 Forward = Callable[["Model", Tensor], Tensor]
 

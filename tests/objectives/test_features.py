@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import greedyprune
 from greedyprune import Loss
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.graph.structure import analyse, find_groups
 from greedyprune.objectives import features as features_module
 from greedyprune.objectives.features import InMemory, Streamed, layer_features
 from greedyprune.objectives.minibatches import mini_batches

@@ -16,7 +16,7 @@ from torch.nn import functional
 import greedyprune
 from greedyprune import Loss
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.graph.structure import analyse, find_groups
 from greedyprune.objectives.minibatches import mini_batches
 from greedyprune.objectives.network import Network
 from greedyprune.surgery.cut import masked, scaled_weight

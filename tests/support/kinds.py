@@ -41,8 +41,9 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 16, 4, 4)
-        self.token, self.places = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(
-            torch.randn(1, 5, 16)
+        self.token, self.places = (
+            nn.Parameter(torch.randn(1, 1, 16)),
+            nn.Parameter(torch.randn(1, 5, 16)),
         )
         self.blocks = nn.Sequential(Encoder.Block(16, 4), Encoder.Block(16, 4))
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
@@ -217,7 +218,10 @@ class RepVGG(nn.Module):
         self.stem = nn.Conv2d(3, 10, 3, padding=1)
         self.large = nn.ModuleList(nn.Conv2d(10, 10, 3, padding=1) for _ in range(2))
         self.small = nn.ModuleList(nn.Conv2d(10, 10, 1) for _ in range(2))
-        self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(10) for _ in range(2)), nn.Linear(10, 5)
+        self.norms, self.head = (
+            nn.ModuleList(nn.BatchNorm2d(10) for _ in range(2)),
+            nn.Linear(10, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import analyse, find_groups
+from greedyprune.graph.structure import analyse, find_groups
 
 Inputs = Tensor | dict[str, Tensor]
 Groups = dict[

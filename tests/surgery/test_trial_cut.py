@@ -19,7 +19,8 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.groups import Group, analyse
+from greedyprune.graph.groups import Group
+from greedyprune.graph.structure import analyse
 from greedyprune.runtime.files import read_tensors, write_tensors
 from greedyprune.surgery.selection import FORMAT
 

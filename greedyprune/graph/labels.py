@@ -1,0 +1,244 @@
+"""The ids of tensors' entries, and what happens to them where tensors meet or are mixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import fx
+
+from .classes import Classes, Ids
+from .tracing import Graph, shape_of
+
+MIXED = "a reshape mixes its units' dimension with others"
+
+
+class Labels(NamedTuple):
+    """The ids of a tensor's entries along some of its dimensions; the others have none.
+
+    ids: of the sizes of `dims`. Entries with the same ids go together
+    """
+
+    dims: tuple[int, ...]
+    ids: Ids
+
+
+State = tuple[Labels, ...]  # of disjoint dimensions
+# An operand with its ids, and the result's dimension for each of its own; None: it has none.
+Operand = tuple[fx.Node | None, State, Mapping[int, int | None]]
+
+
+class Doubt(NamedTuple):
+    """An operation that may have the size of a dimension with units as a constant.
+
+    ids:   of the entries that the size counts, along `axis`
+    value: the size
+    """
+
+    node: fx.Node
+    ids: Ids
+    axis: int
+    value: int
+
+
+class Factor(NamedTuple):
+    """Ids that an operation combines with a constant, which has some of their axes only."""
+
+    node: fx.Node
+    ids: Ids
+    constant: Ids
+    axes: tuple[int, ...]
+
+
+class LabelledTensors:
+    """The ids of a graph's tensors so far.
+
+    classes:    which entries go together, and which are fixed
+    parameters: the ids along each dimension of more than one entry, by parameter and dimension
+    doubts:     operations that may have the number of units as a constant
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.classes = graph, Classes()
+        self.parameters: dict[tuple[str, int], Ids] = {}
+        self.doubts: list[Doubt] = []
+        self._factors: list[Factor] = []
+        self._splits: list[Ids] = []  # of several dimensions, which lose whole rows only
+        self._states: dict[fx.Node, State] = {}
+        self._parts: dict[fx.Node, list[State]] = {}  # of nodes that give several tensors
+        self._constants = set[fx.Node]()  # nodes that are computed from parameters only
+        self._uniform: dict[fx.Node, set[int]] = {}  # dimensions along which a tensor is constant
+
+    def of(self, node: fx.Node) -> State:
+        """The ids of a node's tensor."""
+        return self._states.get(node, ())
+
+    def _is_labelled(self, node: fx.Node) -> bool:
+        return bool(self._states.get(node)) or node in self._parts
+
+    def _of_all(self, node: fx.Node) -> State:
+        """The ids of all tensors that a node gives."""
+        return self.of(node) + tuple(la for state in self._parts.get(node, ()) for la in state)
+
+    def _fix(self, state: State, reason: str) -> None:
+        for labels in state:
+            self.classes.fix(labels.ids, reason)
+
+    def _refused(self, node: fx.Node, reason: str) -> State:
+        for source in node.all_input_nodes:
+            self._fix(self._of_all(source), reason)
+        return ()
+
+    def _doubt_sizes(self, node: fx.Node, state: State, dims: Iterable[int]) -> None:
+        """Notes that an operation may have the sizes of these dimensions as constants."""
+        self.doubts += [
+            Doubt(node, labels.ids, axis, labels.ids.shape[axis])
+            for labels in state for axis, dim in enumerate(labels.dims) if dim in dims
+        ]  # fmt: skip
+
+    def _cut_out(self, state: State, dim: int, places: slice, removed: bool) -> State:
+        """Some entries of a dimension; `removed`: one, without the dimension."""
+        result = []
+        for labels in state:
+            dims, ids = labels
+            if dim in dims:
+                axis = dims.index(dim)
+                ids = ids[(slice(None),) * axis + (places,)]
+                if removed:
+                    ids, dims = np.take(ids, 0, axis), dims[:axis] + dims[axis + 1 :]
+            if dims:
+                dims = tuple(d - (removed and d > dim) for d in dims)
+                result.append(Labels(dims, ids))
+        return tuple(result)
+
+    def _mixed(
+        self, node: fx.Node, state: State, dims: Iterable[int], reason: str | None = None
+    ) -> State:
+        """The ids after an operation that mixes all entries along these dimensions."""
+        along, result = set(dims), list[Labels]()
+        for labels in state:
+            axes = tuple(axis for axis, dim in enumerate(labels.dims) if dim in along)
+            if not axes:
+                result.append(labels)
+            elif len(axes) == len(labels.dims):
+                self._fix((labels,), reason or f"{node.target} mixes its units")
+            else:
+                self.classes.unite_along(
+                    labels.ids, axes, reason or f"{node.target} mixes its units"
+                )
+                kept = [axis for axis in range(len(labels.dims)) if axis not in axes]
+                first = tuple(0 if a in axes else slice(None) for a in range(len(labels.dims)))
+                result.append(Labels(tuple(labels.dims[a] for a in kept), labels.ids[first]))
+        return tuple(result)
+
+    def _met(self, node: fx.Node, operands: Sequence[Operand]) -> State:
+        """The ids of a result whose entries are computed from those at the same place."""
+        shape = shape_of(node)
+        blocks: list[set[int]] = []  # of the result's dimensions that share ids
+        for _, state, to in operands:
+            for labels in state:
+                block = {at for dim in labels.dims if (at := to.get(dim)) is not None}
+                met = [other for other in blocks if other & block]
+                blocks = [other for other in blocks if not other & block]
+                if block:
+                    blocks.append(block.union(*met))
+        result = []
+        for block in blocks:
+            dims = sorted(block)
+            ids = self._block(node, dims, [shape[dim] for dim in dims], operands)
+            result.append(self._simple(Labels(tuple(dims), ids)))
+        return tuple(result)
+
+    def _block(
+        self, node: fx.Node, dims: Sequence[int], sizes: Sequence[int],
+        operands: Sequence[Operand],
+    ) -> Ids:  # fmt: skip
+        """The ids of a result along `dims`, of these sizes; those that meet become one class."""
+        arrays, reasons = list[Ids](), list[tuple[tuple[int, ...], str]]()
+        factors = list[tuple[Ids, tuple[int, ...]]]()
+        for operand, state, to in operands:
+            covered = set[int]()
+            for labels in state:
+                ats = [to[dim] for dim in labels.dims]
+                if not any(at in dims for at in ats):
+                    continue
+                axes = [dims.index(at) for at in ats if at is not None]
+                shape = [1] * len(dims)
+                for axis, size in zip(axes, labels.ids.shape, strict=True):
+                    shape[axis] = size
+                    covered.add(dims[axis])
+                ids = labels.ids.transpose(np.argsort(axes)).reshape(shape)
+                if ids.size == 1 < math.prod(sizes):  # a single unit that is broadcast
+                    self.classes.fix(ids, f"{node.target} changes the size of its units' dimension")
+                elif operand in self._constants and len(axes) < len(dims):
+                    factors.append((np.broadcast_to(ids, sizes), tuple(axes)))
+                else:
+                    arrays.append(np.broadcast_to(ids, sizes))
+            if operand is None or operand is node:
+                continue
+            uniform = self._uniform.get(operand, set())
+            if arrays:
+                axes = [dims.index(at) for dim, at in to.items() if dim in uniform and at in dims]
+                self.doubts += [
+                    Doubt(operand, arrays[0], axis, arrays[0].shape[axis]) for axis in axes
+                ]
+            own = {
+                at: shape_of(operand)[dim] for dim, at in to.items()
+                if at in dims and dim not in uniform
+            }  # fmt: skip
+            bare = tuple(dims.index(at) for at, s in own.items() if s > 1 and at not in covered)
+            if bare:
+                other = f"another tensor of shape {shape_of(operand)}"
+                reasons.append((bare, f"{node.target} combines its units with {other}"))
+        first = arrays[0] if arrays else self.classes.fresh(math.prod(sizes)).reshape(sizes)
+        for others in arrays[1:]:
+            self.classes.unite(first, others)
+        self._factors += [Factor(node, first, ids, axes) for ids, axes in factors]
+        for bare, reason in reasons:
+            if len(bare) < len(dims):  # along the other dimensions, units can still be removed
+                self.classes.unite_along(first, bare, reason)
+            else:
+                self.classes.fix(first, reason)
+        return np.ascontiguousarray(first)
+
+    def _simple(self, labels: Labels) -> Labels:
+        """The same without the dimensions along which all entries have one id."""
+        roots, dims, ids = self.classes.roots(labels.ids), list(labels.dims), labels.ids
+        for axis in reversed(range(ids.ndim)):
+            if ids.ndim > 1 and (roots == roots.take([0], axis)).all():
+                roots, ids = np.take(roots, 0, axis), np.take(ids, 0, axis)
+                del dims[axis]
+        return Labels(tuple(dims), ids)
+
+    def _decide_factors(self) -> None:
+        """A constant along one of the dimensions that hold units: are these its entries?
+
+        Yes where the units differ along its dimensions, as heads do with a bias for each head. If
+        they do not, its entries stay: a norm's factors of the entries of all heads.
+        """
+        for node, ids, constant, axes in self._factors:
+            roots = self.classes.roots(ids)
+            others = tuple(axis for axis in range(ids.ndim) if axis not in axes)
+            if all((roots == roots.take([0], axis)).all() for axis in others):
+                self.classes.unite(ids, constant)
+            else:
+                self.classes.fix(constant, f"{node.target} has the same for several units")
+                self.classes.unite_along(ids, axes, f"{node.target} has factors for its entries")
+
+    def _make_rectangular(self) -> None:
+        """A dimension that was split into several loses its entries along one of these only.
+
+        So entries at the same place of that one go together. It is the one with the most units.
+        """
+        for ids in self._splits:
+            roots = self.classes.roots(ids)
+            varying = [
+                axis for axis in range(ids.ndim) if not (roots == roots.take([0], axis)).all()
+            ]
+            free = np.array([reason is None for reason in self.classes.reasons(roots)])
+            if len(varying) < 2 or not free.any():
+                continue
+            most = max(varying, key=lambda axis: ids.shape[axis])
+            self.classes.unite_along(ids, tuple(a for a in range(ids.ndim) if a != most), MIXED)
