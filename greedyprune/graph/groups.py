@@ -13,10 +13,10 @@ on the way. A layer is refused, with the reason, if
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ from torch import Tensor, fx, nn
 from .calls import is_alone, sees_input
 from .classes import Ids
 from .constant_sizes import attributes_of, line_of
-from .propagate import IDENTITY, RESHAPING, Propagation
+from .labels import Doubt
+from .propagate import IDENTITY, RESHAPING, Norm, Product, Propagation
 from .slices import Entries, NotPrunableError, Slice
 from .tracing import Graph, Layer, Window, first_of, flops_of, operation
+
+T = TypeVar("T", Doubt, Product, Norm)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def groups_in(graph: Graph) -> dict[str, Group | NotPrunableError]:
     propagation = Propagation(graph)
     _fix_what_cannot_go(graph, propagation)
     structure: dict[str, Group | NotPrunableError] = {}
-    for group in _groups(graph, propagation):
+    for group in _Reader(graph, propagation).groups():
         for name in group.producers:
             structure.setdefault(name, group)
     by_place: dict[str, Group | NotPrunableError] = {}
@@ -172,107 +175,135 @@ def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
                 classes.fix(twice, f"{name!r} holds its units in two different ways")
 
 
-def _groups(graph: Graph, propagation: Propagation) -> Iterator[Group]:
-    """The groups: units with entries in the same places."""
-    places_of = defaultdict[int, list[tuple[int, int]]](list)  # by unit: tensor, how many entries
-    keys = list(propagation.parameters)
-    roots_of = [propagation.classes.roots(propagation.parameters[key]) for key in keys]
-    for i, roots in enumerate(roots_of):
-        units, counts = np.unique(roots, return_counts=True)
-        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
-            places_of[unit].append((i, count))
-    alike = defaultdict[tuple[tuple[int, int], ...], list[int]](list)
-    ids = np.array(list(places_of), np.int64)
-    for unit, reason in zip(places_of, propagation.classes.reasons(ids), strict=True):
-        if reason is None:
-            alike[tuple(places_of[unit])].append(unit)
-    groups = [
-        group for places, units in alike.items()
-        if (group := _group(
-            graph, propagation, {keys[i]: roots_of[i] for i, _ in places}, np.array(units)
-        )) is not None
-    ]  # fmt: skip
-    names = [_producer_at(graph, node) for node in graph.nodes]
-    order = {name: i for i, name in reversed([*enumerate(names)]) if name is not None}
-    named = set[str]()
-    for group in sorted(groups, key=lambda group: (order[group.producer], -group.units)):
-        if group.producer not in named:  # other units of the same layers stay
-            named.add(group.producer)
-            yield group
+class _Reader:
+    """Reads groups from the ids of a graph's tensors."""
+
+    def __init__(self, graph: Graph, propagation: Propagation) -> None:
+        self.graph, self.propagation = graph, propagation
+        self.layers = {la.name: la for la in graph.layers.values() if la.groups == 1}
+        self.given = {la.name: (la.weight, la.out_dim) for la in self.layers.values()}
+        names = list[str]()  # of layers and tables, in the order in which they run
+        for node in graph.nodes:
+            layer, table = graph.layers.get(node), _table_of(graph, node)
+            names += [layer.name] if layer is not None else [table] if table is not None else []
+            if table is not None:
+                self.given[table] = f"{table}.weight", 1
+        self.order = {name: i for i, name in reversed([*enumerate(names)])}
+        self.sizes = {name: tensor.shape for name, tensor in _tensors_of(graph.model)}
+        self.doubts = self._units_of(propagation.doubts)
+        self.products = self._units_of(propagation.products)
+        self.norms = self._units_of(propagation.norms)
+        self.summed = {unit for ids in propagation.summed for unit in self._units(ids)}
+
+    def _units(self, ids: Ids) -> set[int]:
+        return set(np.unique(self.propagation.classes.roots(ids)).tolist())
+
+    def _units_of(self, items: Iterable[T]) -> list[tuple[T, set[int]]]:
+        """Items that have ids, each with the units that it concerns."""
+        return [(item, self._units(item.ids)) for item in items]
+
+    def groups(self) -> Iterator[Group]:
+        """The groups: units with entries in the same places."""
+        places_of = defaultdict[int, list[tuple[int, int]]](list)  # tensor, how many entries
+        keys, classes = list(self.propagation.parameters), self.propagation.classes
+        roots_of = [classes.roots(self.propagation.parameters[key]) for key in keys]
+        for i, roots in enumerate(roots_of):
+            units, counts = np.unique(roots, return_counts=True)
+            for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
+                places_of[unit].append((i, count))
+        alike = defaultdict[tuple[tuple[int, int], ...], list[int]](list)
+        ids = np.array(list(places_of), np.int64)
+        for unit, reason in zip(places_of, classes.reasons(ids), strict=True):
+            if reason is None:
+                alike[tuple(places_of[unit])].append(unit)
+        groups = [
+            group for places, units in alike.items()
+            if (group := self._group({keys[i]: roots_of[i] for i, _ in places}, units)) is not None
+        ]  # fmt: skip
+        named = set[str]()
+        for group in sorted(groups, key=lambda group: (self.order[group.producer], -group.units)):
+            if group.producer not in named:  # other units of the same layers stay
+                named.add(group.producer)
+                yield group
+
+    def _group(
+        self, roots_of: Mapping[tuple[str, int], Ids], members: Sequence[int]
+    ) -> Group | None:
+        """The group of these units; None if no layer gives them, or none takes them.
+
+        None, too, where there is one unit of several entries: none of these can go without the
+        others.
+        """
+        graph = self.graph
+        given = [name for name, place in self.given.items() if place in roots_of]
+        producers = sorted(given, key=self.order.__getitem__)
+        consumers = {la.name for la in self.layers.values() if (la.weight, la.in_dim) in roots_of}
+        if not producers or not consumers:
+            return None
+        alone = len(members) == 1
+        if alone and any((roots == members[0]).sum() > 1 for roots in roots_of.values()):
+            return None
+        first = roots_of[self.given[producers[0]]]
+        place = {unit: int(np.argmax(first == unit)) for unit in members}
+        units = np.array(sorted(place, key=place.__getitem__))
+        slices, also = self._slices(roots_of, units, consumers)
+        uses = {node: la.name for node, la in graph.layers.items() if la.name in consumers}
+        not_output = "another consumer of its units"
+        if len(consumers) == 1:
+            not_output = "another use of its consumer"
+        if len(uses) == 1:
+            not_output = _before_output(graph, next(iter(uses)))
+        windows, concerned = {uses[node]: graph.layers[node].window for node in uses}, set(members)
+        doubts = [doubt for doubt, of in self.doubts if not of.isdisjoint(concerned)]
+        return Group(
+            producers=tuple(producers),
+            consumers=tuple(dict.fromkeys(uses.values())),
+            units=len(units),
+            slices=slices,
+            output=not_output == "",
+            not_output=not_output,
+            may_hold_size=tuple(line_of(doubt.node) for doubt in doubts),
+            sizes=_sizes(graph, self.propagation, doubts, units),
+            also=also,
+            products={
+                product.node.name: flops_of(product.node)
+                for product, of in self.products if not of.isdisjoint(concerned)
+            },
+            windows={name: window for name, window in windows.items() if window is not None},
+            repeated=len(uses) > len(consumers),
+            inner=tuple(dict.fromkeys(uses[node] for node in uses if not sees_input(graph, node))),
+            mixed=tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
+            stream=not self.summed.isdisjoint(concerned),
+            norms=tuple(
+                line_of(norm.node) for norm, of in self.norms if not of.isdisjoint(concerned)
+            ),
+            tied=tuple(
+                dict.fromkeys(la.weight for la in graph.tied.values() if la.weight in slices)
+            ),
+        )  # fmt: skip
+
+    def _slices(
+        self, roots_of: Mapping[tuple[str, int], Ids], units: Ids, consumers: set[str]
+    ) -> tuple[dict[str, Slice], dict[str, Slice]]:
+        """Where tensors hold the units, and where some hold them along a second dimension."""
+        slices, also = dict[str, Slice](), dict[str, Slice]()
+        inputs = {(self.layers[name].weight, self.layers[name].in_dim) for name in consumers}
+        for (name, dim), roots in sorted(roots_of.items(), key=lambda item: item[0] not in inputs):
+            held = also if name in slices else slices
+            held[name] = Slice(dim, _places(roots, units), self.sizes[name][dim])
+        return slices, also
 
 
-def _producer_at(graph: Graph, node: fx.Node) -> str | None:
-    """The name of the layer or embedding that a node is."""
-    layer = graph.layers.get(node)
-    return _table_of(graph, node) if layer is None else layer.name
-
-
-def _group(
-    graph: Graph, propagation: Propagation, roots_of: Mapping[tuple[str, int], Ids], units: Ids
-) -> Group | None:
-    """The group of these units; None if no layer gives them, or none takes them.
-
-    None, too, where there is one unit of several entries: none of these can go without the others.
-    """
-    layers = {la.name: la for la in graph.layers.values() if la.groups == 1}.values()
-    given = {la.name: roots_of.get((la.weight, la.out_dim)) for la in layers}
-    tables = {name for node in graph.nodes if (name := _table_of(graph, node)) is not None}
-    given |= {name: roots_of.get((f"{name}.weight", 1)) for name in tables}
-    names = dict.fromkeys(_producer_at(graph, node) for node in graph.nodes)
-    producers = [name for name in names if name is not None and given.get(name) is not None]
-    consumers = [la for la in layers if (la.weight, la.in_dim) in roots_of]
-    if not producers or not consumers:
-        return None
-    if len(units) == 1 and any((roots == units[0]).sum() > 1 for roots in roots_of.values()):
-        return None
-    first = given[producers[0]]
-    assert first is not None
-    place = {int(unit): int(np.argmax(first == unit)) for unit in units}
-    units = np.array(sorted(place, key=place.__getitem__))
-    shapes = {name: tensor.shape for name, tensor in _tensors_of(graph.model)}
-    slices, also = dict[str, Slice](), dict[str, Slice]()
-    inputs = {(la.weight, la.in_dim) for la in consumers}
-    for (name, dim), roots in sorted(roots_of.items(), key=lambda item: item[0] not in inputs):
-        held = also if name in slices else slices
-        held[name] = Slice(dim, _places(roots, units), shapes[name][dim])
-    uses = {
-        node: la.name for node, la in graph.layers.items() if la.name in {c.name for c in consumers}
-    }
-    not_output = "another consumer of its units"
-    if len(consumers) == 1:
-        not_output = "another use of its consumer"
-    if len(uses) == 1:
-        not_output = _before_output(graph, next(iter(uses)))
-    windows = {uses[node]: graph.layers[node].window for node in uses}
-    classes = propagation.classes
-
-    def concerns(ids: Ids) -> bool:
-        return bool(np.isin(classes.roots(ids), units).any())
-
-    return Group(
-        tuple(producers), tuple(dict.fromkeys(uses.values())), len(units),
-        slices, not_output == "", not_output,
-        tuple(line_of(doubt.node) for doubt in propagation.doubts if concerns(doubt.ids)),
-        _sizes(graph, propagation, units), also,
-        {node.name: flops_of(node) for node, ids in propagation.products if concerns(ids)},
-        {name: window for name, window in windows.items() if window is not None},
-        len(uses) > len(consumers),
-        tuple(dict.fromkeys(uses[node] for node in uses if not sees_input(graph, node))),
-        tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
-        any(concerns(ids) for ids in propagation.summed),
-        tuple(line_of(norm.node) for norm in propagation.norms if concerns(norm.ids)),
-        tuple(dict.fromkeys(la.weight for la in graph.tied.values() if la.weight in slices)),
-    )  # fmt: skip
-
-
-def _sizes(graph: Graph, propagation: Propagation, units: Ids) -> dict[str, Slice]:
+def _sizes(
+    graph: Graph, propagation: Propagation, doubts: Iterable[Doubt], units: Ids
+) -> dict[str, Slice]:
     """Attributes that operations may have sizes from, with the entries of each unit."""
-    sizes, conflicts = dict[str, Slice](), set[str]()
-    for node, ids, axis, value in propagation.doubts:
+    sizes, conflicts, order = dict[str, Slice](), set[str](), np.argsort(units)
+    for node, ids, axis, value in doubts:
         roots = np.moveaxis(propagation.classes.roots(ids), axis, 0).reshape(value, -1)
         alone = np.where((roots == roots[:, :1]).all(1), roots[:, 0], -1)  # of one unit
-        counts = [int((alone == unit).sum()) for unit in units]
-        if not counts[0] or len(set(counts)) > 1:
+        counts = np.bincount(np.searchsorted(units, alone[np.isin(alone, units)], sorter=order))
+        if len(counts) < len(units) or len(set(counts.tolist())) > 1:
             continue
         at = Slice(0, _places(alone, units), value)
         for name in attributes_of(graph.model, node, value):

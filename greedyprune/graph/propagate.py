@@ -77,17 +77,24 @@ class Norm(NamedTuple):
     ids: Ids
 
 
+class Product(NamedTuple):
+    """A matrix product of each unit by itself, with the units' ids."""
+
+    node: fx.Node
+    ids: Ids
+
+
 class Propagation(ShapeOperations):
     """The ids of all tensors of a graph.
 
-    products:   the matrix products of each unit by itself (attention's), with the units' ids
+    products:   the matrix products of each unit by itself (attention's)
     summed:     ids of sums whose terms come from different layers
     norms:      the operations that take statistics over units, with these along a dimension
     """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
-        self.products: list[tuple[fx.Node, Ids]] = []
+        self.products: list[Product] = []
         self.summed: list[Ids] = []
         self.norms: list[Norm] = []
         self._nearest: dict[fx.Node, frozenset[str]] = {}  # the last layers before a node
@@ -294,7 +301,9 @@ class Propagation(ShapeOperations):
 
     def _note_product(self, node: fx.Node, state: State, dims: int) -> None:
         self.products += [
-            (node, labels.ids) for labels in state if any(dim < dims - 2 for dim in labels.dims)
+            Product(node, labels.ids)
+            for labels in state
+            if any(dim < dims - 2 for dim in labels.dims)
         ]
 
     def _through_per_unit(self, node: fx.Node, op: str) -> State:

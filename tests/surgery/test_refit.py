@@ -235,7 +235,7 @@ def test_what_refit_refuses() -> None:
         greedyprune.refit(model, selection, [inputs], memory_limit="all")
     with pytest.raises(ValueError, match="data: found an iterator, but every layer takes a pass"):
         greedyprune.refit(model, selection, iter([inputs]))
-    with pytest.raises(ValueError, match=r"selection: layer '0' needs '1.weight', which"):
+    with pytest.raises(ValueError, match=r"selection: made for 8 units in layer '0', but the"):
         greedyprune.refit(network("resnext")[0], selection, [inputs])
     inputs[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="layer '4': NaN or inf in its inputs"):
