@@ -177,10 +177,12 @@ class Propagation(ShapeOperations):
         if op in MOVING:
             return self._moved(node, op)
         if pooling := POOLING.fullmatch(op):
-            sizes: Any = node.args[1]
-            count = len(sizes) // 2 if op == "pad" else int(pooling[1])
-            dims = len(shape_of(first_of(node)))
-            return self._mixed(node, self.of(first_of(node)), range(dims - count, dims))
+            last = len(shape_of(first_of(node))) - 1
+            along: Sequence[int] = range(last, last - int(pooling[1] or 0), -1)
+            if op == "pad":  # two sizes for each dimension, from the last one
+                sizes: Any = node.args[1]
+                along = [last - i // 2 for i, size in enumerate(sizes) if size]
+            return self._mixed(node, self.of(first_of(node)), along)
         if op in REDUCING | MIXING | STATISTICS.keys():
             return self._along(node, op)
         if op in TAKING:

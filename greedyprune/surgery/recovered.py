@@ -1,12 +1,13 @@
 """Which units another tool has kept: read off a pruned model's weights, or named by the caller.
 
-A tool that removes units leaves the others' weights as they are. So each unit that was kept has
-equal slices in the dense model. Tensors that are cut along two dimensions are compared once the
+A tool that removes units leaves the others as they are. So the weights that compute a kept unit are
+slices of the dense model's. Tensors that are cut along two dimensions are compared once the
 units along the other one are known, which those of the first layers are from the start.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -81,9 +82,20 @@ def _named(
 def _kept_by(model: nn.Module, pruned: nn.Module, groups: Mapping[str, Group]) -> dict[str, Tensor]:
     """The kept units of each group that was cut, by comparing weights."""
     dense, small = tensors_of(model), tensors_of(pruned)
-    known: dict[tuple[str, int], Tensor] = {}  # the entries that are left of dimensions
+    cutters = defaultdict[tuple[str, int], list[str]](list)  # the groups that cut a dimension
+    for name, group in groups.items():
+        for tensor, at in group.places:
+            cutters[tensor, at.dim].append(name)
+    stays = {
+        (tensor, at.dim): torch.ones(at.size, dtype=torch.bool)
+        for group in groups.values() for tensor, at in group.places
+    }  # fmt: skip
     kept, waiting = dict[str, Tensor](), dict(groups)
     while waiting:
+        known = {
+            key: stays[key].nonzero().flatten()
+            for key, names in cutters.items() if waiting.keys().isdisjoint(names)
+        }  # fmt: skip
         found = {
             name: units for name, group in waiting.items()
             if (units := _match(group, dense, small, known)) is not None
@@ -94,7 +106,8 @@ def _kept_by(model: nn.Module, pruned: nn.Module, groups: Mapping[str, Group]) -
             group = waiting.pop(name)
             if len(units) < group.units:
                 kept[name] = units
-            known |= {(n, at.dim): at.entries(units) for n, at in group.places if _is_whole(at)}
+            for tensor, at in group.places:
+                stays[tensor, at.dim] &= at.stays(units)
     for name, group in waiting.items():
         if any(n not in small or small[n].shape != dense[n].shape for n, _ in group.places):
             raise ValueError(f"selection: the units of {name!r} in the pruned model are not among "
@@ -106,8 +119,12 @@ def _match(
     group: Group, dense: Mapping[str, Tensor], small: Mapping[str, Tensor],
     known: Mapping[tuple[str, int], Tensor],
 ) -> Tensor | None:  # fmt: skip
-    """The units that the smaller tensors hold; None where they can't be told, or not yet."""
-    candidates: list[set[int]] = []
+    """The units that the smaller tensors hold; None where they can't be told, or not yet.
+
+    The weight of a producer has to have them. Tensors whose numbers have changed do not count, such
+    as the weights that a tool has adapted to the loss of the others.
+    """
+    candidates, anchored = list[set[int]](), False
     for name, at in group.places:
         tensor, cut = dense[name].detach(), small.get(name)
         if cut is None or cut.dim() != tensor.dim() or not _is_whole(at):
@@ -126,8 +143,11 @@ def _match(
             rows.setdefault(row, set()).add(unit)
         places = torch.searchsorted(at.entries(torch.arange(units)), at.places[:units])
         own = [rows.get(row, set()) for row in _rows(cut.detach(), at.dim, places)]
-        candidates = [a & b for a, b in zip(candidates, own, strict=True)] if candidates else own
-    if not candidates:
+        both = [a & b for a, b in zip(candidates, own, strict=True)] if candidates else own
+        if all(both):
+            candidates = both
+            anchored |= name.removesuffix(".weight") in group.producers
+    if not candidates or not anchored:
         return None
     kept = list[int]()
     for each in candidates:
