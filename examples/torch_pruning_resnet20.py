@@ -3,8 +3,9 @@
     python examples/torch_pruning_resnet20.py --data DIR [--images 1024] [--ratio 0.25 0.5]
 
 DIR has CIFAR-10's Python batches. All methods remove the same number of channels, either from the
-inner layers of the blocks or from every layer, the residual stream included. Prints the test
-accuracies after pruning, after computing the batch norm statistics again, and then after the same
+inner layers of the blocks or from every layer, the residual stream included. "magnitude, refit" is
+greedyprune.refit of what Torch-Pruning's magnitude has cut. Prints the test accuracies after
+pruning, after computing the batch norm statistics again, and then after the same
 few iterations of SGD. Needs torch-pruning.
 """
 
@@ -54,6 +55,7 @@ IMPORTANCES: dict[str, Callable[[nn.Module, Data], Any]] = {
     "greedy": lambda model, data: GreedyImportance(model, data[0]),
 }
 OURS = {"select, prune": greedyprune.prune, "select, refit": greedyprune.refit}
+METHODS = [*IMPORTANCES, "magnitude, refit", *OURS]
 
 
 def pruned(name: str, layers: str, ratio: float, data: Data) -> nn.Module:
@@ -61,21 +63,25 @@ def pruned(name: str, layers: str, ratio: float, data: Data) -> nn.Module:
     model = kept()
     inner = [at for at, _ in model.named_modules() if at.endswith("conv1")]
     if name in OURS:
-        selection = greedyprune.select(model, data, layers=inner, size=1 - ratio)
+        chosen = inner if layers == "inner" else "all"
+        selection = greedyprune.select(
+            model, data, layers=chosen, size=1 - ratio, objective="imitation"
+        )
         if name == "select, refit":
             return greedyprune.refit(model, selection, data)
         return greedyprune.prune(model, selection)
+    importance, _, refits = name.partition(", ")
     ignored = [
         module for at, module in model.named_modules()
         if isinstance(module, nn.Linear)
         or (layers == "inner" and isinstance(module, nn.Conv2d) and at not in inner)
     ]  # fmt: skip
     tp.pruner.BasePruner(
-        model, data[0][:1], IMPORTANCES[name](model, data), pruning_ratio=ratio,
+        model, data[0][:1], IMPORTANCES[importance](model, data), pruning_ratio=ratio,
         ignored_layers=ignored,
     ).step()  # fmt: skip
     model.zero_grad()
-    return model
+    return greedyprune.refit(kept(), model, data[0]) if refits else model
 
 
 def tuned(model: nn.Module, data: Data, iterations: int) -> nn.Module:
@@ -99,6 +105,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, help="training images to score on")
     parser.add_argument("--layers", choices=("inner", "all"), nargs="+", default=["inner", "all"])
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--iterations", type=int, default=100, help="of tuning, 128 images each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -110,7 +117,7 @@ def main() -> None:
     for column in ("layers", "removed", "how", "parameters", "pruned", "BN again", "tuned"):
         table.add_column(column, justify="left" if column in ("layers", "how") else "right")
     for layers, ratio in itertools.product(args.layers, args.ratio):
-        for name in [*IMPORTANCES, *(OURS if layers == "inner" else ())]:
+        for name in args.methods:
             model = pruned(name, layers, ratio, data)
             count = sum(p.numel() for p in model.parameters())
             found = [accuracy(model, held_out)]

@@ -11,7 +11,8 @@ import inspect
 
 from torch import fx
 
-from .propagate import IDENTITY, RESHAPING
+from .labels import IDENTITY
+from .propagate import RESHAPING
 from .tracing import Graph, call_of, is_plain, module_name_of, operation
 
 

@@ -17,12 +17,11 @@ from ..data.batches import Batch
 from ..data.forward import not_run
 from ..runtime.sparse import bytes_of
 from .in_place import check_in_place
+from .linear_paths import linear_path
 from .norms import over_entries
-from .propagate import IDENTITY, RESHAPING, Propagation
+from .propagate import Propagation
 from .slices import Entries
-from .tracing import Graph, Layer, ancestors, data_input, in_place, operation, shape_of
-
-SMALLEST_SCALE = 1e-3  # of the largest one: channels that are scaled by less are not corrected
+from .tracing import Graph, Layer, data_input, in_place, operation, shape_of
 
 # The values of nodes that have run and are still needed: tensors, or tuples of them.
 Values = dict[fx.Node, Any]
@@ -38,36 +37,6 @@ class Network(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     left: Entries = MappingProxyType({})
-
-
-class LinearPath(NamedTuple):
-    """What a layer's output goes through before anything nonlinear: end = scale * output + ...
-
-    end:       the last node of the path
-    scale:     (C,), by which each output channel has been multiplied; None: 1
-    norm:      the batch normalisation that follows the layer at once, if it is the only one: a
-               constant for the output can be added to its bias. None: there is none
-    shortcut:  the node that is added on the way, if one is
-    rectified: a ReLU follows `end`
-    """
-
-    end: fx.Node
-    scale: Tensor | None
-    norm: str | None
-    shortcut: fx.Node | None
-    rectified: bool
-
-    def as_output(self, difference: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The change of the layer's output, of this shape, that gives a difference at `end`.
-
-        0 for channels whose scale is next to nothing.
-        """
-        difference = difference.reshape(shape)
-        if self.scale is None:
-            return difference
-        scale = self.scale.reshape(-1, *[1] * (len(shape) - 2))
-        corrected = scale.abs() > SMALLEST_SCALE * scale.abs().max()
-        return torch.where(corrected, difference / torch.where(corrected, scale, 1.0), 0.0)
 
 
 class GraphExecutor:
@@ -103,7 +72,7 @@ class GraphExecutor:
         specs = graph.program.graph_signature.input_specs
         self._inputs = list(zip(placeholders, specs, strict=True))
         self.linear_paths = {
-            name: self._linear_path(self.nodes[i]) for name, i in self.place.items()
+            name: linear_path(graph, self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
         self._last_left: tuple[Entries | None, dict[fx.Node, tuple[int, Tensor]]] = None, {}
@@ -345,57 +314,6 @@ class GraphExecutor:
             results.append(values[node])
         goal, value = results
         return shape, goal, value
-
-    def _linear_path(self, layer: fx.Node) -> LinearPath:
-        node, scale, norm, shortcut = layer, None, None, None
-        while len(node.users) == 1:
-            user = next(iter(node.users))
-            op = operation(user)
-            if op == "relu":
-                return LinearPath(node, scale, norm, shortcut, True)
-            if shortcut is not None:
-                break
-            if op == "batch_norm" and self._is_fixed(user) and len(shape_of(user)) > 1:
-                bias, norm = user.args[2], None
-                if node is layer and isinstance(bias, fx.Node) and len(bias.users) == 1:
-                    norm = self._graph.tensors[bias.name].rpartition(".")[0]
-                factor = self._norm_scale(user)
-                scale = factor if scale is None else scale * factor
-            elif op == "add" and all(isinstance(arg, fx.Node) for arg in user.args):
-                others = [arg for arg in user.all_input_nodes if arg is not node]
-                # Not a sum with itself, nor with what both networks have alike.
-                if len(others) != 1 or others[0].op == "placeholder" or user.kwargs:
-                    break
-                if any(shape_of(term) != shape_of(user) for term in (node, others[0])):
-                    break  # one of them is broadcast, as a vector that is added to a feature map
-                if layer in ancestors(others[0]):
-                    break
-                shortcut = others[0]
-            elif op not in IDENTITY | RESHAPING or (scale is not None and op in RESHAPING):
-                break
-            node = user
-        return LinearPath(node, scale, norm, shortcut, False)
-
-    def _is_fixed(self, norm: fx.Node) -> bool:
-        """Does a batch normalisation use stored statistics and the model's own parameters only?"""
-        arguments = norm.all_input_nodes[1:]
-        return norm.args[5] is False and all(
-            argument.name in self._graph.tensors for argument in arguments
-        )
-
-    def _norm_scale(self, norm: fx.Node) -> Tensor:
-        """The factors by which a batch normalisation multiplies the channels, (C,)."""
-        weight, variance = self._tensor(norm.args[1]), self._tensor(norm.args[4])
-        assert variance is not None
-        factor = (variance + float(norm.args[7])).rsqrt()  # type: ignore[arg-type]
-        return factor if weight is None else factor * weight
-
-    def _tensor(self, node: object) -> Tensor | None:
-        name = self._graph.tensor_of(node)
-        if name is None:
-            return None
-        module, _, attribute = name.rpartition(".")
-        return getattr(self._graph.model.get_submodule(module), attribute).detach()
 
     def _refittable(self) -> dict[int, Layer]:
         graph = self._graph

@@ -25,8 +25,9 @@ from torch import Tensor, fx, nn
 from .calls import is_alone, sees_input
 from .classes import Ids
 from .constant_sizes import attributes_of, line_of
-from .labels import Doubt
-from .propagate import IDENTITY, RESHAPING, Norm, Product, Propagation
+from .labels import IDENTITY, Doubt
+from .norm_labels import Norm
+from .propagate import RESHAPING, Product, Propagation
 from .slices import Entries, NotPrunableError, Slice
 from .tracing import Graph, Layer, Window, first_of, flops_of, operation
 

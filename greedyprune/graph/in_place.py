@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from .propagate import IDENTITY
+from .labels import IDENTITY
 from .tracing import Graph, in_place, operation
 
 

@@ -7,11 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import fx
 
 from .classes import Classes, Ids
 from .tracing import Graph, shape_of
 
+# What operations do, by name (`add` stands for `add_`, too).
+# They leave every number as it is:
+IDENTITY = {
+    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
+    "detach", "alias", "to", "_to_copy", "lift_fresh_copy",
+}  # fmt: skip
+# They act on every number by itself: these, and the operations that torch tags `pointwise`:
+ELEMENTWISE = IDENTITY | {
+    "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "where",
+}  # fmt: skip
 MIXED = "a reshape mixes its units' dimension with others"
 
 
@@ -242,3 +253,6 @@ class LabelledTensors:
                 continue
             most = max(varying, key=lambda axis: ids.shape[axis])
             self.classes.unite_along(ids, tuple(a for a in range(ids.ndim) if a != most), MIXED)
+
+    def _is_pointwise(self, node: fx.Node, op: str) -> bool:
+        return op in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())

@@ -18,7 +18,6 @@ from ..runtime.progress import Bar
 from ..runtime.resume import Pass
 from .executor import (
     GraphExecutor,
-    LinearPath,
     Network,
     Values,
     bytes_held,
@@ -26,6 +25,7 @@ from .executor import (
 )
 from .executors import GraphExecutors
 from .groups import Group
+from .linear_paths import LinearPath
 from .slices import Entries
 from .tracing import Layer
 

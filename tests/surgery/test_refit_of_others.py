@@ -1,4 +1,4 @@
-"""`refit` after another tool's pruning: which units are left is found, and weights are solved for."""
+"""`refit` after another tool's pruning: the units that are left are found, and weights refitted."""
 
 from __future__ import annotations
 
@@ -98,6 +98,6 @@ def test_what_is_refused() -> None:
             greedyprune.refit(model, given, inputs)
     for given in (3, "0", [0, 1]):
         with pytest.raises(
-            TypeError, match="selection: found .*expected a Selection, a pruned mod"
+            TypeError, match=r"selection: found .*expected a Selection, a pruned mod"
         ):
             greedyprune.refit(model, given, inputs)  # type: ignore[arg-type]
