@@ -53,9 +53,8 @@ class GreedyImportance(Importance):
     channel. A channel's score is the largest error from its own pick on. So scores fall along the
     picks, and the scores of several layers can be compared (`global_pruning=True`).
 
-    `select` never prunes the channels of a residual stream. `GreedyImportance` scores them, too, by
-    the sum of the errors of all layers that read the stream. It assumes that the normalisation
-    between the stream and these layers does not change. The channels of an attention head are
+    The channels of a residual stream are scored by the sum of the errors of all layers that read
+    the stream, as if the normalisation between the stream and these layers did not change. The channels of an attention head are
     scored one by one, and Torch-Pruning averages them.
 
     All layers are scored in one pass over the data when a pruner first asks for scores, and again

@@ -14,7 +14,7 @@ Size = int | tuple[int, ...]
 # (nx and nf are those of GPT-2's Conv1D, whose weight is transposed.)
 _DIMENSIONS = {
     "out_features": 0, "out_channels": 0, "out_dim": 0, "output_dim": 0, "nf": 1,
-    "in_features": 1, "in_channels": 1, "in_dim": 1, "input_dim": 1, "nx": 0,
+    "in_features": 1, "in_channels": 1, "in_dim": 1, "input_dim": 1, "nx": 0, "embedding_dim": 1,
 }  # fmt: skip
 # The names of other attributes that hold a size: of every dimension that has it.
 _NAMES = {

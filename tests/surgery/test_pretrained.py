@@ -342,3 +342,40 @@ def test_sizes_of_single_layers(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert floats(model_, inputs)[0].equal(floats(expected, inputs)[0])
     assert [part.intermediate_size for part in again.config.per_layer_config] == [8, 9]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "llama, tied", "masked", "vit"])
+def test_half_of_everything_loads_again(name: str, tmp_path: Path) -> None:
+    """Half of the stream, of the heads and of the widths is half of each entry of the config."""
+    model, inputs = family(name)
+    selection = greedyprune.select(
+        model, [inputs], size=0.5, layers="all", objective="imitation", progress=False
+    )
+    assert selection.saving == "save_pretrained: from_pretrained will load the pruned model"
+    small = greedyprune.prune(model, selection)
+    small.save_pretrained(tmp_path)
+    loaded, report = type(small).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    for out, expected in zip(floats(loaded, inputs), floats(small, inputs), strict=True):
+        assert out.equal(expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, tied", "masked"])
+def test_a_tied_table_is_cut_once_and_stays_tied(name: str, tmp_path: Path) -> None:
+    model, inputs = family(name)
+    table = model.get_input_embeddings().weight.detach().clone()
+    selection = greedyprune.select(
+        model, [inputs], size=0.5, layers="all", objective="imitation", progress=False
+    )
+    [stream] = [layer for layer in selection.layers.values() if layer.tied]
+    for small in (
+        greedyprune.prune(model, selection), greedyprune.refit(model, selection, [inputs])
+    ):  # fmt: skip
+        first, last = small.get_input_embeddings(), small.get_output_embeddings()
+        assert first.weight is last.weight
+        assert first.weight.equal(table[:, stream.kept])
+        assert first.embedding_dim == last.in_features == len(stream.kept)
+        greedyprune.save_pruned(small, tmp_path / "small.safetensors")
+        again = greedyprune.load_pruned(tmp_path / "small.safetensors", lambda: family(name)[0])
+        for out, expected in zip(floats(again, inputs), floats(small, inputs), strict=True):
+            assert out.equal(expected)
