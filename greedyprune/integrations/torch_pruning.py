@@ -54,8 +54,8 @@ class GreedyImportance(Importance):
     picks, and the scores of several layers can be compared (`global_pruning=True`).
 
     The channels of a residual stream are scored by the sum of the errors of all layers that read
-    the stream, as if the normalisation between the stream and these layers did not change. The channels of an attention head are
-    scored one by one, and Torch-Pruning averages them.
+    the stream, as if the normalisation between the stream and these layers did not change. The
+    channels of an attention head are scored one by one, and Torch-Pruning averages them.
 
     All layers are scored in one pass over the data when a pruner first asks for scores, and again
     when weights have changed, for example between iterative steps. Layers whose sums do not fit in
