@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .trace_errors import trace_error
 
-CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_TYPES)
 LAYER_TYPES = (nn.Linear, *CONVOLUTION_TYPES)
 
 # The operations that a layer can be, by name.
-CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+TRANSPOSED = {f"conv_transpose{d}d" for d in (1, 2, 3)}
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"} | TRANSPOSED
 LINEAR = {"linear", "addmm"}  # addmm: transformers' Conv1D
 _TRANSPOSING = {"t", "numpy_T", "transpose", "permute", "matrix_H", "mT", "swapaxes"}
 
@@ -35,6 +37,9 @@ class Window(NamedTuple):
 
     padding:      for each end of each dimension, as nn.functional.pad takes it
     padding_mode: how the padding is filled, as in nn.Conv2d
+    spread:       in a transposed convolution, its stride: its input's entries lie so far apart,
+                  with zeros between them, and an ordinary convolution of stride 1 goes over that,
+                  with the kernel flipped. Else empty
     """
 
     kernel_size: tuple[int, ...]
@@ -42,6 +47,7 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     padding_mode: str
+    spread: tuple[int, ...] = ()
 
 
 class Layer(NamedTuple):
@@ -191,7 +197,7 @@ class Graph:
             window, module = None, self.model.get_submodule(name)
             if op in CONVOLUTIONS:
                 window = window_of(module) if is_plain(module) else _window_of_node(node)
-            transposed = op == "addmm"  # its weight is (inputs, outputs)
+            transposed = op in TRANSPOSED | {"addmm"}  # its weight is (inputs, outputs)
             self.layers[node] = Layer(
                 name, weight, bias, int(transposed), int(not transposed), _groups_of(node),
                 dims - 1 - (int(op[-2]) if op in CONVOLUTIONS else 0), window,
@@ -221,6 +227,8 @@ class Graph:
             if any(module.weight is tensor for o in owners for tensor in o._parameters.values()):
                 return f"{weight!r} is shared with another layer"
             return "its bias is not a parameter `bias` of its module"
+        if operation(node) in TRANSPOSED and _groups_of(node) > 1:
+            return "it is a transposed convolution with groups"
         if operation(node) == "addmm" and node.kwargs:
             return "its product is scaled"
         if operation(node) in CONVOLUTIONS and getattr(module, "groups", 1) != _groups_of(node):
@@ -270,13 +278,21 @@ def is_plain(module: nn.Module) -> bool:
     base: Any = next((base for base in LAYER_TYPES if isinstance(module, base)), None)
     if base is None or "forward" in vars(module) or kind.forward is not base.forward:
         return False
-    return base is nn.Linear or kind._conv_forward is base._conv_forward
+    if base is nn.Linear or base in TRANSPOSED_TYPES:
+        return True
+    return bool(kind._conv_forward is base._conv_forward)
 
 
 def window_of(module: nn.Module) -> Window | None:
     """How a plain convolution goes over its input; None for a Linear or Conv1D."""
     if not isinstance(module, CONVOLUTION_TYPES):
         return None
+    if isinstance(module, TRANSPOSED_TYPES):
+        transposed: Any = module
+        return _spread_window(
+            transposed.kernel_size, transposed.stride, transposed.dilation, transposed.padding,
+            transposed.output_padding,
+        )  # fmt: skip
     padding: Any = module._reversed_padding_repeated_twice
     return Window(
         tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), tuple(padding),
@@ -295,6 +311,9 @@ def _window_of_node(node: fx.Node) -> Window:
         return values * dims if len(values) == 1 else values
 
     stride, dilation = spread(options["stride"]), spread(options["dilation"])
+    if operation(node) in TRANSPOSED:
+        sides = spread(options["padding"]), spread(options["output_padding"])
+        return _spread_window(kernel, stride, dilation, *sides)
     padding: Any = options["padding"]
     ends: list[int] = []  # the last dimension first
     for dim in reversed(range(dims)):
@@ -304,6 +323,21 @@ def _window_of_node(node: fx.Node) -> Window:
         else:
             ends += [0, 0] if padding == "valid" else [spread(padding)[dim]] * 2
     return Window(kernel, stride, dilation, tuple(ends), "zeros")
+
+
+def _spread_window(
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
+    output_padding: Sequence[int],
+) -> Window:  # fmt: skip
+    """A transposed convolution as one over its spread input."""
+    ends: list[int] = []  # the last dimension first
+    for dim in reversed(range(len(kernel))):
+        end = dilation[dim] * (kernel[dim] - 1) - padding[dim]
+        ends += [end, end + output_padding[dim]]
+    ones = (1,) * len(kernel)
+    return Window(
+        tuple(kernel), ones, tuple(dilation), tuple(ends), "zeros", spread=tuple(stride)
+    )  # fmt: skip
 
 
 def _groups_of(node: fx.Node) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,19 @@ def unit_major(weight: Tensor, at: Slice) -> Tensor:
 
     at: where the weight holds the units
     """
-    if at.dim == 0:  # transformers' Conv1D: its weight is (inputs, outputs)
-        weight = weight.T
+    weight = outputs_first(weight, at.dim)
     return weight.index_select(1, at.places.flatten().to(weight.device)).flatten(1)
+
+
+def outputs_first(weight: Tensor, in_dim: int) -> Tensor:
+    """A weight as an ordinary convolution's or Linear's: (outputs, inputs, *taps).
+
+    The weights of transposed convolutions and of transformers' Conv1D begin with their inputs. The
+    taps of the former are flipped (tracing.Window). The same again gives the weight back.
+    """
+    if in_dim == 1:
+        return weight
+    return weight.transpose(0, 1).flip([*range(2, weight.dim())])
 
 
 def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
@@ -54,9 +65,7 @@ def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
     dim:  the weight's dimension that has the features
     like: the dense weight, for a convolution's kernel size
     """
-    if dim == 0:
-        return new.flatten(1).T
-    return new.reshape(len(new), -1, *like.shape[2:])
+    return outputs_first(new.reshape(len(new), -1, *like.shape[2:]), dim)
 
 
 def in_halves(
@@ -125,7 +134,7 @@ def unfolded_parts(
     taps, positions = 1, 1
     if window is not None:
         taps, strides = math.prod(window.kernel_size), math.prod(window.stride)
-        positions = math.ceil(inputs[0, 0].numel() / strides)
+        positions = math.ceil(inputs[0, 0].numel() * math.prod(window.spread) / strides)
     sample = inputs.shape[1] * taps * positions * inputs.element_size()
     samples = max(1, PART // sample, PRODUCT // positions)
     for i in range(0, len(inputs), samples):
@@ -148,9 +157,10 @@ def unfolded(window: Window | None, inputs: Tensor) -> Tensor:
     if window is None:
         return inputs.T[:, None]
     spatial = len(window.kernel_size)
+    inputs = _spread(window, inputs)
     mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
     padded = functional.pad(inputs, window.padding, mode=mode)
-    sizes = output_sizes(window, inputs.shape[2:])
+    sizes = _sizes_over(window, inputs.shape[2:])
     taps = math.prod(window.kernel_size)
     columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
     for tap in range(taps):
@@ -166,6 +176,25 @@ def unfolded(window: Window | None, inputs: Tensor) -> Tensor:
 
 def output_sizes(window: Window, sizes: Sequence[int]) -> list[int]:
     """The spatial sizes of a convolution's output for inputs of these sizes."""
+    apart = window.spread or (1,) * len(sizes)
+    return _sizes_over(
+        window, [(size - 1) * step + 1 for size, step in zip(sizes, apart, strict=True)]
+    )
+
+
+def _spread(window: Window, inputs: Tensor) -> Tensor:
+    """The inputs with zeros between their entries, for a transposed convolution."""
+    if not window.spread:
+        return inputs
+    sizes = [(n - 1) * step + 1 for n, step in zip(inputs.shape[2:], window.spread, strict=True)]
+    apart = inputs.new_zeros(*inputs.shape[:2], *sizes)
+    places: Any = (..., *(slice(None, None, step) for step in window.spread))
+    apart[places] = inputs
+    return apart
+
+
+def _sizes_over(window: Window, sizes: Sequence[int]) -> list[int]:
+    """The spatial sizes of a convolution's output for spread inputs of these sizes."""
     pads = window.padding  # the last dimension's come first
     padded = [size + pads[-2 * i - 2] + pads[-2 * i - 1] for i, size in enumerate(sizes)]
     return [

@@ -16,7 +16,7 @@ from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..graph.groups import Group
 from ..graph.slices import NotPrunableError, Slice
-from ..graph.tracing import LAYER_TYPES, is_plain
+from ..graph.tracing import LAYER_TYPES, TRANSPOSED_TYPES, is_plain
 from ..kernels import backend as _backend
 from ..kernels.path import Rule
 from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path
@@ -197,6 +197,8 @@ def _consumers(group: PruningGroup) -> list[GroupItem]:
 
 def _inputs_of_units(layer: nn.Module, item: GroupItem, units: int) -> Slice | None:
     """Which inputs of a layer belong to which unit; None if some of them belong to no unit."""
+    if isinstance(layer, TRANSPOSED_TYPES):
+        return None
     if not isinstance(layer, LAYER_TYPES) or not is_plain(layer) or getattr(layer, "groups", 1) > 1:
         return None
     inputs = layer.get_parameter("weight").shape[1]

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from ..graph.executor import GraphExecutor, Values
 from ..graph.propagate import RESHAPING
-from ..graph.tracing import CONVOLUTIONS, LINEAR, in_place, operation, shape_of
+from ..graph.tracing import CONVOLUTIONS, LINEAR, TRANSPOSED, in_place, operation, shape_of
 
 FRESH = CONVOLUTIONS | LINEAR | {"add", "batch_norm"}  # whose result no other node shares
 Step = tuple[fx.Node, Callable[[Values], Any], tuple[fx.Node, ...]]
@@ -114,7 +114,7 @@ class NetworkSuffix:
             if operation(node) != "batch_norm" or node.args[5] is not False:
                 continue
             source = node.all_input_nodes[0]
-            simple = operation(source) in CONVOLUTIONS and not source.kwargs
+            simple = operation(source) in CONVOLUTIONS - TRANSPOSED and not source.kwargs
             used = source.args[1:3] + node.args[1:5]
             if not (simple and len(source.users) == 1 and self._are_tensors(used)):
                 continue

@@ -30,7 +30,7 @@ from ..data.padding import NO_POSITION
 from ..graph.replay import Replay
 from ..graph.slices import Entries
 from ..graph.tracing import Layer
-from ..graph.unfold import columns_in_halves, module_weight
+from ..graph.unfold import columns_in_halves, module_weight, outputs_first
 from ..kernels.least_squares import Halves, chosen_damping, ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
@@ -261,9 +261,7 @@ class _LeastSquares:
         change = self._weight.double() - dense.double()
         change = change.index_select(self._dim, self._channels)
         change = change.index_select(1 - self._dim, self._outputs)
-        if self._dim == 0:
-            change = change.T
-        self._change[: self.features] = change.flatten(1).T
+        self._change[: self.features] = outputs_first(change, self._dim).flatten(1).T
 
     def add(self, inputs: Tensor, error: Tensor, second_half: Tensor, mask: Tensor | None) -> None:
         """Adds one batch: the layer's inputs, and by what its outputs are to change.

@@ -22,6 +22,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d, reflect": (
         lambda: nn.Conv2d(6, 4, 3, padding=(1, 2), padding_mode="reflect"), (5, 6, 9, 8)
     ),
+    "transposed, 1d": (lambda: nn.ConvTranspose1d(6, 4, 3, 2, 1, output_padding=1), (5, 6, 7)),
+    "transposed, 2d": (
+        lambda: nn.ConvTranspose2d(6, 4, (3, 2), (1, 3), (2, 0), (0, 2), dilation=(2, 1)),
+        (5, 6, 5, 4),
+    ),
+    "transposed, more padding": (lambda: nn.ConvTranspose2d(6, 4, 2, 2, 3), (5, 6, 7, 6)),
+    "transposed, 3d": (lambda: nn.ConvTranspose3d(6, 4, 2, 2), (5, 6, 3, 2, 3)),
     "conv3d": (lambda: nn.Conv3d(6, 4, (2, 1, 3), padding=(0, 1, 2)), (5, 6, 3, 4, 5)),
 }  # fmt: skip
 
@@ -40,7 +47,9 @@ def test_a_layer_is_a_product(
         parts = list(unfold.unfolded_parts(window, inputs, outputs))
         columns = torch.cat([part for part, _ in parts], 2).flatten(0, 1)
         expected = torch.cat([target for _, target in parts], 1)
-        product = module.weight.flatten(1) @ columns + module.bias[:, None]
+        transposed = type(module).__name__.startswith("ConvTranspose")
+        weight = unfold.outputs_first(module.weight, 0 if transposed else 1)
+        product = weight.flatten(1) @ columns + module.bias[:, None]
         torch.testing.assert_close(product, expected)
         return len(parts)
 
@@ -63,20 +72,21 @@ def test_inputs_by_position(make: Callable[[], nn.Module], shape: tuple[int, ...
 
 @pytest.mark.parametrize("outer", [1, 2])
 @pytest.mark.parametrize("inner", [1, 3])
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d"])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Conv2d", "ConvTranspose2d"])
 def test_weights_by_unit_and_back(kind: str, outer: int, inner: int) -> None:
     """`unit_major` puts each unit's features together, and `module_weight` puts them back."""
     units, features = 5, 5 * outer * inner
-    kernel = (2, 3) if kind == "Conv2d" else ()
+    kernel = (2, 3) if "2d" in kind else ()
     weight = torch.randn(4, features, *kernel)
     at = Slice.regular(1, units, outer, inner)
-    if kind == "Conv1D":
-        weight, at = weight.T.contiguous(), Slice.regular(0, units, outer, inner)
+    if kind in ("Conv1D", "ConvTranspose2d"):
+        weight = unfold.outputs_first(weight, 0).contiguous()
+        at = Slice.regular(0, units, outer, inner)
     by_unit = unfold.unit_major(weight, at)
     for unit in range(units):
         entries = at.entries(torch.tensor([unit]))
         expected = weight.index_select(at.dim, entries)
-        expected = expected.T if kind == "Conv1D" else expected.flatten(1)
+        expected = unfold.outputs_first(expected, at.dim).flatten(1)
         assert by_unit.view(4, units, -1)[:, unit].equal(expected)
     back = unfold.module_weight(by_unit.view(4, units, -1), at.dim, weight)
     assert back.equal(weight.index_select(at.dim, at.places.flatten()))

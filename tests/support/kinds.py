@@ -244,6 +244,22 @@ class Gated(nn.Module):
         return self.head(self.last(self.norm(x)).flip(1).tanh())
 
 
+class Upsampling(nn.Module):
+    """An autoencoder with transposed convolutions, of several strides and paddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 10, 3, 2, 1), nn.Conv2d(10, 12, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(12, 10, 3, 2, 1, output_padding=1)
+        self.norm, self.last = nn.BatchNorm2d(10), nn.ConvTranspose2d(10, 8, 2, 2)
+        self.same = nn.ConvTranspose2d(8, 3, 3, 1, 2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = functional.gelu(self.down(x))
+        low = self.norm(self.up(functional.gelu(self.deep(high)))) + high
+        return self.same(functional.gelu(self.last(low)))
+
+
 class Selective(nn.Module):
     """Selective kernels: a softmax over branches weighs their channels."""
 
@@ -316,6 +332,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "convnext": (ConvNeXt, IMAGES, 3, 1),
     "repvgg": (RepVGG, IMAGES, 1, 1),
     "gated": (Gated, IMAGES, 3, 0),
+    "upsampling": (Upsampling, IMAGES, 3, 1),
     "selective": (Selective, IMAGES, 2, 0),
     "decoder": (Decoder, (7,), 4, 1),
 }
