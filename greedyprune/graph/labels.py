@@ -63,6 +63,10 @@ class Factor(NamedTuple):
     axes: tuple[int, ...]
 
 
+def _dims_with_ids(state: State) -> set[int]:
+    return {dim for labels in state for dim in labels.dims}
+
+
 class LabelledTensors:
     """The ids of a graph's tensors so far.
 
@@ -80,7 +84,7 @@ class LabelledTensors:
         self._states: dict[fx.Node, State] = {}
         self._parts: dict[fx.Node, list[State]] = {}  # of nodes that give several tensors
         self._constants = set[fx.Node]()  # nodes that are computed from parameters only
-        self._uniform: dict[fx.Node, set[int]] = {}  # dimensions along which a tensor is constant
+        self._uniform: dict[fx.Node, dict[int, Ids]] = {}  # of dimensions of constant entries
 
     def of(self, node: fx.Node) -> State:
         """The ids of a node's tensor."""
@@ -189,12 +193,14 @@ class LabelledTensors:
                     arrays.append(np.broadcast_to(ids, sizes))
             if operand is None or operand is node:
                 continue
-            uniform = self._uniform.get(operand, set())
-            if arrays:
-                axes = [dims.index(at) for dim, at in to.items() if dim in uniform and at in dims]
-                self.doubts += [
-                    Doubt(operand, arrays[0], axis, arrays[0].shape[axis]) for axis in axes
-                ]
+            uniform = self._uniform.get(operand, {})
+            for dim, ids in uniform.items():
+                if (at := to.get(dim)) in dims and dim not in _dims_with_ids(state):
+                    axis = dims.index(at)
+                    shape = [1] * len(dims)
+                    shape[axis] = len(ids)
+                    arrays.append(np.broadcast_to(ids.reshape(shape), sizes))
+                    self.doubts.append(Doubt(operand, arrays[-1], axis, len(ids)))
             own = {
                 at: shape_of(operand)[dim] for dim, at in to.items()
                 if at in dims and dim not in uniform

@@ -108,19 +108,27 @@ class Propagation(NormOperations):
         elif sources and (node.users or node in self.graph.layers):
             self._states[node] = self._after(node, operation(node))
 
-    def _constant_along(self, node: fx.Node, op: str) -> set[int]:
-        """The dimensions of more than one entry along which a tensor is surely constant."""
+    def _constant_along(self, node: fx.Node, op: str) -> dict[int, Ids]:
+        """The dimensions along which a tensor is surely constant, with ids for their entries.
+
+        Such a dimension can have any size, but all that the tensor meets has the same one.
+        """
         if not (op == "expand" or op in FACTORIES or self._is_pointwise(node, op)):
-            return set()
-        dims = set(range(len(shape_of(node))))
-        for source in () if op in FACTORIES else node.all_input_nodes:
-            shift = len(shape_of(node)) - len(shape_of(source))
-            alike = self._uniform.get(source, set())
-            dims -= {
-                dim + shift for dim, size in enumerate(shape_of(source))
-                if size > 1 and dim not in alike
-            }  # fmt: skip
-        return {dim for dim in dims if shape_of(node)[dim] > 1}
+            return {}
+        shape, found = shape_of(node), dict[int, Ids]()
+        sources = [] if op in FACTORIES else node.all_input_nodes
+        for dim, size in enumerate(shape):
+            known = list[Ids | None]()
+            for source in sources:
+                at = dim - len(shape) + len(shape_of(source))
+                if at >= 0 and shape_of(source)[at] > 1:
+                    known.append(self._uniform.get(source, {}).get(at))
+            ids = [each for each in known if each is not None]
+            if size > 1 and len(ids) == len(known):
+                found[dim] = ids[0] if ids else self.classes.fresh(int(size))
+                for other in ids[1:]:
+                    self.classes.unite(ids[0], other)
+        return found
 
     def _of_parameter(self, node: fx.Node) -> State:
         name = self.graph.tensors.get(node.name)
