@@ -23,6 +23,8 @@ IDENTITY = {
 ELEMENTWISE = IDENTITY | {
     "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "where",
 }  # fmt: skip
+# They repeat entries along dimensions of size 1:
+EXPANDING = {"expand", "expand_as"}
 MIXED = "a reshape mixes its units' dimension with others"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .classes import Ids
-from .labels import Labels, Operand, State
+from .labels import EXPANDING, Labels, Operand, State
 from .norms import NORMS
 from .shapes import ShapeOperations
 from .slices import Entries
@@ -91,7 +91,7 @@ class NormOperations(ShapeOperations):
                 if any(np.isin(units, self.classes.roots(la.ids)).any() for la in self.of(user)):
                     continue
                 op = operation(user)
-                is_pointwise = self._is_pointwise(user, op) or op in ("expand", "getitem")
+                is_pointwise = self._is_pointwise(user, op) or op in EXPANDING | {"getitem"}
                 if user.op == "output" or not is_pointwise:
                     self.classes.fix(norm.ids, f"{norm.node.target} mixes its units")
                     return

@@ -21,7 +21,7 @@ import numpy as np
 from torch import fx
 
 from .classes import Ids
-from .labels import Labels, Operand, State
+from .labels import EXPANDING, Labels, Operand, State
 from .norm_labels import NormOperations
 from .norms import NORMS, STATISTICS
 from .shapes import dims_of
@@ -42,7 +42,7 @@ FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"}
 # They give the same numbers another shape:
 RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
 # They give the dimensions another order or size:
-MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "expand", "movedim"}
+MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim"} | EXPANDING
 # They cut a dimension into several tensors:
 SPLITTING = {"split", "split_with_sizes", "chunk", "unbind"}
 # They act on the last dimensions, as many as the name says: pooling and interpolation. `pad`, too.
@@ -113,10 +113,12 @@ class Propagation(NormOperations):
 
         Such a dimension can have any size, but all that the tensor meets has the same one.
         """
-        if not (op == "expand" or op in FACTORIES or self._is_pointwise(node, op)):
+        if not (op in EXPANDING | FACTORIES or self._is_pointwise(node, op)):
             return {}
         shape, found = shape_of(node), dict[int, Ids]()
         sources = [] if op in FACTORIES else node.all_input_nodes
+        if op in EXPANDING:
+            sources = [first_of(node)]
         for dim, size in enumerate(shape):
             known = list[Ids | None]()
             for source in sources:

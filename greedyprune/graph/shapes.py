@@ -11,7 +11,7 @@ from torch import fx
 
 from .classes import Ids
 from .constant_sizes import may_hold_size, split_may_hold_size
-from .labels import Doubt, LabelledTensors, Labels, State
+from .labels import EXPANDING, Doubt, LabelledTensors, Labels, State
 from .tracing import first_of, shape_of
 
 
@@ -79,7 +79,7 @@ class ShapeOperations(LabelledTensors):
     def _moved(self, node: fx.Node, op: str) -> State:
         source, dims = first_of(node), len(shape_of(first_of(node)))
         state = self.of(source)
-        if op == "expand":
+        if op in EXPANDING:
             shift = len(shape_of(node)) - dims
             for labels in state:
                 for dim, size in zip(labels.dims, labels.ids.shape, strict=True):

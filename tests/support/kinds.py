@@ -320,6 +320,57 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
+class TalkingHeads(nn.Module):
+    """Linears between heads (CaiT), before and after the softmax, and frozen batch norms."""
+
+    class Frozen(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "mean", "variance"):
+                self.register_buffer(name, torch.rand(channels) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            names = ("weight", "bias", "mean", "variance")
+            weight, bias, mean, variance = (
+                getattr(self, name).reshape(1, -1, 1, 1) for name in names
+            )
+            scale = weight * (variance + 1e-5).rsqrt()
+            return x * scale + (bias - mean * scale)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.frozen, self.num_heads = nn.Conv2d(3, 16, 2, 2), self.Frozen(16), 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 5)
+        self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.gelu(self.frozen(self.patches(x))).flatten(2).transpose(1, 2)
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        scores = self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj((scores @ v).transpose(1, 2).flatten(2))
+
+
+class ChannelAttention(nn.Module):
+    """XCiT: attention between the channels of a head, of vectors that are normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.num_heads = nn.Conv2d(3, 16, 2, 2), 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 5)
+        self.temperature = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
+        q, k, v = qkv.unbind(0)
+        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
+        scores = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
+        return self.proj((scores @ v).permute(0, 3, 1, 2).reshape(b, n, -1))
+
+
 IMAGES = 3, 8, 8
 # Each with the shape of one of its inputs, and how many groups it has; streams among them.
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
@@ -332,6 +383,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "convnext": (ConvNeXt, IMAGES, 3, 1),
     "repvgg": (RepVGG, IMAGES, 1, 1),
     "gated": (Gated, IMAGES, 3, 0),
+    "talking heads": (TalkingHeads, IMAGES, 3, 0),
+    "channel attention": (ChannelAttention, IMAGES, 2, 0),
     "upsampling": (Upsampling, IMAGES, 3, 1),
     "selective": (Selective, IMAGES, 2, 0),
     "decoder": (Decoder, (7,), 4, 1),
