@@ -305,6 +305,7 @@ def test_what_cannot_be_copied_is_one_sentence() -> None:
 
 def test_a_compiled_forward_is_selected_as_the_plain_one() -> None:
     """Compiled code may not call the hooks with which `select` reads a layer's values."""
+    torch.compiler.reset()  # torch stops compiling a forward that other tests have compiled often
     plain = nn.Sequential(
         nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
     )  # fmt: skip
