@@ -59,7 +59,7 @@ class Classes:
                 self._notes[int(root)] = note
 
     def note(self, one: int) -> str:
-        """The first note on a class; "": there is none."""
+        """The last note on a class; "": there is none."""
         return self._notes.get(self._root(one), "")
 
     def fix(self, ids: Ids, reason: str) -> None:

@@ -160,7 +160,10 @@ def _why_not(propagation: Propagation, layer: Layer) -> str:
 
 
 def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
-    """Fixes units of tensors that are shared, or that hold them in two ways."""
+    """Fixes units of tensors that are shared, or that hold them in two ways.
+
+    The weight of a layer may hold them in two ways: as its inputs and as its outputs.
+    """
     shared, classes = _shared(graph.model) - _only_tied(graph), propagation.classes
     for (name, _), ids in propagation.parameters.items():
         if name in shared:
@@ -169,11 +172,10 @@ def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
     dims_of = defaultdict[str, list[Ids]](list)
     for (name, _), ids in propagation.parameters.items():
         dims_of[name].append(ids)
-    for name, dims in dims_of.items():
-        for one, other in combinations(dims, 2):
-            if name not in layers:
-                twice = np.intersect1d(classes.roots(one), classes.roots(other))
-                classes.fix(twice, f"{name!r} holds its units in two different ways")
+    for name in dims_of.keys() - layers:
+        for one, other in combinations(dims_of[name], 2):
+            twice = np.intersect1d(classes.roots(one), classes.roots(other))
+            classes.fix(twice, f"{name!r} holds its units in two different ways")
 
 
 class _Reader:

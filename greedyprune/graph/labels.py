@@ -65,10 +65,6 @@ class Factor(NamedTuple):
     axes: tuple[int, ...]
 
 
-def _dims_with_ids(state: State) -> set[int]:
-    return {dim for labels in state for dim in labels.dims}
-
-
 class LabelledTensors:
     """The ids of a graph's tensors so far.
 
@@ -135,16 +131,15 @@ class LabelledTensors:
     ) -> State:
         """The ids after an operation that mixes all entries along these dimensions."""
         along, result = set(dims), list[Labels]()
+        reason = reason or f"{node.target} mixes its units"
         for labels in state:
             axes = tuple(axis for axis, dim in enumerate(labels.dims) if dim in along)
             if not axes:
                 result.append(labels)
             elif len(axes) == len(labels.dims):
-                self._fix((labels,), reason or f"{node.target} mixes its units")
+                self._fix((labels,), reason)
             else:
-                self.classes.unite_along(
-                    labels.ids, axes, reason or f"{node.target} mixes its units"
-                )
+                self.classes.unite_along(labels.ids, axes, reason)
                 kept = [axis for axis in range(len(labels.dims)) if axis not in axes]
                 first = tuple(0 if a in axes else slice(None) for a in range(len(labels.dims)))
                 result.append(Labels(tuple(labels.dims[a] for a in kept), labels.ids[first]))
@@ -197,7 +192,7 @@ class LabelledTensors:
                 continue
             uniform = self._uniform.get(operand, {})
             for dim, ids in uniform.items():
-                if (at := to.get(dim)) in dims and dim not in _dims_with_ids(state):
+                if (at := to.get(dim)) in dims and at not in covered:
                     axis = dims.index(at)
                     shape = [1] * len(dims)
                     shape[axis] = len(ids)

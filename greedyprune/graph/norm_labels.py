@@ -58,7 +58,8 @@ class NormOperations(ShapeOperations):
             if len(labels.dims) > 1:
                 self._fix((labels,), f"{node.target} mixes its units")
             elif of_groups and sizes > 1:
-                self.classes.unite_along(labels.ids.reshape(sizes, -1), (1,))
+                note = f"{node.target} has groups of channels, which mix several of its units"
+                self.classes.unite_along(labels.ids.reshape(sizes, -1), (1,), note)
             else:
                 self.norms.append(Norm(node, labels.dims[0], labels.ids))
             if len(operands) == 1:  # its sizes are those of no tensor
@@ -91,8 +92,8 @@ class NormOperations(ShapeOperations):
                 if any(np.isin(units, self.classes.roots(la.ids)).any() for la in self.of(user)):
                     continue
                 op = operation(user)
-                is_pointwise = self._is_pointwise(user, op) or op in EXPANDING | {"getitem"}
-                if user.op == "output" or not is_pointwise:
+                passes = op in EXPANDING or getattr(user.target, "__name__", "") == "getitem"
+                if user.op == "output" or not (passes or self._is_pointwise(user, op)):
                     self.classes.fix(norm.ids, f"{norm.node.target} mixes its units")
                     return
                 todo.append(user)

@@ -188,15 +188,13 @@ class Propagation(NormOperations):
             return self._through_glu(node)
         if op == "pixel_shuffle":
             return self._through_pixel_shuffle(node)
-        if op == "embedding":
-            return self._through_embedding(node)
+        if op in ("embedding", "embedding_bag"):
+            return self._through_embedding(node, op)
         if op == "index":
             return self._indexed(node)
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)
-        for source in node.all_input_nodes:
-            self._fix(self._of_all(source), f"{node.target} is not known to keep its units apart")
-        return ()
+        return self._refused(node, f"{node.target} is not known to keep its units apart")
 
     def _through_layer(self, node: fx.Node) -> State:
         """A layer sums over its input's channels; a convolution may do so in groups."""
@@ -205,9 +203,7 @@ class Propagation(NormOperations):
         state = self.of(inputs)
         if layer is None:
             reason = f"{node.target} takes its units, but its weight is not a module's own"
-            for source in node.all_input_nodes:
-                self._fix(self._of_all(source), reason)
-            return ()
+            return self._refused(node, reason)
         outputs, taken = (
             self.parameters[layer.weight, dim] for dim in (layer.out_dim, layer.in_dim)
         )
@@ -335,15 +331,19 @@ class Propagation(NormOperations):
         state = self._mixed(node, self.of(source), along)
         return _without_dims(state, along) if _removes(source, node) else state
 
-    def _through_embedding(self, node: fx.Node) -> State:
+    def _through_embedding(self, node: fx.Node, op: str) -> State:
         table = first_of(node)
         for labels in self.of(table):
             if labels.dims == (0,):
                 self.classes.fix(labels.ids, f"{node.target} looks its units up")
-        last = len(shape_of(node)) - 1
-        return tuple(
+        last = 1 if op == "embedding_bag" else len(shape_of(node)) - 1
+        state = tuple(
             Labels((last,), labels.ids) for labels in self.of(table) if labels.dims == (1,)
         )
+        if op == "embedding_bag":  # with three tensors of counts
+            self._parts[node] = [state, (), (), ()]
+            return ()
+        return state
 
 
 def _aligned(operand: fx.Node, result: fx.Node) -> dict[int, int | None]:
@@ -365,7 +365,10 @@ def _repeated(state: State, dim: int, size: int) -> State:
 
 
 def _removes(source: fx.Node, node: fx.Node) -> bool:
-    return len(shape_of(source)) > len(shape_of(node))
+    """Has the result, or each of several, fewer dimensions?"""
+    value = node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return len(shape_of(source)) > first.dim()
 
 
 def _without_dims(state: State, removed: set[int]) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,47 @@ def test_files(name: str, tmp_path: Path) -> None:
     greedyprune.save_pruned(small, tmp_path / "small.safetensors")
     again = greedyprune.load_pruned(tmp_path / "small.safetensors", lambda: of_kind(name)[0])
     assert outputs_of(again, inputs).equal(outputs_of(small, inputs))
+
+
+def centred(x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+    return (x - mean) * (variance + 1e-5).rsqrt()
+
+
+class Between(nn.Module):
+    """Two layers and a function, or an embedding of bags of words and a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, bags: bool = False) -> None:
+        super().__init__()
+        self.a = nn.EmbeddingBag(30, 12) if bags else nn.Linear(4, 12)
+        self.b, self.function = nn.Linear(12, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+SMALL = {
+    "var_mean": (Between(centred), ("aten.var_mean.correction (test_kinds.py line",)),
+    "std": (Between(lambda x: x / x.std(1, keepdim=True)), ("aten.std.dim (test_kinds.py line",)),
+    "normalize": (
+        Between(lambda x: functional.normalize(x, dim=1)), ("aten.linalg_vector_norm.default",)
+    ),
+    "bags": (Between(torch.relu, bags=True), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "norms"), SMALL.values(), ids=SMALL)
+def test_norms_that_are_written_out_and_bags(model: Between, norms: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(60, 4) if norms else torch.randint(30, (60, 4))
+    [row] = greedyprune.layers(model, inputs).values()
+    assert len(row.norms) == len(norms)
+    assert all(at.startswith(norm) for at, norm in zip(row.norms, norms, strict=True))
+    selection = greedyprune.select(model, inputs, **HALF)
+    small, expected = greedyprune.prune(model, selection), without_units(model, selection, inputs)
+    assert close(outputs_of(small, inputs), expected, 1e-9)
+    missing = without_units(model, selection, inputs, "a")
+    assert not close(missing, expected, 1e-3)
 
 
 class Joined(nn.Module):
