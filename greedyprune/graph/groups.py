@@ -29,7 +29,8 @@ from .labels import IDENTITY, Doubt
 from .norm_labels import Norm
 from .propagate import RESHAPING, Product, Propagation
 from .slices import Entries, NotPrunableError, Slice
-from .tracing import Graph, Layer, Window, first_of, flops_of, operation
+from .tracing import Graph, Layer, first_of, flops_of, operation
+from .windows import Window
 
 T = TypeVar("T", Doubt, Product, Norm)
 

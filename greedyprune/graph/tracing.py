@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .trace_errors import trace_error
+from .windows import CONVOLUTION_TYPES, TRANSPOSED_TYPES, Window, window_from, window_of
 
-TRANSPOSED_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_TYPES)
 LAYER_TYPES = (nn.Linear, *CONVOLUTION_TYPES)
 
 # The operations that a layer can be, by name.
@@ -30,24 +29,6 @@ TRANSPOSED = {f"conv_transpose{d}d" for d in (1, 2, 3)}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"} | TRANSPOSED
 LINEAR = {"linear", "addmm"}  # addmm: transformers' Conv1D
 _TRANSPOSING = {"t", "numpy_T", "transpose", "permute", "matrix_H", "mT", "swapaxes"}
-
-
-class Window(NamedTuple):
-    """How a convolution's kernel goes over its input.
-
-    padding:      for each end of each dimension, as nn.functional.pad takes it
-    padding_mode: how the padding is filled, as in nn.Conv2d
-    spread:       in a transposed convolution, its stride: its input's entries lie so far apart,
-                  with zeros between them, and an ordinary convolution of stride 1 goes over that,
-                  with the kernel flipped. Else empty
-    """
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]
-    padding_mode: str
-    spread: tuple[int, ...] = ()
 
 
 class Layer(NamedTuple):
@@ -196,7 +177,11 @@ class Graph:
             name = weight.rpartition(".")[0]
             window, module = None, self.model.get_submodule(name)
             if op in CONVOLUTIONS:
-                window = window_of(module) if is_plain(module) else _window_of_node(node)
+                window = window_of(module)
+                if not is_plain(module):
+                    options = _arguments(node)
+                    kernel = shape_of(options["weight"])[2:]
+                    window = window_from(options, kernel, op in TRANSPOSED)
             transposed = op in TRANSPOSED | {"addmm"}  # its weight is (inputs, outputs)
             self.layers[node] = Layer(
                 name, weight, bias, int(transposed), int(not transposed), _groups_of(node),
@@ -281,63 +266,6 @@ def is_plain(module: nn.Module) -> bool:
     if base is nn.Linear or base in TRANSPOSED_TYPES:
         return True
     return bool(kind._conv_forward is base._conv_forward)
-
-
-def window_of(module: nn.Module) -> Window | None:
-    """How a plain convolution goes over its input; None for a Linear or Conv1D."""
-    if not isinstance(module, CONVOLUTION_TYPES):
-        return None
-    if isinstance(module, TRANSPOSED_TYPES):
-        transposed: Any = module
-        return _spread_window(
-            transposed.kernel_size, transposed.stride, transposed.dilation, transposed.padding,
-            transposed.output_padding,
-        )  # fmt: skip
-    padding: Any = module._reversed_padding_repeated_twice
-    return Window(
-        tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), tuple(padding),
-        module.padding_mode,
-    )  # fmt: skip
-
-
-def _window_of_node(node: fx.Node) -> Window:
-    """How a convolution in the graph goes over its input."""
-    options = _arguments(node)
-    kernel = shape_of(options["weight"])[2:]
-    dims = len(kernel)
-
-    def spread(value: Any) -> tuple[int, ...]:
-        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        return values * dims if len(values) == 1 else values
-
-    stride, dilation = spread(options["stride"]), spread(options["dilation"])
-    if operation(node) in TRANSPOSED:
-        sides = spread(options["padding"]), spread(options["output_padding"])
-        return _spread_window(kernel, stride, dilation, *sides)
-    padding: Any = options["padding"]
-    ends: list[int] = []  # the last dimension first
-    for dim in reversed(range(dims)):
-        if padding == "same":
-            total = dilation[dim] * (kernel[dim] - 1)
-            ends += [total // 2, total - total // 2]
-        else:
-            ends += [0, 0] if padding == "valid" else [spread(padding)[dim]] * 2
-    return Window(kernel, stride, dilation, tuple(ends), "zeros")
-
-
-def _spread_window(
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
-    output_padding: Sequence[int],
-) -> Window:  # fmt: skip
-    """A transposed convolution as one over its spread input."""
-    ends: list[int] = []  # the last dimension first
-    for dim in reversed(range(len(kernel))):
-        end = dilation[dim] * (kernel[dim] - 1) - padding[dim]
-        ends += [end, end + output_padding[dim]]
-    ones = (1,) * len(kernel)
-    return Window(
-        tuple(kernel), ones, tuple(dilation), tuple(ends), "zeros", spread=tuple(stride)
-    )  # fmt: skip
 
 
 def _groups_of(node: fx.Node) -> int:

@@ -19,7 +19,7 @@ from ..data.padding import counted
 from ..kernels.products import PRODUCT
 from .groups import Group
 from .slices import Slice
-from .tracing import Window, window_of
+from .windows import Window, window_of
 
 PART = 2**24  # bytes of unfolded inputs at a time
 

@@ -16,7 +16,8 @@ from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..graph.groups import Group
 from ..graph.slices import NotPrunableError, Slice
-from ..graph.tracing import LAYER_TYPES, TRANSPOSED_TYPES, is_plain
+from ..graph.tracing import LAYER_TYPES, is_plain
+from ..graph.windows import TRANSPOSED_TYPES
 from ..kernels import backend as _backend
 from ..kernels.path import Rule
 from ..objectives.layer_products import LayerProducts, collect, reweighted_losses, unscaled_path

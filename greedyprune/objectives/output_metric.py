@@ -17,8 +17,8 @@ from ..data.batches import Batch
 from ..data.compared import as_rows, class_dim_of, row_shape
 from ..data.losses import Criterion
 from ..data.padding import counted
-from ..graph.tracing import Window
 from ..graph.unfold import as_columns, output_positions
+from ..graph.windows import Window
 from .derivatives import derivatives
 from .job import Job
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..graph.groups import Group
 from ..graph.slices import Slice
-from ..graph.tracing import window_of
 from ..graph.unfold import columns_in_halves, unit_major, weight_of
+from ..graph.windows import window_of
 from ..kernels.least_squares import Halves, feature_rows
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks

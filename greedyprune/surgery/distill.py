@@ -29,7 +29,8 @@ from ..data.halves import held_out
 from ..data.padding import Padding, counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
-from ..graph.tracing import CONVOLUTION_TYPES, Layer
+from ..graph.tracing import Layer
+from ..graph.windows import CONVOLUTION_TYPES
 from ..runtime.progress import Bar
 from .selection import Selection, entries_left
 

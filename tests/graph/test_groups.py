@@ -6,7 +6,7 @@ from io import StringIO
 
 import pytest
 import torch
-from networks import NETWORKS, STREAMS, Inputs, network
+from networks import NETWORKS, Groups, Inputs, network
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -16,6 +16,58 @@ from greedyprune.graph.groups import Group
 from greedyprune.graph.slices import NotPrunableError
 from greedyprune.graph.structure import analyse, find_groups
 from greedyprune.graph.tracing import LAYER_TYPES
+
+ATTENTION = "bert.encoder.layer.0.attention"
+_BERT_STREAM: Groups = {
+    "bert.embeddings.word_embeddings": (
+        24,
+        (
+            "bert.embeddings.token_type_embeddings", "bert.embeddings.position_embeddings",
+            f"{ATTENTION}.output.dense", "bert.encoder.layer.0.output.dense",
+        ),
+        (
+            f"{ATTENTION}.self.query", f"{ATTENTION}.self.key", f"{ATTENTION}.self.value",
+            "bert.encoder.layer.0.intermediate.dense", "bert.pooler.dense",
+        ),
+    ),
+}  # fmt: skip
+# The residual streams of these networks.
+STREAMS: dict[str, Groups] = {
+    "resnet": {
+        "0": (8, ("3.conv2",), ("3.conv1", "4.conv1", "4.shortcut")),
+        "4.conv2": (16, ("4.shortcut",), ("7",)),
+    },
+    "shared": {"first": (8, ("narrow",), ("wide", "last"))},
+    "bert": _BERT_STREAM,
+    "bert, eager": _BERT_STREAM,
+    "llama": {
+        "model.embed_tokens": (
+            24,
+            ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"),
+            (
+                *(f"model.layers.0.self_attn.{name}_proj" for name in "qkv"),
+                "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head",
+            ),
+        ),
+    },
+    "gpt2": {
+        "transformer.wte": (
+            24,
+            ("transformer.wpe", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"),
+            ("transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"),
+        ),
+    },
+    "vit": {
+        "vit.embeddings.patch_embeddings.projection": (
+            24,
+            ("vit.layers.0.attention.o_proj", "vit.layers.0.mlp.fc2"),
+            (
+                *(f"vit.layers.0.attention.{name}_proj" for name in "qkv"),
+                "vit.layers.0.mlp.fc1", "classifier",
+            ),
+        ),
+    },
+}  # fmt: skip
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
 

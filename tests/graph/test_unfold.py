@@ -10,7 +10,7 @@ from torch import nn
 
 from greedyprune.graph import unfold
 from greedyprune.graph.slices import Slice
-from greedyprune.graph.tracing import window_of
+from greedyprune.graph.windows import window_of
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),

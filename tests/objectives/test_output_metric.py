@@ -13,8 +13,8 @@ from greedyprune import Imitation
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import evaluating
 from greedyprune.data.losses import Criterion
-from greedyprune.graph.tracing import window_of
 from greedyprune.graph.unfold import as_columns
+from greedyprune.graph.windows import window_of
 from greedyprune.objectives import output_metric
 from greedyprune.surgery.cut import masked
 

@@ -41,10 +41,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 16, 4, 4)
-        self.token, self.places = (
-            nn.Parameter(torch.randn(1, 1, 16)),
-            nn.Parameter(torch.randn(1, 5, 16)),
-        )
+        self.token, self.places = (nn.Parameter(torch.randn(1, n, 16)) for n in (1, 5))
         self.blocks = nn.Sequential(Encoder.Block(16, 4), Encoder.Block(16, 4))
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
 
@@ -330,10 +327,8 @@ class TalkingHeads(nn.Module):
                 self.register_buffer(name, torch.rand(channels) + 0.5)
 
         def forward(self, x: Tensor) -> Tensor:
-            names = ("weight", "bias", "mean", "variance")
-            weight, bias, mean, variance = (
-                getattr(self, name).reshape(1, -1, 1, 1) for name in names
-            )
+            buffers = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+            weight, bias, mean, variance = buffers
             scale = weight * (variance + 1e-5).rsqrt()
             return x * scale + (bias - mean * scale)
 
@@ -364,8 +359,7 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         b, n, _ = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
-        q, k, v = qkv.unbind(0)
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
         q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
         scores = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
         return self.proj((scores @ v).permute(0, 3, 1, 2).reshape(b, n, -1))
