@@ -227,10 +227,10 @@ class LabelledTensors:
         return Labels(tuple(dims), ids)
 
     def _decide_factors(self) -> None:
-        """A constant along one of the dimensions that hold units: are these its entries?
+        """Decides whether the entries of a constant go with units that lie along more dimensions.
 
-        Yes where the units differ along its dimensions, as heads do with a bias for each head. If
-        they do not, its entries stay: a norm's factors of the entries of all heads.
+        A bias for each head loses its entry with the head, because heads differ along the bias's
+        dimension. A norm's factors are the same for all heads: they stay, and heads stay whole.
         """
         for node, ids, constant, axes in self._factors:
             roots = self.classes.roots(ids)
@@ -242,9 +242,10 @@ class LabelledTensors:
                 self.classes.unite_along(ids, axes, f"{node.target} has factors for its entries")
 
     def _make_rectangular(self) -> None:
-        """A dimension that was split into several loses its entries along one of these only.
+        """Decides along which dimension the entries go, where a reshape made several of one.
 
-        So entries at the same place of that one go together. It is the one with the most units.
+        The tensor has to stay rectangular. So only the dimension with the most units can get
+        smaller, and entries at the same place of it go together.
         """
         for ids in self._splits:
             roots = self.classes.roots(ids)

@@ -111,7 +111,8 @@ class Propagation(NormOperations):
     def _constant_along(self, node: fx.Node, op: str) -> dict[int, Ids]:
         """The dimensions along which a tensor is surely constant, with ids for their entries.
 
-        Such a dimension can have any size, but all that the tensor meets has the same one.
+        Such a dimension may get smaller. Then everything that the tensor is combined with has to
+        get smaller, too.
         """
         if not (op in EXPANDING | FACTORIES or self._is_pointwise(node, op)):
             return {}

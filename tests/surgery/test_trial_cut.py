@@ -204,3 +204,23 @@ def test_an_unexpected_error_is_no_answer() -> None:
     assert list(
         greedyprune.select(model, [x], objective="imitation", layers={"hidden": "last"}).layers
     ) == ["hidden"]
+
+
+class OneWidth(nn.Module):
+    """Two layers whose outputs are reshaped to a size from the same attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.width = nn.Linear(4, 8), nn.Linear(4, 8), 8
+        self.c, self.d = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (layer(x).view(len(x), self.width) for layer in (self.a, self.b))
+        return self.c(first.relu()) + self.d(second.tanh())
+
+
+def test_layers_that_need_one_size_are_found() -> None:
+    """Half of both works. But they may not keep different numbers of units, so both are refused."""
+    refused = greedyprune.layers(OneWidth(), torch.randn(6, 4)).refused
+    assert {"a", "b"} <= refused.keys()
+    assert all("may have their number as a constant" in refused[name] for name in "ab")
