@@ -19,8 +19,8 @@ def page(rows: Sequence[Row]) -> list[str]:
     lines = [
         "# Coverage", "",
         "Public architectures with random weights: `layers`, `select` (half of everything that can"
-        " be cut, on 8 samples, by imitation without least squares), `prune`, and a run whose"
-        " outputs must be those of the masked dense model, with norms over the units that are left"
+        " be cut, on 8 samples, by imitation in one pass, without exchanges), `prune`, and a run"
+        " whose outputs must be those of the masked dense model, with norms over the units that are left"
         " ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up to"
         f" {TOLERANCE['float64']:g} of the largest in float64 (`gap`), or {TOLERANCE['float32']:g}"
         " in float32 for a model that does not run in float64. A model is *untested* where this"

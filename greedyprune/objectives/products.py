@@ -206,7 +206,7 @@ class Products:
 
 
 class ConsumerProducts(Products):
-    """The products of one consumer. The target is the units' part of the consumer's dense output."""
+    """The products of one consumer. The target is the units' part of its dense output."""
 
     def __init__(
         self, name: str, module: nn.Module, group: Group, root: Tensor | None = None, *,
