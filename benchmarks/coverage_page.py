@@ -20,8 +20,8 @@ def page(rows: Sequence[Row]) -> list[str]:
         "# Coverage", "",
         "Public architectures with random weights: `layers`, `select` (half of everything that can"
         " be cut, on 8 samples, by imitation in one pass, without exchanges), `prune`, and a run"
-        " whose outputs must be those of the masked dense model, with norms over the units that are left"
-        " ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up to"
+        " whose outputs must be those of the masked dense model, with norms over the units that are"
+        " left ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up to"
         f" {TOLERANCE['float64']:g} of the largest in float64 (`gap`), or {TOLERANCE['float32']:g}"
         " in float32 for a model that does not run in float64. A model is *untested* where this"
         " can't fail: some layer's first pick can be missing, too. Torch-Pruning's MetaPruner, by"
