@@ -37,7 +37,8 @@ from greedyprune.data.batches import example_batch
 from greedyprune.data.forward import leaves_of
 from greedyprune.graph.costs import count_flops
 from greedyprune.graph.executor import GraphExecutor, tensors_of
-from greedyprune.graph.tracing import LAYER_TYPES, without_cache
+from greedyprune.graph.export import without_cache
+from greedyprune.graph.tracing import LAYER_TYPES
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.selection import entries_left
 

@@ -22,6 +22,7 @@ from .data.batches import Batch, Batches
 from .data.forward import hooked, run_model
 from .graph.costs import BudgetReport, Cost, count_flops
 from .graph.groups import Group
+from .graph.names import slice_of
 from .knapsack import Knapsack, solve
 from .objectives.layer_products import LayerProducts
 from .runtime.arguments import is_number
@@ -105,7 +106,7 @@ def nearest(size: int, units: int, step: int) -> int:
 
 def size_step(group: Group, round_to: int) -> int:
     """The least number of units whose channels are a multiple of `round_to`."""
-    channels = math.gcd(*(group.slices[f"{name}.weight"].neighbours for name in group.producers))
+    channels = math.gcd(*(slice_of(group.slices, name).neighbours for name in group.producers))
     return round_to // math.gcd(round_to, channels)
 
 

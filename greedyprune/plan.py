@@ -12,8 +12,9 @@ from .budget import Budget, relative_losses, within_budget
 from .data.batches import Batches
 from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
+from .graph.names import module_of_layer, slice_of, weight_of
 from .graph.slices import Slice
-from .graph.unfold import consumer_window, outputs_of, weight_of
+from .graph.unfold import consumer_window, outputs_of
 from .kernels.path import Rule
 from .objectives import fisher, imitation, memory, network_loss, output_loss, output_metric
 from .objectives.job import Job
@@ -151,8 +152,8 @@ def is_simple(model: nn.Module, group: Group) -> bool:
     """Is each unit one feature, and are these all the inputs of one Linear, which runs once?"""
     if len(group.consumers) > 1 or group.repeated or group.inner:
         return False
-    at = group.slices[f"{group.consumer}.weight"]
-    is_linear = isinstance(model.get_submodule(group.consumer), nn.Linear)
+    at = slice_of(group.slices, group.consumer)
+    is_linear = isinstance(module_of_layer(model, group.consumer), nn.Linear)
     return is_linear and at == Slice.regular(1, group.units)
 
 
@@ -174,7 +175,7 @@ def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
     for group in groups:
         width = 0
         for name in group.consumers:
-            weight = weight_of(model.get_submodule(name))
+            weight = weight_of(model, name)
             width += weight.numel() // outputs_of(model, group, name) // group.units
         if width > WIDEST:
             raise ValueError(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .names import module_of_layer
+
 ADAPTED = (
     "an adapter is attached to it or to a layer that has its units, too; merge it into the model "
     "first (with peft: model = model.merge_and_unload())"
@@ -20,7 +22,8 @@ _LOW_RANK = ("lora_A", "lora_a", "lora_down", "lora_embedding_A")
 def has_adapter(model: nn.Module, layer: str) -> bool:
     """Is a layer part of an adapter, or is one attached to it?"""
     parts = layer.split(".")
-    modules = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+    path = parts[: -1 if module_of_layer(model, layer) is None else None]
+    modules = (model.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1))
     return any(
         any(hasattr(module, attribute) for attribute in _LOW_RANK)
         or (type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"))

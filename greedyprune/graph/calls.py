@@ -11,15 +11,16 @@ import inspect
 
 from torch import fx
 
-from .labels import IDENTITY
+from .names import module_of_layer
+from .nodes import IDENTITY, call_of, module_name_of, operation
 from .propagate import RESHAPING
-from .tracing import Graph, call_of, is_plain, module_name_of, operation
+from .tracing import Graph, is_plain
 
 
 def sees_input(graph: Graph, node: fx.Node) -> bool:
     """Is the module's input, as a hook sees it, the input of its linear map?"""
-    module = graph.model.get_submodule(graph.layers[node].name)
-    return is_plain(module) and _runs_in_own_module(graph, node)
+    module = module_of_layer(graph.model, graph.layers[node].name)
+    return module is not None and is_plain(module) and runs_in_own_module(graph, node)
 
 
 def is_alone(graph: Graph, node: fx.Node) -> bool:
@@ -29,18 +30,20 @@ def is_alone(graph: Graph, node: fx.Node) -> bool:
     """
     if sees_input(graph, node):
         return True
-    module = graph.model.get_submodule(graph.layers[node].name)
-    parameters = inspect.signature(module.forward).parameters.values()
-    if len(parameters) != 1 or not _runs_in_own_module(graph, node):
+    module = module_of_layer(graph.model, graph.layers[node].name)
+    if module is None or not runs_in_own_module(graph, node):
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:
         return False
     call = call_of(node)
     others = (n for n in graph.nodes if n.op == "call_function" and n is not node)
     return all(_changes_nothing(other) for other in others if call_of(other) == call)
 
 
-def _runs_in_own_module(graph: Graph, node: fx.Node) -> bool:
+def runs_in_own_module(graph: Graph, node: fx.Node) -> bool:
+    """Does the module run that the layer is named after?"""
     runs_in = graph.model.get_submodule(module_name_of(node))
-    return runs_in is graph.model.get_submodule(graph.layers[node].name)
+    return runs_in is module_of_layer(graph.model, graph.layers[node].name)
 
 
 def _changes_nothing(node: fx.Node) -> bool:

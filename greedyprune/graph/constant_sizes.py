@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .tracing import first_of, operation, shape_of
+from .nodes import first_of, operation, shape_of
 
 _SIZES_AT = {"view": 1, "reshape": 1, "_unsafe_view": 1, "expand": 1, "unflatten": 2}  # in args
 

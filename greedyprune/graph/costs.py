@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .groups import Group
+from .names import layer_name
 
 T = TypeVar("T")
 
@@ -113,10 +114,11 @@ def costs_of(
     params: Counter[tuple[str, ...]] = Counter()
     layers: Counter[tuple[str, ...]] = Counter()
     cut = {name for group in groups for name in group.slices}
+    not_called = {name: amount for group in groups for name, amount in group.flops.items()}
     for name, parameter in model.named_parameters():  # one that has two names counts once
         if name not in cut:
             continue
-        of_layer = flops.get(name.removesuffix(".weight"), 0) if name.endswith(".weight") else 0
+        of_layer = not_called.get(name) or flops.get(layer_name(name), 0)
         for producers, entries in _blocks(groups, name, parameter.shape).items():
             params[producers] += entries
             layers[producers] += of_layer * entries // parameter.numel()

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
 from ..data.forward import not_run
 from ..runtime.sparse import bytes_of
-from .in_place import check_in_place
 from .linear_paths import linear_path
+from .nodes import PRODUCTS, data_input, in_place, operation, shape_of
 from .norms import over_entries
 from .propagate import Propagation
 from .slices import Entries
-from .tracing import Graph, Layer, data_input, in_place, operation, shape_of
+from .tracing import Graph, Layer
 
 # The values of nodes that have run and are still needed: tensors, or tuples of them.
 Values = dict[fx.Node, Any]
@@ -49,14 +49,11 @@ class GraphExecutor:
     layers:       the layers by their names
     linear_paths: what follows each layer until something nonlinear, by its name
     refittable:   the layers by their index, if nothing else uses their weights
-
-    Raises OverwrittenError for a model that can't be run in this way.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, dynamic: bool = False) -> None:
         graph = Graph(model, batch.args, batch.kwargs, dynamic)
         self._graph, self.nodes = graph, graph.nodes
-        check_in_place(graph)
         self._interpreter = fx.Interpreter(graph.program.graph_module)
         self.layers = {layer.name: layer for layer in graph.layers.values()}
         self.place: dict[str, int] = {}
@@ -196,9 +193,11 @@ class GraphExecutor:
 
     def returned(self, values: Values) -> Any:
         """The model's output, in its own structure, once all nodes have run."""
+        specs = self._graph.program.graph_signature.output_specs
         leaves = [
             values.get(leaf) if isinstance(leaf, fx.Node) else leaf
-            for leaf in self.nodes[-1].args[0]
+            for leaf, spec in zip(self.nodes[-1].args[0], specs, strict=True)
+            if spec.kind == OutputKind.USER_OUTPUT  # others are buffers that the forward changes
         ]
         return tree_unflatten(leaves, self._graph.program.call_spec.out_spec)
 
@@ -252,7 +251,7 @@ class GraphExecutor:
     def linear_map(self, layer: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A layer's output for its (padded) inputs, with this weight and bias."""
         node = self.nodes[self.place[layer]]
-        if operation(node) == "addmm":
+        if operation(node) in PRODUCTS | {"addmm"}:
             return inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
         target: Any = node.target
         options = {name: value for name, value in node.kwargs.items() if name != "bias"}

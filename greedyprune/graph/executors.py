@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs, traceable
 from .executor import GraphExecutor, tensors_of
-from .tracing import without_cache
+from .export import without_cache
 
 MOST_SHAPES = 16  # of batches that take a trace of their own
 

@@ -12,8 +12,8 @@ on the way. A layer is refused, with the reason, if
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, TypeVar
@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .calls import is_alone, sees_input
+from .calls import is_alone, runs_in_own_module, sees_input
 from .classes import Ids
 from .constant_sizes import attributes_of, line_of
-from .labels import IDENTITY, Doubt
+from .labels import Doubt
+from .nodes import IDENTITY, first_of, flops_of, operation
 from .norm_labels import Norm
 from .propagate import RESHAPING, Product, Propagation
 from .slices import Entries, NotPrunableError, Slice
-from .tracing import Graph, Layer, first_of, flops_of, operation
+from .tracing import Graph, Layer
 from .windows import Window
 
 T = TypeVar("T", Doubt, Product, Norm)
@@ -56,6 +57,7 @@ class Group:
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     windows:       how the consumers that are convolutions go over their inputs; those that are not
                    listed run as torch's own modules do
+    flops:         the FLOPs of the layers that do not run as a call of their module, by weight
     repeated:      a consumer runs several times in one forward pass
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
@@ -76,6 +78,7 @@ class Group:
     also: Mapping[str, Slice] = field(default_factory=dict)
     products: Mapping[str, int] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
+    flops: Mapping[str, int] = field(default_factory=dict)
     repeated: bool = False
     inner: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
@@ -274,6 +277,7 @@ class _Reader:
                 for product, of in self.products if not of.isdisjoint(concerned)
             },
             windows={name: window for name, window in windows.items() if window is not None},
+            flops=self._flops_of(slices),
             repeated=len(uses) > len(consumers),
             inner=tuple(dict.fromkeys(uses[node] for node in uses if not sees_input(graph, node))),
             mixed=tuple(dict.fromkeys(uses[node] for node in uses if not is_alone(graph, node))),
@@ -285,6 +289,14 @@ class _Reader:
                 dict.fromkeys(la.weight for la in graph.tied.values() if la.weight in slices)
             ),
         )  # fmt: skip
+
+    def _flops_of(self, weights: Container[str]) -> dict[str, int]:
+        """The FLOPs of those of these layers that do not run as a call of their module."""
+        flops = Counter[str]()
+        for node, layer in self.graph.layers.items():
+            if layer.weight in weights and not runs_in_own_module(self.graph, node):
+                flops[layer.weight] += flops_of(node)
+        return dict(flops)
 
     def _slices(
         self, roots_of: Mapping[tuple[str, int], Ids], units: Ids, consumers: set[str]

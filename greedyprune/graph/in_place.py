@@ -6,19 +6,15 @@ from typing import Any
 
 from torch import fx
 
-from .labels import IDENTITY
-from .tracing import Graph, in_place, operation
+from .nodes import IDENTITY, in_place, operation
 
 
-class OverwrittenError(ValueError):
-    """The model changes a part of a tensor in place, which running its graph does not support."""
+def is_overwritten(graph: fx.Graph) -> bool:
+    """Does a node use what an earlier one changed in place, by another name?
 
-
-def check_in_place(graph: Graph) -> None:
-    """OverwrittenError where a node uses what an earlier one changed in place, by another name.
-
-    The executor lets in-place operations act on a copy.
+    The executor lets in-place operations act on a copy, and the ids of entries follow results only.
     """
+    position = {node: i for i, node in enumerate(graph.nodes)}
     for node in filter(in_place, graph.nodes):
         base = node.args[0]
         while isinstance(base, fx.Node) and _is_alias(base):
@@ -30,12 +26,9 @@ def check_in_place(graph: Graph) -> None:
                 aliases.add(alias)
                 todo += [user for user in alias.users if _is_alias(user)]
         users = {user for alias in aliases for user in alias.users}
-        if any(graph.position[user] > graph.position[node] for user in users):
-            raise OverwrittenError(
-                f"model: {node.target} changes a part of a tensor in place, and the whole is "
-                "used later; expected operations that return new tensors, or sequential=False "
-                "in the objective of `select`"
-            )
+        if any(position[user] > position[node] for user in users):
+            return True
+    return False
 
 
 def _is_alias(node: fx.Node) -> bool:

@@ -11,20 +11,17 @@ import torch
 from torch import fx
 
 from .classes import Classes, Ids
-from .tracing import Graph, shape_of
+from .nodes import IDENTITY, shape_of
+from .tracing import Graph
 
 # What operations do, by name (`add` stands for `add_`, too).
-# They leave every number as it is:
-IDENTITY = {
-    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "contiguous", "clone",
-    "detach", "alias", "to", "_to_copy", "lift_fresh_copy",
-}  # fmt: skip
 # They act on every number by itself: these, and the operations that torch tags `pointwise`:
 ELEMENTWISE = IDENTITY | {
-    "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "where",
+    "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "where", "copy",
+    "fill", "zero",
 }  # fmt: skip
 # They repeat entries along dimensions of size 1:
-EXPANDING = {"expand", "expand_as"}
+EXPANDING = {"expand", "expand_as", "repeat"}
 MIXED = "a reshape mixes its units' dimension with others"
 
 
@@ -169,7 +166,7 @@ class LabelledTensors:
     ) -> Ids:  # fmt: skip
         """The ids of a result along `dims`, of these sizes; those that meet become one class."""
         arrays, reasons = list[Ids](), list[tuple[tuple[int, ...], str]]()
-        factors = list[tuple[Ids, tuple[int, ...]]]()
+        factors, held = list[tuple[Ids, tuple[int, ...]]](), list[tuple[fx.Node, int, int]]()
         for operand, state, to in operands:
             covered = set[int]()
             for labels in state:
@@ -191,13 +188,16 @@ class LabelledTensors:
             if operand is None or operand is node:
                 continue
             uniform = self._uniform.get(operand, {})
-            for dim, ids in uniform.items():
-                if (at := to.get(dim)) in dims and at not in covered:
-                    axis = dims.index(at)
+            constant = {
+                dims.index(at): ids for dim, ids in uniform.items()
+                if (at := to.get(dim)) is not None and at in dims and at not in covered
+            }  # fmt: skip
+            for axis, ids in constant.items():
+                held.append((operand, axis, len(ids)))
+                if len(constant) == 1:  # along several, each entry would tie rows and columns
                     shape = [1] * len(dims)
                     shape[axis] = len(ids)
                     arrays.append(np.broadcast_to(ids.reshape(shape), sizes))
-                    self.doubts.append(Doubt(operand, arrays[-1], axis, len(ids)))
             own = {
                 at: shape_of(operand)[dim] for dim, at in to.items()
                 if at in dims and dim not in uniform
@@ -209,6 +209,7 @@ class LabelledTensors:
         first = arrays[0] if arrays else self.classes.fresh(math.prod(sizes)).reshape(sizes)
         for others in arrays[1:]:
             self.classes.unite(first, others)
+        self.doubts += [Doubt(source, first, axis, size) for source, axis, size in held]
         self._factors += [Factor(node, first, ids, axes) for ids, axes in factors]
         for bare, reason in reasons:
             if len(bare) < len(dims):  # along the other dimensions, units can still be removed

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .labels import IDENTITY
+from .nodes import IDENTITY, ancestors, operation, shape_of
 from .propagate import RESHAPING
-from .tracing import Graph, ancestors, operation, shape_of
+from .tracing import Graph
 
 SMALLEST_SCALE = 1e-3  # of the largest one: channels that are scaled by less are not corrected
 

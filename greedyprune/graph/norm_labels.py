@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from .classes import Ids
 from .labels import EXPANDING, Labels, Operand, State
+from .nodes import first_of, operation, shape_of
 from .norms import NORMS
 from .shapes import ShapeOperations
 from .slices import Entries
-from .tracing import Graph, first_of, operation, shape_of
+from .tracing import Graph
 
 
 class Norm(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .tracing import operation
+from .nodes import operation
 
 # They subtract the mean or divide by the spread of some dimensions; group_norm with one group.
 NORMS = {"layer_norm", "rms_norm", "group_norm"}

@@ -22,19 +22,11 @@ from torch import fx
 
 from .classes import Ids
 from .labels import EXPANDING, Labels, Operand, State
+from .nodes import CONVOLUTIONS, LINEAR, SPLITTING, data_input, first_of, operation, shape_of
 from .norm_labels import NormOperations
 from .norms import NORMS, STATISTICS
 from .shapes import dims_of
-from .tracing import (
-    CONVOLUTIONS,
-    LINEAR,
-    Graph,
-    Layer,
-    data_input,
-    first_of,
-    operation,
-    shape_of,
-)
+from .tracing import Graph, Layer
 
 # What operations do, by name; those that act on every number by itself are in labels.py.
 # They make a tensor of one number:
@@ -43,8 +35,6 @@ FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"}
 RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
 # They give the dimensions another order or size:
 MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim"} | EXPANDING
-# They cut a dimension into several tensors:
-SPLITTING = {"split", "split_with_sizes", "chunk", "unbind"}
 # They act on the last dimensions, as many as the name says: pooling and interpolation. `pad`, too.
 POOLING = re.compile(r"(?:(?:adaptive_)?(?:max|avg)_pool|_?upsample_\w+?)([123])d(?:_aa)?|pad")
 # They act along dimensions that their arguments name, and remove them or keep them:
@@ -52,10 +42,12 @@ REDUCING = {"mean", "sum", "amax", "amin"}
 MIXING = {"softmax", "log_softmax", "_softmax", "cumsum", "roll"}
 # They take some entries of the dimension that their arguments name:
 TAKING = {"slice", "narrow", "select"}
+# They write some entries of a dimension anew (tensors that a model changes in place, export.py):
+WRITING = {"slice_scatter", "select_scatter"}
 # They act on each unit by itself; the arguments at these places have one entry for each unit:
 PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4), "prelu": (1,)}
 # They multiply matrices: the first dimensions are a batch's, and may hold units:
-MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
+MATRIX_PRODUCTS = {"matmul", "bmm", "mm", "baddbmm"}
 # They add values of several layers: their units are then a stream.
 SUMS = {"add", "sub", "lerp", "addcmul", "rsub"}
 
@@ -102,6 +94,8 @@ class Propagation(NormOperations):
         if node.op == "call_function":
             self._uniform[node] = self._constant_along(node, operation(node))
         sources = [source for source in node.all_input_nodes if self._is_labelled(source)]
+        if node.op == "call_function" and operation(node) in RESHAPING:
+            sources += [source for source in node.all_input_nodes if self._uniform.get(source)]
         if node.op == "output":
             for source in sources:
                 self._fix(self._of_all(source), "its units are the model's output")
@@ -148,16 +142,16 @@ class Propagation(NormOperations):
         return tuple(state)
 
     def _after(self, node: fx.Node, op: str) -> State:
-        if op in LINEAR | CONVOLUTIONS:
+        if op in LINEAR | CONVOLUTIONS or node in self.graph.layers:
             return self._through_layer(node)
-        if op in SPLITTING:
+        if op in SPLITTING | {"unbind"}:
             return self._through_split(node, op)
         if node.target.__name__ == "getitem":  # type: ignore[union-attr]
             parts = self._parts.get(first_of(node))
             place: Any = node.args[1]
             return self.of(first_of(node)) if parts is None else parts[place]
         if op in MATRIX_PRODUCTS:
-            return self._through_product(node)
+            return self._through_product(node, op)
         if op == "scaled_dot_product_attention":
             return self._through_attention(node)
         if op in PER_UNIT_ARGUMENTS:
@@ -165,7 +159,7 @@ class Propagation(NormOperations):
         if op in NORMS:
             return self._through_norm(node, op)
         if op in RESHAPING:
-            return self._reshaped(node, self.of(first_of(node)))
+            return self._reshaped(node, self._with_uniform(first_of(node)))
         if op in MOVING:
             return self._moved(node, op)
         if pooling := POOLING.fullmatch(op):
@@ -183,6 +177,8 @@ class Propagation(NormOperations):
             return self._flipped(node)
         if op == "cat":
             return self._joined(node)
+        if op in WRITING:
+            return self._written(node, op)
         if op == "stack":
             return self._stacked(node)
         if op == "glu":
@@ -203,7 +199,7 @@ class Propagation(NormOperations):
         layer = self.graph.layers.get(node) or self.graph.tied.get(node)
         state = self.of(inputs)
         if layer is None:
-            reason = f"{node.target} takes its units, but its weight is not a module's own"
+            reason = f"{node.target} takes its units, but its weight is no parameter"
             return self._refused(node, reason)
         outputs, taken = (
             self.parameters[layer.weight, dim] for dim in (layer.out_dim, layer.in_dim)
@@ -251,16 +247,20 @@ class Propagation(NormOperations):
         self.classes.unite(ins[:, 0], outs[:, 0])
         self.classes.fix(taken, f"{node.target} has groups")
 
-    def _through_product(self, node: fx.Node) -> State:
-        """A matrix product for each entry of the first dimensions."""
-        one, other = (arg for arg in node.args[:2] if isinstance(arg, fx.Node))
+    def _through_product(self, node: fx.Node, op: str) -> State:
+        """A matrix product for each entry of the first dimensions; baddbmm adds it to a tensor."""
+        *added, one, other = node.args[: 3 if op == "baddbmm" else 2]
+        if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+            return self._refused(node, f"{node.target} sums over its units")
         dims = len(shape_of(node))
         if len(shape_of(one)) < 2 or len(shape_of(other)) < 2:
             return self._refused(node, f"{node.target} sums over its units")
         reason = f"{node.target} sums over its units"
         left = self._mixed(node, self.of(one), [len(shape_of(one)) - 1], reason)
         right = self._mixed(node, self.of(other), [len(shape_of(other)) - 2], reason)
+        sums = [tensor for tensor in added if isinstance(tensor, fx.Node)]
         state = self._met(node, [
+            *((tensor, self.of(tensor), _aligned(tensor, node)) for tensor in sums),
             (one, left, _aligned(one, node) | {len(shape_of(one)) - 1: None}),
             (other, right, _aligned(other, node) | {len(shape_of(other)) - 2: None}),
         ])  # fmt: skip

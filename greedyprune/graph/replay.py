@@ -7,7 +7,7 @@ they do not fit in memory, they are computed again from the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from .executor import (
 from .executors import GraphExecutors
 from .groups import Group
 from .linear_paths import LinearPath
+from .names import weight_name
 from .slices import Entries
 from .tracing import Layer
 
@@ -63,11 +64,12 @@ class Replay:
 
     limit: bytes that the values between two layers may take, of all batches together
 
-    Raises OverwrittenError for a model that can't be run in pieces, ValueError for too many shapes.
+    Raises ValueError for too many shapes.
     """
 
     def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
-        self._batches, self._limit, self.ranks = batches, limit, batches.ranks
+        self._model, self._batches, self._limit = model, batches, limit
+        self.ranks = batches.ranks
         self._dense = Network(tensors_of(model))
         self._changed: dict[str, Tensor] = {}
         self._left: Entries = {}
@@ -103,12 +105,12 @@ class Replay:
     def linear_path(self, layer: str) -> LinearPath:
         return self._first_executor().linear_paths[layer]
 
-    def change(self, layer: str, **tensors: Tensor) -> None:
-        """Gives a layer of the pruned network this weight or bias.
+    def change(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
+        """Gives a layer of the pruned network these weights and biases, by their names.
 
         Layers are changed in the order in which they run.
         """
-        self._changed |= {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+        self._changed |= tensors
         self._first_layer = self._first_layer or layer
         for state in self._states or []:
             state.separate()
@@ -122,7 +124,7 @@ class Replay:
 
     def weight(self, layer: str) -> Tensor:
         """A layer's weight in the pruned network."""
-        name = f"{layer}.weight"
+        name = weight_name(self._model, layer)
         return self._changed.get(name, self._dense.tensors[name])
 
     def _networks(self) -> tuple[Network, Network]:

@@ -11,8 +11,8 @@ from torch import fx
 
 from .classes import Ids
 from .constant_sizes import may_hold_size, split_may_hold_size
-from .labels import EXPANDING, Doubt, LabelledTensors, Labels, State
-from .tracing import first_of, shape_of
+from .labels import EXPANDING, Doubt, LabelledTensors, Labels, Operand, State
+from .nodes import arguments_of, first_of, shape_of
 
 
 class ShapeOperations(LabelledTensors):
@@ -61,20 +61,33 @@ class ShapeOperations(LabelledTensors):
             if not inside or len(before) == len(after) == 1:
                 continue
             others = sorted({dim for labels in inside for dim in labels.dims} - set(before))
-            if min(len(before), len(after)) > 1 or not renamed.keys() >= set(others):
+            finest = _finest([old[dim] for dim in before], [new[dim] for dim in after])
+            if finest is None or not renamed.keys() >= set(others):
                 self._fix(inside, f"{node.target} mixes its units' dimension with others")
                 continue
             dims = [*others, *before]
             same = {dim: dim for dim in dims}
             ids = self._block(node, dims, [old[dim] for dim in dims], [(None, inside, same)])
-            ids = ids.reshape([old[dim] for dim in others] + [new[dim] for dim in after])
-            labels = self._simple(Labels((*(renamed[dim] for dim in others), *after), ids))
-            if len(labels.dims) > 1 and len(before) < len(after):
-                self._splits.append(labels.ids)
-            result.append(labels)
+            sizes = [old[dim] for dim in others]
+            if len(finest) > len(before):  # some dimensions become several
+                split = ids.reshape(sizes + finest)
+                split = self._simple(Labels(tuple(range(split.ndim)), split)).ids
+                if split.ndim > 1:
+                    self._splits.append(split)
+            ids = ids.reshape(sizes + [new[dim] for dim in after])
+            result.append(self._simple(Labels((*(renamed[d] for d in others), *after), ids)))
         held = [dim for dim in range(len(new)) if may_hold_size(node, dim)]
         self._doubt_sizes(node, tuple(result), held)
         return tuple(result)
+
+    def _with_uniform(self, node: fx.Node) -> State:
+        """A tensor's ids, or those of its only constant dimension, which a reshape may merge."""
+        state, uniform = self.of(node), self._uniform.get(node, {})
+        if state or len(uniform) != 1:
+            return state
+        [(dim, ids)] = uniform.items()
+        self.doubts.append(Doubt(node, ids, 0, len(ids)))
+        return (Labels((dim,), ids),)
 
     def _moved(self, node: fx.Node, op: str) -> State:
         source, dims = first_of(node), len(shape_of(first_of(node)))
@@ -127,13 +140,8 @@ class ShapeOperations(LabelledTensors):
             for labels in self.of(source):
                 if labels.dims == (dim,) and op == "select":
                     self._fix((labels,), f"{node.target} takes one of its units")
-                elif dim in labels.dims:
-                    axis, end = labels.dims.index(dim), start + size * step
-                    moved = np.moveaxis(labels.ids, axis, 0)
-                    self.doubts += [
-                        Doubt(node, ids, 0, len(ids)) for ids in (moved[:start], moved[:end])
-                        if 0 < len(ids) < shape[dim]
-                    ]  # fmt: skip
+                else:
+                    self._doubt_ends(node, (labels,), dim, start, start + size * step)
         return self._cut_out(self.of(source), dim, places, removed=op == "select")
 
     def _flipped(self, node: fx.Node) -> State:
@@ -149,28 +157,73 @@ class ShapeOperations(LabelledTensors):
         """Tensors side by side along one dimension."""
         parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
         parts = [part for part in parts if len(shape_of(part)) == len(shape_of(node))]
-        dims = len(shape_of(node))
         named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        dim = int(named) % dims
-        if not any(dim in labels.dims for part in parts for labels in self.of(part)):
+        dim = int(named) % len(shape_of(node))
+        return self._side_by_side(
+            node, dim, [(part, self.of(part), shape_of(part)[dim]) for part in parts]
+        )
+
+    def _written(self, node: fx.Node, op: str) -> State:
+        """A tensor with some entries of one dimension written anew."""
+        source, written = node.all_input_nodes[:2]
+        arguments = arguments_of(node)
+        shape = shape_of(source)
+        dim = int(arguments["dim"]) % len(shape)
+        if op == "select_scatter" or arguments["step"] != 1:
+            if any(dim in labels.dims for labels in self.of(source)):
+                return self._refused(node, f"{node.target} changes some of its units")
+            moved: dict[int, int | None] = {at: at for at in range(len(shape))}
+            if op == "select_scatter":
+                moved = {at: at + (at >= dim) for at in range(len(shape) - 1)}
+            same: dict[int, int | None] = {at: at for at in range(len(shape))}
+            operands = [(source, self.of(source), same), (written, self.of(written), moved)]
+            return self._met(node, operands)
+        places = slice(arguments["start"], arguments["end"])
+        start, end, _ = places.indices(int(shape[dim]))
+        state = self.of(source)
+        parts = [
+            (source, self._cut_out(state, dim, slice(0, start), False), start),
+            (written, self.of(written), end - start),
+            (source, self._cut_out(state, dim, slice(end, None), False), shape[dim] - end),
+        ]
+        self._doubt_ends(node, state, dim, start, end)
+        return self._side_by_side(node, dim, [part for part in parts if part[2]])
+
+    def _doubt_ends(self, node: fx.Node, state: State, dim: int, start: int, end: int) -> None:
+        """Notes that an operation may have these places of a dimension as constants."""
+        for labels in state:
+            if dim in labels.dims:
+                moved = np.moveaxis(labels.ids, labels.dims.index(dim), 0)
+                self.doubts += [
+                    Doubt(node, ids, 0, len(ids)) for ids in (moved[:start], moved[:end])
+                    if 0 < len(ids) < len(moved)
+                ]  # fmt: skip
+
+    def _side_by_side(
+        self, node: fx.Node, dim: int, parts: Sequence[tuple[fx.Node, State, int]]
+    ) -> State:
+        """Tensors, with their ids and their sizes along the dimension in which they are joined."""
+        dims = len(shape_of(node))
+        if not any(dim in labels.dims for _, state, _ in parts for labels in state):
             rest: dict[int, int | None] = {at: at for at in range(dims) if at != dim}
-            return self._met(node, [(part, self.of(part), rest | {dim: None}) for part in parts])
-        joint = sorted({d for part in parts for labels in self.of(part) if dim in labels.dims
+            return self._met(node, [(part, state, rest | {dim: None}) for part, state, _ in parts])
+        joint = sorted({d for _, state, _ in parts for labels in state if dim in labels.dims
                         for d in labels.dims})  # fmt: skip
         same: dict[int, int | None] = {at: at for at in range(dims)}
-        blocks, rests = list[Ids](), list[State]()
-        for part in parts:
-            inside = tuple(la for la in self.of(part) if set(la.dims) & set(joint))
+        along = same | dict.fromkeys(joint)
+        blocks, rests = list[Ids](), list[Operand]()
+        for part, state, size in parts:
+            inside = tuple(la for la in state if set(la.dims) & set(joint))
             if not inside:  # values that no layer gives
-                fresh = self.classes.fresh(shape_of(part)[dim])
+                fresh = self.classes.fresh(size)
                 self.classes.fix(fresh, f"{node.target} joins its units with other values")
                 inside = (Labels((dim,), fresh),)
-            sizes = [shape_of(part)[d] for d in joint]
+            sizes = [size if d == dim else shape_of(part)[d] for d in joint]
             blocks.append(self._block(node, joint, sizes, [(None, inside, same)]))
-            rests.append(tuple(la for la in self.of(part) if not set(la.dims) & set(joint)))
+            outside = tuple(la for la in state if not set(la.dims) & set(joint))
+            rests.append((part, outside, along))
         ids = np.concatenate(blocks, axis=joint.index(dim))
-        along = same | dict.fromkeys(joint)
-        others = self._met(node, [(p, rest, along) for p, rest in zip(parts, rests, strict=True)])
+        others = self._met(node, rests)
         if len(joint) > 1:
             self._splits.append(ids)
         return (*others, Labels(tuple(joint), ids))
@@ -244,6 +297,20 @@ def dims_of(named: Any, count: int) -> set[int]:
 
 def _listed(named: Any, count: int) -> list[int]:
     return [int(dim) % count for dim in ([named] if isinstance(named, int) else named)]
+
+
+def _finest(old: Sequence[int], new: Sequence[int]) -> list[int] | None:
+    """The sizes of dimensions that both shapes make by putting neighbours together.
+
+    None: there are none, since a dimension of one lies across two of the other.
+    """
+    ends = sorted({math.prod(shape[i:]) for shape in (old, new) for i in range(len(shape))})
+    sizes = list[int]()
+    for inner, outer in zip([1, *ends], ends, strict=False):
+        if outer % inner:
+            return None
+        sizes.insert(0, outer // inner)
+    return sizes
 
 
 def _same_entries(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from ..data.padding import counted
 from ..kernels.products import PRODUCT
 from .groups import Group
+from .names import module_of_layer, slice_of, weight_of
 from .slices import Slice
 from .windows import Window, window_of
 
@@ -26,17 +27,13 @@ PART = 2**24  # bytes of unfolded inputs at a time
 
 def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:
     """How many output channels a consumer of the group has."""
-    weight = weight_of(model.get_submodule(consumer))
-    return weight.shape[1 - group.slices[f"{consumer}.weight"].dim]
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    return module.get_parameter("weight")
+    return weight_of(model, consumer).shape[1 - slice_of(group.slices, consumer).dim]
 
 
 def consumer_window(model: nn.Module, group: Group, consumer: str) -> Window | None:
     """How a consumer of the group goes over its inputs; None: it is no convolution."""
-    return group.windows.get(consumer) or window_of(model.get_submodule(consumer))
+    module = module_of_layer(model, consumer)
+    return group.windows.get(consumer) or (None if module is None else window_of(module))
 
 
 def unit_major(weight: Tensor, at: Slice) -> Tensor:

@@ -19,6 +19,7 @@ from ..data.compared import compared
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.padding import NO_LABEL, counted
 from ..graph.groups import Group
+from ..graph.names import slice_of
 from ..graph.unfold import by_position, consumer_window, input_positions, outputs_of
 from ..runtime.resume import Pass, Tensors
 from ..surgery.selection import LayerSelection
@@ -114,7 +115,7 @@ def _gate_slopes(job: Job, group: Group, batch: Batch, values: Derivatives) -> T
     total, samples = torch.zeros(()), samples_of(batch) or 1
     kept = _counted_samples(job.criterion, batch)
     for name in group.consumers:
-        at, window = group.slices[f"{name}.weight"], consumer_window(job.model, group, name)
+        at, window = slice_of(group.slices, name), consumer_window(job.model, group, name)
         for inputs, derivative in values[name]:
             products = by_position(window, inputs * derivative)
             rows = counted(batch.padding.of(name), input_positions(window, inputs))

@@ -14,6 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from ..graph.groups import Group
+from ..graph.names import weight_name
 from ..graph.replay import Replay
 from ..runtime.resume import Pass
 from ..surgery.cut import masked_weight
@@ -80,7 +81,8 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
         replay.keep_only(entries_left(selected.values()))
         for name in sorted(group.consumers, key=place.__getitem__):
-            replay.change(name, weight=masked_weight(replay.weight(name), layer, name))
+            weight = masked_weight(replay.weight(name), layer, name)
+            replay.change(name, {weight_name(job.model, name): weight})
     return selected
 
 

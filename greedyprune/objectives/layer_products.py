@@ -21,6 +21,7 @@ from ..data.padding import NO_PADDING, NO_POSITION
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
+from ..graph.names import owner_of
 from ..kernels import exchange, ops
 from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
 from ..kernels.path import Moments, NestedFit, Path, Rule, Step
@@ -60,12 +61,12 @@ class LayerProducts:
         weights: the weights that the consumers have by now; None: the dense ones
         """
         for name in (*group.producers, *group.consumers):
-            check_finite(name, model.get_submodule(name))
+            check_finite(name, owner_of(model, name))
         consumers = [
             ConsumerProducts(
-                name,
-                model.get_submodule(name),
+                model,
                 group,
+                name,
                 roots.get(name),
                 given=given,
                 halves=halves,

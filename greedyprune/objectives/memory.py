@@ -13,7 +13,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..graph.groups import Group
-from ..graph.unfold import outputs_of, weight_of
+from ..graph.names import weight_of
+from ..graph.unfold import outputs_of
 from ..kernels.exchange import ELIMINATION_FEATURES
 from ..kernels.path import Rule
 from ..kernels.products import FLOAT64_ENTRIES
@@ -49,7 +50,7 @@ def bytes_of(
         shapes = []
         for name in group.consumers:
             outputs = outputs_of(model, group, name)
-            shapes.append((weight_of(model.get_submodule(name)).numel() // outputs, outputs))
+            shapes.append((weight_of(model, name).numel() // outputs, outputs))
     halves = 1 + (weights in ("auto", "refit") and not gates and not picked)
     sums = sum(halves * f * f + (1 + halves) * f * c for f, c in shapes)  # with W and K W^T
     picks, widths = rule.most(units), [f // units for f, _ in shapes]

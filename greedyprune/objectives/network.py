@@ -26,7 +26,7 @@ from ..graph.executor import (
 )
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
-from ..graph.in_place import OverwrittenError
+from ..graph.names import slice_of, weight_name
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..surgery.copying import copied
@@ -136,10 +136,7 @@ class Network:
         on_cpu = traced and batches.device.type == "cpu"
         self._splits = on_cpu and is_separate(model, first, outputs)
         if self._executors is not None:
-            try:
-                self._executors.of(self._parts(first)[0])
-            except OverwrittenError:
-                self._executors, self._splits = None, False
+            self._executors.of(self._parts(first)[0])
 
     def exact(self) -> Network | None:
         """The same in float64; None where the model cannot run in float64, as with a `.float()`."""
@@ -186,7 +183,7 @@ class Network:
         return sum(bytes_held([state.values]) for state in self._states or [])
 
     def weight(self, layer: str) -> Tensor:
-        return self._tensors[f"{layer}.weight"]
+        return self._tensors[weight_name(self.model, layer)]
 
     def weights_of(self, layer: LayerSelection) -> dict[str, Tensor]:
         """The weights of a layer's consumers once it is pruned."""
@@ -196,7 +193,7 @@ class Network:
         """Gives the network these weights from now on."""
         self._changed |= weights
         for name, weight in weights.items():
-            self._tensors[f"{name}.weight"] = weight.to(self.weight(name))
+            self._tensors[weight_name(self.model, name)] = weight.to(self.weight(name))
         if self._exact is not None:
             self._exact.change(weights)
 
@@ -210,7 +207,9 @@ class Network:
 
     def loss(self, weights: Mapping[str, Tensor], criterion: Criterion | None = None) -> float:
         """The loss (or another criterion) on all data, with these weights of some layers."""
-        tensors = self._tensors | {f"{name}.weight": value for name, value in weights.items()}
+        tensors = self._tensors | {
+            weight_name(self.model, name): value for name, value in weights.items()
+        }
         criterion = criterion or self.criterion
         total = _Loss(criterion, self._nothing)
         for state in self._all():
@@ -260,9 +259,11 @@ class Network:
         return slopes / mass
 
     def _scaled(self, group: Group, factors: Tensor) -> dict[str, Tensor]:
-        slices = ((name, group.slices[f"{name}.weight"]) for name in group.consumers)
         return {
-            f"{name}.weight": scaled_weight(self.weight(name), at, factors) for name, at in slices
+            weight_name(self.model, name): scaled_weight(
+                self.weight(name), slice_of(group.slices, name), factors
+            )
+            for name in group.consumers
         }
 
     def _outputs(

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from ..graph.executor import GraphExecutor, Values
+from ..graph.nodes import CONVOLUTIONS, LINEAR, TRANSPOSED, in_place, operation, shape_of
 from ..graph.propagate import RESHAPING
-from ..graph.tracing import CONVOLUTIONS, LINEAR, TRANSPOSED, in_place, operation, shape_of
 
 FRESH = CONVOLUTIONS | LINEAR | {"add", "batch_norm"}  # whose result no other node shares
 Step = tuple[fx.Node, Callable[[Values], Any], tuple[fx.Node, ...]]

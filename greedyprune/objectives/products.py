@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.groups import Group
+from ..graph.names import bias_of, slice_of, weight_of
 from ..graph.slices import Slice
-from ..graph.unfold import columns_in_halves, unit_major, weight_of
-from ..graph.windows import window_of
+from ..graph.unfold import columns_in_halves, consumer_window, unit_major
 from ..kernels.least_squares import Halves, feature_rows
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks
@@ -209,17 +209,17 @@ class ConsumerProducts(Products):
     """The products of one consumer. The target is the units' part of its dense output."""
 
     def __init__(
-        self, name: str, module: nn.Module, group: Group, root: Tensor | None = None, *,
+        self, model: nn.Module, group: Group, name: str, root: Tensor | None = None, *,
         given: bool = False, halves: bool = False, current: Tensor | None = None,
     ) -> None:  # fmt: skip
         """current: the weight that the consumer has by now, None: the dense one."""
-        dense, at = weight_of(module), group.slices[f"{name}.weight"]
+        dense, at = weight_of(model, name), slice_of(group.slices, name)
         weight = unit_major(dense.detach().double().cpu(), at)
         weight = weight if root is None else root @ weight
         super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
         self.root, self.layer = root, group.producer
-        self._module, self._at = module, at
-        self._window = group.windows.get(name) or window_of(module)
+        self._bias, self._at = bias_of(model, name), at
+        self._window = consumer_window(model, group, name)
         self._rest = at.rest()
         current = dense if current is None else current
         rest = Slice(at.dim, self._rest[:, None], at.size)
@@ -253,7 +253,7 @@ class ConsumerProducts(Products):
         )
 
     def _add_to(self, sums: Sums, columns: Tensor, target: Tensor | None) -> None:
-        bias, double = getattr(self._module, "bias", None), torch.float64
+        bias, double = self._bias, torch.float64
         rows, positions = self._of_units(columns).flatten(0, 1), columns.shape[-1]
         add_upper_product(sums.gram, rows, double)  # float64: the loss can be a small rest
         sums.positions += positions

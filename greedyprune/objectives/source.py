@@ -18,6 +18,7 @@ from ..data.losses import Criterion, Target
 from ..data.padding import counted
 from ..data.targets import part_of
 from ..graph.groups import Group
+from ..graph.names import owner_of
 from ..kernels import backend as backends
 from ..kernels.structs import Extent
 from ..runtime.resume import Pass
@@ -59,7 +60,7 @@ class Source:
         """ValueError where weights are not finite."""
         consumer = job.model.get_submodule(group.consumer)
         assert isinstance(consumer, nn.Linear)
-        check_finite(group.producer, job.model.get_submodule(group.producer))
+        check_finite(group.producer, owner_of(job.model, group.producer))
         check_finite(group.consumer, consumer)
         device = torch.device("cpu")
         if job.backend == "cuda":

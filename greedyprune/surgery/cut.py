@@ -17,9 +17,11 @@ from torch.optim.swa_utils import update_bn
 from ..data.batches import Batch, Batches, example_batch
 from ..data.forward import run_model
 from ..graph.groups import Group
+from ..graph.names import slice_of, weight_name, weight_of
 from ..graph.slices import Entries, Slice
 from ..graph.unfold import module_weight, outputs_of
 from ..runtime.modules import module_of
+from .attention import fit_attention
 from .copying import copied
 from .hf_config import describe
 from .module_sizes import HEADS, Size, note_size, sizes_after
@@ -82,7 +84,7 @@ def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.
     check_made_for(model, selection)
     batch = selection.example if example is None else example_batch(example)
     full = masked(model, selection)
-    weights = {name: full.get_parameter(name).data for name in masked_names(selection)}
+    weights = {name: full.get_parameter(name).data for name in masked_names(model, selection)}
     small = cut(full, selection)
     if batch is not None:
         prove(model, weights, small, batch, entries_left(selection.layers.values()))
@@ -166,7 +168,7 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             for consumer in layer.outputs:
-                weight = full.get_parameter(f"{consumer}.weight")
+                weight = weight_of(full, consumer)
                 weight.copy_(masked_weight(weight, layer, consumer))
             for name in layer.tied:
                 table, at = full.get_parameter(name), layer.slices[name]
@@ -174,11 +176,11 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
     return full
 
 
-def masked_names(selection: Selection) -> list[str]:
+def masked_names(model: nn.Module, selection: Selection) -> list[str]:
     """The names of the tensors that `masked` changes."""
     names = list[str]()
     for layer in selection.layers.values():
-        names += [*(f"{consumer}.weight" for consumer in layer.outputs), *layer.tied]
+        names += [*(weight_name(model, consumer) for consumer in layer.outputs), *layer.tied]
     return list(dict.fromkeys(names))
 
 
@@ -189,6 +191,7 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
             _set_heads(full, layer)
         _cut_tensors(full, entries_left(selection.layers.values()))
         _set_sizes(full, entries_left(selection.layers.values(), attributes=True))
+    fit_attention(full)
     return full
 
 
@@ -242,8 +245,7 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
                 f"{tensor!r} has {units:g}"
             )
     for consumer, outputs in layer.outputs.items():
-        at = layer.slices[f"{consumer}.weight"]
-        size = tensors[f"{consumer}.weight"].shape[0 if at.dim else 1]
+        size = weight_of(model, consumer).shape[1 - slice_of(layer.slices, consumer).dim]
         if outputs != size:
             raise ValueError(
                 f"selection: made for {outputs} outputs of {consumer!r}, but the model's has {size}"
@@ -252,7 +254,7 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
 
 def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tensor:
     """A consumer's dense weight with the kept units' new weights, and zeros for the others."""
-    at, new = layer.slices[f"{consumer}.weight"], layer.new_weights(consumer)
+    at, new = slice_of(layer.slices, consumer), layer.new_weights(consumer)
     if new is None:
         return scaled_weight(weight, at, torch.zeros(at.units).double().index_copy_(
             0, layer.kept, layer.weights
@@ -339,7 +341,7 @@ def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _attention_modules(layer: LayerSelection) -> set[str]:
-    """The modules that hold projections whose outputs are the units, where a unit is a head.
+    """The modules whose outputs are the units, or that hold these, where a unit is a head.
 
     Where a unit has several entries in a row of a tensor, it is a head (or several features of a
     consumer, which do not count here).
@@ -347,4 +349,4 @@ def _attention_modules(layer: LayerSelection) -> set[str]:
     projections = {
         name.rpartition(".")[0] for name, at in layer.slices.items() if at.neighbours > 1
     } - layer.outputs.keys()
-    return {name.rpartition(".")[0] for name in projections}
+    return projections | {name.rpartition(".")[0] for name in projections}

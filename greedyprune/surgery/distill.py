@@ -29,6 +29,7 @@ from ..data.halves import held_out
 from ..data.padding import Padding, counted
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
+from ..graph.names import module_of_layer
 from ..graph.tracing import Layer
 from ..graph.windows import CONVOLUTION_TYPES
 from ..runtime.progress import Bar
@@ -68,7 +69,7 @@ def distill(
         outputs = pruned.of(part).path_ends(part, tensors, kept_outputs)
         found = list[Tensor]()
         for name, output in outputs.items():
-            of_convolution = isinstance(model.get_submodule(name), CONVOLUTION_TYPES)
+            of_convolution = isinstance(module_of_layer(model, name), CONVOLUTION_TYPES)
             kept, mask = kept_outputs[name], part.padding.of(name)
             found.append(
                 _relative_error(output, targets[name], kept, mask, 1 if of_convolution else -1)

@@ -12,6 +12,7 @@ from ..data.batches import example_batch, placed
 from ..data.forward import evaluating
 from ..graph.costs import Cost, costs_of, count_flops
 from ..graph.groups import Group
+from ..graph.names import slice_of, weight_of
 from ..graph.pretrained import before_selection
 from ..graph.refusals import refused_in
 from ..graph.structure import analyse
@@ -181,8 +182,8 @@ def layers(model: nn.Module, example: object) -> Layers:
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:
-    at = group.slices[f"{group.consumer}.weight"]
-    weight = model.get_parameter(f"{group.consumer}.weight")
+    at = slice_of(group.slices, group.consumer)
+    weight = weight_of(model, group.consumer)
     return Prunable(
         units=group.units,
         features=weight.numel() // weight.shape[1 - at.dim] // group.units,

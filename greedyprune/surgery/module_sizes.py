@@ -92,7 +92,8 @@ def can_be_cut(module: nn.Module, dim: int) -> bool:
     have a dimension for the units.
     """
     if type(module).__module__.startswith("torch."):
-        return isinstance(module, _CUT_TYPES) and dim < 2
+        is_attention = isinstance(module, nn.MultiheadAttention)
+        return is_attention or (isinstance(module, _CUT_TYPES) and dim < 2)
     return True
 
 

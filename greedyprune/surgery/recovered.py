@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..graph.executor import tensors_of
 from ..graph.groups import Group
+from ..graph.names import layer_name
 from ..graph.slices import Slice
 from ..graph.structure import analyse
 from ..runtime.arguments import is_int
@@ -146,7 +147,7 @@ def _match(
         both = [a & b for a, b in zip(candidates, own, strict=True)] if candidates else own
         if all(both):
             candidates = both
-            anchored |= name.removesuffix(".weight") in group.producers
+            anchored |= layer_name(name) in group.producers
     if not candidates or not anchored:
         return None
     kept = list[int]()

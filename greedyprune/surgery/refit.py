@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.padding import NO_POSITION
+from ..graph.names import weight_name, weight_of
 from ..graph.replay import Replay
 from ..graph.slices import Entries
 from ..graph.tracing import Layer
@@ -166,7 +167,7 @@ def _refit(
         replay.keep_only(left)
         place = replay.order(list(consumers))
         for name in sorted(consumers, key=place.__getitem__):
-            replay.change(name, weight=full.get_parameter(f"{name}.weight"))
+            replay.change(name, {weight_name(model, name): weight_of(full, name)})
         layers = replay.after_changes()
         stayed = list[str]()
         for layer in layers:
@@ -179,7 +180,7 @@ def _refit(
                 f"data: found too few samples to refit {', '.join(stayed)}: the new weights were "
                 "no better on held-out samples, so these layers keep theirs; expected more samples"
             )
-        names = dict.fromkeys([*replay.changed, *masked_names(selection)])
+        names = dict.fromkeys([*replay.changed, *masked_names(model, selection)])
         weights = {name: full.get_parameter(name).data for name in names}
         del replay  # and the activations that it holds
         small = cut(full, selection)
@@ -198,13 +199,11 @@ def _refit_layer(
 
     left: what stays of each dimension that is cut
     """
-    path, scale, shifted = replay.linear_path(layer.name), None, None
-    if layer.bias is not None:
-        shifted = layer.name
-    elif path.norm is not None:
-        shifted, scale = path.norm, path.scale
-    bias = None if shifted is None else full.get_parameter(f"{shifted}.bias")
-    problem = _LeastSquares(full.get_submodule(layer.name), layer, left, bias, scale)
+    path, scale, shifted = replay.linear_path(layer.name), None, layer.bias
+    if shifted is None and path.norm is not None:
+        shifted, scale = f"{path.norm}.bias", path.scale
+    bias = None if shifted is None else full.get_parameter(shifted)
+    problem = _LeastSquares(full.get_parameter(layer.weight), layer, left, bias, scale)
     if (layer.weight, layer.in_dim) in left:
         problem.start_from(model.get_parameter(layer.weight))
     for _ in range(ROUNDS if path.rectified else 1):
@@ -213,9 +212,10 @@ def _refit_layer(
         problem.solve(replay.ranks)
         if problem.stays:
             break
-        replay.change(layer.name, weight=full.get_parameter(layer.weight))
+        changed = {layer.weight: full.get_parameter(layer.weight)}
         if shifted is not None and bias is not None:
-            replay.change(shifted, bias=bias)
+            changed[shifted] = bias
+        replay.change(layer.name, changed)
     return problem
 
 
@@ -233,12 +233,11 @@ class _LeastSquares:
     """
 
     def __init__(
-        self, module: nn.Module, layer: Layer, left: Entries, bias: Tensor | None,
+        self, weight: Tensor, layer: Layer, left: Entries, bias: Tensor | None,
         scale: Tensor | None,
     ) -> None:  # fmt: skip
         self._window, self._name, self._dim = layer.window, layer.name, layer.in_dim
-        self._weight = module.get_parameter("weight")
-        self._bias, self._scale = bias, scale
+        self._weight, self._bias, self._scale = weight, bias, scale
         self._channels, self._outputs = (
             left.get((layer.weight, dim), torch.arange(self._weight.shape[dim])).to(
                 self._weight.device

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..graph.executor import tensors_of
 from ..runtime.files import read_tensors, write_tensors
 from ..runtime.modules import module_of
+from .attention import fit_attention
 from .cut import in_format_of
 from .hf_config import restore, saved_configs, saved_refusal
 from .module_sizes import Size, can_be_cut, note_size, sizes_of
@@ -131,6 +132,7 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
             value = tuple(size) if isinstance(size, list) else size
             setattr(model.get_submodule(name), attribute, value)
     _fill(model, tensors, set(persistent))
+    fit_attention(model)
     restore(model, config, json.loads(header.get("refusal", "null")))
     return model
 

@@ -22,12 +22,12 @@ from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
 from ..graph.executor import tensors_of
+from ..graph.export import without_cache
 from ..graph.groups import Group
 from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.structure import Structure, analyse, find_groups, left_out_of, named_group
 from ..graph.trace_errors import TraceError, place_of
-from ..graph.tracing import without_cache
 from ..runtime.errors import first_line
 from ..runtime.progress import warn
 from .cut import cut, masked, selection_of_units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -365,6 +366,41 @@ class ChannelAttention(nn.Module):
         return self.proj((scores @ v).permute(0, 3, 1, 2).reshape(b, n, -1))
 
 
+class TorchEncoder(nn.Module):
+    """torch's own encoder layers, with padding; the norms come first in one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"batch_first": True, "dim_feedforward": 20, "dropout": 0.0}
+        self.patches = nn.Conv2d(3, 12, 2, 2)
+        self.first = nn.TransformerEncoderLayer(12, 4, **options)
+        self.second = nn.TransformerEncoderLayer(12, 2, norm_first=True, **options)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = x.new_zeros(len(x), 16, dtype=torch.bool)
+        padding[:, 12:] = True
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.first(x, src_key_padding_mask=padding)
+        return self.head(self.second(x)[:, :12].mean(1))
+
+
+class Translator(nn.Module):
+    """torch's nn.Transformer: attention from one sequence to another, with a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(30, 12), nn.Embedding(30, 12)
+        self.body = nn.Transformer(12, 4, 1, 1, 20, 0.0, batch_first=True)
+        self.head = nn.Linear(12, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(3)
+        mask = mask.to(self.head.weight)
+        target = self.target(tokens[:, 4:])
+        return self.head(self.body(self.source(tokens[:, :4]), target, tgt_mask=mask))
+
+
 IMAGES = 3, 8, 8
 # Each with the shape of one of its inputs, and how many groups it has; streams among them.
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
@@ -382,6 +418,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "upsampling": (Upsampling, IMAGES, 3, 1),
     "selective": (Selective, IMAGES, 2, 0),
     "decoder": (Decoder, (7,), 4, 1),
+    "torch encoder": (TorchEncoder, IMAGES, 5, 1),
+    "translator": (Translator, (7,), 6, 1),
 }
 
 
@@ -395,6 +433,6 @@ def of_kind(name: str, samples: int = 24) -> tuple[nn.Module, Tensor]:
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.running_mean)
             nn.init.normal_(module.weight)
-    if name == "decoder":
+    if shape == (7,):
         return model, torch.randint(30, (samples, *shape))
     return model, torch.randn(samples, *shape)

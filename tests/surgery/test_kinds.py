@@ -18,6 +18,7 @@ import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import leaves_of
 from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.names import slice_of, weight_of
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.selection import entries_left
 
@@ -48,10 +49,9 @@ def without_units(
     """
     full = masked(model, selection).double()
     for consumer in selection.layers[missing].outputs if missing else ():
-        at = selection.layers[missing].slices[f"{consumer}.weight"]
+        at = slice_of(selection.layers[missing].slices, consumer)
         with torch.no_grad():
-            entries = at.places.flatten()
-            full.get_parameter(f"{consumer}.weight").index_fill_(at.dim, entries, 0)
+            weight_of(full, consumer).index_fill_(at.dim, at.places.flatten(), 0)
     executor = GraphExecutor(full, Batch((doubled(inputs),), {}, None))
     values = executor.inputs(Batch((doubled(inputs),), {}, None))
     left = entries_left(selection.layers.values())
