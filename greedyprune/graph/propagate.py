@@ -118,8 +118,9 @@ class Propagation(NormOperations):
             known = list[Ids | None]()
             for source in sources:
                 at = dim - len(shape) + len(shape_of(source))
-                if at >= 0 and shape_of(source)[at] > 1:
-                    known.append(self._uniform.get(source, {}).get(at))
+                if at >= 0 and (own := shape_of(source)[at]) > 1:
+                    same = self._uniform.get(source, {}).get(at)
+                    known.append(same if own == size else None)  # `repeat` changes it
             ids = [each for each in known if each is not None]
             if size > 1 and len(ids) == len(known):
                 found[dim] = ids[0] if ids else self.classes.fresh(int(size))
