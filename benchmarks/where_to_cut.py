@@ -119,7 +119,7 @@ def text_task() -> Task:
         "language model of Python's source code: held-out loss of a character, in nats",
         lambda: Transformer(nn.Embedding(SYMBOLS, 128), CONTEXT, 128, SYMBOLS, causal=True),
         part([file for i, file in enumerate(files) if i % 10 != 9]),
-        (inputs[some], following[some]), iterations=2500, batch=32, samples=1024,
+        (inputs[some], following[some]), iterations=2500, batch=32, samples=512,
         result=lambda logits, following: f"{loss_of(logits, following).item():.3f}",
     )  # fmt: skip
 
@@ -230,17 +230,19 @@ def rows(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
+    parser.add_argument("--networks", nargs="+", default=["vision", "language"])
     parser.add_argument("--flops", type=float, nargs="+", default=[0.5, 0.25], help="shares left")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the networks")
     args = parser.parse_args()
     tasks = {"vision": images_task(args.data), "language": text_task()}
-    models = {name: trained(task, args.out / f"where_{name}.pt") for name, task in tasks.items()}
-    for name, task in tasks.items():
-        print(f"\n{task.title} (dense: {tested(models[name], task)})\n")
+    models = [trained(tasks[name], args.out / f"where_{name}.pt") for name in args.networks]
+    for name, model in zip(args.networks, models, strict=True):
+        task = tasks[name]
+        print(f"\n{task.title} (dense: {tested(model, task)})\n")
         print("| FLOPs left | cut | units kept | `select`, then `prune` | then `refit` |")
         print("| --- | --- | --- | --- | --- |")
-        for row in rows(task, models[name], args.flops, args.seeds):
+        for row in rows(task, model, args.flops, args.seeds):
             print("|", " | ".join(row), "|", flush=True)
 
 
