@@ -5,17 +5,18 @@
 DIR or DIR/MNIST/raw has MNIST's IDX files. Trains two small transformers, about twelve minutes on
 one core, and keeps them in --out: a vision transformer on MNIST, and a causal language model of the
 characters in the source files of Python's standard library. Then prunes them to a share of their
-FLOPs. All layers that are cut keep the same share of their units. These layers are the inner ones
-(attention heads and feed-forward units), the residual stream, or all. Prints, for each seed of the
-samples to select on, the accuracy or the loss on held-out data after `prune` and after `refit`.
+FLOPs. The layers that are cut are the inner ones (attention heads and feed-forward units), the
+residual stream, or both. They keep the same share of their units, or sizes from a Budget. Prints,
+for each seed of the samples to select on, the accuracy or the loss on held-out data after `prune`
+and after `refit`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import greedyprune
 
@@ -72,11 +73,9 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A network and its data.
+    """A network and its data: inputs and targets. It is selected on `samples` training inputs.
 
-    train, test: inputs and targets
-    samples:     how many of the training inputs to select on
-    result:      from a network's outputs and the targets to the figure of the table, as text
+    result: from a network's outputs and the targets to the figure of the table, as text
     """
 
     title: str
@@ -135,10 +134,9 @@ def trained(task: Task, file: Path) -> nn.Module:
     if file.is_file():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
-    begun = time.perf_counter()
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, task.iterations, pct_start=0.1)
-    for i in range(task.iterations):
+    for _ in tqdm(range(task.iterations), file.stem):
         some = torch.randint(len(task.train[0]), (task.batch,))
         loss = loss_of(model(task.train[0][some]), task.train[1][some])
         optimiser.zero_grad()
@@ -146,9 +144,6 @@ def trained(task: Task, file: Path) -> nn.Module:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if (i + 1) % 100 == 0:
-            seconds = time.perf_counter() - begun
-            print(f"iteration {i + 1}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
     return model.eval()
@@ -158,12 +153,6 @@ def trained(task: Task, file: Path) -> nn.Module:
 def tested(model: nn.Module, task: Task) -> str:
     inputs, targets = task.test
     return task.result(torch.cat([model(part) for part in inputs.split(512)]), targets)
-
-
-def flops_of(model: nn.Module, inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs)
-    return int(counter.get_total_flops())
 
 
 def kinds_of(model: nn.Module, example: Tensor) -> dict[str, dict[str, int]]:
@@ -181,10 +170,7 @@ def sizes_at(share: float, units: Mapping[str, int]) -> dict[str, int]:
 
 
 def share_for(flops: float, units: Mapping[str, int], model: nn.Module, example: Tensor) -> float:
-    """The largest share of the units that leaves at most this share of the FLOPs; by bisection.
-
-    0 where one unit of each layer costs more.
-    """
+    """The largest share of the units that fits, by bisection; 0 where no share fits."""
     single = greedyprune.select(
         model, (example,), layers=list(units), size=1, objective="imitation", progress=False
     )
@@ -200,31 +186,43 @@ def share_for(flops: float, units: Mapping[str, int], model: nn.Module, example:
     return low
 
 
+def cells(
+    task: Task, model: nn.Module, layers: list[str], size: Mapping[str, int] | greedyprune.Budget,
+    seeds: Sequence[int],
+) -> list[str]:  # fmt: skip
+    """The share of the FLOPs that is left, and the figures after `prune` and after `refit`."""
+    results: list[tuple[str, str]] = []
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        some = torch.randperm(len(task.train[0]), generator=rng)[: task.samples]
+        data = (task.train[0][some],)
+        selection = greedyprune.select(
+            model, data, layers=layers, size=size, objective="imitation", progress=False
+        )
+        small = greedyprune.prune(model, selection)
+        refitted = greedyprune.refit(model, selection, data, progress=False)
+        results.append((tested(small, task), tested(refitted, task)))
+        flops = selection.change("flops") or (0, 0)
+    return [
+        f"{flops[1] / flops[0]:.3f}",
+        *(", ".join(column) for column in zip(*results, strict=True)),
+    ]
+
+
 def rows(
     task: Task, model: nn.Module, targets: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[list[str]]:
     example = task.train[0][:8]
-    for flops in targets:
-        for kind, units in kinds_of(model, example).items():
-            share = share_for(flops, units, model, example)
-            if not share:
-                yield [f"{flops:g}", kind, "cannot be reached", "", ""]
-                continue
-            columns: list[list[str]] = [[], []]
-            for seed in seeds:
-                rng = torch.Generator().manual_seed(seed)
-                some = torch.randperm(len(task.train[0]), generator=rng)[: task.samples]
-                data = (task.train[0][some],)
-                selection = greedyprune.select(
-                    model, data, layers=list(units), size=sizes_at(share, units),
-                    objective="imitation", progress=False,
-                )  # fmt: skip
-                small = greedyprune.prune(model, selection)
-                columns[0].append(tested(small, task))
-                refitted = greedyprune.refit(model, selection, data, progress=False)
-                columns[1].append(tested(refitted, task))
-            left = flops_of(small, example) / flops_of(model, example)
-            yield [f"{left:.3f}", kind, f"{share:.2f}", *(", ".join(column) for column in columns)]
+    for flops, (kind, units) in itertools.product(targets, kinds_of(model, example).items()):
+        share = share_for(flops, units, model, example)
+        if not share:
+            yield [kind, "one unit of each layer is too much", f"more than {flops:g}", "", ""]
+            continue
+        sizes = sizes_at(share, units)
+        yield [kind, f"{share:.2f} of each layer", *cells(task, model, [*units], sizes, seeds)]
+        if len(units) > 1:
+            budget = greedyprune.Budget(flops=flops)
+            yield [kind, "from a `Budget`", *cells(task, model, [*units], budget, seeds)]
 
 
 def main() -> None:
@@ -240,7 +238,7 @@ def main() -> None:
     for name, model in zip(args.networks, models, strict=True):
         task = tasks[name]
         print(f"\n{task.title} (dense: {tested(model, task)})\n")
-        print("| FLOPs left | cut | units kept | `select`, then `prune` | then `refit` |")
+        print("| cut | sizes | FLOPs left | `select`, then `prune` | `select`, then `refit` |")
         print("| --- | --- | --- | --- | --- |")
         for row in rows(task, model, args.flops, args.seeds):
             print("|", " | ".join(row), "|", flush=True)
