@@ -64,6 +64,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SpeechSeq2Seq": ("whisper", SMALL),
 }  # fmt: skip
 OWN_CONFIG: dict[str, dict[str, Any]] = {
+    "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "qwen2_moe": FEW_EXPERTS,
     "deberta": {"pos_att_type": ["c2p", "p2c"], "relative_attention": True},

@@ -20,9 +20,13 @@ def layer_name(weight: str) -> str:
 
 
 def bias_name(weight: str) -> str:
-    """The name that the bias of the layer with this weight has, if there is one."""
+    """The name that the bias of the layer with this weight has, if there is one.
+
+    "": it has none, since its own name does not say that it is a weight.
+    """
     owner, dot, attribute = weight.rpartition(".")
-    return f"{owner}{dot}{attribute.replace('weight', 'bias')}"
+    bias = attribute.replace("weight", "bias")
+    return "" if bias == attribute else f"{owner}{dot}{bias}"
 
 
 def module_of_layer(model: nn.Module, layer: str) -> nn.Module | None:

@@ -26,8 +26,8 @@ IDENTITY = {
 
 def operation(node: fx.Node) -> str:
     """The name of a node's operation without its overload: "add" for aten.add_.Tensor."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", str(node.target))
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = str(getattr(packet, "__name__", node.target))
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 

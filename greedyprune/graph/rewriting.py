@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
+from .experts import weight_of_experts, write_as_convolution
 from .names import bias_name
 from .nodes import SPLITTING, arguments_of, first_of, flops_of, operation, shape_of
 
@@ -24,7 +25,8 @@ class Rewriting:
     def __init__(self, graph: fx.Graph, parameters: Mapping[str, str]) -> None:
         self._parameters = parameters
         for write in (
-            self._write_as_linear, self._write_with_whole_weight, self._write_without_bias
+            self._write_as_linear, self._write_with_whole_weight, self._write_without_bias,
+            self._write_experts,
         ):  # fmt: skip
             for node in list(graph.nodes):
                 write(node)
@@ -92,6 +94,10 @@ class Rewriting:
                 last.meta = dict(node.meta)
         node.replace_all_uses_with(last)
         graph.erase_node(node)
+
+    def _write_experts(self, node: fx.Node) -> None:
+        if self._is_parameter(weight_of_experts(node)):
+            write_as_convolution(node)
 
     def _whole(self, node: Any) -> tuple[fx.Node | None, tuple[int, int] | None]:
         """The parameter that a node is, or has some rows of; and the first and last of these."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from .experts import EXPERTS
 from .export import exported, without_cache
 from .names import bias_name, layer_name, module_of_layer
 from .nodes import (
@@ -122,13 +123,14 @@ class Graph:
     def _add_layer(self, node: fx.Node) -> None:
         """Adds the node to the layers, or the reason why it is none to `not_layers`."""
         op = operation(node)
-        if node.op != "call_function" or op not in LINEAR | CONVOLUTIONS | PRODUCTS:
+        if node.op != "call_function" or op not in LINEAR | CONVOLUTIONS | PRODUCTS | {EXPERTS}:
             return
-        bias_node: Any = None
+        weight_node: Any
+        bias_node: Any
         if op == "addmm":
             bias_node, _, weight_node = node.args[:3]
         else:
-            weight_node, bias_node = node.args[1], node.args[2] if len(node.args) > 2 else None
+            weight_node, bias_node = (*node.args, None)[1:3]
         weight, bias = self.tensor_of(weight_node), self.tensor_of(bias_node)
         dims = len(shape_of(node))
         if op in LINEAR and weight is not None and _is_looked_up(weight_node):  # type: ignore[arg-type]
@@ -146,8 +148,12 @@ class Graph:
                     kernel = shape_of(options["weight"])[2:]
                     window = window_from(options, kernel, op in TRANSPOSED)
             transposed = op in INPUTS_FIRST
+            out, taken = int(transposed), int(not transposed)
+            if op == EXPERTS:
+                out, taken, dims = 1, 2, 2  # a row and its channels
+                window = Window((shape_of(weight_node)[0],), (1,), (1,), (0, 0), "zeros")
             self.layers[node] = Layer(
-                name, weight, bias, int(transposed), int(not transposed), _groups_of(node),
+                name, weight, bias, out, taken, _groups_of(node),
                 dims - 1 - (int(op[-2]) if op in CONVOLUTIONS else 0), window,
             )  # fmt: skip
         elif reason:
@@ -220,4 +226,4 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _groups_of(node: fx.Node) -> int:
-    return int(arguments_of(node).get("groups", 1))
+    return int(arguments_of(node)["groups"]) if operation(node) in CONVOLUTIONS else 1

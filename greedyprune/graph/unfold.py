@@ -27,7 +27,12 @@ PART = 2**24  # bytes of unfolded inputs at a time
 
 def outputs_of(model: nn.Module, group: Group, consumer: str) -> int:
     """How many output channels a consumer of the group has."""
-    return weight_of(model, consumer).shape[1 - slice_of(group.slices, consumer).dim]
+    return weight_of(model, consumer).shape[out_dim_of(slice_of(group.slices, consumer).dim)]
+
+
+def out_dim_of(in_dim: int) -> int:
+    """The dimension of a weight that has its outputs, from the one that has its inputs."""
+    return 1 if in_dim == 2 else 1 - in_dim
 
 
 def consumer_window(model: nn.Module, group: Group, consumer: str) -> Window | None:
@@ -49,11 +54,19 @@ def outputs_first(weight: Tensor, in_dim: int) -> Tensor:
     """A weight as an ordinary convolution's or Linear's: (outputs, inputs, *taps).
 
     The weights of transposed convolutions and of transformers' Conv1D begin with their inputs. The
-    taps of the former are flipped (tracing.Window). The same again gives the weight back.
+    taps of the former are flipped (tracing.Window). Weights of experts (experts, outputs, inputs)
+    have a tap for each expert.
     """
     if in_dim == 1:
         return weight
+    if in_dim == 2:
+        return weight.permute(1, 2, 0)
     return weight.transpose(0, 1).flip([*range(2, weight.dim())])
+
+
+def as_stored(weight: Tensor, in_dim: int) -> Tensor:
+    """The inverse of `outputs_first`."""
+    return weight.permute(2, 0, 1) if in_dim == 2 else outputs_first(weight, in_dim)
 
 
 def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
@@ -62,7 +75,8 @@ def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
     dim:  the weight's dimension that has the features
     like: the dense weight, for a convolution's kernel size
     """
-    return outputs_first(new.reshape(len(new), -1, *like.shape[2:]), dim)
+    taps = outputs_first(like, dim).shape[2:]
+    return as_stored(new.reshape(len(new), -1, *taps), dim)
 
 
 def in_halves(

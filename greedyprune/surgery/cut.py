@@ -19,7 +19,7 @@ from ..data.forward import run_model
 from ..graph.groups import Group
 from ..graph.names import slice_of, weight_name, weight_of
 from ..graph.slices import Entries, Slice
-from ..graph.unfold import module_weight, outputs_of
+from ..graph.unfold import module_weight, out_dim_of, outputs_of
 from ..runtime.modules import module_of
 from .attention import fit_attention
 from .copying import copied
@@ -245,7 +245,8 @@ def _check_layer(model: nn.Module, name: str, layer: LayerSelection) -> None:
                 f"{tensor!r} has {units:g}"
             )
     for consumer, outputs in layer.outputs.items():
-        size = weight_of(model, consumer).shape[1 - slice_of(layer.slices, consumer).dim]
+        outputs_dim = out_dim_of(slice_of(layer.slices, consumer).dim)
+        size = weight_of(model, consumer).shape[outputs_dim]
         if outputs != size:
             raise ValueError(
                 f"selection: made for {outputs} outputs of {consumer!r}, but the model's has {size}"

@@ -17,6 +17,7 @@ from ..graph.pretrained import before_selection
 from ..graph.refusals import refused_in
 from ..graph.structure import analyse
 from ..graph.trace_errors import place_of
+from ..graph.unfold import out_dim_of
 from ..graph.unrun import UsedTensors, warn_of_unrun
 from ..runtime.arguments import ByName
 from ..runtime.errors import first_line
@@ -186,7 +187,7 @@ def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prun
     weight = weight_of(model, group.consumer)
     return Prunable(
         units=group.units,
-        features=weight.numel() // weight.shape[1 - at.dim] // group.units,
+        features=weight.numel() // weight.shape[out_dim_of(at.dim)] // group.units,
         producers=group.producers,
         consumers=group.consumers,
         parameters=costs["params"].of(group.producer),

@@ -243,7 +243,8 @@ class _LeastSquares:
             )
             for dim in (layer.in_dim, layer.out_dim)
         )
-        taps, outputs = self._weight[0, 0].numel(), len(self._outputs)
+        taps = outputs_first(self._weight, self._dim)[0, 0].numel()
+        outputs, self._out_dim = len(self._outputs), layer.out_dim
         self.features = len(self._channels) * taps
         self._free = int(self._bias is not None)
         rows = self.features + self._free
@@ -258,7 +259,7 @@ class _LeastSquares:
         """The weights that the ridge is towards: the dense ones of the kept channels."""
         change = self._weight.double() - dense.double()
         change = change.index_select(self._dim, self._channels)
-        change = change.index_select(1 - self._dim, self._outputs)
+        change = change.index_select(self._out_dim, self._outputs)
         self._change[: self.features] = outputs_first(change, self._dim).flatten(1).T
 
     def add(self, inputs: Tensor, error: Tensor, second_half: Tensor, mask: Tensor | None) -> None:
@@ -317,7 +318,7 @@ class _LeastSquares:
         shaped = module_weight(added, self._dim, self._weight).to(self._weight.dtype)
         whole = shaped.new_zeros(self._weight.shape)
         whole = whole.index_select(self._dim, self._channels)
-        whole.index_copy_(1 - self._dim, self._outputs, shaped)
+        whole.index_copy_(self._out_dim, self._outputs, shaped)
         self._weight.index_add_(self._dim, self._channels, whole)
 
     def _solution(self) -> tuple[Tensor, float]:
