@@ -26,6 +26,7 @@ from .copying import copied
 from .hf_config import describe
 from .module_sizes import HEADS, Size, note_size, sizes_after
 from .proof import prove
+from .recurrent import fit_recurrent
 from .selection import LayerSelection, Selection, entries_left
 
 
@@ -192,6 +193,7 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
         _cut_tensors(full, entries_left(selection.layers.values()))
         _set_sizes(full, entries_left(selection.layers.values(), attributes=True))
     fit_attention(full)
+    fit_recurrent(full)
     return full
 
 
