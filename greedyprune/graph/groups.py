@@ -26,7 +26,7 @@ from .calls import is_alone, runs_in_own_module, sees_input
 from .classes import Ids
 from .constant_sizes import attributes_of, line_of
 from .labels import Doubt
-from .nodes import IDENTITY, first_of, flops_of, operation
+from .nodes import IDENTITY, first_of, flops_of, operation, title
 from .norm_labels import Norm
 from .propagate import RESHAPING, Product, Propagation
 from .recurrences import is_recurrence
@@ -381,5 +381,5 @@ def _before_output(graph: Graph, consumer: fx.Node) -> str:
         if operation(node) in IDENTITY | RESHAPING:
             reached.add(node)
         elif node.users:
-            return str(node.target)
+            return title(node)
     return "nothing that reaches the output"

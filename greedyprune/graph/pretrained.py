@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .groups import Group
+from .names import slice_of
 from .slices import Slice
 
 # The names in configs for the width of feed-forward blocks, and for the numbers of heads.
@@ -298,7 +299,7 @@ def _entries(model: nn.Module, name: str, cut: Cut) -> Edits:
         hidden = {e: cut.kept for e in HIDDEN if _read(config, e) == cut.units}
         if hidden:
             return {f"{path}{entry}": value for entry, value in hidden.items()}
-    if cut.slices[f"{name}.weight"].neighbours == 1:
+    if slice_of(cut.slices, name).neighbours == 1:
         widths = {
             entry: cut.kept for entry in WIDTHS
             if hasattr(type(config), entry) or entry in vars(config)

@@ -172,8 +172,8 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
                 weight = weight_of(full, consumer)
                 weight.copy_(masked_weight(weight, layer, consumer))
             for name in layer.tied:
-                table, at = full.get_parameter(name), layer.slices[name]
-                table.index_fill_(at.dim, at.without_units(layer.kept).to(table.device), 0)
+                weight = full.get_parameter(name)
+                weight.copy_(masked_tied(weight, layer, name))
     return full
 
 
@@ -264,6 +264,12 @@ def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tenso
     places, kept = (p.flatten().to(weight.device) for p in (at.places, at.places[layer.kept]))
     changed = module_weight(new, at.dim, weight).to(weight)
     return weight.index_fill(at.dim, places, 0).index_copy_(at.dim, kept, changed)
+
+
+def masked_tied(weight: Tensor, layer: LayerSelection, name: str) -> Tensor:
+    """A weight of `layer.tied`, with zeros for the units that are dropped."""
+    at = layer.slices[name]
+    return weight.index_fill(at.dim, at.without_units(layer.kept).to(weight.device), 0)
 
 
 def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:
