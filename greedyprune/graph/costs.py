@@ -110,7 +110,9 @@ def _flops_of_layer(inputs: Sequence[int], *arguments: Any, **_: Any) -> int:
     return 2 * math.prod(inputs[:-1]) * sum(math.prod(weight) for weight in arguments[:2])
 
 
-def _flops_of_layers(inputs: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+def _flops_of_layers(
+    inputs: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any
+) -> int:
     """The FLOPs of all layers and directions, from the shapes of all weights and biases."""
     entries = sum(math.prod(weight) for weight in weights if len(weight) > 1)
     return 2 * math.prod(inputs[:-1]) * entries

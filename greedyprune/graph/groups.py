@@ -63,9 +63,9 @@ class Group:
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
     stream:        the units are sums of several layers' outputs, as along a residual connection
-    tied:          weights that take the units and stay as they are: tables of embeddings that linear
-                   maps have, too, and the `weight_hh` of recurrent layers. The error of such a map
-                   does not count. The weight has zeros where units are masked
+    tied:          weights that take the units and stay as they are: tables of embeddings that
+                   linear maps have, too, and the `weight_hh` of recurrent layers. The error of such
+                   a map does not count. The weight has zeros where units are masked
     norms:         norms over the units: without some of them, the others change
     """
 

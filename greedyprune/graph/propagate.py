@@ -202,6 +202,8 @@ class Propagation(RecurrentOperations):
             return self._indexed(node)
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)
+        if op in FACTORIES:  # of the type of a tensor, whose numbers do not matter
+            return ()
         if is_recurrent(node):
             return self._refused(node, why_not_rewritten(node))
         return self._refused(node, f"{node.target} is not known to keep its units apart")

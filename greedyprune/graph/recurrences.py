@@ -127,13 +127,13 @@ def _state(gates: Tensor, weight: Tensor, state: Tensor | None) -> Tensor:
 
 def _all_steps(
     cell: Callable[..., States], gates: Tensor, weight: Tensor, bias: Tensor | None,
-    states: tuple[Tensor | None, ...], batch_first: bool, reverse: bool,
+    initial: tuple[Tensor | None, ...], batch_first: bool, reverse: bool,
 ) -> States:  # fmt: skip
-    time, outputs = int(batch_first), list[Tensor]()
+    time, outputs, states = int(batch_first), list[Tensor](), States()
     steps = gates.unbind(time)
     for step in reversed(steps) if reverse else steps:
-        states = cell(step, weight, bias, *states)
-        outputs.append(states[0])  # type: ignore[arg-type]
+        states = cell(step, weight, bias, *(states or initial))
+        outputs.append(states[0])
     if reverse:
         outputs.reverse()
-    return torch.stack(outputs, time), *states  # type: ignore[return-value]
+    return torch.stack(outputs, time), *states

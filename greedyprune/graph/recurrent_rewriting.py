@@ -148,7 +148,7 @@ class RecurrentRewriting:
         if state in self._states:
             return self._one_of(self._states[state], place)
         return self._call(
-            node, torch.ops.aten.select.int, (state, 0, place), lambda *_: state.meta["val"][place]
+            state, torch.ops.aten.select.int, (state, 0, place), lambda *_: state.meta["val"][place]
         )
 
     def _all_states(self, node: fx.Node, states: list[fx.Node]) -> fx.Node:
@@ -165,19 +165,19 @@ class RecurrentRewriting:
     def _take_by_index(self, whole: fx.Node, states: list[fx.Node]) -> None:
         """Replaces `h_n[-1]` by this layer's own state."""
         for user in list(whole.users):
-            op, (_, *rest) = operation(user), user.args or (None,)
+            op, rest = operation(user), list[Any](user.args[1:])
             if op == "select" and rest[0] == 0:
-                user.replace_all_uses_with(self._one_of(states, rest[1]))  # type: ignore[index]
+                user.replace_all_uses_with(self._one_of(states, rest[1]))
                 self._graph.erase_node(user)
             elif op == "unbind" and (not rest or rest[0] == 0):
                 self._replace(user, [self._one_of(states, i) for i in range(len(states))])
 
     def _one_of(self, states: list[fx.Node], place: int) -> fx.Node:
         """One layer's state, where the model takes it from those of all layers."""
-        state = states[place]
         if len(states) > 1:  # the sizes may differ, if the model's code allows it
-            state.args[0].meta["by_index"] = True  # type: ignore[union-attr]
-        return state
+            for state in states:
+                state.args[0].meta["by_index"] = True  # type: ignore[union-attr]
+        return states[place]
 
     def _replace(self, node: fx.Node, results: Sequence[fx.Node]) -> None:
         """Replaces the results of a node, which may be several, by other nodes."""

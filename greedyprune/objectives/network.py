@@ -193,9 +193,8 @@ class Network:
 
     def weights_of(self, layer: LayerSelection) -> dict[str, Tensor]:
         """The weights that take a layer's units, once it is pruned, by layer or by their names."""
-        return {
-            name: masked_weight(self.weight(name), layer, name) for name in layer.outputs
-        } | {name: masked_tied(self.weight(name), layer, name) for name in layer.tied}
+        stay = {name: masked_tied(self.weight(name), layer, name) for name in layer.tied}
+        return stay | {n: masked_weight(self.weight(n), layer, n) for n in layer.outputs}
 
     def change(self, weights: Mapping[str, Tensor]) -> None:
         """Gives the network these weights from now on.

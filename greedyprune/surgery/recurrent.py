@@ -35,6 +35,12 @@ class States(tuple[Tensor, ...]):
             raise RuntimeError(f"dim: found {dim}, but the states are of different sizes")
         return self[index]
 
+    def unbind(self, dim: int = 0) -> States:
+        """As torch's: the states of all layers and directions, for dimension 0."""
+        if dim != 0:
+            raise RuntimeError(f"dim: found {dim}, but the states are of different sizes")
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
@@ -48,7 +54,11 @@ class States(tuple[Tensor, ...]):
 class _Layers(nn.RNNBase):
     """A recurrent module that runs its layers and directions one after the other."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # noqa: A002  # as torch names it
+        hx: Any = None,
+    ) -> tuple[Any, Any]:
         """What torch's forward gives: the outputs, and the last states.
 
         The last states are a `States` where their sizes differ. `hx` may be one, too.
@@ -106,7 +116,8 @@ class _Layers(nn.RNNBase):
         sizes, initial = self._sizes(), list[Tensor]()
         for states in given:
             if states is None:
-                initial.append(values.new_zeros(1, samples, sizes[place]))
+                size = 1, samples, sizes[place]
+                initial.append(torch.zeros(size, dtype=values.dtype, device=values.device))
                 continue
             if [state.shape for state in states] != [(samples, size) for size in sizes]:
                 raise RuntimeError(
@@ -121,7 +132,7 @@ class _Layers(nn.RNNBase):
         backward: bool,
     ) -> list[Tensor]:  # fmt: skip
         """One layer in one direction: its outputs and last states."""
-        function: Any = getattr(torch._VF, self.mode.lower())  # type: ignore[attr-defined]
+        function: Any = getattr(torch._VF, self.mode.lower())
         hx = initial if self.mode == "LSTM" else initial[0]
         options = self._weights(place), self.bias, 1, 0.0, self.training, False
         if packed is None:
