@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.groups import Group
 from greedyprune.graph.recurrences import is_recurrence
+from greedyprune.graph.structure import analyse
 
 KINDS = {
     "lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN,
@@ -216,6 +218,39 @@ def test_a_direction_that_nothing_uses_still_takes_the_units_before_it() -> None
     small = greedyprune.prune(model, greedyprune.select(model, x, size=2, progress=False))
     assert small.body.weight_ih_l1_reverse.shape == (18, 4)
     assert small.body.hidden_size == (2, 2, 2, 6)
+    selection = greedyprune.select(model, x, size=2, progress=False)
+    assert greedyprune.refit(model, selection, x, epochs=1).body.hidden_size == (2, 2, 2, 6)
+
+
+def test_a_shared_weight_keeps_its_size() -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.GRU(5, 6), nn.GRU(6, 6)
+            self.b.weight_hh_l0 = self.a.weight_hh_l0
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.b(self.a(x)[0])[0])
+
+    refused = greedyprune.layers(Sharing().eval(), torch.randn(7, 4, 5)).refused
+    for name in "ab":
+        assert "weight_hh_l0' is shared with another layer" in refused[f"{name}.weight_ih_l0"]
+
+
+def test_messages_name_the_recurrence() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body, self.last = nn.Linear(5, 8), nn.GRU(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.body(self.first(x).relu())[0])
+
+    batch = Batch((torch.randn(7, 4, 5),), {}, None)
+    group = analyse(Stack().eval(), batch)["first"]
+    assert isinstance(group, Group)
+    assert (group.consumer, group.not_output) == ("body.weight_ih_l0", "gru")
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
