@@ -337,7 +337,6 @@ class GraphExecutor:
             graph.position[node]: layer
             for node, layer in graph.layers.items()
             if layer.groups == 1
-            and node.users
             and is_own(layer.weight)
             and (layer.bias is None or is_own(layer.bias))
         }

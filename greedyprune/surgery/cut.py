@@ -174,6 +174,7 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
             for name in layer.tied:
                 weight = full.get_parameter(name)
                 weight.copy_(masked_tied(weight, layer, name))
+    fit_recurrent(full)
     return full
 
 

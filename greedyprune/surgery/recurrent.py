@@ -201,7 +201,10 @@ _TORCHS = {own: kind for kind, own in _OWN.items()}
 
 
 def fit_recurrent(model: nn.Module) -> None:
-    """Gives every recurrent module of a cut model the sizes, and the forward that they need."""
+    """Gives every recurrent module of a copied or cut model its sizes and the forward they need.
+
+    On a GPU, its weights are then in one piece of memory again, as cuDNN wants them.
+    """
     for module in model.modules():
         if isinstance(module, nn.RNNCellBase):
             module.hidden_size = module.weight_hh.shape[1]

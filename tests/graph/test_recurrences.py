@@ -201,7 +201,8 @@ def test_states_to_start_from(how: str) -> None:
         reason = "its recurrence starts from a state that no layer gives"
         assert {table.refused[name] for name in LAYERS} == {reason}
         return
-    *_, name = table
+    *before, name = table
+    assert before == (["first"] if how == "new zeros" else [])
     made = ("make",) if how == "layer" else ()
     assert table[name].producers == (*made, *LAYERS)
     selection = greedyprune.select(model, x, size=3, objective="imitation", progress=False)
