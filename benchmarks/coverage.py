@@ -38,6 +38,7 @@ from greedyprune.data.forward import leaves_of
 from greedyprune.graph.costs import count_flops
 from greedyprune.graph.executor import GraphExecutor, tensors_of
 from greedyprune.graph.export import without_cache
+from greedyprune.graph.names import slice_of, weight_of
 from greedyprune.graph.tracing import LAYER_TYPES
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.selection import entries_left
@@ -255,10 +256,10 @@ def unseen_in(
     """The layers of which the first pick can be missing without a change of the masked output."""
     expected, unseen = run(full, inputs), list[str]()
     for name, layer in selection.layers.items():
-        weights = {c: full.get_parameter(f"{c}.weight").data for c in layer.outputs}
+        weights = {consumer: weight_of(full, consumer).data for consumer in layer.outputs}
         saved = {consumer: weight.clone() for consumer, weight in weights.items()}
         for consumer, weight in weights.items():
-            at = layer.slices[f"{consumer}.weight"]
+            at = slice_of(layer.slices, consumer)
             weight.index_fill_(at.dim, at.entries(layer.order[:1]), 0)
         if gap(expected, run(full, inputs)) <= tolerance:
             unseen.append(name)

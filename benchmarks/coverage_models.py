@@ -1,8 +1,9 @@
 """Public architectures with random weights and small inputs, for coverage.py.
 
 A model's name is "library/name". Of torchvision and timm, the smallest model of each family is
-chosen; a family is the library's module together with the first word of the model's name. Models of
-transformers are of two small layers where their configs allow it.
+chosen; a family is the library's module together with the first word of the model's name. Where
+that has over 80 million parameters, timm makes it of four blocks if it can. Models of transformers
+are of two small layers where their configs allow it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import greedyprune
 Inputs = Tensor | dict[str, Any]
 
 SAMPLES = 8
+FEW_BLOCKS = 4  # of models of timm whose smallest size has more parameters than this:
+LARGE = 80e6
 IMAGE_SIZES = (64, 128, None)  # None: the size that the model is made for
 VIDEO_SIZES = ((8, 64), (16, 112), (16, 224))  # frames, height and width
 
@@ -183,7 +186,14 @@ def _first_that_runs(name: str) -> tuple[nn.Module, Inputs]:
     for size in sizes:
         try:
             torch.manual_seed(0)
-            model = _make(name, size if isinstance(size, int) else None).eval()
+            side = size if isinstance(size, int) else None
+            try:
+                model = _make(
+                    name, side, few_blocks=name.startswith("timm/") and _size(name) > LARGE
+                )
+            except TypeError:  # it has no such option
+                model = _make(name, side)
+            model = model.eval()
             inputs = _images(name, model, size)
             with torch.no_grad():
                 model(**inputs) if isinstance(inputs, dict) else model(inputs[:2])
@@ -193,7 +203,7 @@ def _first_that_runs(name: str) -> tuple[nn.Module, Inputs]:
     raise RuntimeError(f"runs on no input that was tried: {error}") from error
 
 
-def _make(name: str, size: int | None) -> nn.Module:
+def _make(name: str, size: int | None, few_blocks: bool = False) -> nn.Module:
     library, _, kind = name.partition("/")
     make: Callable[..., nn.Module]
     options: dict[str, Any] = {}
@@ -201,6 +211,8 @@ def _make(name: str, size: int | None) -> nn.Module:
         import timm
 
         make, sized = timm.create_model, {"img_size": size}
+        if few_blocks:
+            options["depth"] = FEW_BLOCKS
     else:
         models = import_torchvision().models
         make, sized = models.get_model, {"image_size": size}

@@ -358,7 +358,7 @@ def encoder_data(fill: str | None) -> list[dict[str, Tensor]]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:data. found too few samples")
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:data. these layers keep")
 @pytest.mark.parametrize(
     ("way", "enabled"),
     [("defaults", True), ("defaults", False), ("from one pass", True), ("loss", True)],

@@ -110,13 +110,16 @@ def _all_values(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Te
 
 def same_with_norms(
     model: nn.Module, changed: Mapping[str, Tensor], small: nn.Module, example: Batch,
-    left: Entries,
+    left: Entries, known: dict[bool, GraphExecutor] | None = None,
 ) -> bool:  # fmt: skip
     """Are the outputs the same where norms go over the units that are left? False without norms.
 
-    True where the model has such norms, but its graph can't be run in pieces. Arguments as for
-    `prove`.
+    Arguments as for `prove`.
+
+    known: the dense model's executors for this example, and for it in float64 (True), by then;
+        filled here
     """
+    known = {} if known is None else known
     whole = _all_values(model, changed)
     pruned = {name: tensor.data for name, tensor in tensors_of(small).items()}
     for batch in (example, example.to(torch.float64)):
@@ -124,7 +127,9 @@ def same_with_norms(
             whole, pruned = _in_float64(whole), _in_float64(pruned)
         try:
             with _holding(model, whole), _holding(small, pruned):
-                executor = GraphExecutor(model, batch)
+                is_double = batch is not example
+                executor = known.get(is_double) or GraphExecutor(model, batch)
+                known[is_double] = executor
                 if not executor.has_norms(left):
                     return False
                 tensors = tensors_of(model)

@@ -173,12 +173,11 @@ def _refit(
         for layer in layers:
             problem = _refit_layer(model, full, layer, left, replay, bar)
             if problem.stays:
-                rows, features = problem.rows, problem.features
-                stayed.append(f"{layer.name!r} ({rows} rows of {features} inputs)")
+                stayed.append(repr(layer.name))
         if stayed:
             warn(
-                f"data: found too few samples to refit {', '.join(stayed)}: the new weights were "
-                "no better on held-out samples, so these layers keep theirs; expected more samples"
+                f"data: these layers keep their weights: {', '.join(stayed)}. New ones were no "
+                "better on held-out samples; more samples may change that"
             )
         names = dict.fromkeys([*replay.changed, *masked_names(model, selection)])
         weights = {name: full.get_parameter(name).data for name in names}

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
-from ..graph.executor import tensors_of
+from ..graph.executor import GraphExecutor, tensors_of
 from ..graph.export import without_cache
 from ..graph.groups import Group
 from ..graph.refusals import by_reason, refused_in
@@ -31,10 +31,12 @@ from ..graph.trace_errors import TraceError, place_of
 from ..runtime.errors import first_line
 from ..runtime.progress import warn
 from .cut import cut, masked, selection_of_units
-from .proof import same_with_norms
+from .proof import example_of, same_with_norms
 from .selection import entries_left
 
 # Words in the messages of errors about a tensor's shape.
+# The dense model's executors, by whether they are for float64 (proof.same_with_norms).
+Executors = dict[bool, GraphExecutor]
 _SHAPE = re.compile(
     r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b", re.I
 )
@@ -112,28 +114,32 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
     plain = [replace(group, sizes={}) for group in groups]
     if any(parameter.is_meta for parameter in model.parameters()):
         return {group.producer: group for group in plain}
+    executors: Executors = {}
+    batch = example_of(model, batch)
     for together in (plain, groups):
         try:
-            _try_to_cut(model, together, batch)
+            _try_to_cut(model, together, batch, executors)
             return {group.producer: group for group in together}
         except ValueError:  # of which group, the trials of each will tell
             if len(groups) == 1:
                 break
-    return {group.producer: _as_it_can_be_cut(model, group, batch) for group in groups}
+    return {group.producer: _as_it_can_be_cut(model, group, batch, executors) for group in groups}
 
 
-def _as_it_can_be_cut(model: nn.Module, group: Group, batch: Batch) -> Group | NotPrunableError:
+def _as_it_can_be_cut(
+    model: nn.Module, group: Group, batch: Batch, executors: Executors
+) -> Group | NotPrunableError:
     """The group without its `sizes` or with them; or why it can't be cut without."""
     plain = replace(group, sizes={})
     try:
-        check_cut(model, plain, batch)
+        _try_to_cut(model, [plain], batch, executors)
         return plain
     except FailedTrialError as error:
         reason = FailedTrialError(str(error))  # a new one: its frames would keep the model alive
     for left_out in ("", *group.sizes) if group.sizes else ():
         sizes = {name: at for name, at in group.sizes.items() if name != left_out}
         with suppress(ValueError):  # two attributes may have the same value
-            check_cut(model, replace(group, sizes=sizes), batch)
+            _try_to_cut(model, [replace(group, sizes=sizes)], batch, executors)
             return replace(group, sizes=sizes)
     return reason
 
@@ -145,10 +151,12 @@ def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     meta device is not tried.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
-        _try_to_cut(model, [group], batch)
+        _try_to_cut(model, [group], example_of(model, batch), {})
 
 
-def _try_to_cut(model: nn.Module, groups: Sequence[Group], batch: Batch) -> None:
+def _try_to_cut(
+    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors
+) -> None:
     """Keeps every other unit of the first group; the errors are about this one.
 
     Neighbouring groups keep different shares. So two groups that the model needs in one size are
@@ -172,7 +180,7 @@ def _try_to_cut(model: nn.Module, groups: Sequence[Group], batch: Batch) -> None
             raise _failure(group, small, error) from error
     left = entries_left(selection.layers.values())
     if same_outputs(expected, outputs, batch.padding) or same_with_norms(
-        model, weights, small, batch, left
+        model, weights, small, batch, left, executors
     ):
         return
     reason = f"something between it and {group.consumer!r} mixes them"
