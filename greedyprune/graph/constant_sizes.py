@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .nodes import first_of, operation, shape_of
+from .nodes import first_of, operation, shape_of, title
 
 _SIZES_AT = {"view": 1, "reshape": 1, "_unsafe_view": 1, "expand": 1, "unflatten": 2}  # in args
 
@@ -69,6 +69,6 @@ def line_of(node: fx.Node) -> str:
         if line.strip().startswith("File ") and "/torch/" not in line
     ]  # fmt: skip
     if not lines:
-        return str(node.target)
+        return title(node)
     file, number = lines[-1].removeprefix('File "').split('", line ')
-    return f"{node.target} ({file.rpartition('/')[2]} line {number.partition(',')[0]})"
+    return f"{title(node)} ({file.rpartition('/')[2]} line {number.partition(',')[0]})"

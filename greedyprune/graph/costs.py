@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,7 +82,8 @@ def count_flops(model: nn.Module, run: Callable[[], T]) -> tuple[T, int, dict[st
     """Calls a function that runs a model without gradients.
 
     Returns its result, its FLOPs, and the FLOPs of each module that it runs, by name. Counted by
-    torch.utils.flop_counter: a multiplication with an addition is two.
+    torch.utils.flop_counter: a multiplication with an addition is two. Of recurrent modules, the
+    products with `weight_ih` and `weight_hh` count in every step, and nothing else.
 
     The counter asks each module's inputs that require gradients for their node in autograd's graph.
     A view of a parameter, such as an expanded class token, requires them but has no node. So no
@@ -91,7 +93,7 @@ def count_flops(model: nn.Module, run: Callable[[], T]) -> tuple[T, int, dict[st
     try:
         for parameter in required:
             parameter.requires_grad_(False)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_RECURRENT) as counter:
             result = run()
     finally:
         for parameter in required:
@@ -101,6 +103,26 @@ def count_flops(model: nn.Module, run: Callable[[], T]) -> tuple[T, int, dict[st
         for name, by_operation in counter.get_flop_counts().items()
     }
     return result, counter.get_total_flops(), by_module
+
+
+def _flops_of_layer(inputs: Sequence[int], *arguments: Any, **_: Any) -> int:
+    """The FLOPs of one layer and direction, from the shapes of the inputs and of two weights."""
+    return 2 * math.prod(inputs[:-1]) * sum(math.prod(weight) for weight in arguments[:2])
+
+
+def _flops_of_layers(
+    inputs: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any
+) -> int:
+    """The FLOPs of all layers and directions, from the shapes of all weights and biases."""
+    entries = sum(math.prod(weight) for weight in weights if len(weight) > 1)
+    return 2 * math.prod(inputs[:-1]) * entries
+
+
+# torch's counter does not know the operations of oneDNN and cuDNN.
+_RECURRENT = {
+    torch.ops.aten.mkldnn_rnn_layer: _flops_of_layer,
+    torch.ops.aten._cudnn_rnn: _flops_of_layers,
+}
 
 
 def costs_of(

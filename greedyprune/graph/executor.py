@@ -20,6 +20,7 @@ from .linear_paths import linear_path
 from .nodes import PRODUCTS, data_input, in_place, operation, shape_of
 from .norms import over_entries
 from .propagate import Propagation
+from .recurrences import is_recurrence, with_columns
 from .slices import Entries
 from .tracing import Graph, Layer
 
@@ -32,7 +33,7 @@ class Network(NamedTuple):
 
     tensors: parameters and buffers by name
     left:    what is left of each dimension that is cut. The tensors have their whole size; only the
-             norms over units need to know
+             norms over units and the recurrences need to know
     """
 
     tensors: Mapping[str, Tensor]
@@ -123,7 +124,7 @@ class GraphExecutor:
 
         tensors, left: the network's, as in `Network`
         """
-        constants, in_norms = self.constants(tensors), self._in_norms(left)
+        constants, sums = self.constants(tensors), self._sums_over(left)
         env = constants | values
         for i in range(start, end):
             node = self.nodes[i]
@@ -131,7 +132,7 @@ class GraphExecutor:
                 continue
             if node.op == "output":
                 break
-            value = self.evaluate(node, env, in_norms.get(node))
+            value = self.evaluate(node, env, sums.get(node))
             if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
             for source in self._last_uses[i]:
@@ -141,41 +142,48 @@ class GraphExecutor:
         self._interpreter.env = {}
 
     def evaluate(
-        self, node: fx.Node, values: Values, in_norm: tuple[int, Tensor] | None = None
+        self, node: fx.Node, values: Values, over: tuple[int, Tensor] | None = None
     ) -> Any:
         """One operation; in place ones act on a copy, since two networks may share the values.
 
-        in_norm: for a norm over units: its dimension, and the entries that are left of it
+        over: for a norm or a recurrence over units: its dimension, and the entries left of it
         """
         self._interpreter.env = values
-        if not in_place(node) and in_norm is None:
+        if not in_place(node) and over is None:
             return self._interpreter.run_node(node)
         args: Any = self._interpreter.map_nodes_to_values(node.args, node)
         options: Any = self._interpreter.map_nodes_to_values(node.kwargs, node)
-        if in_norm is not None:
-            return over_entries(node, args, options, *in_norm)
         target: Any = node.target
+        if over is not None and is_recurrence(node):
+            return target(*with_columns(args, over[1]))
+        if over is not None:
+            return over_entries(node, args, options, *over)
         return target(args[0].clone(), *args[1:], **options)
 
     @cached_property
     def _propagation(self) -> Propagation:
         return Propagation(self._graph)
 
-    def _in_norms(self, left: Entries | None) -> dict[fx.Node, tuple[int, Tensor]]:
-        """The norms over units of which some go, with the entries that are left."""
+    def _sums_over(self, left: Entries | None) -> dict[fx.Node, tuple[int, Tensor]]:
+        """The norms and recurrences over units of which some go, with the entries that are left."""
         if not left:
             return {}
         if self._last_left[0] is not left:
-            self._last_left = left, self._propagation.entries_in_norms(left)
+            recurrences = {
+                node: (layer.in_dim, left[layer.weight, layer.in_dim])
+                for node, layer in self._graph.tied.items()
+                if is_recurrence(node) and (layer.weight, layer.in_dim) in left
+            }
+            self._last_left = left, self._propagation.entries_in_norms(left) | recurrences
         return self._last_left[1]
 
     def has_norms(self, left: Entries) -> bool:
         """Is there a norm over units of which some go?"""
-        return bool(self._in_norms(left))
+        return not all(map(is_recurrence, self._sums_over(left)))
 
     def start_of(self, layers: Iterable[str], left: Entries) -> int:
-        """The place of the first of these layers, or of the first norm over units that go."""
-        places = [self._graph.position[node] for node in self._in_norms(left)]
+        """The place of the first of these layers, norms and recurrences over units that go."""
+        places = [self._graph.position[node] for node in self._sums_over(left)]
         for layer in layers:
             if layer not in self.place:
                 raise not_run(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,11 +41,16 @@ def exported(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, nothing is logged: torch.export logs whole graphs when it fails."""
+    """Inside, nothing is logged: torch.export logs whole graphs when it fails.
+
+    It also warns of attributes that the forward sets. Those of recurrent modules are as before.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights\[")
+            yield
     finally:
         logging.disable(disabled)
 

@@ -26,9 +26,10 @@ from .calls import is_alone, runs_in_own_module, sees_input
 from .classes import Ids
 from .constant_sizes import attributes_of, line_of
 from .labels import Doubt
-from .nodes import IDENTITY, first_of, flops_of, operation
+from .nodes import IDENTITY, first_of, flops_of, operation, title
 from .norm_labels import Norm
 from .propagate import RESHAPING, Product, Propagation
+from .recurrences import is_recurrence
 from .slices import Entries, NotPrunableError, Slice
 from .tracing import Graph, Layer
 from .windows import Window
@@ -62,8 +63,9 @@ class Group:
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
     stream:        the units are sums of several layers' outputs, as along a residual connection
-    tied:          tables of embeddings that linear maps have, too. Such a map takes the units, but
-                   its error does not count, and it keeps its weights
+    tied:          weights that take the units and stay as they are: tables of embeddings that
+                   linear maps have, too, and the `weight_hh` of recurrent layers. The error of such
+                   a map does not count. The weight has zeros where units are masked
     norms:         norms over the units: without some of them, the others change
     """
 
@@ -173,6 +175,7 @@ def _fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
         if name in shared:
             classes.fix(ids, f"{name!r} is shared with another layer")
     layers = {layer.weight for layer in graph.layers.values() if layer.groups == 1}
+    layers |= {layer.weight for node, layer in graph.tied.items() if is_recurrence(node)}
     dims_of = defaultdict[str, list[Ids]](list)
     for (name, _), ids in propagation.parameters.items():
         dims_of[name].append(ids)
@@ -296,6 +299,9 @@ class _Reader:
         for node, layer in self.graph.layers.items():
             if layer.weight in weights and not runs_in_own_module(self.graph, node):
                 flops[layer.weight] += flops_of(node)
+        for node, layer in self.graph.tied.items():
+            if layer.weight in weights and is_recurrence(node):
+                flops[layer.weight] += flops_of(node)
         return dict(flops)
 
     def _slices(
@@ -304,6 +310,7 @@ class _Reader:
         """Where tensors hold the units, and where some hold them along a second dimension."""
         slices, also = dict[str, Slice](), dict[str, Slice]()
         inputs = {(self.layers[name].weight, self.layers[name].in_dim) for name in consumers}
+        inputs |= {(layer.weight, layer.in_dim) for layer in self.graph.tied.values()}
         for (name, dim), roots in sorted(roots_of.items(), key=lambda item: item[0] not in inputs):
             held = also if name in slices else slices
             held[name] = Slice(dim, _places(roots, units), self.sizes[name][dim])
@@ -357,7 +364,7 @@ def _only_tied(graph: Graph) -> set[str]:
     """The tables that several modules have, and that are only looked up or multiplied with."""
     return {
         graph.tensors[node.name] for node in graph.nodes if node.name in graph.tensors
-        if node.users and all(
+        if node.users and not any(map(is_recurrence, node.users)) and all(
             user in graph.tied or operation(user) == "embedding" for user in node.users
         )
     }  # fmt: skip
@@ -374,5 +381,5 @@ def _before_output(graph: Graph, consumer: fx.Node) -> str:
         if operation(node) in IDENTITY | RESHAPING:
             reached.add(node)
         elif node.users:
-            return str(node.target)
+            return title(node)
     return "nothing that reaches the output"

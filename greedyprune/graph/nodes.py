@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def operation(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", node.target)
     name = str(getattr(packet, "__name__", node.target))
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def title(node: fx.Node) -> str:
+    """What messages call a node's operation: "aten.add.Tensor", or "lstm" for a function."""
+    is_function = isinstance(node.target, FunctionType)
+    return node.target.__name__ if is_function else str(node.target)  # type: ignore[union-attr]
 
 
 def in_place(node: fx.Node) -> bool:

@@ -23,8 +23,10 @@ from torch import fx
 from .classes import Ids
 from .labels import EXPANDING, Labels, Operand, State
 from .nodes import CONVOLUTIONS, LINEAR, SPLITTING, data_input, first_of, operation, shape_of
-from .norm_labels import NormOperations
 from .norms import NORMS, STATISTICS
+from .recurrences import is_recurrence, stacked
+from .recurrent_labels import RecurrentOperations
+from .recurrent_rewriting import is_recurrent, why_not_rewritten
 from .shapes import dims_of
 from .tracing import Graph, Layer
 
@@ -59,7 +61,7 @@ class Product(NamedTuple):
     ids: Ids
 
 
-class Propagation(NormOperations):
+class Propagation(RecurrentOperations):
     """The ids of all tensors of a graph.
 
     products:   the matrix products of each unit by itself (attention's)
@@ -108,6 +110,10 @@ class Propagation(NormOperations):
         Such a dimension may get smaller. Then everything that the tensor is combined with has to
         get smaller, too.
         """
+        if op == "select":
+            taken: Any = node.args[1]
+            uniform = self._uniform.get(first_of(node), {})
+            return {dim - (dim > taken): ids for dim, ids in uniform.items() if dim != taken}
         if not (op in EXPANDING | FACTORIES or self._is_pointwise(node, op)):
             return {}
         shape, found = shape_of(node), dict[int, Ids]()
@@ -151,6 +157,10 @@ class Propagation(NormOperations):
             parts = self._parts.get(first_of(node))
             place: Any = node.args[1]
             return self.of(first_of(node)) if parts is None else parts[place]
+        if is_recurrence(node):
+            return self._through_recurrence(node)
+        if node.target is stacked:
+            return self._through_stacked(node)
         if op in MATRIX_PRODUCTS:
             return self._through_product(node, op)
         if op == "scaled_dot_product_attention":
@@ -192,6 +202,10 @@ class Propagation(NormOperations):
             return self._indexed(node)
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)
+        if op in FACTORIES:  # of the type of a tensor, whose numbers do not matter
+            return ()
+        if is_recurrent(node):
+            return self._refused(node, why_not_rewritten(node))
         return self._refused(node, f"{node.target} is not known to keep its units apart")
 
     def _through_layer(self, node: fx.Node) -> State:

@@ -116,9 +116,10 @@ class Replay:
             state.separate()
 
     def keep_only(self, left: Entries) -> None:
-        """Only these entries have a part in the pruned network's norms; a layer is changed next.
+        """Only these entries have a part in the pruned network's norms and recurrences.
 
-        The networks have not run beyond the first of the norms that this concerns.
+        A layer is changed next. The networks have not run beyond the first of the norms and
+        recurrences that this concerns.
         """
         self._left = left
 
@@ -146,8 +147,8 @@ class Replay:
         compensates for the shortcut's error in the pruned network. The mask (m, T) says which
         positions count; None: all.
 
-        Leaves both networks just before the first of the layers and of the norms over units that
-        would not be `left`.
+        Leaves both networks just before the first of the layers, and of the norms and recurrences
+        over units that would not be `left`.
 
         resumed: the pass over the data; its batches that were added before are left out
         """

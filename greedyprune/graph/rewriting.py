@@ -1,4 +1,7 @@
-"""Rewrites a graph so that every linear map by a parameter is one node with the whole parameter."""
+"""Rewrites a graph so that every linear map by a parameter is one node with the whole parameter.
+
+This includes the linear maps inside recurrent layers (recurrent_rewriting.py).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import fx
 from .experts import weight_of_experts, write_as_convolution
 from .names import bias_name
 from .nodes import SPLITTING, arguments_of, first_of, flops_of, operation, shape_of
+from .recurrent_rewriting import RecurrentRewriting
 
 _TRANSPOSING = {"t", "numpy_T", "transpose", "permute", "matrix_H", "mT", "swapaxes"}
 
@@ -24,6 +28,7 @@ class Rewriting:
 
     def __init__(self, graph: fx.Graph, parameters: Mapping[str, str]) -> None:
         self._parameters = parameters
+        RecurrentRewriting(graph)
         for write in (
             self._write_as_linear, self._write_with_whole_weight, self._write_without_bias,
             self._write_experts,

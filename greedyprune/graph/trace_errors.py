@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 LONGEST = 300  # characters of torch.export's own message
 
@@ -29,9 +30,18 @@ def trace_error(model: nn.Module, error: Exception) -> TraceError:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             reason = f"{name!r} is quantised, {kind}: prune first, then quantise"
             return TraceError(f"model: torch.export can't trace it ({reason})")
+    if any(_packs(frame) for frame, _ in walk_tb(error.__traceback__)):
+        reason = f"it runs on packed sequences{place_of(model, error)}; expected padded ones"
+        return TraceError(f"model: torch.export can't trace it ({reason})")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0][:LONGEST].rstrip(".") if lines else type(error).__name__
     return TraceError(f"model: torch.export can't trace it ({reason}{place_of(model, error)})")
+
+
+def _packs(frame: FrameType) -> bool:
+    """Does a frame pack sequences, or run a recurrent module on packed ones?"""
+    packs = frame.f_code.co_name in ("pack_padded_sequence", "pad_packed_sequence")
+    return packs or isinstance(frame.f_locals.get("orig_input"), PackedSequence)
 
 
 def place_of(model: nn.Module, error: BaseException) -> str:

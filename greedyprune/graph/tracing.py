@@ -27,6 +27,8 @@ from .nodes import (
     operation,
     shape_of,
 )
+from .recurrences import WEIGHT, is_recurrence
+from .recurrent_rewriting import is_recurrent, why_not_rewritten
 from .rewriting import Rewriting
 from .windows import CONVOLUTION_TYPES, TRANSPOSED_TYPES, Window, window_from, window_of
 
@@ -65,8 +67,9 @@ class Graph:
     position:   each node's index in `nodes`
     tensors:    from a placeholder's name to the model's name for that parameter or buffer
     layers:     the nodes that are layers, in order
-    tied:       nodes that are linear maps by an embedding's table, as the last layer of a language
-                model often is
+    tied:       nodes that take units and keep their weights: linear maps by an embedding's table,
+                as the last layer of a language model often is, and recurrences (recurrences.py),
+                whose layer is `weight_hh`
     not_layers: why other nodes that are linear maps are no layers, by the name of their module or
                 weight
 
@@ -123,6 +126,10 @@ class Graph:
     def _add_layer(self, node: fx.Node) -> None:
         """Adds the node to the layers, or the reason why it is none to `not_layers`."""
         op = operation(node)
+        if is_recurrence(node):
+            self._add_recurrence(node)
+        elif is_recurrent(node):
+            self.not_layers.setdefault(module_name_of(node) or node.name, why_not_rewritten(node))
         if node.op != "call_function" or op not in LINEAR | CONVOLUTIONS | PRODUCTS | {EXPERTS}:
             return
         weight_node: Any
@@ -133,7 +140,7 @@ class Graph:
             weight_node, bias_node = (*node.args, None)[1:3]
         weight, bias = self.tensor_of(weight_node), self.tensor_of(bias_node)
         dims = len(shape_of(node))
-        if op in LINEAR and weight is not None and _is_looked_up(weight_node):  # type: ignore[arg-type]
+        if op in LINEAR and weight is not None and _is_looked_up(weight_node):
             name, out = weight.rpartition(".")[0], int(op == "addmm")
             self.tied[node] = Layer(name, weight, bias, out, 1 - out, 1, dims - 1, None)
             return
@@ -158,6 +165,11 @@ class Graph:
             )  # fmt: skip
         elif reason:
             self.not_layers.setdefault(self._row_of(node, weight_node), reason)
+
+    def _add_recurrence(self, node: fx.Node) -> None:
+        weight, bias = (self.tensor_of(arg) for arg in node.args[WEIGHT : WEIGHT + 2])
+        if weight is not None:
+            self.tied[node] = Layer(weight, weight, bias, 0, 1, 1, len(shape_of(node)) - 1, None)
 
     def _why_no_layer(self, node: fx.Node, weight_node: Any, bias_node: Any) -> str | None:
         """Why a linear map is no layer; "": this is not worth telling; None: it is one."""

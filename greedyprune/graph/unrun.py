@@ -143,4 +143,5 @@ def _beside(modules: Mapping[str, nn.Module], name: str, layer: str, end: int) -
         return False
     inside = layer.removeprefix(f"{parent}.").partition(".")[0]
     sibling = modules[f"{parent}.{inside}" if parent else inside]
-    return _layers(sibling)[end] is modules[layer]
+    owner = layer if layer in modules else layer.rpartition(".")[0]  # of a layer's weight
+    return _layers(sibling)[end] is modules[owner]

@@ -30,7 +30,7 @@ from ..graph.names import slice_of, weight_name
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..surgery.copying import copied
-from ..surgery.cut import masked_weight, scaled_weight
+from ..surgery.cut import masked_tied, masked_weight, scaled_weight
 from ..surgery.selection import LayerSelection
 from .network_suffix import NetworkSuffix
 
@@ -162,8 +162,14 @@ class Network:
         """The place and name of the layer that runs first."""
         if self._executors is None:
             return 0, layers[0]
-        place = self._executors.of(self._parts(self._batches.first())[0]).place
+        place = self._places()
         return min((place[name], name) for name in layers)
+
+    def _places(self) -> Mapping[str, int]:
+        """At which place in the graph each layer runs, if there is a graph."""
+        if self._executors is None:
+            return {}
+        return self._executors.of(self._parts(self._batches.first())[0]).place
 
     def stop_before(self, layer: str) -> None:
         """Runs the network up to this layer once; layers come in the order of the graph."""
@@ -186,12 +192,19 @@ class Network:
         return self._tensors[weight_name(self.model, layer)]
 
     def weights_of(self, layer: LayerSelection) -> dict[str, Tensor]:
-        """The weights of a layer's consumers once it is pruned."""
-        return {name: masked_weight(self.weight(name), layer, name) for name in layer.outputs}
+        """The weights that take a layer's units, once it is pruned, by layer or by their names."""
+        stay = {name: masked_tied(self.weight(name), layer, name) for name in layer.tied}
+        return stay | {n: masked_weight(self.weight(n), layer, n) for n in layer.outputs}
 
     def change(self, weights: Mapping[str, Tensor]) -> None:
-        """Gives the network these weights from now on."""
+        """Gives the network these weights from now on.
+
+        Weights that are no layer's, as the `weight_hh` of recurrent layers, may be used before the
+        layer that the network has run up to.
+        """
         self._changed |= weights
+        if not weights.keys() <= self._places().keys():
+            self._states = None
         for name, weight in weights.items():
             self._tensors[weight_name(self.model, name)] = weight.to(self.weight(name))
         if self._exact is not None:

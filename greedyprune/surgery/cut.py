@@ -26,6 +26,7 @@ from .copying import copied
 from .hf_config import describe
 from .module_sizes import HEADS, Size, note_size, sizes_after
 from .proof import prove
+from .recurrent import fit_recurrent
 from .selection import LayerSelection, Selection, entries_left
 
 
@@ -171,8 +172,9 @@ def masked(model: nn.Module, selection: Selection) -> nn.Module:
                 weight = weight_of(full, consumer)
                 weight.copy_(masked_weight(weight, layer, consumer))
             for name in layer.tied:
-                table, at = full.get_parameter(name), layer.slices[name]
-                table.index_fill_(at.dim, at.without_units(layer.kept).to(table.device), 0)
+                weight = full.get_parameter(name)
+                weight.copy_(masked_tied(weight, layer, name))
+    fit_recurrent(full)
     return full
 
 
@@ -192,6 +194,7 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
         _cut_tensors(full, entries_left(selection.layers.values()))
         _set_sizes(full, entries_left(selection.layers.values(), attributes=True))
     fit_attention(full)
+    fit_recurrent(full)
     return full
 
 
@@ -263,6 +266,12 @@ def masked_weight(weight: Tensor, layer: LayerSelection, consumer: str) -> Tenso
     places, kept = (p.flatten().to(weight.device) for p in (at.places, at.places[layer.kept]))
     changed = module_weight(new, at.dim, weight).to(weight)
     return weight.index_fill(at.dim, places, 0).index_copy_(at.dim, kept, changed)
+
+
+def masked_tied(weight: Tensor, layer: LayerSelection, name: str) -> Tensor:
+    """A weight of `layer.tied`, with zeros for the units that are dropped."""
+    at = layer.slices[name]
+    return weight.index_fill(at.dim, at.without_units(layer.kept).to(weight.device), 0)
 
 
 def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:

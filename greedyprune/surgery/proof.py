@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -152,13 +153,18 @@ def _outputs(model: nn.Module, example: Batch, seed: int) -> object:
 
 @contextmanager
 def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the model's parameters and buffers hold these values; they stay the same objects."""
+    """Inside, the model's parameters and buffers hold these values; they stay the same objects.
+
+    cuDNN warns that the weights of recurrent modules are not in one piece of memory meanwhile.
+    """
     tensors = tensors_of(model)
     saved = [(tensors[name], tensors[name].data) for name in values]
     try:
         for name, value in values.items():
             tensors[name].data = value
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single")
+            yield
     finally:
         for tensor, value in saved:
             tensor.data = value

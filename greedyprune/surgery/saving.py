@@ -16,6 +16,7 @@ from .attention import fit_attention
 from .cut import in_format_of
 from .hf_config import restore, saved_configs, saved_refusal
 from .module_sizes import Size, can_be_cut, note_size, sizes_of
+from .recurrent import fit_recurrent
 
 FORMAT = "greedyprune-pruned-2"
 
@@ -133,6 +134,7 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
             setattr(model.get_submodule(name), attribute, value)
     _fill(model, tensors, set(persistent))
     fit_attention(model)
+    fit_recurrent(model)
     restore(model, config, json.loads(header.get("refusal", "null")))
     return model
 

@@ -68,8 +68,8 @@ class LayerSelection:
     also:       those tensors that hold the units along a second dimension, and where
     sizes:      attributes of modules that hold a size, as "module.attribute", and where the entries
                 that they count belong to units; only those that have to be set
-    tied:       embeddings' tables that the last layer multiplies with, too: they are cut, and keep
-                their weights
+    tied:       weights that take the units and stay as they are: embeddings' tables that the last
+                layer multiplies with, too, and the `weight_hh` of recurrent layers. They are cut
     """
 
     order: Tensor

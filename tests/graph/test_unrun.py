@@ -54,6 +54,13 @@ def pooled(model: Model, x: Tensor, task: str) -> Tensor:
 
 # The model, which module may fail, and because of which units.
 NEEDED: dict[str, tuple[Model, str, str]] = {
+    "after a recurrent module": (
+        Model(
+            lambda m, x, t: getattr(m, t)(m.body(x[:, None])[1][-1]),
+            body=nn.GRU(6, 24, batch_first=True), a=nn.Linear(24, 3), b=nn.Linear(24, 3),
+        ),
+        "b", "body.weight_ih_l0",
+    ),
     "heads": (
         Model(lambda m, x, t: m.heads[t](m.body(x).relu()), body=block(6, 24), heads=tasks(24, 3)),
         "heads.b", "body.0",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from recurrent_kinds import Reader, Recurrent, Tagger
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -420,6 +421,9 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "decoder": (Decoder, (7,), 4, 1),
     "torch encoder": (TorchEncoder, IMAGES, 5, 1),
     "translator": (Translator, (7,), 6, 1),
+    "tagger": (Tagger, (7,), 5, 0),
+    "reader": (Reader, (7,), 4, 0),
+    "recurrent": (Recurrent, (7,), 5, 0),
 }
 
 
