@@ -26,7 +26,7 @@ from .slices import Slice
 # The names in configs for the width of feed-forward blocks, and for the numbers of heads.
 WIDTHS = (
     "intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff",
-    "hidden_dim",
+    "hidden_dim", "moe_intermediate_size", "shared_expert_intermediate_size",
 )  # fmt: skip
 HIDDEN = ("hidden_size", "n_embd", "d_model")  # the width of the residual stream
 HEADS = ("num_attention_heads", "num_key_value_heads")
