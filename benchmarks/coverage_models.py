@@ -65,6 +65,9 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 OWN_CONFIG: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "swin": {"image_size": 64},
+    "pvt": {"image_size": 64},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "qwen2_moe": FEW_EXPERTS,
     "deberta": {"pos_att_type": ["c2p", "p2c"], "relative_attention": True},
@@ -179,6 +182,18 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
     return model.eval(), inputs
 
 
+class Logits(nn.Module):
+    """A model of transformers without the encoder's output, whose width could not change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+
 def _first_that_runs(name: str) -> tuple[nn.Module, Inputs]:
     error: Exception | None = None
     torchvision = import_torchvision()
@@ -268,7 +283,7 @@ def _transformer(kind: str) -> tuple[nn.Module, Inputs]:
     if head in ("MaskedLM", "CausalLM"):
         return model, {"input_ids": ids}
     if head == "Seq2SeqLM":
-        return model, {"input_ids": ids, "decoder_input_ids": ids[:, :8]}
+        return Logits(model), {"input_ids": ids, "decoder_input_ids": ids[:, :8]}
     if head == "ImageClassification":
         side = entries.get("image_size") or (224 if kind == "levit" else 64)
         return model, {"pixel_values": torch.randn(SAMPLES, 3, side, side)}

@@ -24,7 +24,8 @@ def page(rows: Sequence[Row]) -> list[str]:
         " left ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up to"
         f" {TOLERANCE['float64']:g} of the largest in float64 (`gap`), or {TOLERANCE['float32']:g}"
         " in float32 for a model that does not run in float64. A model is *untested* where this"
-        " can't fail: some layer's first pick can be missing, too. Torch-Pruning's MetaPruner, by"
+        " can't fail: half of some layer's picks can be missing, too. A layer whose products do not"
+        " fit in memory is selected with `weights=\"none\"`. Torch-Pruning's MetaPruner, by"
         " magnitude, with its default options and half of the channels, runs on the same model; it"
         " counts if the pruned model runs and is smaller. Written by `make coverage`.", "",
         *summary(rows),

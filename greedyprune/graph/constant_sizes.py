@@ -34,6 +34,13 @@ def may_hold_size(node: fx.Node, dim: int) -> bool:
     return isinstance(size, int) and size != -1
 
 
+def sizes_held(node: fx.Node) -> set[int]:
+    """The sizes among the arguments of an operation that gives its operand another shape."""
+    place = _SIZES_AT.get(operation(node)) if node.op == "call_function" else None
+    sizes: object = node.args[place] if place is not None and len(node.args) > place else None
+    return {s for s in sizes if isinstance(s, int)} if isinstance(sizes, (list, tuple)) else set()
+
+
 def split_may_hold_size(node: fx.Node, dim: int) -> bool:
     """May a split's argument be the size of the parts along `dim`? Not if it is their number."""
     along = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
@@ -45,7 +52,7 @@ def attributes_of(model: nn.Module, node: fx.Node, value: int) -> list[str]:
     """The attributes that an operation's size may come from: "module.attribute" names.
 
     They are those attributes of the innermost module that runs the operation, or of the modules
-    around it, which are ints of this value.
+    around it, which are ints of this value, or tuples of it alone.
     """
     stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(stack.values()):
@@ -55,7 +62,8 @@ def attributes_of(model: nn.Module, node: fx.Node, value: int) -> list[str]:
             continue
         names = [
             name for name, size in vars(module).items()
-            if isinstance(size, int) and not isinstance(size, bool) and size == value
+            if (isinstance(size, int) and not isinstance(size, bool) and size == value)
+            or (type(size) is tuple and size == (value,))
         ]  # fmt: skip
         if names:
             return [f"{path}.{name}".lstrip(".") for name in names]

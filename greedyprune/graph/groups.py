@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from .calls import is_alone, runs_in_own_module, sees_input
 from .classes import Ids
-from .constant_sizes import attributes_of, line_of
+from .constant_sizes import attributes_of, line_of, sizes_held
 from .labels import Doubt
 from .nodes import IDENTITY, first_of, flops_of, operation, title
 from .norm_labels import Norm
@@ -272,7 +272,8 @@ class _Reader:
             slices=slices,
             output=not_output == "",
             not_output=not_output,
-            may_hold_size=tuple(line_of(doubt.node) for doubt in doubts),
+            may_hold_size=tuple(line_of(doubt.node) for doubt in doubts)
+            or self._held_elsewhere((*slices.values(), *also.values())),
             sizes=_sizes(graph, self.propagation, doubts, units),
             also=also,
             products={
@@ -292,6 +293,12 @@ class _Reader:
                 dict.fromkeys(la.weight for la in graph.tied.values() if la.weight in slices)
             ),
         )  # fmt: skip
+
+    def _held_elsewhere(self, places: Iterable[Slice]) -> tuple[str, ...]:
+        """The first operation on other tensors with the size of one of these as an argument."""
+        sizes = {at.size for at in places}
+        nodes = (node for node in self.graph.nodes if not sizes.isdisjoint(sizes_held(node)))
+        return tuple(line_of(node) for node in islice(nodes, 1))
 
     def _flops_of(self, weights: Container[str]) -> dict[str, int]:
         """The FLOPs of those of these layers that do not run as a call of their module."""

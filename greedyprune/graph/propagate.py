@@ -17,24 +17,32 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import fx
 
 from .classes import Ids
 from .labels import EXPANDING, Labels, Operand, State
-from .nodes import CONVOLUTIONS, LINEAR, SPLITTING, data_input, first_of, operation, shape_of
+from .layer_labels import LayerOperations
+from .nodes import (
+    CONVOLUTIONS,
+    LINEAR,
+    SPLITTING,
+    first_of,
+    operation,
+    shape_of,
+)
 from .norms import NORMS, STATISTICS
 from .recurrences import is_recurrence, stacked
-from .recurrent_labels import RecurrentOperations
 from .recurrent_rewriting import is_recurrent, why_not_rewritten
 from .shapes import dims_of
-from .tracing import Graph, Layer
+from .tracing import Graph
 
 # What operations do, by name; those that act on every number by itself are in labels.py.
 # They make a tensor of one number:
 FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"}
 # They give the same numbers another shape:
-RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view"}
+RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view",
+    "reshape_as", "view_as",
+}  # fmt: skip
 # They give the dimensions another order or size:
 MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim"} | EXPANDING
 # They act on the last dimensions, as many as the name says: pooling and interpolation. `pad`, too.
@@ -61,7 +69,7 @@ class Product(NamedTuple):
     ids: Ids
 
 
-class Propagation(RecurrentOperations):
+class Propagation(LayerOperations):
     """The ids of all tensors of a graph.
 
     products:   the matrix products of each unit by itself (attention's)
@@ -200,6 +208,12 @@ class Propagation(RecurrentOperations):
             return self._through_embedding(node, op)
         if op == "index":
             return self._indexed(node)
+        if op == "index_select":
+            return self._at_places(node, dims_of(node.args[1], len(shape_of(first_of(node)))))
+        if op == "gather":
+            return self._gathered(node)
+        if op == "type_as":
+            return self.of(first_of(node))
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)
         if op in FACTORIES:  # of the type of a tensor, whose numbers do not matter
@@ -207,60 +221,6 @@ class Propagation(RecurrentOperations):
         if is_recurrent(node):
             return self._refused(node, why_not_rewritten(node))
         return self._refused(node, f"{node.target} is not known to keep its units apart")
-
-    def _through_layer(self, node: fx.Node) -> State:
-        """A layer sums over its input's channels; a convolution may do so in groups."""
-        inputs = data_input(node)
-        layer = self.graph.layers.get(node) or self.graph.tied.get(node)
-        state = self.of(inputs)
-        if layer is None:
-            reason = f"{node.target} takes its units, but its weight is no parameter"
-            return self._refused(node, reason)
-        outputs, taken = (
-            self.parameters[layer.weight, dim] for dim in (layer.out_dim, layer.in_dim)
-        )
-        if layer.bias is not None:
-            self.classes.unite(self.parameters[layer.bias, 0], outputs)
-        channels = self._channels(node, layer, state)
-        if channels is None:  # the model's own inputs
-            self.classes.fix(taken, "its inputs are not a layer's units")
-            if layer.groups > 1:
-                self.classes.fix(outputs, "its inputs are not a layer's units")
-        elif layer.groups == 1:
-            self.classes.unite(channels, taken)
-        else:
-            self._through_groups(node, layer, channels, outputs, taken)
-        others = [labels for labels in state if layer.channel_dim not in labels.dims]
-        return (*others, Labels((layer.channel_dim,), outputs))
-
-    def _channels(self, node: fx.Node, layer: Layer, state: State) -> Ids | None:
-        """The ids along a layer's input channels, the same at all positions."""
-        at = layer.channel_dim
-        if layer.window is not None:
-            last = range(at + 1, len(shape_of(data_input(node))))
-            state = self._mixed(node, state, last)
-        for labels in state:
-            if at in labels.dims:
-                axis = labels.dims.index(at)
-                others = tuple(i for i in range(labels.ids.ndim) if i != axis)
-                self.classes.unite_along(labels.ids, others)
-                return np.moveaxis(labels.ids, axis, 0).reshape(labels.ids.shape[axis], -1)[:, 0]
-        for labels in state:  # units of another dimension, while the channels have none
-            self._fix(
-                (labels,), f"{node.target} sums over another dimension than that of its units"
-            )
-        return None
-
-    def _through_groups(
-        self, node: fx.Node, layer: Layer, channels: Ids, outputs: Ids, taken: Ids
-    ) -> None:
-        """A grouped convolution: units of a group's channels, one of these if it has only one."""
-        ins, outs = (ids.reshape(layer.groups, -1) for ids in (channels, outputs))
-        for channels_of in (ins, outs):
-            note = f"{node.target} has groups of {channels_of.shape[1]} channels"
-            self.classes.unite_along(channels_of, (1,), f"{note}, which mix several of its units")
-        self.classes.unite(ins[:, 0], outs[:, 0])
-        self.classes.fix(taken, f"{node.target} has groups")
 
     def _through_product(self, node: fx.Node, op: str) -> State:
         """A matrix product for each entry of the first dimensions; baddbmm adds it to a tensor."""

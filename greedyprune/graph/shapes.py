@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -272,12 +272,19 @@ class ShapeOperations(LabelledTensors):
 
     def _indexed(self, node: fx.Node) -> State:
         """The entries at places of one dimension that another tensor names."""
-        source, indices = first_of(node), list(node.args[1])  # type: ignore[arg-type]
+        indices = list(node.args[1])  # type: ignore[arg-type]
         named = [dim for dim, index in enumerate(indices) if index is not None]
         if len(named) != 1:
             return self._refused(node, f"{node.target} is not known to keep its units apart")
         self._fix(self.of(indices[named[0]]), f"{node.target} looks its units up")
-        [dim], shift = named, len(shape_of(indices[named[0]])) - 1
+        return self._at_places(node, named, len(shape_of(indices[named[0]])) - 1)
+
+    def _at_places(self, node: fx.Node, named: Iterable[int], shift: int = 0) -> State:
+        """The ids of a tensor's entries at places of one dimension.
+
+        shift: how many dimensions the places have, less one
+        """
+        source, [dim] = first_of(node), named
         result = []
         for labels in self.of(source):
             if dim in labels.dims:
@@ -286,6 +293,18 @@ class ShapeOperations(LabelledTensors):
                 dims = tuple(at + shift if at > dim else at for at in labels.dims)
                 result.append(Labels(dims, labels.ids))
         return tuple(result)
+
+    def _gathered(self, node: fx.Node) -> State:
+        """Entries of a tensor at places of one dimension, other places at every other entry."""
+        arguments = arguments_of(node)
+        source, places = arguments["self"], arguments["index"]
+        dims = len(shape_of(source))
+        dim = int(arguments["dim"]) % dims
+        kept: dict[int, int | None] = {at: at for at in range(dims)}
+        state = self._mixed(node, self.of(source), [dim])
+        return self._met(node, [
+            (source, state, kept | {dim: None}), (places, self.of(places), kept | {dim: None}),
+        ])  # fmt: skip
 
 
 def dims_of(named: Any, count: int) -> set[int]:

@@ -300,7 +300,8 @@ def _set_sizes(model: nn.Module, entries: Entries) -> None:
     for (name, _), left in entries.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        setattr(module, attribute, len(left))
+        is_tuple = isinstance(getattr(module, attribute), tuple)
+        setattr(module, attribute, (len(left),) if is_tuple else len(left))
         note_size(module, attribute)
 
 
