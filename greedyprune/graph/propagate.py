@@ -291,8 +291,12 @@ class Propagation(LayerOperations):
     def _elementwise(self, node: fx.Node, op: str) -> State:
         operands = node.all_input_nodes
         state = self._met(node, [(o, self.of(o), _aligned(o, node)) for o in operands])
-        terms = {self._nearest.get(o) for o in operands if self.of(o) and o not in self._constants}
-        if op in SUMS and len(terms) > 1:
+        terms = {
+            self._nearest.get(o, frozenset()) for o in operands
+            if self.of(o) and o not in self._constants
+        }  # fmt: skip
+        # The terms of x + x * f(x) share a layer: they are gated, and no residual sum.
+        if op in SUMS and any(not (a <= b or b <= a) for a in terms for b in terms):
             self.summed += [labels.ids for labels in state]
         return state
 

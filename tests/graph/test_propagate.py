@@ -27,6 +27,16 @@ BASE = {
     "first.bias": Slice.regular(0, 8),
     "last.weight": Slice.regular(1, 8),
 }
+ORDER = torch.tensor([[1], [0], [3], [2]])
+
+
+def overwritten(h: Tensor) -> Tensor:
+    """The first two samples are negated, in place."""
+    h = h.clone()
+    h[:2] *= -1
+    return h
+
+
 NORM = ("weight", "bias", "running_mean", "running_var")
 ACCEPTED = {
     "nothing": (lambda s, h, x: h, {}),
@@ -37,6 +47,11 @@ ACCEPTED = {
     "branches that meet": (lambda s, h, x: torch.where(h > 0, h, 0.1 * h) + h.abs().clone(), {}),
     "a sample's own factor": (lambda s, h, x: h * x[:, :1], {}),
     "transposed": (lambda s, h, x: h.T.t().transpose(0, 1).T, {}),
+    "as another tensor": (lambda s, h, x: h.flatten().reshape_as(h).type_as(x), {}),
+    "other samples": (lambda s, h, x: h.index_select(0, torch.tensor([1, 0, 3, 2])), {}),
+    "gathered": (lambda s, h, x: h.gather(0, ORDER.expand(-1, h.shape[1])), {}),
+    "repeated factor": (lambda s, h, x: h * x[:, :1].repeat(1, h.shape[1]), {}),
+    "written in part": (lambda s, h, x: overwritten(h), {}),
     "flipped": (lambda s, h, x: h.flip(1).flip(1), {}),
     "reshaped": (lambda s, h, x: h.unsqueeze(1).reshape(2, 2, -1).flatten(0, 1), {}),
     "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice.regular(0, 8)}),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from recurrent_kinds import Reader, Recurrent, Tagger
+from attention_kinds import ChannelAttention, TalkingHeads, TorchEncoder, Translator
+from recurrent_kinds import Reader, Recurrent, StateSpace, Tagger
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -319,89 +319,6 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-class TalkingHeads(nn.Module):
-    """Linears between heads (CaiT), before and after the softmax, and frozen batch norms."""
-
-    class Frozen(nn.Module):
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            for name in ("weight", "bias", "mean", "variance"):
-                self.register_buffer(name, torch.rand(channels) + 0.5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            buffers = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
-            weight, bias, mean, variance = buffers
-            scale = weight * (variance + 1e-5).rsqrt()
-            return x * scale + (bias - mean * scale)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.frozen, self.num_heads = nn.Conv2d(3, 16, 2, 2), self.Frozen(16), 4
-        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 5)
-        self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.gelu(self.frozen(self.patches(x))).flatten(2).transpose(1, 2)
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        scores = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        scores = self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.proj((scores @ v).transpose(1, 2).flatten(2))
-
-
-class ChannelAttention(nn.Module):
-    """XCiT: attention between the channels of a head, of vectors that are normalised."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.num_heads = nn.Conv2d(3, 16, 2, 2), 4
-        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 5)
-        self.temperature = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
-        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
-        scores = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
-        return self.proj((scores @ v).permute(0, 3, 1, 2).reshape(b, n, -1))
-
-
-class TorchEncoder(nn.Module):
-    """torch's own encoder layers, with padding; the norms come first in one of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"batch_first": True, "dim_feedforward": 20, "dropout": 0.0}
-        self.patches = nn.Conv2d(3, 12, 2, 2)
-        self.first = nn.TransformerEncoderLayer(12, 4, **options)
-        self.second = nn.TransformerEncoderLayer(12, 2, norm_first=True, **options)
-        self.head = nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding = x.new_zeros(len(x), 16, dtype=torch.bool)
-        padding[:, 12:] = True
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = self.first(x, src_key_padding_mask=padding)
-        return self.head(self.second(x)[:, :12].mean(1))
-
-
-class Translator(nn.Module):
-    """torch's nn.Transformer: attention from one sequence to another, with a causal mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.source, self.target = nn.Embedding(30, 12), nn.Embedding(30, 12)
-        self.body = nn.Transformer(12, 4, 1, 1, 20, 0.0, batch_first=True)
-        self.head = nn.Linear(12, 9)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(3)
-        mask = mask.to(self.head.weight)
-        target = self.target(tokens[:, 4:])
-        return self.head(self.body(self.source(tokens[:, :4]), target, tgt_mask=mask))
-
-
 IMAGES = 3, 8, 8
 # Each with the shape of one of its inputs, and how many groups it has; streams among them.
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
@@ -424,6 +341,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "tagger": (Tagger, (7,), 5, 0),
     "reader": (Reader, (7,), 4, 0),
     "recurrent": (Recurrent, (7,), 5, 0),
+    "state space": (StateSpace, (7,), 2, 0),
 }
 
 
