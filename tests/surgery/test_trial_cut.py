@@ -224,3 +224,47 @@ def test_layers_that_need_one_size_are_found() -> None:
     refused = greedyprune.layers(OneWidth(), torch.randn(6, 4)).refused
     assert {"a", "b"} <= refused.keys()
     assert all("may have their number as a constant" in refused[name] for name in "ab")
+
+
+class PlainNorm(nn.Module):
+    """OLMo's norm: it has no tensors, and its size in a tuple."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.normalized_shape = (size,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.normalized_shape)
+
+
+def test_a_size_in_a_tuple_is_set() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), PlainNorm(12), nn.Linear(12, 3))
+    x = torch.randn(20, 5)
+    selection = greedyprune.select(model, x, layers="all", size=4, objective="imitation")
+    small = greedyprune.prune(model, selection)
+    assert small[1].normalized_shape == (4,)
+    assert model[1].normalized_shape == (12,)
+    assert small(x).isfinite().all()
+
+
+class Shuffled(nn.Module):
+    """The stream's size gives the shape of another tensor, whose own units can't go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, c = x.shape
+        inner = self.inner(x).softmax(-1).view(n, 3, 4).transpose(1, 2).reshape(n, c)
+        return self.head(x + self.last(inner))
+
+
+def test_a_size_that_another_tensor_needs() -> None:
+    table = greedyprune.layers(Shuffled(), torch.randn(20, 5))
+    assert not table
+    assert "aten.reshape.default (test_trial_cut.py line" in table.refused["first"]
+    assert "is invalid for input of size" in table.refused["first"]
