@@ -66,7 +66,6 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 OWN_CONFIG: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
-    "swin": {"image_size": 64},
     "pvt": {"image_size": 64},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "qwen2_moe": FEW_EXPERTS,
@@ -277,6 +276,7 @@ def _transformer(kind: str) -> tuple[nn.Module, Inputs]:
         entries = {key: value for key, value in entries.items() if key != "head_dim"}
     # A cache of keys and values among the outputs has the sizes of the heads.
     config = transformers.AutoConfig.for_model(kind, **entries, use_cache=False)
+    config.architectures = config.architectures or []  # LeViT's classes are looked up in it
     model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
     torch.manual_seed(2)
     ids = torch.randint(3, 99, (SAMPLES, 16))
@@ -285,7 +285,7 @@ def _transformer(kind: str) -> tuple[nn.Module, Inputs]:
     if head == "Seq2SeqLM":
         return Logits(model), {"input_ids": ids, "decoder_input_ids": ids[:, :8]}
     if head == "ImageClassification":
-        side = entries.get("image_size") or (224 if kind == "levit" else 64)
+        side = entries.get("image_size") or (224 if kind in ("levit", "swin") else 64)
         return model, {"pixel_values": torch.randn(SAMPLES, 3, side, side)}
     if head == "CTC":
         return model, {"input_values": torch.randn(SAMPLES, 2000)}
