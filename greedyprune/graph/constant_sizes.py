@@ -36,7 +36,8 @@ def may_hold_size(node: fx.Node, dim: int) -> bool:
 
 def sizes_held(node: fx.Node) -> set[int]:
     """The sizes among the arguments of an operation that gives its operand another shape."""
-    place = _SIZES_AT.get(operation(node)) if node.op == "call_function" else None
+    is_reshape = node.op == "call_function" and operation(node) != "expand"
+    place = _SIZES_AT.get(operation(node)) if is_reshape else None
     sizes: object = node.args[place] if place is not None and len(node.args) > place else None
     return {s for s in sizes if isinstance(s, int)} if isinstance(sizes, (list, tuple)) else set()
 

@@ -41,7 +41,9 @@ class LayerOperations(RecurrentOperations):
             self.classes.unite(channels, taken)
         else:
             self._through_groups(node, layer, channels, outputs, taken)
-        others = [labels for labels in state if layer.channel_dim not in labels.dims]
+        last = len(shape_of(inputs)) if layer.window is not None else layer.channel_dim + 1
+        mixed = set(range(layer.channel_dim, last))  # the channels and a window's positions
+        others = [labels for labels in state if mixed.isdisjoint(labels.dims)]
         return (*others, Labels((layer.channel_dim,), outputs))
 
     def _channels(self, node: fx.Node, layer: Layer, state: State) -> Ids | None:

@@ -38,7 +38,7 @@ from .selection import entries_left
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
 _SHAPE = re.compile(
-    r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b", re.I
+    r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
 )
 
 

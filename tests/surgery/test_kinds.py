@@ -229,3 +229,24 @@ def test_a_stream_s_loss_is_the_mean_share_of_its_readers() -> None:
             error = target - taken[:, kept] @ new[..., 0].to(weight).reshape(len(weight), -1).T
             shares.append(float(error.square().sum() / target.square().sum()))
     assert float(selection.losses[-1]) == pytest.approx(sum(shares) / 2, rel=1e-4)
+
+
+class Positions(nn.Module):
+    """Embeddings of rows and columns are added to a map, and a strided convolution follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, 2)
+        self.rows, self.head = nn.Parameter(torch.randn(1, 1, 7, 1)), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.first(x) + self.rows).relu())
+
+
+def test_a_window_mixes_positions_that_have_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = Positions(), torch.randn(30, 3, 7, 7)
+    selection = greedyprune.select(model, x, size=0.5, objective="imitation", progress=False)
+    assert list(selection.layers) == ["first", "last"]
+    small = greedyprune.prune(model, selection)
+    assert close(outputs_of(small, x), outputs_of(masked(model, selection), x), 1e-9)
