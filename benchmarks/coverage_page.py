@@ -15,7 +15,8 @@ SLOW = 15.0  # seconds of `layers` that are listed
 Row = dict[str, Any]
 
 
-def page(rows: Sequence[Row]) -> list[str]:
+def page(every: Sequence[Row]) -> list[str]:
+    rows = [row for row in every if row.get("stage") != "build"]
     lines = [
         "# Coverage", "",
         "Public architectures with random weights: `layers`, `select` (half of everything that can"
@@ -27,13 +28,14 @@ def page(rows: Sequence[Row]) -> list[str]:
         " can't fail: half of some layer's picks can be missing, too. A layer whose products do not"
         " fit in memory is selected with `weights=\"none\"`. Torch-Pruning's MetaPruner, by"
         " magnitude, with its default options and half of the channels, runs on the same model; it"
-        " counts if the pruned model runs and is smaller. Written by `make coverage`.", "",
+        " counts if the pruned model runs and is smaller. Models that could not be built or run"
+        " themselves are listed at the end and do not count. Written by `make coverage`.", "",
         *summary(rows),
     ]  # fmt: skip
     for library in dict.fromkeys(library_of(row) for row in rows):
         of_it = [row for row in rows if library_of(row) == library]
         lines += [f"## {library}", "", *table(TITLES, map(cells, of_it)), ""]
-    return [*lines, *reasons(rows), *problems(rows)]
+    return [*lines, *reasons(rows), *problems(every)]
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -99,7 +101,10 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 def problems(rows: Sequence[Row]) -> list[str]:
     """What did not pass, with the error, and what is slow."""
     lines = [
-        (row["name"], row.get("verdict", "-"), row.get("stage", ""), row.get("error", ""))
+        (
+            row["name"], "not built" if row.get("stage") == "build" else row.get("verdict", "-"),
+            row.get("stage", ""), row.get("error", ""),
+        )
         for row in rows if row.get("verdict") != "passes"
     ]  # fmt: skip
     lines += [
