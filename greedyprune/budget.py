@@ -218,6 +218,12 @@ def knapsack_of(
         if items[0] == items[-1]:
             costs[items[0]] += a_unit * widths[items[0]] ** len(items)
         else:
+            if len(items) > 2:
+                names = ", ".join(map(repr, layers))
+                raise ValueError(
+                    f"size: found a cost that depends on the sizes of {names} together, expected "
+                    "Budget(params=) or Budget(flops=)"
+                )
             i, j = items  # a weight has two dimensions that are cut
             couplings[i, j] = couplings.get((i, j), 0.0) + a_unit
     rest = cost.dense - sum(cost.parts.values())

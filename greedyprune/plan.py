@@ -130,8 +130,8 @@ def _check_derivatives(request: Request, group: Group, judge: str) -> None:
         option = "objective: found 'fisher'" if judge == FISHER else "metric: found 'fisher'"
         raise ValueError(
             f"{option}, but {group.mixed[0]!r}, which takes the units of layer "
-            f"{group.producer!r}, does more than its linear map; expected objective='imitation' "
-            "without a metric, or other layers"
+            f"{group.producer!r}, is no call of a module that does only its linear map; expected "
+            "objective='imitation' without a metric, or other layers"
         )
 
 

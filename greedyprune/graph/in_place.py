@@ -10,7 +10,7 @@ from .nodes import IDENTITY, in_place, operation
 
 
 def is_overwritten(graph: fx.Graph) -> bool:
-    """Does a node use what an earlier one changed in place, by another name?
+    """Does a node read memory that an earlier one changed through another tensor?
 
     The executor lets in-place operations act on a copy, and the ids of entries follow results only.
     """

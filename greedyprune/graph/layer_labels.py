@@ -81,7 +81,8 @@ class LayerOperations(RecurrentOperations):
             return False
         weight: Any = node.args[1]
         groups = arguments_of(node)["groups"]
-        return len(shape_of(node)) > 2 and shape_of(weight)[:2] == (groups, 1)
+        is_batch = len(shape_of(node)) == len(shape_of(weight))
+        return is_batch and shape_of(weight)[:2] == (groups, 1)
 
     def _through_depthwise(self, node: fx.Node) -> State:
         """Such a convolution keeps channels apart; its weight may be a parameter in a new shape."""

@@ -16,13 +16,13 @@ from .slices import Slice
 def layer_name(weight: str) -> str:
     """The name of the layer that has this weight."""
     owner, _, attribute = weight.rpartition(".")
-    return owner if attribute == "weight" else weight
+    return owner if owner and attribute == "weight" else weight
 
 
 def bias_name(weight: str) -> str:
     """The name that the bias of the layer with this weight has, if there is one.
 
-    "": it has none, since its own name does not say that it is a weight.
+    "": the weight's name does not contain "weight".
     """
     owner, dot, attribute = weight.rpartition(".")
     bias = attribute.replace("weight", "bias")

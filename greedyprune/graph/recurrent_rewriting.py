@@ -28,7 +28,7 @@ def is_recurrent(node: fx.Node) -> bool:
 
 
 def why_not_rewritten(node: fx.Node) -> str:
-    """Why such a node stays as it is; "": it does not."""
+    """Why such a node is not rewritten; "": it is."""
     arguments = arguments_of(node)
     if operation(node).endswith("_cell"):
         weights = [arguments[name] for name in _CELL_WEIGHTS]

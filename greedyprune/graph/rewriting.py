@@ -14,7 +14,7 @@ from torch import fx
 
 from .experts import weight_of_experts, write_as_convolution
 from .names import bias_name
-from .nodes import SPLITTING, arguments_of, first_of, flops_of, operation, shape_of
+from .nodes import CONVOLUTIONS, SPLITTING, arguments_of, first_of, flops_of, operation, shape_of
 from .recurrent_rewriting import RecurrentRewriting
 
 _TRANSPOSING = {"t", "numpy_T", "transpose", "permute", "matrix_H", "mT", "swapaxes"}
@@ -31,7 +31,7 @@ class Rewriting:
         RecurrentRewriting(graph)
         for write in (
             self._write_as_linear, self._write_with_whole_weight, self._write_without_bias,
-            self._write_experts,
+            self._write_experts, self._write_copy,
         ):  # fmt: skip
             for node in list(graph.nodes):
                 write(node)
@@ -49,7 +49,7 @@ class Rewriting:
         weight = first_of(transposed)
         if not self._is_parameter(weight) or len(shape_of(weight)) != 2:
             return
-        if shape_of(transposed) != shape_of(weight)[::-1]:  # the same where it is square
+        if shape_of(transposed) != shape_of(weight)[::-1] or _keeps_order(transposed):
             return
         last, bias = node, None
         user = next(iter(node.users), None)
@@ -70,7 +70,7 @@ class Rewriting:
     def _write_with_whole_weight(self, node: fx.Node) -> None:
         """Replaces a linear map by some rows of a parameter by these outputs of the whole map.
 
-        So nn.MultiheadAttention projects, if its query is another tensor than its key.
+        nn.MultiheadAttention uses some rows only where the query is another tensor than the key.
         """
         if operation(node) != "linear":
             return
@@ -99,6 +99,22 @@ class Rewriting:
                 last.meta = dict(node.meta)
         node.replace_all_uses_with(last)
         graph.erase_node(node)
+
+    def _write_copy(self, node: fx.Node) -> None:
+        """Replaces a copy into a tensor, which has no derivative, by the copied values."""
+        if operation(node) != "copy":
+            return
+        values: Any
+        target, values = node.args[:2]
+        with node.graph.inserting_before(node):
+            for operator, argument in (
+                (torch.ops.aten.expand_as.default, target),
+                (torch.ops.aten.to.dtype, node.meta["val"].dtype),
+            ):
+                values = node.graph.call_function(operator, (values, argument))
+                values.meta = dict(node.meta)
+        node.replace_all_uses_with(values)
+        node.graph.erase_node(node)
 
     def _write_experts(self, node: fx.Node) -> None:
         if self._is_parameter(weight_of_experts(node)):
@@ -129,7 +145,8 @@ class Rewriting:
 
     def _write_without_bias(self, node: fx.Node) -> None:
         """Adds a bias in a node of its own, where it is not the weight's (names.py)."""
-        if operation(node) != "linear" or len(node.args) < 3 or node.args[2] is None:
+        op = operation(node)
+        if op not in CONVOLUTIONS | {"linear"} or len(node.args) < 3 or node.args[2] is None:
             return
         weight, bias = node.args[1:3]
         if not self._is_parameter(weight) or (
@@ -137,8 +154,23 @@ class Rewriting:
             and self._parameters[bias.name] == bias_name(self._parameters[weight.name])
         ):
             return
+        positions = int(op[-2]) if op in CONVOLUTIONS else 0
+        with node.graph.inserting_before(node):
+            if positions:
+                shape = [-1] + [1] * positions
+                value = bias.meta["val"].view(shape)  # type: ignore[union-attr]
+                bias = node.graph.call_function(torch.ops.aten.view.default, (bias, shape))
+                bias.meta = dict(node.meta) | {"val": value}
         with node.graph.inserting_after(node):
             added = node.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
         added.meta = dict(node.meta)
         node.replace_all_uses_with(added, lambda user: user is not added)
-        node.args = node.args[:2]
+        node.args = (*node.args[:2], None, *node.args[3:]) if positions else node.args[:2]
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    """Does a permutation of two dimensions leave them in their order?"""
+    dims: Any = node.args[1] if operation(node) == "permute" else node.args[1:3]
+    if operation(node) == "permute":
+        return [int(dim) % 2 for dim in dims] == [0, 1]
+    return len(dims) == 2 and int(dims[0]) % 2 == int(dims[1]) % 2

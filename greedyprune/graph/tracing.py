@@ -114,6 +114,9 @@ class Graph:
         path, _, attribute = tensor.rpartition(".")
         owner = self.model.get_submodule(path)
         first = next(name for name, module in self.model.named_modules() if module is owner)
+        parameters = owner._parameters
+        if (own := parameters.get(attribute)) is not None:  # a module may have it twice
+            attribute = next(name for name, value in parameters.items() if value is own)
         return f"{first}.{attribute}".lstrip(".")
 
     def uses_of(self, name: str) -> list[fx.Node]:
@@ -185,7 +188,7 @@ class Graph:
         assert weight is not None
         module = self.model.get_submodule(weight.rpartition(".")[0])
         if bias_node is not None and bias != bias_name(weight):
-            return f"its bias is not a parameter {bias_name(weight)!r}"
+            return "its bias is not the parameter of that name beside the weight"
         if operation(node) in TRANSPOSED and _groups_of(node) > 1:
             return "it is a transposed convolution with groups"
         if operation(node) == "addmm" and node.kwargs:

@@ -142,6 +142,8 @@ def _beside(modules: Mapping[str, nn.Module], name: str, layer: str, end: int) -
     if parent and not layer.startswith(f"{parent}."):
         return False
     inside = layer.removeprefix(f"{parent}.").partition(".")[0]
-    sibling = modules[f"{parent}.{inside}" if parent else inside]
+    sibling = modules.get(f"{parent}.{inside}" if parent else inside)
+    if sibling is None:  # the layer is the parent's own parameter
+        return False
     owner = layer if layer in modules else layer.rpartition(".")[0]  # of a layer's weight
     return _layers(sibling)[end] is modules[owner]

@@ -8,6 +8,8 @@ module that has lost heads, or channels of the residual stream, but not as many 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -117,3 +119,28 @@ def fit_attention(model: nn.Module) -> None:
             continue
         module._qkv_same_embed_dim = False  # torch's encoder layer then takes no fast path
         module.__class__ = MultiheadAttention
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and _holds_own(module):
+            module.use_nested_tensor = False  # torch decides on it when it makes the encoder
+
+
+def _holds_own(module: nn.Module) -> bool:
+    return any(isinstance(part, MultiheadAttention) for part in module.modules())
+
+
+@contextmanager
+def attending_as(model: nn.Module, small: nn.Module) -> Iterator[None]:
+    """Inside, the model's attention runs as the smaller model's does: with tensors of its order."""
+    swapped = [
+        module for name, module in model.named_modules()
+        if type(module) is nn.MultiheadAttention
+        and type(small.get_submodule(name)) is MultiheadAttention
+    ]  # fmt: skip
+    fast = [module._qkv_same_embed_dim for module in swapped]
+    try:
+        for module in swapped:
+            module.__class__, module._qkv_same_embed_dim = MultiheadAttention, False
+        yield
+    finally:
+        for module, known in zip(swapped, fast, strict=True):
+            module.__class__, module._qkv_same_embed_dim = nn.MultiheadAttention, known

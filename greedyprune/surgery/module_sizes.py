@@ -30,6 +30,7 @@ _NOTED = "_greedyprune_sizes"  # the attribute with a module's other sizes
 # Of torch's own modules those with tensors that pruning can cut, along their first two dimensions.
 _CUT_TYPES = (
     nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU, nn.Embedding,
+    nn.ParameterList, nn.ParameterDict,
     nn.RNNBase, nn.RNNCellBase,
 )  # fmt: skip
 

@@ -116,8 +116,7 @@ def same_with_norms(
 
     Arguments as for `prove`.
 
-    known: the dense model's executors for this example, and for it in float64 (True), by then;
-        filled here
+    known: executors of the dense model, by whether they are in float64; new ones are added
     """
     known = {} if known is None else known
     whole = _all_values(model, changed)

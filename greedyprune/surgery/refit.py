@@ -40,6 +40,7 @@ from ..runtime.fingerprint import same_on_all
 from ..runtime.free_memory import room
 from ..runtime.modules import module_of
 from ..runtime.progress import Bar, bars, warn
+from .attention import attending_as
 from .cut import check_made_for, cut, masked, masked_names
 from .distill import distill
 from .hf_config import describe
@@ -186,7 +187,8 @@ def _refit(
         prove(model, weights, small, example_of(model, batches.first()), left)
         del weights
         if epochs and layers:
-            distill(model, small, selection, layers, batches, epochs, bar)
+            with attending_as(model, small):
+                distill(model, small, selection, layers, batches, epochs, bar)
     describe(small, selection)
     return small
 

@@ -177,7 +177,8 @@ def _check_architecture(
     buffers: set[str],
 ) -> None:  # fmt: skip
     """ValueError unless pruning could have made the file's model of this one."""
-    dense, modules = tensors_of(model), dict(model.named_modules())
+    dense = tensors_of(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in tensors:
         is_added = name in buffers and name.rpartition(".")[0] in modules
         if name not in dense and not is_added:
@@ -186,8 +187,9 @@ def _check_architecture(
         if name not in tensors:
             raise ValueError(f"model_factory: its model has {name!r}, which the file lacks")
     dense_sizes = {
-        name: module_sizes for name, module in modules.items() if (module_sizes := sizes_of(module))
-    }
+        name: module_sizes
+        for name, module in model.named_modules() if (module_sizes := sizes_of(module))
+    }  # fmt: skip
     for name in sorted(sizes.keys() | dense_sizes.keys()):
         attributes = sizes.get(name, {}).keys()
         if name not in modules or dense_sizes.get(name, {}).keys() != attributes:

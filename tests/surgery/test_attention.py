@@ -145,3 +145,45 @@ def test_the_same_share_of_both_keeps_torchs_class() -> None:
         with torch.no_grad():  # with torch's fast path, where the class is torch's
             fast = small(x)
         assert close(fast, small(x), 1e-5)
+
+
+class Padded(nn.Module):
+    """torch's encoder, which makes nested tensors of padded batches where nothing is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 4, 20, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        hidden = self.encoder(x, src_key_padding_mask=padding)
+        return self.head(hidden.masked_fill(padding[..., None], 0).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_an_encoder_with_a_pruned_layer_makes_no_nested_tensors() -> None:
+    torch.manual_seed(0)
+    padding = torch.zeros(32, 6, dtype=torch.bool)
+    padding[::2, 4:] = True
+    model, data = Padded().eval(), {"x": torch.randn(32, 6, 12), "padding": padding}
+    name = "encoder.layers.1.self_attn.in_proj_weight"
+    selection = greedyprune.select(model, data, size=2, layers=[name], objective="imitation")
+    small = greedyprune.prune(model, selection)
+    with torch.no_grad():
+        output = small(**data)
+    assert close(output, small(**data), 1e-5)
+
+
+@pytest.mark.parametrize("layers", [["attention.in_proj_weight"], ["query"], None])
+def test_a_pruned_network_with_another_forward_is_trained(layers: list[str] | None) -> None:
+    torch.manual_seed(0)
+    model, x = Attending({"need_weights": False}, batch_first=True).eval(), torch.randn(64, 7, 9)
+    for parameter in model.attention.parameters():
+        nn.init.normal_(parameter)
+    selection = greedyprune.select(
+        model, x, layers=layers, size=0.5, objective="imitation", progress=False
+    )
+    small = greedyprune.prune(model, selection)
+    trained = greedyprune.refit(model, selection, x, epochs=5, progress=False)
+    assert (trained(x) - model(x)).norm() < (small(x) - model(x)).norm()
+    assert type(model.attention) is nn.MultiheadAttention
