@@ -15,7 +15,11 @@ SLOW = 15.0  # seconds of `layers` that are listed
 Row = dict[str, Any]
 
 
-def page(every: Sequence[Row]) -> list[str]:
+def page(every: Sequence[Row], chosen: int) -> list[str]:
+    """The lines of the page.
+
+    chosen: how many models the script measures in all
+    """
     rows = [row for row in every if row.get("stage") != "build"]
     lines = [
         "# Coverage", "",
@@ -30,6 +34,8 @@ def page(every: Sequence[Row]) -> list[str]:
         " magnitude, with its default options and half of the channels, runs on the same model; it"
         " counts if the pruned model runs and is smaller. Models that could not be built or run"
         " themselves are listed at the end and do not count. Written by `make coverage`.", "",
+        f"{len(every)} of {chosen} models have been measured so far.",
+        "",
         *summary(rows),
     ]  # fmt: skip
     for library in dict.fromkeys(library_of(row) for row in rows):

@@ -41,7 +41,10 @@ def test_the_page_is_computed_from_the_rows() -> None:
         "name": "transformers/two", "stage": "find_layers", "verdict": "stopped",
         "error": "not done after 9 s",
     }  # fmt: skip
-    text = "\n".join(script().page([handled, stopped]))
+    broken = {"name": "timm/three", "stage": "build", "verdict": "stopped", "error": "no such size"}
+    text = "\n".join(script().page([handled, stopped, broken], 4))
+    assert "3 of 4 models have been measured so far." in text
+    assert "| timm/three | not built | build | no such size |" in text
     assert "| select, prune, run and pass | 1 of 2 (50%) | 1 of 2 (50%) |" in text
     assert "over the 1 models that both handle | 0.250 | 0.500 |" in text
     assert "(1 where one fails) | 0.500 | 0.707 |" in text
