@@ -78,8 +78,10 @@ def main() -> None:
             with args.rows.open("a") as file:
                 file.write(json.dumps(rows[name]) + "\n")
             print(name, rows[name].get("verdict"), rows[name].get("error", ""), flush=True)
-    chosen_in_all = coverage_models.names(False, ROWS.with_name("coverage_models.json"))
-    args.page.write_text("\n".join(page(list(rows.values()), len(chosen_in_all))) + "\n")
+    in_all = len(coverage_models.DOZEN)
+    if not args.dozen:
+        in_all = len(coverage_models.names(args.every, ROWS.with_name("coverage_models.json")))
+    args.page.write_text("\n".join(page(list(rows.values()), in_all)) + "\n")
     print(args.page)
 
 

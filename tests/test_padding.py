@@ -374,13 +374,40 @@ def test_torch_s_encoder_with_a_padding_mask(
     for fill in ("zeros", "noise"):
         selection = greedyprune.select(model, encoder_data(fill), **options)
         same(expected, selection)
-    assert list(selection.layers) == [f"encoder.layers.{i}.linear1" for i in (0, 1)]
+    assert list(selection.layers) == [
+        f"encoder.layers.{i}.{name}"
+        for i in (0, 1)
+        for name in ("self_attn.in_proj_weight", "linear1")
+    ]
     data = encoder_data("noise")
     inputs = data[0]["tokens"], data[0]["src_key_padding_mask"]
     with torch.no_grad():  # torch's fast path, in both
         small = greedyprune.prune(model, selection)(*inputs)
         torch.testing.assert_close(small, masked(model, selection)(*inputs))
-        refitted = greedyprune.refit(model, selection, data)(*inputs)
+        refitted = greedyprune.refit(model, selection, data, mask=options["mask"])(*inputs)
         errors = [(outputs - model(*inputs)).square().sum() for outputs in (refitted, small)]
         assert errors[0] < errors[1]
     assert torch.backends.mha.get_fastpath_enabled() is enabled
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:data. these layers keep")
+@pytest.mark.parametrize("together", [4, 10])  # as many samples as positions
+def test_torch_s_encoder_on_batches_of_padded_samples(together: int) -> None:
+    """Its attention has the positions first and then the samples."""
+    torch.manual_seed(3)
+    model, parts = Encoder().eval(), encoder_data("noise")
+    batches = [
+        {name: torch.cat([part[name] for part in parts[i : i + together]]) for name in parts[0]}
+        for i in range(0, len(parts), together)
+    ]
+    options: dict[str, Any] = {"mask": "src_key_padding_mask", "size": 0.5, "weights": "none"}
+    expected, selection = (
+        greedyprune.select(model, data, objective="imitation", progress=False, **options)
+        for data in (encoder_data(None), batches)
+    )
+    same(expected, selection)
+    hidden = greedyprune.select(
+        model, batches, objective="imitation", progress=False, **options | {"mask": None}
+    )
+    layer = "encoder.layers.0.self_attn.in_proj_weight"
+    assert abs(hidden.layers[layer].losses[0] / expected.layers[layer].losses[0] - 1) > 1e-2

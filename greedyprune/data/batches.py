@@ -28,6 +28,7 @@ from .sequence_models import (
     is_encoder_decoder,
     shifted,
     shifts_labels,
+    time_first_layers,
 )
 from .targets import parsed
 
@@ -254,6 +255,8 @@ class Batches:
             if self._decoder_layers is None:
                 self._decoder_layers = decoder_layers(self._model, batch)
             padding = replace(padding, decoder_layers=self._decoder_layers)
+        if padding.hides:
+            padding = replace(padding, time_first=time_first_layers(self._model))
         if isinstance(targets, Tensor) and self.ignored is not None:
             targets = visible(targets, padding.outputs, self.ignored)
             if self.shift:

@@ -29,21 +29,23 @@ class Padding:
     decoder_mask:   (m, T') bool, of the decoder's positions
     decoder_layers: the names of the layers that run on the decoder's positions; None: the model has
         no decoder
+    time_first: the names of layers whose rows have the positions first and then the samples
     """
 
     mask: Tensor | None
     decoder_mask: Tensor | None = None
     decoder_layers: frozenset[str] | None = None
+    time_first: frozenset[str] = frozenset()
 
     def map(self, function: Callable[[Any], Any]) -> Padding:
         """The padding with function(mask) in the place of both masks."""
         return replace(self, mask=function(self.mask), decoder_mask=function(self.decoder_mask))
 
     def of(self, layer: str) -> Tensor | None:
-        """The mask of the positions that a layer runs on; None: all count."""
-        if self.decoder_layers is not None and layer in self.decoder_layers:
-            return self.decoder_mask
-        return self.mask
+        """The mask of the positions that a layer runs on, in its rows' order; None: all count."""
+        is_decoders = self.decoder_layers is not None and layer in self.decoder_layers
+        mask = self.decoder_mask if is_decoders else self.mask
+        return mask.T if mask is not None and layer in self.time_first else mask
 
     @property
     def hides(self) -> bool:

@@ -153,3 +153,14 @@ def shifts_labels(model: nn.Module, batch: Batch) -> bool:
 def shifted(labels: Tensor, ignored: int) -> Tensor:
     """Each position's next label (m, T); `ignored` for the last position, which has none."""
     return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), ignored)], 1)
+
+
+def time_first_layers(model: nn.Module) -> frozenset[str]:
+    """The names of the layers of nn.MultiheadAttention, which puts the samples second."""
+    inside = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
+    return frozenset(
+        f"{name}.{layer}" if name else layer
+        for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+        if type(module).forward is nn.MultiheadAttention.forward
+        for layer in inside
+    )  # fmt: skip

@@ -323,7 +323,11 @@ def _finest(old: Sequence[int], new: Sequence[int]) -> list[int] | None:
 
     None: there are none, since a dimension of one lies across two of the other.
     """
-    ends = sorted({math.prod(shape[i:]) for shape in (old, new) for i in range(len(shape))})
+    ends = list[int]()  # sizes may be symbols, which no set takes
+    for end in (math.prod(shape[i:]) for shape in (old, new) for i in range(len(shape))):
+        if all(end != other for other in ends):
+            ends.append(end)
+    ends.sort()
     sizes = list[int]()
     for inner, outer in zip([1, *ends], ends, strict=False):
         if outer % inner:

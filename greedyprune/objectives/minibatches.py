@@ -119,4 +119,5 @@ def _padding(parts: Sequence[Batch]) -> Padding:
         cat([part.padding.mask for part in parts]),
         cat([part.padding.decoder_mask for part in parts]),
         next((layers for layers in decoders if layers is not None), None),
+        frozenset().union(*(part.padding.time_first for part in parts)),
     )

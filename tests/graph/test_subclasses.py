@@ -178,7 +178,7 @@ def test_the_operand_counts_not_the_modules_first_argument() -> None:
     expected = greedyprune.select(plain, x, objective="imitation")
     assert selection.layers["first"].order.equal(expected.layers["0"].order)
     assert close(selection.layers["first"].weights, expected.layers["0"].weights)
-    with pytest.raises(ValueError, match="'last', which takes the units of layer 'first', does m"):
+    with pytest.raises(ValueError, match="'last', which takes the units of layer 'first', is no"):
         greedyprune.select(model, (x, x), objective="fisher")
 
 

@@ -156,7 +156,7 @@ def tied() -> dict[str, nn.Module]:
 
 REFUSED = {
     "two modules": (
-        Model(lambda m, x: m.b(m.a(x)) + m.b(m.c(x)), **tied()), "a", "is shared with another",
+        Model(lambda m, x: m.b(m.a(x)) + m.b(m.c(x)), **tied()), "a", "shares its weight",
     ),
     "a use that is the output": (
         Model(lambda m, x: torch.cat([m.b(m.a(x)), m.a(x)], 1), a=nn.Linear(5, 8),
