@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..data.batches import Batch
 from ..data.forward import not_run
+from ..data.padding import Padding
 from ..runtime.sparse import bytes_of
+from .experts import EXPERTS
 from .linear_paths import linear_path
 from .nodes import PRODUCTS, data_input, in_place, operation, shape_of
 from .norms import over_entries
@@ -224,6 +226,18 @@ class GraphExecutor:
             value: Tensor = values[path.end]
             ends[layer] = value.relu() if path.rectified else value
         return ends
+
+    def mask_of(self, layer: str, padding: Padding) -> Tensor | None:
+        """Which of a layer's positions count (`Padding.of`).
+
+        ValueError for experts on padded data: their rows are sorted by expert.
+        """
+        if padding.hides and operation(self.nodes[self.place[layer]]) == EXPERTS:
+            raise ValueError(
+                f"mask: found hidden positions, but the rows of {layer!r} are sorted by expert; "
+                "expected batches without padding, or mask=None, which counts all positions"
+            )
+        return padding.of(layer)
 
     def input_of(self, layer: str, values: Values, padded: bool = False) -> Tensor:
         """A layer's input, from the values just before the layer.

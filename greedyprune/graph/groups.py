@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
@@ -203,6 +203,9 @@ class _Reader:
         self.doubts = self._units_of(propagation.doubts)
         self.products = self._units_of(propagation.products)
         self.norms = self._units_of(propagation.norms)
+        self.held = {  # the first operation that has a size as an argument, by the size
+            size: node for node in reversed(graph.nodes) for size in sizes_held(node)
+        }
         self.summed = {unit for ids in propagation.summed for unit in self._units(ids)}
 
     def _units(self, ids: Ids) -> set[int]:
@@ -296,9 +299,8 @@ class _Reader:
 
     def _held_elsewhere(self, places: Iterable[Slice]) -> tuple[str, ...]:
         """The first operation on other tensors with the size of one of these as an argument."""
-        sizes = {at.size for at in places}
-        nodes = (node for node in self.graph.nodes if not sizes.isdisjoint(sizes_held(node)))
-        return tuple(line_of(node) for node in islice(nodes, 1))
+        found = [self.held[at.size] for at in places if at.size in self.held]
+        return (line_of(min(found, key=self.graph.position.__getitem__)),) if found else ()
 
     def _flops_of(self, weights: Container[str]) -> dict[str, int]:
         """The FLOPs of those of these layers that do not run as a call of their module."""

@@ -89,15 +89,10 @@ class LayerOperations(RecurrentOperations):
         inputs, weight = first_of(node), node.args[1]
         dims = len(shape_of(node))
         assert isinstance(weight, fx.Node)
-        operands: list[Operand] = [
-            (
-                inputs,
-                self._mixed(node, self.of(inputs), range(2, dims)),
-                dict.fromkeys(range(2, dims)),
-            ),
-            (weight, self.of(weight), dict.fromkeys(range(1, dims)) | {0: 1}),
-        ]
-        operands[0][2].update({0: 0, 1: 1})  # type: ignore[attr-defined]
+        state = self._mixed(node, self.of(inputs), range(2, dims))
+        channels: dict[int, int | None] = {0: 0, 1: 1} | dict.fromkeys(range(2, dims))
+        outputs: dict[int, int | None] = {0: 1} | dict.fromkeys(range(1, dims))
+        operands: list[Operand] = [(inputs, state, channels), (weight, self.of(weight), outputs)]
         bias = arguments_of(node)["bias"]
         if isinstance(bias, fx.Node):
             operands.append((bias, self.of(bias), {0: 1}))

@@ -179,7 +179,7 @@ class Replay:
             if state.pruned is not None:
                 error = executor.shortcut_error(layer, dense, pruned, networks)
                 target = target if error is None else target + error
-            add(layer, inputs, target, state.second_half, state.padding.of(layer))
+            add(layer, inputs, target, state.second_half, executor.mask_of(layer, state.padding))
             at = place
 
     def errors(
@@ -195,7 +195,8 @@ class Replay:
             state.advance(_place(state.executor, layer), *networks)
             pruned = state.pruned or state.dense
             error = state.executor.output_error(layer, state.dense, pruned, networks)
-            inputs, mask = state.executor.input_of(layer, pruned), state.padding.of(layer)
+            inputs = state.executor.input_of(layer, pruned)
+            mask = state.executor.mask_of(layer, state.padding)
             yield inputs, error, state.second_half, mask
 
     def _all(self, bar: Bar) -> Iterator[_State]:

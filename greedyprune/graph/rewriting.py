@@ -107,16 +107,17 @@ class Rewriting:
         values: Any
         target, values = node.args[:2]
         with node.graph.inserting_before(node):
-            for operator, argument in (
+            for form, argument in (
                 (torch.ops.aten.expand_as.default, target),
                 (torch.ops.aten.to.dtype, node.meta["val"].dtype),
             ):
-                values = node.graph.call_function(operator, (values, argument))
+                values = node.graph.call_function(form, (values, argument))
                 values.meta = dict(node.meta)
         node.replace_all_uses_with(values)
         node.graph.erase_node(node)
 
     def _write_experts(self, node: fx.Node) -> None:
+        """Replaces a product of sorted rows and experts by a convolution (experts.py)."""
         if self._is_parameter(weight_of_experts(node)):
             write_as_convolution(node)
 

@@ -314,7 +314,10 @@ def collect(
             if executors is None:
                 run_model(model, batch)
             else:
-                executors.of(batch).visit_inputs(batch, tensors, takers, add)
+                executor = executors.of(batch)
+                for name in takers:
+                    executor.mask_of(name, padding)  # raises where the mask can't be used
+                executor.visit_inputs(batch, tensors, takers, add)
     collected: dict[str, LayerProducts] = {}
     for i, products in enumerate(every):
         owner = ranks.owner(i) if owned else None

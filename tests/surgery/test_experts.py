@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,35 @@ def test_refit_brings_the_outputs_nearer() -> None:
     )  # fmt: skip
     small, refitted = greedyprune.prune(model, selection), greedyprune.refit(model, selection, data)
     assert (refitted(x) - model(x)).norm() < 0.9 * (small(x) - model(x)).norm()
+
+
+class Sequences(nn.Module):
+    """Experts on the tokens of sequences with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(6, SIZE), Experts(), nn.Linear(SIZE, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        rows = self.experts(self.first(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.last(rows) * attention_mask[..., None]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_padding_is_refused(sequential: bool) -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(12, 8, dtype=torch.long)
+    mask[::2, 5:] = 0
+    model, data = Sequences().double().eval(), {"x": torch.randn(12, 8, 6).double()}
+    options: dict[str, Any] = {
+        "size": 0.5,
+        "objective": greedyprune.Imitation(sequential=sequential),
+        "progress": False,
+    }
+    why = "mask: found hidden positions, but the rows of 'experts.*' are sorted by expert"
+    with pytest.raises(ValueError, match=why):
+        greedyprune.select(model, data | {"attention_mask": mask}, **options)
+    selection = greedyprune.select(model, data | {"attention_mask": mask}, mask=None, **options)
+    assert "experts.gate_up" in selection.layers
+    with pytest.raises(ValueError, match=why):
+        greedyprune.refit(model, selection, data | {"attention_mask": mask}, progress=False)
