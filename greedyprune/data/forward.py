@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..runtime.errors import first_line, raised_here
 from ..runtime.sparse import are_equal
+from ..runtime.threads import WhileAnyThread
 from .batch import Batch, samples_of
 from .padding import NO_PADDING, Padding
 
@@ -36,17 +37,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     gpus = {device.index for device in devices if device.type == "cuda"}
     if torch.cuda.is_initialized():
         gpus.add(torch.cuda.current_device())
-    has_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.random.fork_rng(gpus),
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
-            torch.compiler.set_stance("force_eager"),
+            _without_fast_code,
             _AUTOCAST_WITHOUT_EFFECT,
         ):
             for module in model.modules():
@@ -54,8 +53,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     enabled.zero_()
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(has_fast_path)
         state.restore()
+
+
+@WhileAnyThread
+@contextmanager
+def _without_fast_code() -> Iterator[None]:
+    """Compiled forwards run as they are written, and attention takes no fast path."""
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.backends.mha.set_fastpath_enabled(has_fast_path)
 
 
 class _AutocastWithoutEffect:

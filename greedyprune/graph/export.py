@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.modules import transformer
 from torch.utils._pytree import tree_map
 
+from ..runtime.threads import WhileAnyThread
 from .in_place import is_overwritten
 from .trace_errors import trace_error
 
@@ -30,7 +31,7 @@ def exported(
     """
     sizes = _any_sizes(model, args, kwargs) if dynamic else None
     try:
-        with _silent(), _without_search_for_causal_masks():
+        with _silent, _without_search_for_causal_masks:
             program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=sizes)
             if is_overwritten(program.graph):
                 program = program.run_decompositions({})  # writes it with new tensors only
@@ -39,6 +40,7 @@ def exported(
     return program
 
 
+@WhileAnyThread
 @contextmanager
 def _silent() -> Iterator[None]:
     """Inside, nothing is logged: torch.export logs whole graphs when it fails.
@@ -55,6 +57,7 @@ def _silent() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@WhileAnyThread
 @contextmanager
 def _without_search_for_causal_masks() -> Iterator[None]:
     """Inside, torch's transformer layers take a mask for causal only where they are told so.

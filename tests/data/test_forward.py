@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -155,8 +156,14 @@ def test_autocast_inside_the_forward() -> None:
 
 
 def test_threads_may_leave_in_the_order_in_which_they_came() -> None:
-    """Autocast works again in both, whichever patch was the last."""
+    """Autocast, compiled code and attention's fast path work again, whoever was the last."""
     model, entered, leave, types = nn.Linear(6, 3), threading.Event(), threading.Event(), []
+    compiled_calls = list[object]()
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        return lambda *args: compiled_calls.append(args) or graph(*args)
+
+    compiled = torch.compile(lambda x: x.sin(), backend=backend)
 
     def other() -> None:
         with evaluating(model):
@@ -171,8 +178,13 @@ def test_threads_may_leave_in_the_order_in_which_they_came() -> None:
         entered.wait(10)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(X).dtype == torch.bfloat16  # while the other thread is still inside
+    compiled(X)
+    assert not compiled_calls
     leave.set()
     thread.join()
+    compiled(X)
+    assert compiled_calls
+    assert torch.backends.mha.get_fastpath_enabled()
     with torch.autocast("cpu", torch.bfloat16):
         assert model(X).dtype == torch.bfloat16
     assert types == [torch.bfloat16]
