@@ -7,9 +7,13 @@ dimension is inferred (-1), or is no argument at all, there is no doubt.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
 from torch import fx, nn
 
-from .nodes import first_of, operation, shape_of, title
+from .nodes import ancestors, first_of, operation, shape_of, title
 
 _SIZES_AT = {"view": 1, "reshape": 1, "_unsafe_view": 1, "expand": 1, "unflatten": 2}  # in args
 
@@ -49,26 +53,51 @@ def split_may_hold_size(node: fx.Node, dim: int) -> bool:
     return same_dim and operation(node) != "chunk"
 
 
-def attributes_of(model: nn.Module, node: fx.Node, value: int) -> list[str]:
-    """The attributes that an operation's size may come from: "module.attribute" names.
+def attributes_of(
+    model: nn.Module, tensors: Mapping[str, str], node: fx.Node, value: int, dim: int | None
+) -> list[tuple[str, int]]:
+    """The attributes that an operation's size may come from: "module.attribute", and which entry.
 
-    They are those attributes of the innermost module that runs the operation, or of the modules
-    around it, which are ints of this value, or tuples of it alone.
+    They are those of the modules of `_modules_of`: a tuple that is all the sizes of the result;
+    else the nearest ints of this value (entry 0), and the nearest tuples or lists of ints with it.
+
+    tensors: the model's name for a parameter or buffer, by the name of its placeholder
+    dim: the result's dimension that has the size, where this is known
     """
-    stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
-    for path, _ in reversed(stack.values()):
+    found = dict[bool, list[tuple[str, int]]]()  # by whether they are of several ints
+    for path in _modules_of(tensors, node):
         try:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        names = [
-            name for name, size in vars(module).items()
-            if (isinstance(size, int) and not isinstance(size, bool) and size == value)
-            or (type(size) is tuple and size == (value,))
-        ]  # fmt: skip
-        if names:
-            return [f"{path}.{name}".lstrip(".") for name in names]
-    return []
+        here = defaultdict[bool, list[tuple[str, int]]](list)
+        for name, size in vars(module).items():
+            sizes = [*size] if type(size) in (tuple, list, torch.Size) else [size]
+            if not all(type(one) is int for one in sizes) or value not in sizes:
+                continue
+            entry, place = sizes.index(value), f"{path}.{name}".lstrip(".")
+            if len(sizes) > 1 and sizes == [*shape_of(node)] and dim is not None:
+                return [(place, dim)]
+            if sizes.count(value) == 1:
+                here[len(sizes) > 1].append((place, entry))
+        found = here | found
+        if False in found:
+            break
+    return [place for places in found.values() for place in places]
+
+
+def _modules_of(tensors: Mapping[str, str], node: fx.Node) -> Iterator[str]:
+    """The names of the modules that a size in an operation may come from, the likeliest first.
+
+    They are the owners of the parameters and buffers that it is computed from, if these are all it
+    is computed from, and then the modules that run it, the innermost first.
+    """
+    sources = (source for source in ancestors(node) if source.op == "placeholder")
+    names = {tensors.get(source.name) for source in sources}
+    if None not in names:
+        yield from sorted({str(name).rpartition(".")[0] for name in names})
+    stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
+    yield from (path for path, _ in reversed(stack.values()))
 
 
 def line_of(node: fx.Node) -> str:

@@ -53,8 +53,9 @@ class Group:
     not_output:    the operation between the consumer and the model's output; "" if there is none
     may_hold_size: operations whose arguments may hold the number of units as a constant
     sizes:         attributes of modules that these may come from, as "module.attribute", and which
-                   of the entries that such an attribute counts are of which unit. Cutting sets them
-                   where the group can't be cut otherwise (surgery/trial_cut.py)
+                   of the entries that such an attribute counts are of which unit; of a tuple, the
+                   number at `dim` counts them. Cutting sets them where the group can't be cut
+                   otherwise (surgery/trial_cut.py)
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     windows:       how the consumers that are convolutions go over their inputs; those that are not
                    listed run as torch's own modules do
@@ -331,14 +332,14 @@ def _sizes(
 ) -> dict[str, Slice]:
     """Attributes that operations may have sizes from, with the entries of each unit."""
     sizes, conflicts, order = dict[str, Slice](), set[str](), np.argsort(units)
-    for node, ids, axis, value in doubts:
+    for node, ids, axis, value, dim in doubts:
         roots = np.moveaxis(propagation.classes.roots(ids), axis, 0).reshape(value, -1)
         alone = np.where((roots == roots[:, :1]).all(1), roots[:, 0], -1)  # of one unit
         counts = np.bincount(np.searchsorted(units, alone[np.isin(alone, units)], sorter=order))
         if len(counts) < len(units) or len(set(counts.tolist())) > 1:
             continue
-        at = Slice(0, _places(alone, units), value)
-        for name in attributes_of(graph.model, node, value):
+        for name, entry in attributes_of(graph.model, graph.tensors, node, value, dim):
+            at = Slice(entry, _places(alone, units), value)
             if sizes.setdefault(name, at) != at:
                 conflicts.add(name)
     return {name: at for name, at in sizes.items() if name not in conflicts}

@@ -45,12 +45,14 @@ class Doubt(NamedTuple):
 
     ids:   of the entries that the size counts, along `axis`
     value: the size
+    dim:   the dimension of the operation's result that has this size; None: unknown
     """
 
     node: fx.Node
     ids: Ids
     axis: int
     value: int
+    dim: int | None = None
 
 
 class Factor(NamedTuple):
@@ -104,7 +106,7 @@ class LabelledTensors:
     def _doubt_sizes(self, node: fx.Node, state: State, dims: Iterable[int]) -> None:
         """Notes that an operation may have the sizes of these dimensions as constants."""
         self.doubts += [
-            Doubt(node, labels.ids, axis, labels.ids.shape[axis])
+            Doubt(node, labels.ids, axis, labels.ids.shape[axis], dim)
             for labels in state for axis, dim in enumerate(labels.dims) if dim in dims
         ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -297,11 +298,14 @@ def _set_heads(model: nn.Module, layer: LayerSelection) -> None:
 
 def _set_sizes(model: nn.Module, entries: Entries) -> None:
     """Sets attributes to how many of the entries are left that they count."""
-    for (name, _), left in entries.items():
+    for (name, entry), left in entries.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        is_tuple = isinstance(getattr(module, attribute), tuple)
-        setattr(module, attribute, (len(left),) if is_tuple else len(left))
+        size: Any = getattr(module, attribute)
+        new: Any = len(left)
+        if not isinstance(size, int):  # a tuple or list
+            new = type(size)([*size[:entry], new, *size[entry + 1 :]])
+        setattr(module, attribute, new)
         note_size(module, attribute)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-Size = int | tuple[int, ...]
+Size = int | tuple[int, ...] | list[int]
 
 # The names of attributes that hold the size of one dimension of the weight, with this dimension.
 # (nx and nf are those of GPT-2's Conv1D, whose weight is transposed.)
@@ -106,5 +106,5 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_size(value: object) -> bool:
-    values = value if isinstance(value, tuple) else (value,)
+    values = value if isinstance(value, (tuple, list)) else (value,)
     return all(isinstance(size, int) and not isinstance(size, bool) for size in values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,10 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
     _check_architecture(model, sizes, tensors, set(buffers))
     for name, attributes in sizes.items():
         for attribute, size in attributes.items():
-            value = tuple(size) if isinstance(size, list) else size
-            setattr(model.get_submodule(name), attribute, value)
+            module = model.get_submodule(name)
+            dense: Any = getattr(module, attribute)
+            kind: Any = tuple if isinstance(dense, int) else type(dense)
+            setattr(module, attribute, kind(size) if isinstance(size, list) else size)
     _fill(model, tensors, set(persistent))
     fit_attention(model)
     fit_recurrent(model)

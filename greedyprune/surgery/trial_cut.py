@@ -9,6 +9,7 @@ masked.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,9 +35,9 @@ from .cut import cut, masked, selection_of_units
 from .proof import example_of, same_with_norms
 from .selection import entries_left
 
-# Words in the messages of errors about a tensor's shape.
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
+# Words in the messages of errors about a tensor's shape.
 _SHAPE = re.compile(
     r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
 )
@@ -106,24 +107,40 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
     """Each group as it can be cut, or why it can't be, by its first producer.
 
     A group keeps its `sizes`, the attributes that are set, only where it can't be cut without. All
-    groups are tried together first. A model on the meta device is not tried, since there are no
-    numbers to compare.
+    groups are tried together first, and then those of the same layers of several blocks. A model on
+    the meta device is not tried, since there are no numbers to compare.
 
     ValueError where the smaller model raises an error that is not about its shapes.
     """
-    plain = [replace(group, sizes={}) for group in groups]
     if any(parameter.is_meta for parameter in model.parameters()):
-        return {group.producer: group for group in plain}
+        return {group.producer: replace(group, sizes={}) for group in groups}
     executors: Executors = {}
     batch = example_of(model, batch)
-    for together in (plain, groups):
-        try:
-            _try_to_cut(model, together, batch, executors)
-            return {group.producer: group for group in together}
-        except ValueError:  # of which group, the trials of each will tell
-            if len(groups) == 1:
-                break
-    return {group.producer: _as_it_can_be_cut(model, group, batch, executors) for group in groups}
+    kinds = defaultdict[str, list[Group]](list)
+    for group in groups:
+        kinds[re.sub(r"\d+", "*", group.producer)].append(group)
+    result: dict[str, Group | NotPrunableError] = {}
+    for some in ([*groups], *kinds.values()) if len(kinds) > 1 else ([*groups],):
+        result |= _cut_together(model, some, batch, executors)
+        if len(result) == len(groups):
+            return result
+    for group in groups:
+        if group.producer not in result:
+            result[group.producer] = _as_it_can_be_cut(model, group, batch, executors)
+    return result
+
+
+def _cut_together(
+    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors
+) -> dict[str, Group]:
+    """The groups, by first producer, if they can be cut together; else none."""
+    plain = [replace(group, sizes={}) for group in groups]
+    for together in (plain, groups) if any(group.sizes for group in groups) else (plain,):
+        with suppress(ValueError):  # of which group, the trials of each will tell
+            if len(together) > 1:
+                _try_to_cut(model, together, batch, executors)
+                return {group.producer: group for group in together}
+    return {}
 
 
 def _as_it_can_be_cut(
@@ -136,9 +153,10 @@ def _as_it_can_be_cut(
         return plain
     except FailedTrialError as error:
         reason = FailedTrialError(str(error))  # a new one: its frames would keep the model alive
-    for left_out in ("", *group.sizes) if group.sizes else ():
+    several = len(group.sizes) > 1  # of which one may have this value by chance
+    for left_out in ("", *(group.sizes if several else ())) if group.sizes else ():
         sizes = {name: at for name, at in group.sizes.items() if name != left_out}
-        with suppress(ValueError):  # two attributes may have the same value
+        with suppress(ValueError):
             _try_to_cut(model, [replace(group, sizes=sizes)], batch, executors)
             return replace(group, sizes=sizes)
     return reason

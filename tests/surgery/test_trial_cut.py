@@ -22,6 +22,7 @@ from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import Group
 from greedyprune.graph.structure import analyse
 from greedyprune.runtime.files import read_tensors, write_tensors
+from greedyprune.surgery import trial_cut
 from greedyprune.surgery.selection import FORMAT
 
 Run = Callable[["Net", Tensor], Any]
@@ -268,3 +269,86 @@ def test_a_size_that_another_tensor_needs() -> None:
     assert not table
     assert "aten.reshape.default (test_trial_cut.py line" in table.refused["first"]
     assert "is invalid for input of size" in table.refused["first"]
+
+
+class Biased(nn.Module):
+    """Attention in windows, by timm: the table of biases has its shape, with the heads, in a tuple.
+
+    The module of the table does not run: another one reads its table.
+    """
+
+    class Table(nn.Module):
+        def __init__(self, area: int, heads: int, kind: type) -> None:
+            super().__init__()
+            self.area, self.shape = area, kind((area, area, heads))
+            self.table = nn.Parameter(torch.randn(2 * area - 1, heads))
+            places = torch.arange(area)
+            self.register_buffer("index", places[:, None] - places + area - 1)
+
+        def bias(self) -> Tensor:
+            return self.table[self.index.flatten()].view(*self.shape).permute(2, 0, 1)
+
+    def __init__(self, area: int, heads: int, kind: type) -> None:
+        super().__init__()
+        self.num_heads, self.bias = heads, self.Table(area, heads, kind)
+        self.qkv, self.proj = nn.Linear(5, 3 * heads * 2), nn.Linear(heads * 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual, qkv = x, self.qkv(x).view(*x.shape[:2], 3, self.num_heads, 2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.bias())
+        return residual + self.proj(x.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, torch.Size])
+@pytest.mark.parametrize("area", [4, 6])
+def test_a_size_in_a_shape_is_set(area: int, kind: type, tmp_path: Path) -> None:
+    """With 4 heads and windows of 4, two more entries have the number of heads."""
+
+    def factory() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Biased(area, 4, kind), nn.Tanh(), Biased(area, 4, kind))
+
+    model, x = factory(), torch.randn(20, area, 5)
+    selection = greedyprune.select(model, x, size=3, objective="imitation")
+    assert list(selection.layers) == ["0.qkv", "2.qkv"]
+    small = greedyprune.prune(model, selection)
+    for module in (small[0], small[2]):
+        assert module.num_heads == 3
+        assert module.bias.shape == kind((area, area, 3))
+        assert type(module.bias.shape) is kind
+        assert module.bias.area == area
+    assert model[0].bias.shape == kind((area, area, 4))
+    greedyprune.save_pruned(small, tmp_path / "small")
+    loaded = greedyprune.load_pruned(tmp_path / "small", factory)
+    assert type(loaded[0].bias.shape) is kind
+    assert loaded(x).equal(small(x))
+
+
+def test_layers_of_several_blocks_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many blocks take few trials, though a layer in front of them can't be cut."""
+    torch.manual_seed(0)
+    tried, try_to_cut = list[int](), trial_cut._try_to_cut
+    blocks = [Biased(6, 4, tuple) for _ in range(8)]
+    model = nn.Sequential(nn.Linear(5, 6), Rows(6), nn.Linear(6, 5), *blocks)
+
+    def count(model: nn.Module, groups: list[Group], *rest: Any) -> None:
+        tried.append(len(groups))
+        try_to_cut(model, groups, *rest)
+
+    monkeypatch.setattr(trial_cut, "_try_to_cut", count)
+    table = greedyprune.layers(model, torch.randn(20, 6, 5))
+    assert list(table) == [f"{i + 3}.qkv" for i in range(8)]
+    assert tried == [9, 9, 8, 8, 1]
+    assert "may have their number as a constant" in table.refused["0"]
+
+
+class Rows(nn.Module):
+    """A view with the number of features written into the code."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = (features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, 6).tanh()
