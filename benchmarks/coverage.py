@@ -46,9 +46,8 @@ from greedyprune.surgery.selection import entries_left
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "out" / "coverage.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
-# What is reached does not depend on how units are judged: in one pass, without exchanges. Least
-# squares stay, since the first pick of weights="none" is often a unit without any effect.
 THEIR_SECONDS = 45  # the limit for Torch-Pruning; on language models it may not end
+# What is reached does not depend on how units are judged: in one pass, without exchanges.
 PLAIN = greedyprune.Imitation(sequential=False, swaps=0)
 
 
@@ -161,13 +160,9 @@ def prune(row: Row, model: nn.Module, inputs: Any) -> None:
     """Half of every layer, selected, cut, run and compared with the masked dense model."""
     start = time.perf_counter()
     data = [inputs] if isinstance(inputs, dict) else inputs
-    options: dict[str, Any] = {"size": 0.5, "layers": "all", "objective": PLAIN, "progress": False}
-    try:
-        selection = greedyprune.select(model, data, **options)
-    except ValueError as error:
-        if not str(error).startswith("memory_limit"):
-            raise
-        selection = greedyprune.select(model, data, weights="none", **options)  # takes less
+    selection = greedyprune.select(
+        model, data, size=0.5, layers="all", weights="none", objective=PLAIN, progress=False
+    )
     row["select_seconds"] = time.perf_counter() - start
     small = greedyprune.prune(model, selection)
     row["left"] = parameters_of(small) / row["parameters"]

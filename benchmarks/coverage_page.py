@@ -24,15 +24,15 @@ def page(every: Sequence[Row], chosen: int) -> list[str]:
     lines = [
         "# Coverage", "",
         "Public architectures with random weights: `layers`, `select` (half of everything that can"
-        " be cut, on 8 samples, by imitation in one pass, without exchanges), `prune`, and a run"
+        " be cut, on 8 samples, by imitation in one pass, without exchanges, with"
+        " `weights=\"none\"`), `prune`, and a run"
         " whose outputs must be those of the masked dense model, with norms over the units that are"
         " left ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up to"
         f" {TOLERANCE['float64']:g} of the largest in float64 (`gap`), or {TOLERANCE['float32']:g}"
         " in float32 for a model that does not run in float64. A model is *untested* where this"
-        " can't fail: half of some layer's picks can be missing, too. A layer whose products do not"
-        " fit in memory is selected with `weights=\"none\"`. Torch-Pruning's MetaPruner, by"
-        " magnitude, with its default options and half of the channels, runs on the same model; it"
-        " counts if the pruned model runs and is smaller. Models that could not be built or run"
+        " can't fail: half of some layer's picks can be missing, too. Torch-Pruning's MetaPruner,"
+        " by magnitude, with its default options and half of the channels, runs on the same model;"
+        " it counts if the pruned model runs and is smaller. Models that could not be built or run"
         " themselves are listed at the end and do not count. Written by `make coverage`.", "",
         f"{len(every)} of {chosen} models have been measured so far.",
         "",

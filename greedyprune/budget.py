@@ -110,21 +110,43 @@ def size_step(group: Group, round_to: int) -> int:
     return round_to // math.gcd(round_to, channels)
 
 
+def sizes_in_one_share(groups: Sequence[Group], round_to: int) -> list[tuple[int, ...]]:
+    """Each group's size, for all shares of their units that these groups can keep, ascending.
+
+    Sizes are multiples of what `round_to` means for each group, or all units.
+    """
+    parts = math.gcd(*(group.units for group in groups))
+    steps = [size_step(group, round_to) for group in groups]
+    every = [tuple(group.units // parts * m for group in groups) for m in range(1, parts + 1)]
+    return [
+        sizes for i, sizes in enumerate(every, 1)
+        if i == parts or all(size % step == 0 for size, step in zip(sizes, steps, strict=True))
+    ]  # fmt: skip
+
+
 def kinds_of(model: nn.Module, groups: Sequence[Group], uniform: bool) -> list[list[Group]]:
-    """Layers that get one size: with equal numbers of units, cut in the same kinds of tensors."""
-    if not uniform:
-        return [[group] for group in groups]
+    """Layers that keep one share of their units: those that the model's code needs to do so.
+
+    uniform: also those with equal numbers of units, cut in the same kinds of tensors
+    """
     kinds: dict[object, list[Group]] = {}
     for group in groups:
         places = set()
-        for tensor, at in group.places:
+        for tensor, at in group.places if uniform else ():
             module, _, attribute = tensor.rpartition(".")
             owner = model.get_submodule(module)
             if not isinstance(owner, nn.Embedding):  # a table of T5's biases, for some heads only
                 kind = type(owner).__name__
                 places.add((kind, attribute, at.dim, at.width, at.neighbours))
-        kinds.setdefault((group.units, *sorted(places)), []).append(group)
-    return list(kinds.values())
+        key = (group.units, *sorted(places)) if uniform else group.producer
+        kinds.setdefault(key, []).append(group)
+    result: list[list[Group]] = []
+    for members in kinds.values():
+        shares = {name for group in members for name in group.share}
+        tied = [kind for kind in result if any(group.producer in shares for group in kind)]
+        result = [kind for kind in result if kind not in tied]
+        result.append([group for kind in tied for group in kind] + members)
+    return result
 
 
 def within_budget(
@@ -146,22 +168,19 @@ def within_budget(
     batch, ranks, share = batches.first(), batches.ranks, budget.share
     if cost is None:
         cost = ranks.on_first("latency", lambda: _latency(model, groups, batch))
-    least = {g.producer: nearest(1, g.units, size_step(g, round_to)) for g in groups}
+    kinds = kinds_of(model, groups, budget.uniform)
+    sizes_of = [sizes_in_one_share(kind, round_to) for kind in kinds]
+    least = _by_layer(kinds, [sizes[0] for sizes in sizes_of])
     if cost.at(least) > share * cost.dense:
         raise ValueError(
             f"{budget.what}: found {share:g}, but the smallest sizes of the layers leave "
             f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least this share"
         )
-    kinds = kinds_of(model, groups, budget.uniform)
-    knapsack = knapsack_of(kinds, losses_of(), cost, round_to, share * cost.dense)
+    knapsack = knapsack_of(kinds, sizes_of, losses_of(), cost, share * cost.dense)
     smallest = knapsack.cost(np.zeros(len(kinds), np.int64))
     for _ in range(ROUNDS):
         best = solve(knapsack)
-        sizes = {
-            group.producer: int(kind_sizes[k])
-            for kind, kind_sizes, k in zip(kinds, knapsack.widths, best.choice, strict=True)
-            for group in kind
-        }
+        sizes = _by_layer(kinds, [of[k] for of, k in zip(sizes_of, best.choice, strict=True)])
         reached = ranks.on_first(
             "cost", partial(_measured, budget.what, model, groups, sizes, batch, cost.dense)
         )
@@ -175,6 +194,15 @@ def within_budget(
             "was asked for",
         )
     return sizes, BudgetReport(budget.what, share, reached, best.value, best.gap)
+
+
+def _by_layer(kinds: Sequence[Sequence[Group]], sizes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Sizes by the layers' names. sizes: for each kind those of its layers"""
+    return {
+        group.producer: size
+        for kind, of_kind in zip(kinds, sizes, strict=True)
+        for group, size in zip(kind, of_kind, strict=True)
+    }
 
 
 def relative_losses(
@@ -199,21 +227,26 @@ def relative_losses(
 
 
 def knapsack_of(
-    kinds: Sequence[Sequence[Group]], losses: Mapping[str, Tensor], cost: Cost, round_to: int,
-    limit: float,
+    kinds: Sequence[Sequence[Group]], sizes_of: Sequence[Sequence[tuple[int, ...]]],
+    losses: Mapping[str, Tensor], cost: Cost, limit: float,
 ) -> Knapsack:  # fmt: skip
-    """An item for each kind of layers; losses: for each layer (N,), with its first 1 to N units."""
+    """An item for each kind of layers. Its width is the size of its first layer.
+
+    sizes_of: for each kind the sizes that its layers can have
+    losses:   for each layer (N,), with its first 1 to N units
+    """
     values, costs, widths = [], [], []
-    for kind in kinds:
-        units, step = kind[0].units, size_step(kind[0], round_to)
-        sizes = np.array(sorted({nearest(size, units, step) for size in range(1, units + 1)}))
-        widths.append(sizes.astype(np.float64))
+    ratios: dict[str, float] = {}  # of a layer's size to its item's width
+    for kind, sizes in zip(kinds, map(np.array, sizes_of), strict=True):
+        widths.append(sizes[:, 0].astype(np.float64))
         costs.append(np.zeros(len(sizes)))
-        values.append(np.sum([losses[group.producer].numpy()[sizes - 1] for group in kind], 0))
+        paths = [losses[group.producer].numpy() for group in kind]
+        values.append(np.sum([path[sizes[:, j] - 1] for j, path in enumerate(paths)], 0))
+        ratios |= {group.producer: group.units / kind[0].units for group in kind}
     place = {group.producer: i for i, kind in enumerate(kinds) for group in kind}
     couplings: dict[tuple[int, int], float] = {}
     for layers, amount in cost.parts.items():
-        a_unit = amount / math.prod(cost.units[name] for name in layers)
+        a_unit = amount / math.prod(cost.units[name] / ratios[name] for name in layers)
         items = sorted(place[name] for name in layers)
         if items[0] == items[-1]:
             costs[items[0]] += a_unit * widths[items[0]] ** len(items)

@@ -48,11 +48,11 @@ def judge_of(request: Request, group: Group) -> str:
 def rules_of(request: Request, groups: Sequence[Group]) -> dict[str, Rule]:
     """Each layer's rule, by its name; ValueError for sizes that a layer does not allow."""
     _check_tolerance(request, groups)
+    sizes, by_loss = request.sizes_of(groups), (OUTPUT_LOSS, NETWORK_LOSS)
     return {
-        group.producer: request.rule(
-            group, by_loss=judge_of(request, group) in (OUTPUT_LOSS, NETWORK_LOSS)
-        )
+        name: request.rule(group, sizes[name], by_loss=judge_of(request, group) in by_loss)
         for group in groups
+        for name in [group.producer]
     }
 
 
@@ -77,11 +77,11 @@ def _warn_of_rounding(job: Job, request: Request, groups: Sequence[Group]) -> No
     """Warns of layers that keep all their units because round_to does not fit into them."""
     if request.round_to == 1 or request.size is None:
         return
-    exact = replace(request, round_to=1)
+    exact = replace(request, round_to=1).sizes_of(groups)
     whole = [
         repr(group.producer)
         for group in groups
-        if exact.size_of(group) < job.rules[group.producer].size == group.units
+        if exact[group.producer] < job.rules[group.producer].size == group.units
     ]
     if whole:
         warn(
@@ -193,7 +193,7 @@ def sizes_within(
     whole = replace(request, size=1.0, budget=None, replacement=False, round_to=1)
     job = replace(
         job, tolerance=None, imitation=replace(job.imitation, swaps=0),
-        rules={group.producer: whole.rule(group, by_loss=False) for group in groups},
+        rules={g.producer: whole.rule(g, g.units, by_loss=False) for g in groups},
     )  # fmt: skip
     needed = [
         memory.gates_bytes(job, group, swaps=False) if by_gates

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .budget import Budget, nearest, size_step
+from .budget import Budget, nearest, size_step, sizes_in_one_share
 from .graph.groups import Group
 from .kernels.path import Rule
 from .objectives.job import REPEATS_LIMIT, generator
@@ -51,15 +51,15 @@ class Request:
         """The layers that `size` has entries for."""
         return tuple(self.size) if isinstance(self.size, Mapping) else ()
 
-    def rule(self, group: Group, *, by_loss: bool) -> Rule:
+    def rule(self, group: Group, size: int, *, by_loss: bool) -> Rule:
         """When to stop and what may be picked in a layer.
 
+        size:    how many units it keeps, from `sizes_of`
         by_loss: is it judged by the loss, whose candidates can be drawn?
 
         ValueError for more steps without replacement, units or candidates than it has units.
         """
-        layer, units = group.producer, group.units
-        size, steps = self.size_of(group), self.steps
+        layer, units, steps = group.producer, group.units, self.steps
         if steps is None:
             steps = size * REPEATS_LIMIT if self.replacement else size
         else:
@@ -82,13 +82,58 @@ class Request:
             draws.uniform_(generator=generator(self.seed, 1))
         return Rule(steps, size, self.replacement, draws, self.loss.shortlist or 0)
 
-    def size_of(self, group: Group) -> int:
-        """The number of units that `size` and `round_to` mean for a group; without a size, all."""
+    def sizes_of(self, groups: Sequence[Group]) -> dict[str, int]:
+        """What `size` and `round_to` mean for each group, in units; without a size, all units.
+
+        Groups that have to keep one share of their units keep the one that is nearest to what each
+        would keep by itself. ValueError where numbers of units are given that are not one share,
+        or no size.
+        """
+        shares = dict.fromkeys(group.share for group in groups if group.share)
         if self.size is None:
-            return group.units
-        return nearest(
-            self._size(group.producer, group.units), group.units, size_step(group, self.round_to)
+            for one, other, *_ in shares if self.budget is None else ():
+                raise ValueError(
+                    f"size: found none, but the model needs {one!r} and {other!r} to keep one "
+                    "share of their units; expected a size or a Budget"
+                )
+            return {group.producer: group.units for group in groups}
+        sizes = {
+            group.producer: nearest(
+                self._size(group.producer, group.units), group.units,
+                size_step(group, self.round_to),
+            )
+            for group in groups
+        }  # fmt: skip
+        for names in shares:
+            together = [group for group in groups if group.producer in names]
+            sizes |= self._one_share(together, sizes)
+        return sizes
+
+    def _one_share(self, groups: Sequence[Group], sizes: Mapping[str, int]) -> dict[str, int]:
+        """The groups' sizes in one share, nearest to what they would be by themselves."""
+        names, given = [group.producer for group in groups], self.size
+        asked = {name: given[name] if isinstance(given, Mapping) else given for name in names}
+        wanted, units = 0.0, groups[0].units
+        for group in groups:
+            share = asked[group.producer]
+            if not isinstance(share, float):
+                share = sizes[group.producer] / group.units
+            wanted += share / len(groups)
+        best = min(
+            sizes_in_one_share(groups, self.round_to),
+            key=lambda each: (round(abs(each[0] / units - wanted), 9), -each[0]),
         )
+        result = dict(zip(names, best, strict=True))
+        for group in groups:
+            name, number = group.producer, asked[group.producer]
+            if isinstance(number, int) and self.round_to == 1 and result[name] != number:
+                others = ", ".join(repr(other) for other in names if other != name)
+                raise ValueError(
+                    f"size: found {number} of the {group.units} units of {name!r}, which has to "
+                    f"keep one share with {others}; expected a fraction, or numbers in proportion "
+                    "to their units"
+                )
+        return result
 
     def _size(self, layer: str, units: int) -> int:
         size = self.size

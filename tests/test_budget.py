@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import greedyprune
 from greedyprune import Budget, Imitation, budget
-from greedyprune.budget import knapsack_of
+from greedyprune.budget import knapsack_of, sizes_in_one_share
 from greedyprune.data.batches import Batch
 from greedyprune.graph.structure import analyse, find_groups
 
@@ -215,7 +215,9 @@ def test_layers_of_a_kind_that_share_weights() -> None:
     assert len({len(layer.kept) for layer in selection.layers.values()}) == 1
     cost = selection.costs["flops"]
     losses = {g.producer: torch.zeros(6) for g in groups}
-    problem = knapsack_of([groups[:2], groups[2:]], losses, cost, 1, cost.dense)
+    kinds = [groups[:2], groups[2:]]
+    sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
+    problem = knapsack_of(kinds, sizes_of, losses, cost, cost.dense)
     for k, j in itertools.product(range(1, 7), repeat=2):
         widths = {"0": k, "2": k, "4": j}
         assert problem.cost(np.array([k - 1, j - 1])) == pytest.approx(

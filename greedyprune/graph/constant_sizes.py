@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from .nodes import ancestors, first_of, operation, shape_of, title
+from .nodes import SPLITTING, ancestors, first_of, operation, shape_of, title
 
 _SIZES_AT = {"view": 1, "reshape": 1, "_unsafe_view": 1, "expand": 1, "unflatten": 2}  # in args
 
@@ -55,35 +55,50 @@ def split_may_hold_size(node: fx.Node, dim: int) -> bool:
 
 def attributes_of(
     model: nn.Module, tensors: Mapping[str, str], node: fx.Node, value: int, dim: int | None
-) -> list[tuple[str, int]]:
-    """The attributes that an operation's size may come from: "module.attribute", and which entry.
+) -> list[str]:
+    """The attributes that an operation's size may come from.
 
-    They are those of the modules of `_modules_of`: a tuple that is all the sizes of the result;
-    else the nearest ints of this value (entry 0), and the nearest tuples or lists of ints with it.
+    "module.attribute" is an int, and "module.attribute[i]" an entry of a tuple or list of ints.
+    They are those of the modules of `_modules_of`: a tuple that is all of the operation's sizes;
+    else the nearest ints of this value, and the nearest tuples or lists that have it once.
 
     tensors: the model's name for a parameter or buffer, by the name of its placeholder
     dim: the result's dimension that has the size, where this is known
     """
-    found = dict[bool, list[tuple[str, int]]]()  # by whether they are of several ints
+    found = dict[bool, list[str]]()  # by whether they are entries
+    all_sizes = _all_sizes(node)
     for path in _modules_of(tensors, node):
         try:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        here = defaultdict[bool, list[tuple[str, int]]](list)
+        here = defaultdict[bool, list[str]](list)
         for name, size in vars(module).items():
-            sizes = [*size] if type(size) in (tuple, list, torch.Size) else [size]
-            if not all(type(one) is int for one in sizes) or value not in sizes:
-                continue
-            entry, place = sizes.index(value), f"{path}.{name}".lstrip(".")
-            if len(sizes) > 1 and sizes == [*shape_of(node)] and dim is not None:
-                return [(place, dim)]
-            if sizes.count(value) == 1:
-                here[len(sizes) > 1].append((place, entry))
+            place = f"{path}.{name}".lstrip(".")
+            if type(size) is int and size == value:
+                here[False].append(place)
+            elif type(size) in (tuple, list, torch.Size):
+                sizes = [*size]
+                if not all(type(one) is int for one in sizes) or value not in sizes:
+                    continue
+                entries = [i for i, one in enumerate(sizes) if one == value]
+                places = [f"{place}[{i}]" for i in entries]
+                if len(sizes) > 1 and sizes == all_sizes:
+                    is_split = operation(node) in SPLITTING
+                    return places if is_split or dim not in entries else [f"{place}[{dim}]"]
+                here[len(sizes) > 1] += places if len(places) == 1 else []
         found = here | found
         if False in found:
             break
     return [place for places in found.values() for place in places]
+
+
+def _all_sizes(node: fx.Node) -> list[int]:
+    """The sizes of an operation's result, or of the parts of a split."""
+    if operation(node) not in SPLITTING:
+        return [*shape_of(node)]
+    sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_sizes")
+    return [*sizes] if isinstance(sizes, (list, tuple)) else []
 
 
 def _modules_of(tensors: Mapping[str, str], node: fx.Node) -> Iterator[str]:

@@ -52,10 +52,10 @@ class Group:
     output:        the only consumer's output is the model's output
     not_output:    the operation between the consumer and the model's output; "" if there is none
     may_hold_size: operations whose arguments may hold the number of units as a constant
-    sizes:         attributes of modules that these may come from, as "module.attribute", and which
-                   of the entries that such an attribute counts are of which unit; of a tuple, the
-                   number at `dim` counts them. Cutting sets them where the group can't be cut
-                   otherwise (surgery/trial_cut.py)
+    sizes:         attributes of modules that these may come from, as "module.attribute" or
+                   "module.attribute[i]", and which of the entries that such an attribute counts are
+                   of which unit. Cutting sets them where the group can't be cut otherwise
+                   (surgery/trial_cut.py)
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     windows:       how the consumers that are convolutions go over their inputs; those that are not
                    listed run as torch's own modules do
@@ -68,6 +68,8 @@ class Group:
                    linear maps have, too, and the `weight_hh` of recurrent layers. The error of such
                    a map does not count. The weight has zeros where units are masked
     norms:         norms over the units: without some of them, the others change
+    share:         the groups, by their first producers and with this one, that the model's code
+                   needs to keep one share of their units; () for any share
     """
 
     producers: tuple[str, ...]
@@ -88,6 +90,7 @@ class Group:
     stream: bool = False
     norms: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> str:
@@ -97,6 +100,10 @@ class Group:
             what = f"a norm goes over its units ({self.norms[0]})"
         if self.stream:
             what = "it gives a residual stream"
+        if self.share:
+            others = [repr(name) for name in self.share if name != self.producer]
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            what = f"the model needs it and {others[0]}{more} to keep one share of their units"
         return f"{what}, which its name or layers='all' selects" if what else ""
 
     @property
@@ -338,8 +345,8 @@ def _sizes(
         counts = np.bincount(np.searchsorted(units, alone[np.isin(alone, units)], sorter=order))
         if len(counts) < len(units) or len(set(counts.tolist())) > 1:
             continue
-        for name, entry in attributes_of(graph.model, graph.tensors, node, value, dim):
-            at = Slice(entry, _places(alone, units), value)
+        at = Slice(0, _places(alone, units), value)
+        for name in attributes_of(graph.model, graph.tensors, node, value, dim):
             if sizes.setdefault(name, at) != at:
                 conflicts.add(name)
     return {name: at for name, at in sizes.items() if name not in conflicts}

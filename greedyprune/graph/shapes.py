@@ -35,6 +35,8 @@ class ShapeOperations(LabelledTensors):
             if dim in labels.dims:
                 axis = labels.dims.index(dim)
                 alone = len(labels.dims) == 1
+                if split_may_hold_size(node, dim):  # `x.split(self.width // 2)`
+                    self._doubt_sizes(node, (labels,), [dim])
                 if len(set(sizes)) > 1:
                     for part in self._parts[node]:
                         self._doubt_sizes(node, part, [dim])

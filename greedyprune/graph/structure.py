@@ -115,6 +115,7 @@ def find_groups(
             if isinstance(group, Group) and name == group.producer
             if everything or not group.left_out or name in sized
         ]  # fmt: skip
+        _check_shares(groups)
         if not groups:
             reasons = by_reason(refused_in(model, structure) | left_out_of(structure)) or [
                 "it has no Linear and no convolution"
@@ -137,7 +138,20 @@ def find_groups(
             module = dict(model.named_modules()).get(name)
             reason = "no such module" if module is None else why_not(module)
             raise ValueError(f"layers: found {name!r} ({reason}), {expected}")
+    _check_shares(groups)
     return groups
+
+
+def _check_shares(groups: Sequence[Group]) -> None:
+    """NotPrunableError where groups are missing that keep one share with one of these."""
+    names = {group.producer for group in groups}
+    for group in groups:
+        missing = [name for name in group.share if name not in names]
+        if missing:
+            raise NotPrunableError(
+                f"layers: found {group.producer!r} without {', '.join(map(repr, missing))}; the "
+                "model needs them to keep one share of their units, expected all of them"
+            )
 
 
 def left_out_of(structure: Structure) -> dict[str, str]:

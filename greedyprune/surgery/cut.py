@@ -297,14 +297,15 @@ def _set_heads(model: nn.Module, layer: LayerSelection) -> None:
 
 
 def _set_sizes(model: nn.Module, entries: Entries) -> None:
-    """Sets attributes to how many of the entries are left that they count."""
-    for (name, entry), left in entries.items():
-        owner, _, attribute = name.rpartition(".")
+    """Sets attributes, or entries of them, to how many of the entries are left that they count."""
+    for (name, _), left in entries.items():
+        path, _, entry = name.rstrip("]").partition("[")
+        owner, _, attribute = path.rpartition(".")
         module = model.get_submodule(owner)
-        size: Any = getattr(module, attribute)
         new: Any = len(left)
-        if not isinstance(size, int):  # a tuple or list
-            new = type(size)([*size[:entry], new, *size[entry + 1 :]])
+        if entry:
+            sizes: Any = getattr(module, attribute)
+            new = type(sizes)([*sizes[: int(entry)], new, *sizes[int(entry) + 1 :]])
         setattr(module, attribute, new)
         note_size(module, attribute)
 

@@ -52,6 +52,10 @@ class Prunable:
     norms:      the norms over the units, by torch's operation. Without some units the others
                 change, so that a pruned model differs from the masked one. `select` takes such a
                 layer where a stream is taken
+    share:      the layers, with this one, that have to keep one share of their units, because the
+                model's code needs it. Attention often needs it of the heads and the stream: `x =
+                x.reshape(B, N, C)`, with the C of its input. `select` takes all of them together,
+                or none. () for any share
     """
 
     units: int
@@ -62,11 +66,16 @@ class Prunable:
     flops: int
     stream: bool = False
     norms: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
-        """What sets the units apart: "residual stream", "under a norm" or nothing, ""."""
-        return "residual stream" if self.stream else "under a norm" if self.norms else ""
+        """What sets the units apart: "residual stream", "under a norm", "in one share" or "".
+
+        "residual stream in one share" is both.
+        """
+        kind = "residual stream" if self.stream else "under a norm" if self.norms else ""
+        return f"{kind} in one share".strip() if self.share else kind
 
 
 class Layers(Mapping[str, Prunable]):
@@ -194,4 +203,5 @@ def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prun
         flops=costs["flops"].of(group.producer),
         stream=group.stream,
         norms=group.norms,
+        share=group.share,
     )

@@ -66,8 +66,9 @@ class LayerSelection:
                 "custom"; "mse" for a layer that imitates
     objective:  what the layer was judged by: "loss", "imitation" or "fisher"
     also:       those tensors that hold the units along a second dimension, and where
-    sizes:      attributes of modules that hold a size, as "module.attribute", and where the entries
-                that they count belong to units; only those that have to be set
+    sizes:      attributes of modules that hold a size, as "module.attribute" or
+                "module.attribute[i]", and where the entries that they count belong to units; only
+                those that have to be set
     tied:       weights that take the units and stay as they are: embeddings' tables that the last
                 layer multiplies with, too, and the `weight_hh` of recurrent layers. They are cut
     """

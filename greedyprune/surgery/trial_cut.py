@@ -8,11 +8,13 @@ masked.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -107,8 +109,9 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
     """Each group as it can be cut, or why it can't be, by its first producer.
 
     A group keeps its `sizes`, the attributes that are set, only where it can't be cut without. All
-    groups are tried together first, and then those of the same layers of several blocks. A model on
-    the meta device is not tried, since there are no numbers to compare.
+    groups are tried together first, and then those of the same layers of several blocks. Those that
+    can't be cut are tried with others in one share. A model on the meta device is not tried, since
+    there are no numbers to compare.
 
     ValueError where the smaller model raises an error that is not about its shapes.
     """
@@ -127,6 +130,9 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
     for group in groups:
         if group.producer not in result:
             result[group.producer] = _as_it_can_be_cut(model, group, batch, executors)
+    failed = [g for g in groups if isinstance(result[g.producer], NotPrunableError)]
+    for connected in _connected(failed):
+        result |= _in_one_share(model, connected, batch, executors)
     return result
 
 
@@ -162,6 +168,47 @@ def _as_it_can_be_cut(
     return reason
 
 
+def _connected(groups: Sequence[Group]) -> list[list[Group]]:
+    """Sets of groups that the code may need in one share, each of at least two groups.
+
+    In `x.reshape(*x.shape[:2], width)`, with the width of a stream's input to attention, the
+    heads and the stream need one share. They have a weight in common; one attribute may also hold
+    the sizes of two groups.
+    """
+    place = {group.producer: {group.producer} for group in groups}
+    for one, other in combinations(groups, 2):
+        if one.stream and other.stream:
+            continue
+        named = ({name for name in group.sizes if "." in name} for group in (one, other))
+        tensors = ({*group.slices, *group.also} for group in (one, other))
+        if set.intersection(*tensors) or set.intersection(*named):
+            joined = place[one.producer] | place[other.producer]
+            place |= dict.fromkeys(joined, joined)
+    sets = {frozenset(names) for names in place.values() if len(names) > 1}
+    return [[group for group in groups if group.producer in names] for names in sets]
+
+
+def _in_one_share(
+    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors
+) -> dict[str, Group]:
+    """The groups, by first producer, if they can be cut to one share; else none."""
+    parts = math.gcd(*(group.units for group in groups))
+    attributes = dict.fromkeys(name for group in groups for name in group.sizes)
+    for left_out in ("", *attributes) if parts > 1 else ():
+        share = tuple(group.producer for group in groups)
+        tried = [
+            replace(
+                group, share=share,
+                sizes={name: at for name, at in group.sizes.items() if name != left_out},
+            )
+            for group in groups
+        ]  # fmt: skip
+        with suppress(ValueError):
+            _try_to_cut(model, tried, batch, executors, (parts + 1) // 2 / parts)
+            return {group.producer: group for group in tried}
+    return {}
+
+
 def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     """FailedTrialError unless cutting every other unit does what masking these units does.
 
@@ -173,15 +220,22 @@ def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
 
 
 def _try_to_cut(
-    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors
-) -> None:
-    """Keeps every other unit of the first group; the errors are about this one.
+    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors,
+    share: float | None = None,
+) -> None:  # fmt: skip
+    """Keeps about half of the first group's units; the errors are about this group.
 
-    Neighbouring groups keep different shares. So two groups that the model needs in one size are
-    found to be tied.
+    share: of the units that each group keeps; None: another one for each group, so that groups that
+           the model needs in one share are found
     """
     [group, *_] = groups
-    kept = [(each, torch.arange(0, each.units, 2 + i % 2)) for i, each in enumerate(groups)]
+    kept = []
+    for i, each in enumerate(groups):
+        count = round((share or _share(i)) * each.units)
+        if share is None and each.units > 4:
+            count |= 1  # which is no share of few heads
+        count = max(1, min(count, each.units - 1))
+        kept.append((each, torch.arange(count) * each.units // count))
     selection = selection_of_units(model, kept)
     full = masked(model, selection)
     batch = replace(batch, kwargs=without_cache(model, batch.kwargs), targets=None)
@@ -206,6 +260,11 @@ def _try_to_cut(
         f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
         f"{_constants_of(group) or reason}"
     )
+
+
+def _share(i: int) -> float:
+    """Shares from 0.33 to 0.75 that differ for all i, 0.5 for the first."""
+    return 1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)
 
 
 def _constants_of(group: Group) -> str:

@@ -57,6 +57,42 @@ class ChannelAttention(nn.Module):
         return self.proj((scores @ v).permute(0, 3, 1, 2).reshape(b, n, -1))
 
 
+class OneShare(nn.Module):
+    """A vision transformer as it is mostly written: `B, N, C = x.shape`, `reshape(B, N, C)`.
+
+    So the heads and the stream have to keep one share of their units.
+    """
+
+    class Block(nn.Module):
+        def __init__(self, dim: int, heads: int) -> None:
+            super().__init__()
+            self.num_heads = heads
+            self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+            self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+        def attention(self, x: Tensor) -> Tensor:
+            B, N, C = x.shape
+            qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-2, -1)) * 0.5
+            return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(self.norm1(x))
+            return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.Sequential(self.Block(16, 4), self.Block(16, 4))
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
 class TorchEncoder(nn.Module):
     """torch's own encoder layers, with padding; the norms come first in one of them."""
 

@@ -23,10 +23,10 @@ def job_of(
 ) -> Job:  # fmt: skip
     """The job of one process. groups: the layers that get rules; options: of `select`."""
     request = checked_request(**options)
-    rules = {}
+    rules, sizes = {}, request.sizes_of(groups)
     for group in groups:
         by_loss = judge_of(request, group) in (OUTPUT_LOSS, NETWORK_LOSS)
-        rules[group.producer] = request.rule(group, by_loss=by_loss)
+        rules[group.producer] = request.rule(group, sizes[group.producer], by_loss=by_loss)
     return Job(
         model=model, batches=Batches(data, model), criterion=criterion_of(loss, None), rules=rules,
         weights=request.weights, tolerance=request.tolerance, imitation=request.imitation,
