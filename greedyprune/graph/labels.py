@@ -18,7 +18,12 @@ from .tracing import Graph
 # They act on every number by itself: these, and the operations that torch tags `pointwise`:
 ELEMENTWISE = IDENTITY | {
     "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "where", "copy",
-    "fill", "zero",
+    "fill", "zero", "floor_divide", "isreal",
+    # second names, which torch does not tag:
+    "multiply", "divide", "subtract", "absolute", "negative", "fix", "greater", "greater_equal",
+    "less", "less_equal", "not_equal", "arccos", "arccosh", "arcsin", "arcsinh", "arctan",
+    "arctanh", "arctan2", "special_expit", "special_expm1", "special_exp2", "special_erf",
+    "special_erfc", "special_log1p", "special_round", "special_gammaln", "special_digamma",
 }  # fmt: skip
 # They repeat entries along dimensions of size 1:
 EXPANDING = {"expand", "expand_as", "repeat"}

@@ -59,7 +59,7 @@ PER_UNIT_ARGUMENTS = {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4),
 # They multiply matrices: the first dimensions are a batch's, and may hold units:
 MATRIX_PRODUCTS = {"matmul", "bmm", "mm", "baddbmm"}
 # They add values of several layers: their units are then a stream.
-SUMS = {"add", "sub", "lerp", "addcmul", "rsub"}
+SUMS = {"add", "sub", "subtract", "lerp", "addcmul", "rsub"}
 
 
 class Product(NamedTuple):

@@ -57,6 +57,12 @@ ACCEPTED = {
     "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice.regular(0, 8)}),
     "prelu": (lambda s, h, x: s.prelu(h), {}),
     "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": Slice.regular(0, 8)}),
+    "second names": (
+        lambda s, h, x: torch.multiply(
+            torch.divide(torch.subtract(h, 1), 2).absolute(), torch.special.expit(h)
+        ),
+        {},
+    ),
     "batch norm": (
         lambda s, h, x: s.norm(h),
         {f"norm.{name}": Slice.regular(0, 8) for name in NORM},
