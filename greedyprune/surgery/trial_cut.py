@@ -229,13 +229,11 @@ def _try_to_cut(
            the model needs in one share are found
     """
     [group, *_] = groups
-    kept = []
-    for i, each in enumerate(groups):
-        count = round((share or _share(i)) * each.units)
-        if share is None and each.units > 4:
-            count |= 1  # which is no share of few heads
-        count = max(1, min(count, each.units - 1))
-        kept.append((each, torch.arange(count) * each.units // count))
+    counts = [round(share * each.units) for each in groups] if share else _different(groups)
+    kept = [
+        (each, torch.arange(count) * each.units // count)
+        for each, count in zip(groups, counts, strict=True)
+    ]
     selection = selection_of_units(model, kept)
     full = masked(model, selection)
     batch = replace(batch, kwargs=without_cache(model, batch.kwargs), targets=None)
@@ -262,9 +260,23 @@ def _try_to_cut(
     )
 
 
-def _share(i: int) -> float:
-    """Shares from 0.33 to 0.75 that differ for all i, 0.5 for the first."""
-    return 1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)
+def _different(groups: Sequence[Group]) -> list[int]:
+    """How many units each group keeps: about a third to three quarters, half of the first.
+
+    Groups of different numbers of units keep different shares where they can, so the number is odd
+    where there are over four: it is no share of a few heads. Of groups with equal numbers of units,
+    neighbours keep different numbers.
+    """
+    counts, last = list[int](), dict[int, int]()
+    for i, group in enumerate(groups):
+        units, step = group.units, 2 if group.units > 4 else 1
+        count = round((1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)) * units)
+        count = max(1, min(count | 1 if step == 2 else count, units - 1))
+        if count == last.get(units):
+            count = count + step if count + step < units else max(1, count - step)
+        last[units] = count
+        counts.append(count)
+    return counts
 
 
 def _constants_of(group: Group) -> str:

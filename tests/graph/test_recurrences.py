@@ -159,12 +159,16 @@ def test_last_states_tie_layers_only_where_they_are_one_tensor(
 
 
 def test_code_that_needs_last_states_as_a_tensor_is_found_by_a_trial() -> None:
-    """Nothing of the size is in the graph, but a `States` has none."""
+    """The graph has nothing of the size. A `States` has no shape; states of one size have."""
     model = Last(lambda h: h[-1] * h.shape[1]).eval()
-    table = greedyprune.layers(model, torch.randn(4, 7, 5))
-    assert not table
-    reason = table.refused[LAYERS[0]]
-    assert "'shape': the states of these layers and directions are of different sizes" in reason
+    x = torch.randn(4, 7, 5)
+    table = greedyprune.layers(model, x)
+    assert [group.share for group in table.values()] == [tuple(LAYERS)] * 2
+    options = {"objective": "imitation", "weights": "none"}
+    selection = greedyprune.select(model, x, layers="all", size=4, **options)
+    assert greedyprune.prune(model, selection).body.hidden_size == 4
+    with pytest.raises(ValueError, match="which has to keep one share with"):
+        greedyprune.select(model, x, size=dict(zip(LAYERS, (4, 3), strict=True)), **options)
 
 
 class Started(nn.Module):
