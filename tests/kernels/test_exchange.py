@@ -94,7 +94,12 @@ def test_sweeping_in_parts_gives_the_same(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_elimination_drops_the_cheapest_unit(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("features", [4, 64])
+def test_elimination_drops_the_cheapest_unit(
+    shape: tuple[int, ...], features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """features: after so many the whole matrix changes; with 4 after each unit or two."""
+    monkeypatch.setattr(exchange, "LATE_FEATURES", features)
     p = Fits(*shape)
     units = list(range(shape[0]))
     while len(units) > 3:
@@ -102,6 +107,24 @@ def test_elimination_drops_the_cheapest_unit(shape: tuple[int, ...]) -> None:
         units.pop(min(range(len(units)), key=costs.__getitem__))
         swept = exchange.eliminated(p.gram, p.right, len(units), p.width)
         assert swept.units.tolist() == units
+        expected = exchange.swept_on(p.gram, p.right, swept.units, p.width)
+        torch.testing.assert_close(swept.matrix, expected.matrix)
+
+
+def test_many_columns_give_the_same_exchanges() -> None:
+    """A right side of more columns than rows counts by the products of its rows only."""
+    p = Fits(12, 2, 200, 5)
+    wide = p.right @ torch.linalg.qr(torch.randn(90, 5, dtype=torch.float64)).Q.T
+    few = exchange.narrowed(wide)
+    assert few.shape == (24, 24)
+    torch.testing.assert_close(few @ few.T, p.right @ p.right.T)
+    assert exchange.narrowed(p.right) is p.right
+    kept = torch.tensor([2, 0, 5, 3])
+    best = exchange.best_exchanged(p.gram, p.right, p.target_norm, kept, 2, 9, "cpu")
+    other = exchange.best_exchanged(p.gram, wide, p.target_norm, kept, 2, 9, "cpu")
+    assert not best.units.equal(kept)
+    assert other.units.equal(best.units)
+    assert other.solved.shape[1] == 90
 
 
 def test_the_better_of_both_directions() -> None:
