@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
+from .einsums import write_einsum
 from .experts import weight_of_experts, write_as_convolution
 from .names import bias_name
 from .nodes import CONVOLUTIONS, SPLITTING, arguments_of, first_of, flops_of, operation, shape_of
@@ -30,14 +31,20 @@ class Rewriting:
         self._parameters = parameters
         RecurrentRewriting(graph)
         for write in (
-            self._write_as_linear, self._write_with_whole_weight, self._write_without_bias,
-            self._write_experts, self._write_copy,
+            self._write_einsum, self._write_as_linear, self._write_with_whole_weight,
+            self._write_without_bias, self._write_experts, self._write_copy,
         ):  # fmt: skip
             for node in list(graph.nodes):
                 write(node)
 
     def _is_parameter(self, node: object) -> TypeGuard[fx.Node]:
         return isinstance(node, fx.Node) and node.name in self._parameters
+
+    def _write_einsum(self, node: fx.Node) -> None:
+        """Replaces an einsum by a product (einsums.py); a parameter is its second factor."""
+        if operation(node) == "einsum":
+            operands: Any = node.args[1]
+            write_einsum(node, swap=self._is_parameter(operands[0]))
 
     def _write_as_linear(self, node: fx.Node) -> None:
         """Replaces `x @ weight.T + bias`, for parameters, by the one operation that computes it."""
