@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import torch
 from torch import fx, nn
@@ -67,7 +68,7 @@ def attributes_of(
     """
     found = dict[bool, list[str]]()  # by whether they are entries
     all_sizes = _all_sizes(node)
-    for path in _modules_of(tensors, node):
+    for path in _modules_of(model, tensors, node):
         try:
             module = model.get_submodule(path)
         except AttributeError:
@@ -101,18 +102,23 @@ def _all_sizes(node: fx.Node) -> list[int]:
     return [*sizes] if isinstance(sizes, (list, tuple)) else []
 
 
-def _modules_of(tensors: Mapping[str, str], node: fx.Node) -> Iterator[str]:
+def _modules_of(model: nn.Module, tensors: Mapping[str, str], node: fx.Node) -> Iterator[str]:
     """The names of the modules that a size in an operation may come from, the likeliest first.
 
     They are the owners of the parameters and buffers that it is computed from, if these are all it
-    is computed from, and then the modules that run it, the innermost first.
+    is computed from; then the modules that run it, the innermost first; then the modules in this
+    one.
     """
     sources = (source for source in ancestors(node) if source.op == "placeholder")
     names = {tensors.get(source.name) for source in sources}
     if None not in names:
         yield from sorted({str(name).rpartition(".")[0] for name in names})
     stack: dict[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
-    yield from (path for path, _ in reversed(stack.values()))
+    paths = [path for path, _ in reversed(stack.values())]
+    yield from paths
+    with suppress(AttributeError):
+        for name, _ in model.get_submodule(paths[0]).named_children() if paths else ():
+            yield f"{paths[0]}.{name}".lstrip(".")
 
 
 def line_of(node: fx.Node) -> str:

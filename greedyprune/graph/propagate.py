@@ -26,6 +26,7 @@ from .nodes import (
     CONVOLUTIONS,
     LINEAR,
     SPLITTING,
+    arguments_of,
     first_of,
     operation,
     shape_of,
@@ -214,6 +215,10 @@ class Propagation(LayerOperations):
             return self._gathered(node)
         if op == "type_as":
             return self.of(first_of(node))
+        if op == "repeat_interleave":
+            options = arguments_of(node)
+            if isinstance(options["dim"], int) and isinstance(options["repeats"], int):
+                return _repeated(self.of(first_of(node)), options["dim"], shape_of(node))
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)
         if op in FACTORIES:  # of the type of a tensor, whose numbers do not matter
@@ -250,7 +255,7 @@ class Propagation(LayerOperations):
         keys = self._mixed(node, self.of(key), [last - 1, last], reason)
         values = self._mixed(node, self.of(value), [last - 1], reason)
         heads = shape_of(query)[-3] if dims > 2 else 1
-        keys, values = (_repeated(state, dims - 3, heads) for state in (keys, values))
+        keys, values = (_repeated(state, dims - 3, [heads] * dims) for state in (keys, values))
         operands: list[Operand] = [
             (query, queries, _aligned(query, node) | {last: None}),
             (key, keys, _aligned(key, node) | {last: None, last - 1: None}),
@@ -332,13 +337,13 @@ def _aligned(operand: fx.Node, result: fx.Node) -> dict[int, int | None]:
     return {dim: dim + shift for dim in range(len(shape_of(operand)))}
 
 
-def _repeated(state: State, dim: int, size: int) -> State:
-    """The ids where each entry of a dimension is repeated until it has this size."""
-    result = []
+def _repeated(state: State, dim: int, sizes: Sequence[int]) -> State:
+    """The ids where each entry of a dimension is repeated until it has its size of these."""
+    result, dim = [], dim % len(sizes)
     for labels in state:
         if dim in labels.dims:
             axis = labels.dims.index(dim)
-            times = size // labels.ids.shape[axis]
+            times = sizes[dim] // labels.ids.shape[axis]
             labels = Labels(labels.dims, labels.ids.repeat(times, axis))
         result.append(labels)
     return tuple(result)

@@ -57,6 +57,10 @@ ACCEPTED = {
     "parameter": (lambda s, h, x: h * s.scale + s.scale, {"scale": Slice.regular(0, 8)}),
     "prelu": (lambda s, h, x: s.prelu(h), {}),
     "prelu8": (lambda s, h, x: s.prelu8(h), {"prelu8.weight": Slice.regular(0, 8)}),
+    "each entry again": (
+        lambda s, h, x: h.repeat_interleave(2, 1)[:, ::2] + h.repeat_interleave(3, dim=0)[::3],
+        {},
+    ),
     "second names": (
         lambda s, h, x: torch.multiply(
             torch.divide(torch.subtract(h, 1), 2).absolute(), torch.special.expit(h)

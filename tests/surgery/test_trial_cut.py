@@ -352,3 +352,27 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, 6).tanh()
+
+
+class Parted(nn.Module):
+    """RAFT's: the parts of a split have a size that another module holds, and the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell, self.last = nn.Linear(5, 14), nn.Linear(8, 8), nn.Linear(14, 3)
+        self.cell.hidden_size = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        one, other = torch.split(x, [self.cell.hidden_size, x.shape[-1] - self.cell.hidden_size], 1)
+        return self.last(torch.cat([self.cell(one.tanh()), other.relu()], 1))
+
+
+def test_a_size_of_a_module_inside() -> None:
+    torch.manual_seed(0)
+    model, x = Parted(), torch.randn(20, 5)
+    selection = greedyprune.select(model, x, size=3, objective="imitation")
+    assert list(selection.layers) == ["first", "cell"]
+    small = greedyprune.prune(model, selection)
+    assert small.cell.hidden_size == 3
+    assert (small.first.out_features, small.cell.weight.shape) == (9, (3, 3))
