@@ -52,10 +52,9 @@ class Group:
     output:        the only consumer's output is the model's output
     not_output:    the operation between the consumer and the model's output; "" if there is none
     may_hold_size: operations whose arguments may hold the number of units as a constant
-    sizes:         attributes of modules that these may come from, as "module.attribute" or
-                   "module.attribute[i]", and which of the entries that such an attribute counts are
-                   of which unit. Cutting sets them where the group can't be cut otherwise
-                   (surgery/trial_cut.py)
+    sizes:         attributes that these may come from, as "module.attribute" or with "[i]", and
+                   which of the entries that they count are of which unit. Cutting sets them where
+                   the group can't be cut otherwise (surgery/trial_cut.py)
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     windows:       how the consumers that are convolutions go over their inputs; those that are not
                    listed run as torch's own modules do
@@ -68,8 +67,7 @@ class Group:
                    linear maps have, too, and the `weight_hh` of recurrent layers. The error of such
                    a map does not count. The weight has zeros where units are masked
     norms:         norms over the units: without some of them, the others change
-    share:         the groups, by their first producers and with this one, that the model's code
-                   needs to keep one share of their units; () for any share
+    share:         the groups, with this one, that the code needs to keep one share of their units
     """
 
     producers: tuple[str, ...]
