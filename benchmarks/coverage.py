@@ -41,7 +41,7 @@ from greedyprune.graph.export import without_cache
 from greedyprune.graph.names import slice_of, weight_of
 from greedyprune.graph.tracing import LAYER_TYPES
 from greedyprune.surgery.cut import masked
-from greedyprune.surgery.selection import entries_left
+from greedyprune.surgery.remaining import entries_left
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "out" / "coverage.jsonl"

@@ -166,10 +166,10 @@ def within_budget(
     ValueError where the smallest sizes cost more than the budget allows.
     """
     batch, ranks, share = batches.first(), batches.ranks, budget.share
-    if cost is None:
-        cost = ranks.on_first("latency", lambda: _latency(model, groups, batch))
     kinds = kinds_of(model, groups, budget.uniform)
     sizes_of = [sizes_in_one_share(kind, round_to) for kind in kinds]
+    if cost is None:
+        cost = ranks.on_first("latency", lambda: _latency(model, kinds, batch))
     least = _by_layer(kinds, [sizes[0] for sizes in sizes_of])
     if cost.at(least) > share * cost.dense:
         raise ValueError(
@@ -277,13 +277,20 @@ def _measured(
     return after / before
 
 
-def _latency(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Cost:
+def _latency(model: nn.Module, kinds: Sequence[Sequence[Group]], batch: Batch) -> Cost:
     """Nanoseconds: a module's time is modelled as a constant and a part in proportion to its sizes.
 
     That part is the slope of a line through the module's times in models cut to a few shares of all
     sizes. All parts are then scaled to the time that the whole model gains.
     """
-    cut = [{g.producer: max(1, round(share * g.units)) for g in groups} for share in SHARES]
+    groups = [group for kind in kinds for group in kind]
+    cut = [
+        _by_layer(kinds, [
+            min(sizes_in_one_share(kind, 1), key=lambda s: abs(s[0] - share * kind[0].units))
+            for kind in kinds
+        ])
+        for share in SHARES
+    ]  # fmt: skip
     owners = {name.rpartition(".")[0] for group in groups for name in group.slices}
     models = [cut_to(model, groups, widths) for widths in cut]
     whole = [times[""] for times in medians(models, batch)]

@@ -77,7 +77,7 @@ def _warn_of_rounding(job: Job, request: Request, groups: Sequence[Group]) -> No
     """Warns of layers that keep all their units because round_to does not fit into them."""
     if request.round_to == 1 or request.size is None:
         return
-    exact = replace(request, round_to=1).sizes_of(groups)
+    exact = replace(request, round_to=1).sizes_alone(groups)
     whole = [
         repr(group.producer)
         for group in groups

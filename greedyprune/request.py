@@ -83,31 +83,40 @@ class Request:
         return Rule(steps, size, self.replacement, draws, self.loss.shortlist or 0)
 
     def sizes_of(self, groups: Sequence[Group]) -> dict[str, int]:
-        """What `size` and `round_to` mean for each group, in units; without a size, all units.
+        """How many units each group keeps; without a size, all.
 
         Groups that have to keep one share of their units keep the one that is nearest to what each
         would keep by itself. ValueError where numbers of units are given that are not one share,
-        or no size.
+        or where something else than a size ends the paths.
         """
         shares = dict.fromkeys(group.share for group in groups if group.share)
-        if self.size is None:
-            for one, other, *_ in shares if self.budget is None else ():
+        ends = {
+            "tolerance": self.tolerance is not None, "steps": self.steps is not None,
+            "replacement": self.replacement,
+        }  # fmt: skip
+        for one, other, *_ in shares:
+            for option in (name for name, is_given in ends.items() if is_given):
                 raise ValueError(
-                    f"size: found none, but the model needs {one!r} and {other!r} to keep one "
-                    "share of their units; expected a size or a Budget"
+                    f"{option}: found one, but the model needs {one!r} and {other!r} to keep one "
+                    "share of their units; expected a size or a Budget, and distinct picks"
                 )
+        sizes = self.sizes_alone(groups)
+        for names in shares if self.size is not None else ():
+            together = [group for group in groups if group.producer in names]
+            sizes |= self._one_share(together, sizes)
+        return sizes
+
+    def sizes_alone(self, groups: Sequence[Group]) -> dict[str, int]:
+        """What `size` and `round_to` mean for each group by itself; without a size, all units."""
+        if self.size is None:
             return {group.producer: group.units for group in groups}
-        sizes = {
+        return {
             group.producer: nearest(
                 self._size(group.producer, group.units), group.units,
                 size_step(group, self.round_to),
             )
             for group in groups
         }  # fmt: skip
-        for names in shares:
-            together = [group for group in groups if group.producer in names]
-            sizes |= self._one_share(together, sizes)
-        return sizes
 
     def _one_share(self, groups: Sequence[Group], sizes: Mapping[str, int]) -> dict[str, int]:
         """The groups' sizes in one share, nearest to what they would be by themselves."""

@@ -297,7 +297,8 @@ def test_a_latency_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     times = budget.medians([model, nn.Identity()], Batch((inputs,), {}, None), [""])
     assert times[0][""] > times[1][""] > 0
     batch = Batch((inputs,), {}, None)
-    cost = budget._latency(model, find_groups(model, analyse(model, batch), None), batch)
+    kinds = [[group] for group in find_groups(model, analyse(model, batch), None)]
+    cost = budget._latency(model, kinds, batch)
     assert cost.dense > 0
     assert all(part >= 0 for part in cost.parts.values())
     assert cost.at({"0.conv1": 1}) <= cost.dense

@@ -61,10 +61,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _without_fast_code() -> Iterator[None]:
     """Compiled forwards run as they are written, and attention takes no fast path."""
     has_fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    torch.backends.mha.set_fastpath_enabled(has_fast_path)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
 
 
 class _AutocastWithoutEffect:

@@ -7,7 +7,6 @@ dimension is inferred (-1), or is no argument at all, there is no doubt.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
@@ -57,41 +56,38 @@ def split_may_hold_size(node: fx.Node, dim: int) -> bool:
 def attributes_of(
     model: nn.Module, tensors: Mapping[str, str], node: fx.Node, value: int, dim: int | None
 ) -> list[str]:
-    """The attributes that an operation's size may come from.
+    """The attributes that an operation's size may come from, some of them by chance.
 
-    "module.attribute" is an int, and "module.attribute[i]" an entry of a tuple or list of ints.
-    They are those of the modules of `_modules_of`: a tuple that is all of the operation's sizes;
-    else the nearest ints of this value, and the nearest tuples or lists that have it once.
+    "module.attribute" is an int, and "module.attribute[i]" an entry of a tuple or list of ints. The
+    modules of `_modules_of` are searched until one has an int, or a tuple of one int, of this
+    value. Longer tuples and lists count if they have the value once, or are all of the operation's
+    sizes.
 
     tensors: the model's name for a parameter or buffer, by the name of its placeholder
     dim: the result's dimension that has the size, where this is known
     """
-    found = dict[bool, list[str]]()  # by whether they are entries
-    all_sizes = _all_sizes(node)
+    found, all_sizes = list[str](), _all_sizes(node)
     for path in _modules_of(model, tensors, node):
         try:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        here = defaultdict[bool, list[str]](list)
+        has_int = False
         for name, size in vars(module).items():
             place = f"{path}.{name}".lstrip(".")
-            if type(size) is int and size == value:
-                here[False].append(place)
-            elif type(size) in (tuple, list, torch.Size):
-                sizes = [*size]
-                if not all(type(one) is int for one in sizes) or value not in sizes:
-                    continue
-                entries = [i for i, one in enumerate(sizes) if one == value]
-                places = [f"{place}[{i}]" for i in entries]
-                if len(sizes) > 1 and sizes == all_sizes:
-                    is_split = operation(node) in SPLITTING
-                    return places if is_split or dim not in entries else [f"{place}[{dim}]"]
-                here[len(sizes) > 1] += places if len(places) == 1 else []
-        found = here | found
-        if False in found:
+            sizes = [*size] if type(size) in (tuple, list, torch.Size) else [size]
+            if not all(type(one) is int for one in sizes) or value not in sizes:
+                continue
+            entries = [i for i, one in enumerate(sizes) if one == value]
+            if sizes == all_sizes and operation(node) not in SPLITTING and dim in entries:
+                entries = [dim]
+            if len(entries) == 1 or sizes == all_sizes:
+                is_int = type(size) is int
+                has_int |= len(sizes) == 1
+                found += [place] if is_int else [f"{place}[{i}]" for i in entries]
+        if has_int:
             break
-    return [place for places in found.values() for place in places]
+    return [*dict.fromkeys(found)]
 
 
 def _all_sizes(node: fx.Node) -> list[int]:

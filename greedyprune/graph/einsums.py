@@ -31,10 +31,14 @@ def write_einsum(node: fx.Node, *, swap: bool = False) -> None:
     sizes: dict[str, int] = {}
     for operand, letters in pairs:
         for letter, size in zip(letters, shape_of(operand), strict=True):
+            size = size if isinstance(size, int) else -1  # it is open
             if sizes.setdefault(letter, size) != size:
                 return
     build = _Builder(node)
     summed = [letter for letter in a if letter in b and letter not in output]
+    alone = ([c for c in letters if (c in a) != (c in b)] for letters in (a, b))
+    if any(sum(sizes[letter] < 0 for letter in letters) > 1 for letters in alone):
+        return  # `unflatten` infers one size only
     if not summed:
         product = build(_ATEN.mul.Tensor, *(
             build.in_order(operand, letters, output) for operand, letters in ((left, a), (right, b))

@@ -93,15 +93,14 @@ class Group:
     @property
     def left_out(self) -> str:
         """Why the group is only selected where it is asked for; "": it always is."""
-        what = ""
-        if self.norms:
-            what = f"a norm goes over its units ({self.norms[0]})"
-        if self.stream:
-            what = "it gives a residual stream"
         if self.share:
             others = [repr(name) for name in self.share if name != self.producer]
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            what = f"the model needs it and {others[0]}{more} to keep one share of their units"
+            what = f"it has to keep one share of its units with {others[0]}{more}"
+            return f"{what}; layers='all' or a list of all their names selects them"
+        what = f"a norm goes over its units ({self.norms[0]})" if self.norms else ""
+        if self.stream:
+            what = "it gives a residual stream"
         return f"{what}, which its name or layers='all' selects" if what else ""
 
     @property
@@ -123,7 +122,8 @@ class Group:
     def cut(self) -> dict[str, Any]:
         """What cutting needs to know, by the names of LayerSelection's attributes."""
         places = {"slices": self.slices, "also": self.also, "sizes": self.sizes}
-        return {name: dict(value) for name, value in places.items()} | {"tied": self.tied}
+        tuples = {"tied": self.tied, "share": self.share}
+        return {name: dict(value) for name, value in places.items()} | tuples
 
     @property
     def places(self) -> list[tuple[str, Slice]]:

@@ -45,7 +45,10 @@ RESHAPING = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", 
     "reshape_as", "view_as",
 }  # fmt: skip
 # They give the dimensions another order or size:
-MOVING = {"transpose", "permute", "t", "numpy_T", "swapaxes", "movedim"} | EXPANDING
+MOVING = EXPANDING | {
+    "transpose", "permute", "t", "numpy_T", "mT", "mH", "matrix_H", "adjoint", "swapaxes",
+    "swapdims", "movedim", "moveaxis",
+}  # fmt: skip
 # They act on the last dimensions, as many as the name says: pooling and interpolation. `pad`, too.
 POOLING = re.compile(r"(?:(?:adaptive_)?(?:max|avg)_pool|_?upsample_\w+?)([123])d(?:_aa)?|pad")
 # They act along dimensions that their arguments name, and remove them or keep them:
@@ -217,7 +220,7 @@ class Propagation(LayerOperations):
             return self.of(first_of(node))
         if op == "repeat_interleave":
             options = arguments_of(node)
-            if isinstance(options["dim"], int) and isinstance(options["repeats"], int):
+            if isinstance(options.get("dim"), int) and isinstance(options["repeats"], int):
                 return _repeated(self.of(first_of(node)), options["dim"], shape_of(node))
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)

@@ -110,7 +110,7 @@ class ShapeOperations(LabelledTensors):
         order = list(range(dims))
         if op == "permute":
             order = _listed(node.args[1], dims)
-        elif op == "movedim":
+        elif op in ("movedim", "moveaxis"):
             places, to = (_listed(arg, dims) for arg in node.args[1:3])
             order = [dim for dim in range(dims) if dim not in places]
             for place, dim in sorted(zip(to, places, strict=True)):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,8 @@ from .hf_config import describe
 from .module_sizes import HEADS, Size, note_size, sizes_after
 from .proof import prove
 from .recurrent import fit_recurrent
-from .selection import LayerSelection, Selection, entries_left
+from .remaining import check_shares, entries_left, sizes_left
+from .selection import LayerSelection, Selection
 
 
 def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.Module:
@@ -193,7 +195,7 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
         for layer in selection.layers.values():
             _set_heads(full, layer)
         _cut_tensors(full, entries_left(selection.layers.values()))
-        _set_sizes(full, entries_left(selection.layers.values(), attributes=True))
+        _set_sizes(full, sizes_left(selection.layers.values()))
     fit_attention(full)
     fit_recurrent(full)
     return full
@@ -228,6 +230,7 @@ def check_made_for(model: nn.Module, selection: Selection) -> None:
         raise TypeError(f"selection: found {_kind_of(selection)}, expected a Selection")
     for name, layer in selection.layers.items():
         _check_layer(model, name, layer)
+    check_shares(selection.layers)
 
 
 def _kind_of(selection: object) -> str:
@@ -296,16 +299,17 @@ def _set_heads(model: nn.Module, layer: LayerSelection) -> None:
                 setattr(module, attribute, size * kept // units)
 
 
-def _set_sizes(model: nn.Module, entries: Entries) -> None:
-    """Sets attributes, or entries of them, to how many of the entries are left that they count."""
-    for (name, _), left in entries.items():
-        path, _, entry = name.rstrip("]").partition("[")
-        owner, _, attribute = path.rpartition(".")
-        module = model.get_submodule(owner)
-        new: Any = len(left)
-        if entry:
-            sizes: Any = getattr(module, attribute)
-            new = type(sizes)([*sizes[: int(entry)], new, *sizes[int(entry) + 1 :]])
+def _set_sizes(model: nn.Module, sizes: Mapping[str, int]) -> None:
+    """Sets attributes by their names: "module.attribute", or "module.attribute[i]" for an entry."""
+    for name, size in sizes.items():
+        parts = re.fullmatch(r"(?:(.*)\.)?([^.\[]+)(?:\[(\d+)\])?", name)
+        assert parts is not None
+        owner, attribute, entry = parts.groups()
+        module = model.get_submodule(owner or "")
+        new: Any = size
+        if entry is not None:
+            old: Any = getattr(module, attribute)
+            new = type(old)([*old[: int(entry)], size, *old[int(entry) + 1 :]])
         setattr(module, attribute, new)
         note_size(module, attribute)
 

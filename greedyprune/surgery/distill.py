@@ -33,7 +33,8 @@ from ..graph.names import module_of_layer
 from ..graph.tracing import Layer
 from ..graph.windows import CONVOLUTION_TYPES
 from ..runtime.progress import Bar
-from .selection import Selection, entries_left
+from .remaining import entries_left
+from .selection import Selection
 
 RATE = 1e-3  # Adam's (Kingma and Ba 2015), falling to 0 along a cosine
 SAMPLES = 128  # in one step of Adam

@@ -70,9 +70,9 @@ class Prunable:
 
     @property
     def kind(self) -> str:
-        """What sets the units apart: "residual stream", "under a norm", "in one share" or "".
+        """What sets the units apart: "residual stream", "under a norm" or nothing, "".
 
-        "residual stream in one share" is both.
+        Where the layer has a `share`, "in one share" follows.
         """
         kind = "residual stream" if self.stream else "under a norm" if self.norms else ""
         return f"{kind} in one share".strip() if self.share else kind

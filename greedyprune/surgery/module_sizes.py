@@ -37,11 +37,15 @@ _CUT_TYPES = (
 
 def sizes_of(module: nn.Module) -> dict[str, Size]:
     """The attributes of a module that hold sizes which pruning can change, with their values."""
-    names = set(HEADS) | vars(module).get(_NOTED, set())
+    noted = vars(module).get(_NOTED, set())
+    names = set(HEADS) | noted
     if _tensors_of(module):
         names |= _NAMES | _DIMENSIONS.keys() | {"groups", "num_groups"}
     sizes = {name: vars(module)[name] for name in sorted(names & vars(module).keys())}
-    return {name: size for name, size in sizes.items() if _is_size(size)}
+    return {
+        name: size for name, size in sizes.items()
+        if _is_size(size) or (name in noted and type(size) is list and _is_size(tuple(size)))
+    }  # fmt: skip
 
 
 def note_size(module: nn.Module, attribute: str) -> None:
@@ -106,5 +110,5 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_size(value: object) -> bool:
-    values = value if isinstance(value, (tuple, list)) else (value,)
+    values = value if isinstance(value, tuple) else (value,)
     return all(isinstance(size, int) and not isinstance(size, bool) for size in values)

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..runtime.modules import module_of
 from .cut import check_made_for, in_format_of
-from .selection import Selection, entries_left
+from .remaining import entries_left
+from .selection import Selection
 
 T = TypeVar("T", bound=Optimizer)
 

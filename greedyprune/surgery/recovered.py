@@ -21,7 +21,8 @@ from ..graph.slices import Slice
 from ..graph.structure import analyse
 from ..runtime.arguments import is_int
 from .cut import selection_of_units
-from .selection import Selection, entries_left
+from .remaining import check_shares, entries_left
+from .selection import Selection
 from .trial_cut import check_cuts
 
 EXPECTED = (
@@ -39,7 +40,8 @@ def selection_of(model: nn.Module, pruned: object, batch: Batch) -> Selection:
     Raises:
         TypeError: `pruned` is neither
         ValueError: its units can't be told from its weights; or the mapping names another layer, or
-            units that the layer does not have
+            units that the layer does not have; or layers that have to keep one share of their units
+            do not
     """
     groups = _groups_of(model, batch)
     if isinstance(pruned, nn.Module):
@@ -52,6 +54,7 @@ def selection_of(model: nn.Module, pruned: object, batch: Batch) -> Selection:
             "the kept units by layer"
         )
     selection = selection_of_units(model, ((groups[name], units) for name, units in kept.items()))
+    check_shares(selection.layers)
     if isinstance(pruned, nn.Module):
         _check_shapes(model, pruned, selection)
     return selection

@@ -46,7 +46,8 @@ from .distill import distill
 from .hf_config import describe
 from .proof import example_of, prove
 from .recovered import selection_of
-from .selection import Selection, entries_left
+from .remaining import entries_left
+from .selection import Selection
 
 DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
 ROUNDS = 4  # of least squares before a ReLU: each takes its target from the last one's outputs

@@ -133,8 +133,12 @@ def load_pruned(path: str | PathLike[str], model_factory: Callable[[], nn.Module
         for attribute, size in attributes.items():
             module = model.get_submodule(name)
             dense: Any = getattr(module, attribute)
-            kind: Any = tuple if isinstance(dense, int) else type(dense)
-            setattr(module, attribute, kind(size) if isinstance(size, list) else size)
+            value: Any = size
+            if isinstance(size, list):
+                is_plain = type(dense) in (list, torch.Size)
+                value = type(dense)(size) if is_plain else tuple(size)
+                value = dense if value == dense else value  # a named tuple stays one
+            setattr(module, attribute, value)
     _fill(model, tensors, set(persistent))
     fit_attention(model)
     fit_recurrent(model)

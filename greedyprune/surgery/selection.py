@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..graph.costs import BudgetReport, Cost
-from ..graph.slices import Entries, Slice
+from ..graph.slices import Slice
 from ..kernels.path import NestedFit
 from ..runtime.arguments import ByName, is_int, one_of
 from ..runtime.files import read_tensors, write_tensors
@@ -71,6 +71,8 @@ class LayerSelection:
                 those that have to be set
     tied:       weights that take the units and stay as they are: embeddings' tables that the last
                 layer multiplies with, too, and the `weight_hh` of recurrent layers. They are cut
+    share:      the layers, with this one, that have to keep one share of their units, because the
+                model's code needs it; () for any share
     """
 
     order: Tensor
@@ -92,6 +94,7 @@ class LayerSelection:
     also: Mapping[str, Slice] = field(default_factory=dict, repr=False)
     sizes: Mapping[str, Slice] = field(default_factory=dict, repr=False)
     tied: tuple[str, ...] = field(default=(), repr=False)
+    share: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of_path(
@@ -132,7 +135,8 @@ class LayerSelection:
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
             gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes,
-            tied=self.tied, outputs=self.outputs, loss=self.loss, objective=self.objective,
+            tied=self.tied, share=self.share, outputs=self.outputs, loss=self.loss,
+            objective=self.objective,
         )  # fmt: skip
 
     def new_weights(self, consumer: str) -> Tensor | None:
@@ -257,7 +261,8 @@ class Selection:
     def at(self, k: int) -> Selection:
         """The paths of all layers after k steps: one run of `select` serves every size.
 
-        ValueError if k is not between 1 and the number of steps of the shortest path.
+        ValueError if k is not between 1 and the number of steps of the shortest path. Layers that
+        have to keep one share of their units would keep different ones; `prune` refuses them.
         """
         shortest = min(self.layers.values(), key=lambda layer: len(layer.order))
         shortest.at(k)  # checks k
@@ -286,7 +291,7 @@ class Selection:
                     tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
-                "tied": layer.tied,
+                "tied": layer.tied, "share": layer.share,
                 **{
                     places: {k: (at.dim, at.size) for k, at in getattr(layer, places).items()}
                     for places in PLACES
@@ -320,7 +325,7 @@ class Selection:
             }
             gates, name = refits.pop("gates", None), fields.pop("name")
             fitted = {key.removeprefix("fitted."): refit for key, refit in refits.items()}
-            fields["tied"] = tuple(fields["tied"])
+            fields |= {key: tuple(fields.get(key, ())) for key in ("tied", "share")}
             layers[name] = LayerSelection(**fields, fitted=fitted or None, gates=gates)
         costs = json.loads(header.get("costs", "{}"))
         budget = json.loads(header.get("budget", "null"))
@@ -358,22 +363,6 @@ class Selection:
             for name, layer in self.layers.items()
         )
         return f"Selection({{{layers}}})"
-
-
-def entries_left(layers: Iterable[LayerSelection], *, attributes: bool = False) -> Entries:
-    """What stays of each dimension that is cut: its entries, ascending, by tensor and dimension.
-
-    Several layers may cut the same dimension, as the parts of a concatenation do.
-
-    attributes: instead what stays of the entries that attributes of modules count
-    """
-    stays: dict[tuple[str, int], Tensor] = {}
-    for layer in layers:
-        tensors = (*layer.slices.items(), *layer.also.items())
-        for name, at in layer.sizes.items() if attributes else tensors:
-            mask = stays.setdefault((name, at.dim), torch.ones(at.size, dtype=torch.bool))
-            mask &= at.stays(layer.kept)
-    return {key: mask.nonzero().flatten() for key, mask in stays.items()}
 
 
 def distinct_counts(order: Tensor) -> Tensor:

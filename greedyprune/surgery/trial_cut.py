@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
+from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -35,7 +36,7 @@ from ..runtime.errors import first_line
 from ..runtime.progress import warn
 from .cut import cut, masked, selection_of_units
 from .proof import example_of, same_with_norms
-from .selection import entries_left
+from .remaining import entries_left
 
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
@@ -108,105 +109,119 @@ def groups_of(
 def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Structure:
     """Each group as it can be cut, or why it can't be, by its first producer.
 
-    A group keeps its `sizes`, the attributes that are set, only where it can't be cut without. All
-    groups are tried together first, and then those of the same layers of several blocks. Those that
-    can't be cut are tried with others in one share. A model on the meta device is not tried, since
-    there are no numbers to compare.
+    A group keeps only those of its `sizes`, the attributes that are set, without which it can't be
+    cut. All groups are tried together first, then those of the same layers of several blocks, and
+    then each group. Those that can't be cut are tried with others in one share. A model on the meta
+    device is not tried, since there are no numbers to compare.
 
     ValueError where the smaller model raises an error that is not about its shapes.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return {group.producer: replace(group, sizes={}) for group in groups}
-    executors: Executors = {}
-    batch = example_of(model, batch)
+    trials = _Trials(model, example_of(model, batch))
     kinds = defaultdict[str, list[Group]](list)
     for group in groups:
-        kinds[re.sub(r"\d+", "*", group.producer)].append(group)
+        kinds[_general(group.producer)].append(group)
     result: dict[str, Group | NotPrunableError] = {}
     for some in ([*groups], *kinds.values()) if len(kinds) > 1 else ([*groups],):
-        result |= _cut_together(model, some, batch, executors)
-        if len(result) == len(groups):
-            return result
+        if len(some) > 1 and len(result) < len(groups):
+            result |= {group.producer: group for group in trials.cuttable(some)}
     for group in groups:
         if group.producer not in result:
-            result[group.producer] = _as_it_can_be_cut(model, group, batch, executors)
+            result[group.producer] = trials.cuttable_alone(group)
     failed = [g for g in groups if isinstance(result[g.producer], NotPrunableError)]
-    for connected in _connected(failed):
-        result |= _in_one_share(model, connected, batch, executors)
+    for by_attributes in (True, False):
+        for connected in _connected(failed, by_attributes):
+            if any(isinstance(result[group.producer], NotPrunableError) for group in connected):
+                result |= {g.producer: g for g in trials.cuttable_in_one_share(connected)}
     return result
 
 
-def _cut_together(
-    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors
-) -> dict[str, Group]:
-    """The groups, by first producer, if they can be cut together; else none."""
-    plain = [replace(group, sizes={}) for group in groups]
-    for together in (plain, groups) if any(group.sizes for group in groups) else (plain,):
-        with suppress(ValueError):  # of which group, the trials of each will tell
-            if len(together) > 1:
-                _try_to_cut(model, together, batch, executors)
-                return {group.producer: group for group in together}
-    return {}
+def _general(name: str) -> str:
+    """A name without its numbers: the same for the layers of all blocks."""
+    return re.sub(r"\d+", "*", name)
 
 
-def _as_it_can_be_cut(
-    model: nn.Module, group: Group, batch: Batch, executors: Executors
-) -> Group | NotPrunableError:
-    """The group without its `sizes` or with them; or why it can't be cut without."""
-    plain = replace(group, sizes={})
-    try:
-        _try_to_cut(model, [plain], batch, executors)
-        return plain
-    except FailedTrialError as error:
-        reason = FailedTrialError(str(error))  # a new one: its frames would keep the model alive
-    several = len(group.sizes) > 1  # of which one may have this value by chance
-    for left_out in ("", *(group.sizes if several else ())) if group.sizes else ():
-        sizes = {name: at for name, at in group.sizes.items() if name != left_out}
-        with suppress(ValueError):
-            _try_to_cut(model, [replace(group, sizes=sizes)], batch, executors)
-            return replace(group, sizes=sizes)
-    return reason
+class _Trials:
+    """Trial cuts of one model on one batch, which share the traces of the dense model."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self._model, self._batch, self._executors = model, batch, Executors()
+
+    def _passes(self, groups: Sequence[Group], share: float | None = None) -> bool:
+        with suppress(ValueError):  # also one that is not about shapes: each group's trial tells
+            _try_to_cut(self._model, groups, self._batch, self._executors, share)
+            return True
+        return False
+
+    def cuttable(self, groups: Sequence[Group], share: float | None = None) -> list[Group]:
+        """The groups with the fewest `sizes` with which they can be cut together; else none.
+
+        Attributes of the same modules of several blocks are set together or not at all.
+        """
+        names = {_general(name): None for group in groups for name in group.sizes}
+        if self._passes(plain := _with_sizes(groups, set()), share):
+            return plain
+        sets = [tuple(names), *(tuple(n for n in names if n != out) for out in names), *zip(names)]
+        for tried in filter(None, dict.fromkeys(sets)):
+            if self._passes(_with_sizes(groups, {*tried}), share):
+                needed = [*tried]
+                for name in tried if len(tried) > 1 else ():
+                    fewer = {each for each in needed if each != name}
+                    if self._passes(_with_sizes(groups, fewer), share):
+                        needed.remove(name)
+                return _with_sizes(groups, {*needed})
+            if len(groups) > 1 and share is None:
+                return []  # trials of fewer groups follow
+        return []
+
+    def cuttable_alone(self, group: Group) -> Group | NotPrunableError:
+        """The group with the fewest `sizes`; or why it can't be cut without any."""
+        try:
+            [plain] = _with_sizes([group], set())
+            _try_to_cut(self._model, [plain], self._batch, self._executors)
+            return plain
+        except FailedTrialError as error:
+            reason = FailedTrialError(str(error))  # a new one: its frames would keep the model
+        return next(iter(self.cuttable([group]) if group.sizes else ()), reason)
+
+    def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups, if they can be cut to one share of their units; else none."""
+        parts = math.gcd(*(group.units for group in groups))
+        if parts == 1:
+            return []
+        names = tuple(group.producer for group in groups)
+        groups = [replace(group, share=names) for group in groups]
+        return self.cuttable(groups, (parts + 1) // 2 / parts)
 
 
-def _connected(groups: Sequence[Group]) -> list[list[Group]]:
+def _with_sizes(groups: Sequence[Group], names: Set[str]) -> list[Group]:
+    """The groups with those of their `sizes` that have these names in general."""
+    return [
+        replace(group, sizes={n: at for n, at in group.sizes.items() if _general(n) in names})
+        for group in groups
+    ]
+
+
+def _connected(groups: Sequence[Group], by_attributes: bool) -> list[list[Group]]:
     """Sets of groups that the code may need in one share, each of at least two groups.
 
     In `x.reshape(*x.shape[:2], width)`, with the width of a stream's input to attention, the
-    heads and the stream need one share. They have a weight in common; one attribute may also hold
-    the sizes of two groups.
+    heads and the stream need one share. They have a weight in common.
+
+    by_attributes: also groups whose sizes the same attribute may hold
     """
     place = {group.producer: {group.producer} for group in groups}
     for one, other in combinations(groups, 2):
         if one.stream and other.stream:
             continue
-        named = ({name for name in group.sizes if "." in name} for group in (one, other))
+        named = (set(group.sizes) if by_attributes else set() for group in (one, other))
         tensors = ({*group.slices, *group.also} for group in (one, other))
         if set.intersection(*tensors) or set.intersection(*named):
             joined = place[one.producer] | place[other.producer]
             place |= dict.fromkeys(joined, joined)
-    sets = {frozenset(names) for names in place.values() if len(names) > 1}
+    sets = dict.fromkeys(frozenset(names) for names in place.values() if len(names) > 1)
     return [[group for group in groups if group.producer in names] for names in sets]
-
-
-def _in_one_share(
-    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors
-) -> dict[str, Group]:
-    """The groups, by first producer, if they can be cut to one share; else none."""
-    parts = math.gcd(*(group.units for group in groups))
-    attributes = dict.fromkeys(name for group in groups for name in group.sizes)
-    for left_out in ("", *attributes) if parts > 1 else ():
-        share = tuple(group.producer for group in groups)
-        tried = [
-            replace(
-                group, share=share,
-                sizes={name: at for name, at in group.sizes.items() if name != left_out},
-            )
-            for group in groups
-        ]  # fmt: skip
-        with suppress(ValueError):
-            _try_to_cut(model, tried, batch, executors, (parts + 1) // 2 / parts)
-            return {group.producer: group for group in tried}
-    return {}
 
 
 def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
@@ -261,22 +276,24 @@ def _try_to_cut(
 
 
 def _different(groups: Sequence[Group]) -> list[int]:
-    """How many units each group keeps: about a third to three quarters, half of the first.
+    """How many units each group keeps: about a third to three quarters.
 
-    Groups of different numbers of units keep different shares where they can, so the number is odd
-    where there are over four: it is no share of a few heads. Of groups with equal numbers of units,
-    neighbours keep different numbers.
+    Where they can, groups of different numbers of units keep different shares, and neighbours of
+    equal numbers of units different numbers. So groups that need one share are found. Groups of few
+    units, which have the fewest shares, come first.
     """
-    counts, last = list[int](), dict[int, int]()
-    for i, group in enumerate(groups):
-        units, step = group.units, 2 if group.units > 4 else 1
-        count = round((1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)) * units)
-        count = max(1, min(count | 1 if step == 2 else count, units - 1))
-        if count == last.get(units):
-            count = count + step if count + step < units else max(1, count - step)
-        last[units] = count
-        counts.append(count)
-    return counts
+    counts, last, used = dict[int, int](), dict[int, int](), dict[Fraction, int]()
+    for i, group in sorted(enumerate(groups), key=lambda numbered: numbered[1].units):
+        units = group.units
+        wanted = (1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)) * units
+        nearest = sorted(range(1, max(units, 2)), key=lambda count: abs(count - wanted))
+        free = [
+            count for count in nearest[:8]
+            if count != last.get(units) and used.get(Fraction(count, units), units) == units
+        ]  # fmt: skip
+        counts[i] = last[units] = (free or nearest)[0]
+        used.setdefault(Fraction(counts[i], units), units)
+    return [counts[i] for i in range(len(groups))]
 
 
 def _constants_of(group: Group) -> str:

@@ -93,3 +93,27 @@ def test_attention_is_cut() -> None:
     assert small.out.shape == (3, 8)
     masked = greedyprune.refit(model, selection, x)
     assert masked(x).shape == (12, 5, 3)
+
+
+class Decomposed(nn.Module):
+    """A product with the positions of a map, as relative positions are often added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(7, 2)
+        self.register_buffer("places", torch.randn(5, 7, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu())[:, :, None].expand(-1, -1, 3, -1)
+        return self.last(torch.einsum("bhwc,hkc->bhwk", x, self.places)).mean((1, 2))
+
+
+def test_batches_of_many_sizes() -> None:
+    """One trace serves all of them: an einsum's sizes are no constants in it."""
+    torch.manual_seed(0)
+    model, data = Decomposed(), [torch.randn(2 + i, 5, 4) for i in range(20)]
+    selection = greedyprune.select(
+        model, data[0], layers=["first"], weights="none", objective="imitation"
+    )
+    small = greedyprune.refit(model, selection, data)
+    assert small.first.out_features == 4

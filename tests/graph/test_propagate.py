@@ -47,6 +47,10 @@ ACCEPTED = {
     "branches that meet": (lambda s, h, x: torch.where(h > 0, h, 0.1 * h) + h.abs().clone(), {}),
     "a sample's own factor": (lambda s, h, x: h * x[:, :1], {}),
     "transposed": (lambda s, h, x: h.T.t().transpose(0, 1).T, {}),
+    "by its second names": (
+        lambda s, h, x: h.mT.adjoint().mH.moveaxis(0, 1).moveaxis((0,), (1,)).swapdims(0, 1),
+        {},
+    ),
     "as another tensor": (lambda s, h, x: h.flatten().reshape_as(h).type_as(x), {}),
     "other samples": (lambda s, h, x: h.index_select(0, torch.tensor([1, 0, 3, 2])), {}),
     "gathered": (lambda s, h, x: h.gather(0, ORDER.expand(-1, h.shape[1])), {}),
@@ -61,6 +65,7 @@ ACCEPTED = {
         lambda s, h, x: h.repeat_interleave(2, 1)[:, ::2] + h.repeat_interleave(3, dim=0)[::3],
         {},
     ),
+    "entries by places": (lambda s, h, x: h[torch.repeat_interleave(torch.ones(4).long())], {}),
     "second names": (
         lambda s, h, x: torch.multiply(
             torch.divide(torch.subtract(h, 1), 2).absolute(), torch.special.expit(h)

@@ -20,7 +20,7 @@ from greedyprune.data.forward import leaves_of
 from greedyprune.graph.executor import GraphExecutor, tensors_of
 from greedyprune.graph.names import slice_of, weight_of
 from greedyprune.surgery.cut import masked
-from greedyprune.surgery.selection import entries_left
+from greedyprune.surgery.remaining import entries_left
 
 each_kind = pytest.mark.parametrize("name", KINDS)
 HALF: dict[str, Any] = {"size": 0.5, "layers": "all", "objective": "imitation"}

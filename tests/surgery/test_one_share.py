@@ -35,7 +35,7 @@ def test_they_are_left_out_by_default() -> None:
     model, inputs = of_kind("one share")
     selection = greedyprune.select(model, inputs, **PLAIN)
     assert list(selection.layers) == ["blocks.0.fc1", "blocks.1.fc1"]
-    reason = "the model needs it and 'patches' and 1 more to keep one share of their units, which "
+    reason = "it has to keep one share of its units with 'patches' and 1 more; layers='all' or a "
     assert selection.refused["blocks.0.qkv"].startswith(reason)
 
 
@@ -72,12 +72,41 @@ def test_all_or_none_of_them() -> None:
             greedyprune.select(model, inputs, **chosen, **PLAIN)
 
 
-@pytest.mark.parametrize("option", [{"tolerance": 0.1}, {"steps": 3}])
+@pytest.mark.parametrize("option", [
+    {"tolerance": 0.1}, {"tolerance": 0.1, "size": 0.75}, {"steps": 3},
+    {"replacement": True, "weights": "counts"},
+])  # fmt: skip
 def test_a_size_is_needed(option: dict[str, Any]) -> None:
     model, inputs = of_kind("one share")
-    reason = r"size: found none, but the model needs 'patches' and 'blocks\.0\.qkv' to keep one"
+    reason = f"{next(iter(option))}: found one, but the model needs 'patches' and 'blocks.0.qkv' to"
     with pytest.raises(ValueError, match=reason):
-        greedyprune.select(model, inputs, layers="all", **option, **PLAIN)
+        greedyprune.select(model, inputs, layers="all", **(PLAIN | option))
+
+
+def test_selections_that_break_the_share(tmp_path: Path) -> None:
+    """However it comes about: after fewer steps, from a file, by hand, for `refit`."""
+    model, inputs = of_kind("one share")
+    selection = greedyprune.select(model, inputs, size=0.75, layers="all", **PLAIN)
+    selection.save(tmp_path / "selection")
+    loaded = greedyprune.Selection.load(tmp_path / "selection")
+    assert [layer.share for layer in loaded.layers.values()][:2] == [NAMES, NAMES]
+    reason = "selection: keeps 2 of 16 units of 'patches' and 2 of 4 of 'blocks.0.qkv', but"
+    for chosen in (selection, loaded):
+        assert greedyprune.prune(model, chosen)(inputs).shape == (24, 5)
+        with pytest.raises(ValueError, match=reason):
+            greedyprune.prune(model, chosen.at(2))
+    fewer = greedyprune.Selection({name: selection.layers[name] for name in NAMES[:2]})
+    with pytest.raises(ValueError, match=r"and none of 'blocks\.1\.qkv', but the model needs one"):
+        greedyprune.prune(model, fewer)
+    with pytest.raises(ValueError, match="but the model needs one share of both"):
+        greedyprune.refit(model, {"blocks.0.qkv": [0, 1]}, inputs)
+
+
+def test_only_what_is_needed_is_set() -> None:
+    """The stream's norms have its size, but no code reads it there; `num_heads` is always set."""
+    model, inputs = of_kind("one share")
+    selection = greedyprune.select(model, inputs, size=0.5, layers="all", **PLAIN)
+    assert not any(layer.sizes for layer in selection.layers.values())
 
 
 @pytest.mark.parametrize("budget", [Budget(flops=0.5), Budget(params=0.4, uniform=True)])
@@ -99,6 +128,48 @@ def test_round_to() -> None:
     model, inputs = of_kind("one share")
     selection = greedyprune.select(model, inputs, size=0.7, round_to=8, layers=list(NAMES), **PLAIN)
     assert sizes(selection) == dict(zip(NAMES, (8, 2, 2), strict=True))
+    given = dict(zip(NAMES, (11, 1, 4), strict=True))
+    selection = greedyprune.select(
+        model, inputs, size=given, round_to=8, layers=list(NAMES), **PLAIN
+    )
+    assert sizes(selection) == dict(zip(NAMES, (8, 2, 2), strict=True))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(18, 6), (15, 5), (10, 2), (16, 4), (6, 2)])
+def test_the_share_is_found_for_all_sizes(width: int, heads: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, width), OneShare.Block(width, heads), nn.Linear(width, 3))
+    table = greedyprune.layers(model, torch.randn(8, 7, 5))
+    assert table["0"].share == table["1.qkv"].share == ("0", "1.qkv")
+    assert not table["1.fc1"].share
+
+
+class OneAttribute(nn.Module):
+    """The width of the stream and that of all heads are read from one attribute."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, width), nn.Linear(width, 3)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.width = heads, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        x = self.first(x).view(B, N, self.width)
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+        return self.last(x + self.proj(y.reshape(B, N, self.width)))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 4), (8, 8)])
+def test_one_attribute_for_two_groups(width: int, heads: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = OneAttribute(width, heads), torch.randn(64, 7, 5)
+    assert greedyprune.layers(model, inputs)["first"].share == ("first", "qkv")
+    selection = greedyprune.select(model, inputs, size=0.5, layers="all", **PLAIN)
+    small = greedyprune.prune(model, selection)
+    assert (small.width, small.heads) == (width // 2, heads // 2)
+    assert small(inputs).shape == (64, 7, 3)
 
 
 class Different(nn.Module):
