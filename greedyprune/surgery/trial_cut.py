@@ -138,8 +138,8 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
 
 
 def _general(name: str) -> str:
-    """A name without its numbers: the same for the layers of all blocks."""
-    return re.sub(r"\d+", "*", name)
+    """A name without its numbers: the same for all blocks. The "[i]" of an entry stays."""
+    return re.sub(r"\d+(?!\d*\]$)", "*", name)
 
 
 class _Trials:
@@ -225,7 +225,7 @@ def _connected(groups: Sequence[Group], by_attributes: bool) -> list[list[Group]
 
 
 def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
-    """FailedTrialError unless cutting every other unit does what masking these units does.
+    """FailedTrialError unless cutting some units does what masking them does.
 
     ValueError where the smaller model raises an error that is not about its shapes. A model on the
     meta device is not tried.
