@@ -55,10 +55,9 @@ def best_exchanged(
         limit: the most exchanges from a start
         backend: as for `ops.swap_gains`
     """
-    few = narrowed(right)
-    starts = [lambda: swept_on(gram, few, kept, width)]
+    starts = [lambda: swept_on(gram, right, kept, width)]
     if len(gram) <= ELIMINATION_FEATURES:
-        starts.append(lambda: eliminated(gram, few, len(kept), width))
+        starts.append(lambda: eliminated(gram, right, len(kept), width))
     norms, best = gram.diagonal().contiguous(), None
     for start in starts:
         units = exchanged(start(), norms, target_norm, width, limit, backend).tolist()
@@ -76,7 +75,7 @@ def narrowed(right: Tensor) -> Tensor:
     """A right side with the same products of rows, and no more columns than rows.
 
     Errors and gains depend on the products of rows alone: with right^T = Q T, Q orthogonal, T^T
-    gives the same. A stream has a column for each output of every layer that reads it.
+    gives the same. A layer that widens a stream has more outputs than the stream has features.
 
     right: (F, C) float64; returns (F, min(F, C))
     """

@@ -182,8 +182,9 @@ class LayerProducts:
         )  # fmt: skip
         picked = fits[0].units
         if swaps and sum(widths) <= WIDEST and len(picked) == len(path.order):
+            few = [exchange.narrowed(right) for right in rights]
             best = exchange.best_exchanged(
-                *_side_by_side(grams, rights, widths), target_norm, picked, sum(widths), swaps,
+                *_side_by_side(grams, few, widths), target_norm, picked, sum(widths), swaps,
                 backend,
             ).units  # fmt: skip
             if not best.equal(picked):
