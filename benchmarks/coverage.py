@@ -3,8 +3,9 @@
     python benchmarks/coverage.py [--models PATTERN | --dozen] [--every] [--again NAME] [--report]
 
 Each model has random weights and runs in a process of its own with a time limit, so that a crash is
-a row of the table. Rows go to out/coverage.jsonl; a row that is there is not measured again. Every
-number on the page is computed from the rows. Needs the extra `coverage`.
+a row of the table. Rows go to benchmarks/coverage.jsonl, with their day; a row that is there is not
+measured again, since the whole table takes hours. Every number on the page is computed from the
+rows. Needs the extra `coverage`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ from greedyprune.surgery.cut import masked
 from greedyprune.surgery.remaining import entries_left
 
 ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "out" / "coverage.jsonl"
+ROWS = ROOT / "benchmarks" / "coverage.jsonl"
+SIZES = ROOT / "out" / "coverage_models.json"  # which models of a family are the smallest
 PAGE = ROOT / "docs" / "coverage.md"
 THEIR_SECONDS = 30  # the limit for Torch-Pruning; on language models it may not end
 # What is reached does not depend on how units are judged: in one pass, without exchanges.
@@ -67,8 +70,7 @@ def main() -> None:
         return measure(args.one, args.seconds)
     rows = read(args.rows)
     if not args.report:
-        cache = ROWS.with_name("coverage_models.json")
-        chosen = coverage_models.DOZEN if args.dozen else coverage_models.names(args.every, cache)
+        chosen = coverage_models.DOZEN if args.dozen else coverage_models.names(args.every, SIZES)
         chosen = [name for name in chosen if fnmatch.fnmatch(name, args.models)]
         chosen = [name for name in chosen if name not in rows] + args.again
         args.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def main() -> None:
             print(name, rows[name].get("verdict"), rows[name].get("error", ""), flush=True)
     in_all = len(coverage_models.DOZEN)
     if not args.dozen:
-        in_all = len(coverage_models.names(args.every, ROWS.with_name("coverage_models.json")))
+        in_all = len(coverage_models.names(args.every, SIZES))
     args.page.write_text("\n".join(page(list(rows.values()), in_all)) + "\n")
     print(args.page)
 
@@ -114,8 +116,7 @@ def in_process(name: str, seconds: int) -> Row:
         row |= {"verdict": "stopped", "error": problem}
     elif problem:
         row["theirs"] = {"error": problem}
-    row["seconds"] = time.perf_counter() - start
-    return row
+    return row | {"seconds": time.perf_counter() - start, "day": date.today().isoformat()}
 
 
 def measure(name: str, seconds: int) -> None:

@@ -34,7 +34,7 @@ def page(every: Sequence[Row], chosen: int) -> list[str]:
         " by magnitude, with its default options and half of the channels, runs on the same model;"
         " it counts if the pruned model runs and is smaller. Models that could not be built or run"
         " themselves are listed at the end and do not count. Written by `make coverage`.", "",
-        f"{len(every)} of {chosen} models have been measured so far.",
+        f"{len(every)} of {chosen} models have been measured so far{when(every)}.",
         "",
         *summary(rows),
     ]  # fmt: skip
@@ -42,6 +42,12 @@ def page(every: Sequence[Row], chosen: int) -> list[str]:
         of_it = [row for row in rows if library_of(row) == library]
         lines += [f"## {library}", "", *table(TITLES, map(cells, of_it)), ""]
     return [*lines, *reasons(rows), *problems(every)]
+
+
+def when(rows: Sequence[Row]) -> str:
+    """The days on which rows were measured."""
+    days = sorted({str(row["day"]) for row in rows if "day" in row})
+    return f", from {days[0]} to {days[-1]}" if len(days) > 1 else f", on {days[0]}" if days else ""
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
