@@ -148,9 +148,11 @@ class _Trials:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self._model, self._batch, self._executors = model, batch, Executors()
 
-    def _passes(self, groups: Sequence[Group], share: float | None = None) -> bool:
+    def _passes(
+        self, groups: Sequence[Group], share: float | None = None, *, compare: bool = True
+    ) -> bool:
         with suppress(ValueError):  # also one that is not about shapes: each group's trial tells
-            _try_to_cut(self._model, groups, self._batch, self._executors, share)
+            _try_to_cut(self._model, groups, self._batch, self._executors, share, compare)
             return True
         return False
 
@@ -165,15 +167,23 @@ class _Trials:
         sets = [tuple(names), *(tuple(n for n in names if n != out) for out in names), *zip(names)]
         for tried in filter(None, dict.fromkeys(sets)):
             if self._passes(_with_sizes(groups, {*tried}), share):
-                needed = [*tried]
-                for name in tried if len(tried) > 1 else ():
-                    fewer = {each for each in needed if each != name}
-                    if self._passes(_with_sizes(groups, fewer), share):
-                        needed.remove(name)
-                return _with_sizes(groups, {*needed})
+                fewest = self._needed(groups, tried, share, compare=False)
+                if not self._passes(_with_sizes(groups, fewest), share):
+                    fewest = self._needed(groups, tried, share, compare=True)
+                return _with_sizes(groups, fewest)
             if len(groups) > 1 and share is None:
                 return []  # trials of fewer groups follow
         return []
+
+    def _needed(
+        self, groups: Sequence[Group], names: Sequence[str], share: float | None, *, compare: bool
+    ) -> set[str]:
+        """Those of the names without which the smaller model fails; or gives other outputs."""
+        needed = {*names}
+        for name in names if len(names) > 1 else ():
+            if self._passes(_with_sizes(groups, needed - {name}), share, compare=compare):
+                needed.remove(name)
+        return needed
 
     def cuttable_alone(self, group: Group) -> Group | NotPrunableError:
         """The group with the fewest `sizes`; or why it can't be cut without any."""
@@ -236,12 +246,13 @@ def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
 
 def _try_to_cut(
     model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors,
-    share: float | None = None,
+    share: float | None = None, compare: bool = True,
 ) -> None:  # fmt: skip
     """Keeps about half of the first group's units; the errors are about this group.
 
     share: of the units that each group keeps; None: another one for each group, so that groups that
            the model needs in one share are found
+    compare: does the smaller model have to give the right outputs, too? If not, it has to run
     """
     [group, *_] = groups
     counts = [round(share * each.units) for each in groups] if share else _different(groups)
@@ -254,7 +265,7 @@ def _try_to_cut(
     batch = replace(batch, kwargs=without_cache(model, batch.kwargs), targets=None)
     with preserving_random_state([]), _WithoutDropout():
         seed_all()
-        expected = run_model(full, batch)
+        expected = run_model(full, batch) if compare else None
         cut_tensors = {name for each in groups for name in each.slices}
         weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
         small = cut(full, selection)
@@ -263,6 +274,8 @@ def _try_to_cut(
             outputs = small(*batch.args, **batch.kwargs)
         except Exception as error:
             raise _failure(group, small, error) from error
+    if not compare:
+        return
     left = entries_left(selection.layers.values())
     if same_outputs(expected, outputs, batch.padding) or same_with_norms(
         model, weights, small, batch, left, executors
