@@ -284,13 +284,11 @@ def _latency(model: nn.Module, kinds: Sequence[Sequence[Group]], batch: Batch) -
     sizes. All parts are then scaled to the time that the whole model gains.
     """
     groups = [group for kind in kinds for group in kind]
+    sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
     cut = [
-        _by_layer(kinds, [
-            min(sizes_in_one_share(kind, 1), key=lambda s: abs(s[0] - share * kind[0].units))
-            for kind in kinds
-        ])
+        _by_layer(kinds, [sizes[max(1, round(share * len(sizes))) - 1] for sizes in sizes_of])
         for share in SHARES
-    ]  # fmt: skip
+    ]
     owners = {name.rpartition(".")[0] for group in groups for name in group.slices}
     models = [cut_to(model, groups, widths) for widths in cut]
     whole = [times[""] for times in medians(models, batch)]

@@ -50,9 +50,10 @@ def rules_of(request: Request, groups: Sequence[Group]) -> dict[str, Rule]:
     _check_tolerance(request, groups)
     sizes, by_loss = request.sizes_of(groups), (OUTPUT_LOSS, NETWORK_LOSS)
     return {
-        name: request.rule(group, sizes[name], by_loss=judge_of(request, group) in by_loss)
+        group.producer: request.rule(
+            group, sizes[group.producer], by_loss=judge_of(request, group) in by_loss
+        )
         for group in groups
-        for name in [group.producer]
     }
 
 

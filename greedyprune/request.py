@@ -94,12 +94,13 @@ class Request:
             "tolerance": self.tolerance is not None, "steps": self.steps is not None,
             "replacement": self.replacement,
         }  # fmt: skip
-        for one, other, *_ in shares:
-            for option in (name for name, is_given in ends.items() if is_given):
-                raise ValueError(
-                    f"{option}: found one, but the model needs {one!r} and {other!r} to keep one "
-                    "share of their units; expected a size or a Budget, and distinct picks"
-                )
+        given = [option for option, is_given in ends.items() if is_given]
+        if shares and given:
+            one, other, *_ = next(iter(shares))
+            raise ValueError(
+                f"{given[0]}: found one, but the model needs {one!r} and {other!r} to keep one "
+                "share of their units; expected a size or a Budget, and distinct picks"
+            )
         sizes = self.sizes_alone(groups)
         for names in shares if self.size is not None else ():
             together = [group for group in groups if group.producer in names]

@@ -2,8 +2,8 @@
 
 A trial cut is made where the graph of the model cannot show that a group can be cut: the caller has
 named the group by hand, or an operation may have the number of units written into it. It removes
-half of the units. The smaller model has to give the outputs that the model gives with these units
-masked.
+about half of the units. The smaller model has to give the outputs that the model gives with these
+units masked.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class _Trials:
             _try_to_cut(self._model, [plain], self._batch, self._executors)
             return plain
         except FailedTrialError as error:
-            reason = FailedTrialError(str(error))  # a new one: its frames would keep the model
+            reason = FailedTrialError(str(error))  # without frames, which keep the model alive
         return next(iter(self.cuttable([group]) if group.sizes else ()), reason)
 
     def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:
@@ -299,9 +299,10 @@ def _different(groups: Sequence[Group]) -> list[int]:
     for i, group in sorted(enumerate(groups), key=lambda numbered: numbered[1].units):
         units = group.units
         wanted = (1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)) * units
-        nearest = sorted(range(1, max(units, 2)), key=lambda count: abs(count - wanted))
+        around = range(max(1, int(wanted) - 4), max(2, min(units, int(wanted) + 5)))
+        nearest = sorted(around, key=lambda count: abs(count - wanted))
         free = [
-            count for count in nearest[:8]
+            count for count in nearest
             if count != last.get(units) and used.get(Fraction(count, units), units) == units
         ]  # fmt: skip
         counts[i] = last[units] = (free or nearest)[0]

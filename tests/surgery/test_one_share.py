@@ -73,7 +73,7 @@ def test_all_or_none_of_them() -> None:
 
 
 @pytest.mark.parametrize("option", [
-    {"tolerance": 0.1}, {"tolerance": 0.1, "size": 0.75}, {"steps": 3},
+    {"tolerance": 0.0}, {"tolerance": 0.1, "size": 0.75}, {"steps": 3},
     {"replacement": True, "weights": "counts"},
 ])  # fmt: skip
 def test_a_size_is_needed(option: dict[str, Any]) -> None:

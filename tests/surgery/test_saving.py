@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -385,30 +384,3 @@ def test_synchronised_statistics_are_read_into_a_model_on_one_device(tmp_path: P
     greedyprune.save_pruned(small, tmp_path / "small")
     loaded = greedyprune.load_pruned(tmp_path / "small", lambda: network("vgg")[0]).eval()
     assert loaded(inputs).equal(small(inputs))
-
-
-class Sides(NamedTuple):
-    height: int
-    width: int
-
-
-class WithSides(nn.Module):
-    """Tuples and lists under the names of sizes, which pruning does not change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-        self.channels, self.hidden_dim = Sides(3, 4), [8, 8]
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x * self.scale).relu())
-
-
-def test_named_tuples_stay(tmp_path: Path) -> None:
-    model, x = WithSides(), torch.randn(16, 4)
-    small = greedyprune.prune(model, greedyprune.select(model, x, objective="imitation"))
-    greedyprune.save_pruned(small, tmp_path / "small")
-    loaded = greedyprune.load_pruned(tmp_path / "small", WithSides)
-    assert loaded.channels.width == 4
-    assert loaded.hidden_dim == [8, 8]
