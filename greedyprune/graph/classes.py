@@ -42,9 +42,19 @@ class Classes:
     def unite(self, ids: Ids, others: Ids) -> None:
         """Makes each entry and the other at its place one class; the shapes are broadcast."""
         ids, others = np.broadcast_arrays(ids, others)
-        pairs = np.stack([self.roots(ids).ravel(), self.roots(others).ravel()], 1)
-        for one, other in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0):
-            self._unite(self._root(int(one)), self._root(int(other)))
+        gone = set[int]()
+        while True:
+            pairs = np.stack([self.roots(ids).ravel(), self.roots(others).ravel()])
+            pairs = pairs[:, pairs[0] != pairs[1]]
+            if not pairs.size:
+                break
+            # A root of several pairs gets the smallest one now, which meets the others next time.
+            np.minimum.at(self._parent, pairs.max(0), pairs.min(0))
+            gone.update(pairs.max(0).tolist())
+        for texts in (self._reasons, self._notes):
+            for root in sorted(gone & texts.keys()):
+                texts.setdefault(self._root(root), texts[root])
+                del texts[root]
 
     def unite_along(self, ids: Ids, axes: tuple[int, ...], note: str = "") -> None:
         """Makes all entries along these axes one class.
@@ -75,13 +85,3 @@ class Classes:
         while self._parent[one] != one:
             one = int(self._parent[one])
         return one
-
-    def _unite(self, one: int, other: int) -> None:
-        if one == other:
-            return
-        kept, gone = min(one, other), max(one, other)
-        self._parent[gone] = kept
-        for texts in (self._reasons, self._notes):
-            text = texts.pop(gone, None)
-            if text is not None:
-                texts.setdefault(kept, text)

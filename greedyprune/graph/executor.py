@@ -46,6 +46,7 @@ class GraphExecutor:
     """Runs a model's graph for batches of one shape, any range of its nodes at a time.
 
     dynamic: for batches of several shapes, see `accepts`
+    graph:   the model's graph on such a batch; None: the model is traced
 
     nodes:        all nodes, in the order in which they run
     place:        the index in `nodes` of each layer's first use, by its name
@@ -54,9 +55,11 @@ class GraphExecutor:
     refittable:   the layers by their index, if nothing else uses their weights
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, dynamic: bool = False) -> None:
-        graph = Graph(model, batch.args, batch.kwargs, dynamic)
-        self._graph, self.nodes = graph, graph.nodes
+    def __init__(
+        self, model: nn.Module, batch: Batch, dynamic: bool = False, graph: Graph | None = None
+    ) -> None:
+        graph = graph or Graph(model, batch.args, batch.kwargs, dynamic)
+        self.graph, self.nodes = graph, graph.nodes
         self._interpreter = fx.Interpreter(graph.program.graph_module)
         self.layers = {layer.name: layer for layer in graph.layers.values()}
         self.place: dict[str, int] = {}
@@ -82,7 +85,7 @@ class GraphExecutor:
     def accepts(self, batch: Batch) -> bool:
         """Has a batch sizes that the graph serves?"""
         sizes: dict[Any, int] = {}  # by symbol
-        ranges = self._graph.program.range_constraints
+        ranges = self.graph.program.range_constraints
         for node, value in self.inputs(batch).items():
             if not isinstance(value, Tensor):
                 continue
@@ -101,7 +104,7 @@ class GraphExecutor:
 
     def inputs(self, batch: Batch) -> Values:
         """The values of the model's inputs."""
-        leaves = iter(tree_leaves((batch.args, self._graph.kwargs | batch.kwargs)))
+        leaves = iter(tree_leaves((batch.args, self.graph.kwargs | batch.kwargs)))
         return {
             node: next(leaves) for node, spec in self._inputs if spec.kind == InputKind.USER_INPUT
         }
@@ -111,10 +114,10 @@ class GraphExecutor:
 
         tensors: parameters and buffers by name
         """
-        traced, found = self._graph.program.constants, dict[fx.Node, Any]()
+        traced, found = self.graph.program.constants, dict[fx.Node, Any]()
         for node, spec in self._inputs:
             if spec.kind != InputKind.USER_INPUT:
-                name = self._graph.tensors.get(node.name, "")
+                name = self.graph.tensors.get(node.name, "")
                 found[node] = tensors[name] if name in tensors else traced[spec.target]
         return found
 
@@ -164,7 +167,7 @@ class GraphExecutor:
 
     @cached_property
     def _propagation(self) -> Propagation:
-        return Propagation(self._graph)
+        return Propagation(self.graph)
 
     def _sums_over(self, left: Entries | None) -> dict[fx.Node, tuple[int, Tensor]]:
         """The norms and recurrences over units of which some go, with the entries that are left."""
@@ -173,7 +176,7 @@ class GraphExecutor:
         if self._last_left[0] is not left:
             recurrences = {
                 node: (layer.in_dim, left[layer.weight, layer.in_dim])
-                for node, layer in self._graph.tied.items()
+                for node, layer in self.graph.tied.items()
                 if is_recurrence(node) and (layer.weight, layer.in_dim) in left
             }
             self._last_left = left, self._propagation.entries_in_norms(left) | recurrences
@@ -185,7 +188,7 @@ class GraphExecutor:
 
     def start_of(self, layers: Iterable[str], left: Entries) -> int:
         """The place of the first of these layers, norms and recurrences over units that go."""
-        places = [self._graph.position[node] for node in self._sums_over(left)]
+        places = [self.graph.position[node] for node in self._sums_over(left)]
         for layer in layers:
             if layer not in self.place:
                 raise not_run(layer)
@@ -203,13 +206,13 @@ class GraphExecutor:
 
     def returned(self, values: Values) -> Any:
         """The model's output, in its own structure, once all nodes have run."""
-        specs = self._graph.program.graph_signature.output_specs
+        specs = self.graph.program.graph_signature.output_specs
         leaves = [
             values.get(leaf) if isinstance(leaf, fx.Node) else leaf
             for leaf, spec in zip(self.nodes[-1].args[0], specs, strict=True)
             if spec.kind == OutputKind.USER_OUTPUT  # others are buffers that the forward changes
         ]
-        return tree_unflatten(leaves, self._graph.program.call_spec.out_spec)
+        return tree_unflatten(leaves, self.graph.program.call_spec.out_spec)
 
     def path_ends(
         self, batch: Batch, tensors: Mapping[str, Tensor], layers: Iterable[str]
@@ -248,7 +251,7 @@ class GraphExecutor:
 
     def _input_of(self, node: fx.Node, values: Values, padded: bool = False) -> Tensor:
         inputs: Tensor = values[data_input(node)]
-        window = self._graph.layers[node].window
+        window = self.graph.layers[node].window
         if padded or window is None or window.padding_mode == "zeros":
             return inputs
         return nn.functional.pad(inputs, [-size for size in window.padding])
@@ -259,9 +262,9 @@ class GraphExecutor:
     ) -> None:  # fmt: skip
         """Runs the model and calls add(layer, input) at every use of these layers."""
         values, start = self.inputs(batch), 0
-        for node, layer in self._graph.layers.items():
+        for node, layer in self.graph.layers.items():
             if layer.name in layers:
-                end = self._graph.position[node]
+                end = self.graph.position[node]
                 self.run(values, tensors, start, end)
                 start = end
                 add(layer.name, self._input_of(node, values))
@@ -316,7 +319,7 @@ class GraphExecutor:
 
     def _end(self, layer: str) -> int:
         """The index just behind a layer's linear path."""
-        return self._graph.position[self.linear_paths[layer].end] + 1
+        return self.graph.position[self.linear_paths[layer].end] + 1
 
     def _values_at(
         self, node: fx.Node, layer: str, before: Sequence[Values], networks: Sequence[Network],
@@ -337,7 +340,7 @@ class GraphExecutor:
         return shape, goal, value
 
     def _refittable(self) -> dict[int, Layer]:
-        graph = self._graph
+        graph = self.graph
         parameters = graph.model.named_parameters(remove_duplicate=False)
         names = Counter(id(parameter) for _, parameter in parameters)
         uses: Counter[str] = Counter()

@@ -18,8 +18,9 @@ from .tracing import Graph, is_plain
 
 # Every producer's group, or why it has none.
 Structure = Mapping[str, Group | NotPrunableError]
-# Tries to cut groups, and gives each as it can be cut, or why it can't, by its first producer.
-Check = Callable[[nn.Module, Sequence[Group], Batch], Structure]
+# Tries to cut groups, and gives each as it can be cut, or why it can't, by its first producer. The
+# graph is the model's on the batch.
+Check = Callable[[Graph, Sequence[Group], Batch], Structure]
 
 # The structure that the last call of `analyse` found for each model, with what it depends on.
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
@@ -46,7 +47,7 @@ def analyse(model: nn.Module, batch: Batch, check: Check | None = None) -> Struc
     }  # fmt: skip
     checked: Mapping[str, Group | NotPrunableError] = {}
     if check is not None and doubtful:
-        checked = check(model, list(doubtful.values()), batch)
+        checked = check(graph, list(doubtful.values()), batch)
     structure: dict[str, Group | NotPrunableError] = {}
     for name, group in found.items():
         if name in structure:  # in the group of a layer before it

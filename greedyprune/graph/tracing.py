@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from .experts import EXPERTS
@@ -104,6 +105,14 @@ class Graph:
         self.not_layers: dict[str, str] = {}
         for node in self.nodes:
             self._add_layer(node)
+
+    @property
+    def names_dtypes(self) -> bool:
+        """Does an operation name a floating-point type? If not, the graph serves any type."""
+        return any(
+            isinstance(arg, torch.dtype) and arg.is_floating_point
+            for node in self.nodes for arg in (*node.args, *node.kwargs.values())
+        )  # fmt: skip
 
     def tensor_of(self, node: object) -> str | None:
         """The model's name for the parameter or buffer that a node stands for; None: it is none."""

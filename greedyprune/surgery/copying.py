@@ -25,7 +25,7 @@ _CACHED = type(functools.lru_cache(len))  # of what functools.lru_cache and func
 _WEAK = (weakref.ref, weakref.WeakMethod)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, checked: bool = False) -> nn.Module:
     """A copy of the model that shares no parameter and no buffer with it, and runs its own modules.
 
     It is copy.deepcopy's, except:
@@ -39,10 +39,13 @@ def copied(model: nn.Module) -> nn.Module:
     - Tensors that are not leaves of autograd, such as activations that a forward has kept, are
       copied without their history. Inference tensors become ordinary ones.
 
+    checked: `check_functions` has been called for this model
+
     Raises:
         ValueError: an attribute can't be copied; or see `check_functions`
     """
-    check_functions(model)
+    if not checked:
+        check_functions(model)
     memo: dict[int, Any] = {}
     try:
         with torch.inference_mode(False), _Detaching():

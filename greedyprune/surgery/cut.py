@@ -166,9 +166,12 @@ class _OnBatches(nn.Module):
         return run_model(self.model, batch)
 
 
-def masked(model: nn.Module, selection: Selection) -> nn.Module:
-    """A copy of the model with the new weights, and with zeros for the units that are dropped."""
-    full = copied(model)
+def masked(model: nn.Module, selection: Selection, checked: bool = False) -> nn.Module:
+    """A copy of the model with the new weights, and with zeros for the units that are dropped.
+
+    checked: as for `copied`
+    """
+    full = copied(model, checked)
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             for consumer in layer.outputs:

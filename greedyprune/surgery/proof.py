@@ -102,10 +102,11 @@ def _same_in_float64(
 def _all_values(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The new values of all tensors, each by one of its names."""
     names_of: dict[int, str] = {}
-    for name, tensor in tensors_of(model).items():
+    tensors = tensors_of(model)
+    for name, tensor in tensors.items():
         if id(tensor) not in names_of or name in changed:
             names_of[id(tensor)] = name
-    return {name: changed.get(name, tensors_of(model)[name].data) for name in names_of.values()}
+    return {name: changed.get(name, tensors[name].data) for name in names_of.values()}
 
 
 def same_with_norms(
@@ -121,21 +122,25 @@ def same_with_norms(
     known = {} if known is None else known
     whole = _all_values(model, changed)
     pruned = {name: tensor.data for name, tensor in tensors_of(small).items()}
-    for batch in (example, example.to(torch.float64)):
-        if batch is not example:
-            whole, pruned = _in_float64(whole), _in_float64(pruned)
+    double = example.to(torch.float64)
+    # Where float32 was not enough before, it is tried last.
+    for batch in (double, example) if True in known else (example, double):
+        is_double = batch is double
+        values = [_in_float64(each) if is_double else each for each in (whole, pruned)]
         try:
-            with _holding(model, whole), _holding(small, pruned):
-                is_double = batch is not example
-                executor = known.get(is_double) or GraphExecutor(model, batch)
-                known[is_double] = executor
+            with _holding(model, values[0]), _holding(small, values[1]):
+                if is_double not in known:
+                    other = known.get(not is_double)
+                    graph = other.graph if other and not other.graph.names_dtypes else None
+                    known[is_double] = GraphExecutor(model, batch, graph=graph)
+                executor = known[is_double]
                 if not executor.has_norms(left):
                     return False
                 tensors = tensors_of(model)
                 expected = executor.outputs(executor.inputs(batch), tensors, 0, left)
                 outputs = _outputs(small, batch, SEEDS[0])
         except (ValueError, RuntimeError):  # it can't run in float64
-            return False
+            continue
         if same_outputs(expected, outputs, example.padding):
             return True
     return False

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..data.batches import Batch
+from ..data.batches import Batch, samples_of
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
 from ..graph.executor import GraphExecutor, tensors_of
@@ -32,8 +32,10 @@ from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.structure import Structure, analyse, find_groups, left_out_of, named_group
 from ..graph.trace_errors import TraceError, place_of
+from ..graph.tracing import Graph
 from ..runtime.errors import first_line
 from ..runtime.progress import warn
+from .copying import check_functions
 from .cut import cut, masked, selection_of_units
 from .proof import example_of, same_with_norms
 from .remaining import entries_left
@@ -106,7 +108,7 @@ def groups_of(
     return groups, refused
 
 
-def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Structure:
+def check_cuts(graph: Graph, groups: Sequence[Group], batch: Batch) -> Structure:
     """Each group as it can be cut, or why it can't be, by its first producer.
 
     A group keeps only those of its `sizes`, the attributes that are set, without which it can't be
@@ -116,9 +118,12 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
 
     ValueError where the smaller model raises an error that is not about its shapes.
     """
+    model = graph.model
     if any(parameter.is_meta for parameter in model.parameters()):
         return {group.producer: replace(group, sizes={}) for group in groups}
-    trials = _Trials(model, example_of(model, batch))
+    example = example_of(model, batch)
+    # The graph of the analysis serves the trials, too, if it is of so few samples.
+    trials = _Trials(model, example, graph if samples_of(example) == samples_of(batch) else None)
     kinds = defaultdict[str, list[Group]](list)
     for group in groups:
         kinds[_general(group.producer)].append(group)
@@ -126,9 +131,12 @@ def check_cuts(model: nn.Module, groups: Sequence[Group], batch: Batch) -> Struc
     for some in ([*groups], *kinds.values()) if len(kinds) > 1 else ([*groups],):
         if len(some) > 1 and len(result) < len(groups):
             result |= {group.producer: group for group in trials.cuttable(some)}
+    codes = defaultdict[tuple[object, ...], list[Group]](list)
     for group in groups:
         if group.producer not in result:
-            result[group.producer] = trials.cuttable_alone(group)
+            codes[_code_of(group)].append(group)
+    for some in codes.values():
+        result |= trials.each_cuttable(some)
     failed = [g for g in groups if isinstance(result[g.producer], NotPrunableError)]
     for by_attributes in (True, False):
         for connected in _connected(failed, by_attributes):
@@ -142,37 +150,107 @@ def _general(name: str) -> str:
     return re.sub(r"\d+(?!\d*\]$)", "*", name)
 
 
+def _code_of(group: Group) -> tuple[object, ...]:
+    """The same for groups of the same layers of several blocks, which the same code cuts."""
+    return _general(group.producer), group.may_hold_size, *map(_general, group.sizes)
+
+
 class _Trials:
     """Trial cuts of one model on one batch, which share the traces of the dense model."""
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self._model, self._batch, self._executors = model, batch, Executors()
+    def __init__(self, model: nn.Module, batch: Batch, graph: Graph | None = None) -> None:
+        check_functions(model)
+        kwargs = without_cache(model, batch.kwargs)
+        self._model, self._batch = model, replace(batch, kwargs=kwargs, targets=None)
+        self._executors = Executors()
+        if graph is not None:
+            self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
+        self._fewest = list[set[str]]()  # of attributes with which groups could be cut
+
+    def cut(
+        self, groups: Sequence[Group], share: float | None = None, compare: bool = True
+    ) -> None:
+        """Raises an error about the first group unless the smaller model works.
+
+        share: of the units that each group keeps; None: another one for each group, so that groups
+               that the model needs in one share are found
+        compare: does the smaller model have to give the right outputs, too? If not, it has to run
+        """
+        model, batch, [group, *_] = self._model, self._batch, groups
+        counts = [round(share * each.units) for each in groups] if share else _different(groups)
+        kept = [
+            (each, torch.arange(count) * each.units // count)
+            for each, count in zip(groups, counts, strict=True)
+        ]
+        selection = selection_of_units(model, kept)
+        full = masked(model, selection, checked=True)
+        cut_tensors = {name for each in groups for name in each.slices}
+        weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
+        small = cut(full, selection)
+        with preserving_random_state([]), _WithoutDropout():
+            seed_all()
+            try:
+                outputs = small(*batch.args, **batch.kwargs)
+            except Exception as error:
+                raise _failure(group, small, error) from error
+            if not compare:
+                return
+            full = masked(model, selection, checked=True)
+            seed_all()
+            expected = run_model(full, batch)
+        left = entries_left(selection.layers.values())
+        if same_outputs(expected, outputs, batch.padding) or same_with_norms(
+            model, weights, small, batch, left, self._executors
+        ):
+            return
+        reason = f"something between it and {group.consumer!r} mixes them"
+        raise FailedTrialError(
+            f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
+            f"{_constants_of(group) or reason}"
+        )
 
     def _passes(
         self, groups: Sequence[Group], share: float | None = None, *, compare: bool = True
     ) -> bool:
         with suppress(ValueError):  # also one that is not about shapes: each group's trial tells
-            _try_to_cut(self._model, groups, self._batch, self._executors, share, compare)
+            self.cut(groups, share, compare)
             return True
         return False
 
     def cuttable(self, groups: Sequence[Group], share: float | None = None) -> list[Group]:
-        """The groups with the fewest `sizes` with which they can be cut together; else none.
+        """The groups with the fewest `sizes` with which they can be cut together; else none."""
+        plain = _with_sizes(groups, set())
+        if self._passes(plain, share):
+            return plain
+        # Where several fail in different shares, trials of fewer groups follow.
+        return self._with_fewest_sizes(groups, share, few=len(groups) > 1 and share is None)
+
+    def _with_fewest_sizes(
+        self, groups: Sequence[Group], share: float | None, *, few: bool
+    ) -> list[Group]:
+        """The same for groups that can't be cut without `sizes`.
 
         Attributes of the same modules of several blocks are set together or not at all.
+
+        few: try only all of them at once
         """
         names = {_general(name): None for group in groups for name in group.sizes}
-        if self._passes(plain := _with_sizes(groups, set()), share):
-            return plain
-        sets = [tuple(names), *(tuple(n for n in names if n != out) for out in names), *zip(names)]
+        for known in self._fewest:  # of groups that were cut before
+            if known <= names.keys() and self._passes(_with_sizes(groups, known), share):
+                return _with_sizes(groups, known)
+        sets = [tuple(names)]
+        if not few:
+            sets += [*(tuple(n for n in names if n != out) for out in names), *zip(names)]
         for tried in filter(None, dict.fromkeys(sets)):
             if self._passes(_with_sizes(groups, {*tried}), share):
-                fewest = self._needed(groups, tried, share, compare=False)
-                if not self._passes(_with_sizes(groups, fewest), share):
-                    fewest = self._needed(groups, tried, share, compare=True)
+                fewest = {*tried}
+                if len(tried) > 1:
+                    fewest = self._needed(groups, tried, share, compare=False)
+                    if not self._passes(_with_sizes(groups, fewest), share):
+                        fewest = self._needed(groups, tried, share, compare=True)
+                if fewest not in self._fewest:
+                    self._fewest.append(fewest)
                 return _with_sizes(groups, fewest)
-            if len(groups) > 1 and share is None:
-                return []  # trials of fewer groups follow
         return []
 
     def _needed(
@@ -185,15 +263,35 @@ class _Trials:
                 needed.remove(name)
         return needed
 
-    def cuttable_alone(self, group: Group) -> Group | NotPrunableError:
+    def cuttable_alone(self, group: Group, few: bool = False) -> Group | NotPrunableError:
         """The group with the fewest `sizes`; or why it can't be cut without any."""
         try:
             [plain] = _with_sizes([group], set())
-            _try_to_cut(self._model, [plain], self._batch, self._executors)
+            self.cut([plain])
             return plain
         except FailedTrialError as error:
             reason = FailedTrialError(str(error))  # without frames, which keep the model alive
-        return next(iter(self.cuttable([group]) if group.sizes else ()), reason)
+        return next(iter(self._with_fewest_sizes([group], None, few=few)), reason)
+
+    def each_cuttable(self, groups: Sequence[Group]) -> Structure:
+        """The same for each of several groups that the same code cuts, by its first producer.
+
+        If two can't be cut, the others are tried together.
+        """
+        result: dict[str, Group | NotPrunableError] = {}
+        failed = list[str]()
+        for i, group in enumerate(groups):
+            result[group.producer] = found = self.cuttable_alone(group, few=bool(failed))
+            if isinstance(found, NotPrunableError):
+                failed.append(str(found))
+            if len(failed) == 2 and (rest := groups[i + 1 :]):
+                result |= {g.producer: g for g in self.cuttable(rest)}
+                break
+        for group in groups:
+            if group.producer not in result:
+                reason = failed[-1].partition(": ")[2]
+                result[group.producer] = FailedTrialError(f"layer {group.producer!r}: {reason}")
+        return result
 
     def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:
         """The groups, if they can be cut to one share of their units; else none."""
@@ -241,51 +339,7 @@ def check_cut(model: nn.Module, group: Group, batch: Batch) -> None:
     meta device is not tried.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
-        _try_to_cut(model, [group], example_of(model, batch), {})
-
-
-def _try_to_cut(
-    model: nn.Module, groups: Sequence[Group], batch: Batch, executors: Executors,
-    share: float | None = None, compare: bool = True,
-) -> None:  # fmt: skip
-    """Keeps about half of the first group's units; the errors are about this group.
-
-    share: of the units that each group keeps; None: another one for each group, so that groups that
-           the model needs in one share are found
-    compare: does the smaller model have to give the right outputs, too? If not, it has to run
-    """
-    [group, *_] = groups
-    counts = [round(share * each.units) for each in groups] if share else _different(groups)
-    kept = [
-        (each, torch.arange(count) * each.units // count)
-        for each, count in zip(groups, counts, strict=True)
-    ]
-    selection = selection_of_units(model, kept)
-    full = masked(model, selection)
-    batch = replace(batch, kwargs=without_cache(model, batch.kwargs), targets=None)
-    with preserving_random_state([]), _WithoutDropout():
-        seed_all()
-        expected = run_model(full, batch) if compare else None
-        cut_tensors = {name for each in groups for name in each.slices}
-        weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
-        small = cut(full, selection)
-        seed_all()
-        try:
-            outputs = small(*batch.args, **batch.kwargs)
-        except Exception as error:
-            raise _failure(group, small, error) from error
-    if not compare:
-        return
-    left = entries_left(selection.layers.values())
-    if same_outputs(expected, outputs, batch.padding) or same_with_norms(
-        model, weights, small, batch, left, executors
-    ):
-        return
-    reason = f"something between it and {group.consumer!r} mixes them"
-    raise FailedTrialError(
-        f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
-        f"{_constants_of(group) or reason}"
-    )
+        _Trials(model, example_of(model, batch)).cut([group])
 
 
 def _different(groups: Sequence[Group]) -> list[int]:

@@ -265,15 +265,15 @@ def test_a_size_that_another_tensor_needs() -> None:
 def test_layers_of_several_blocks_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many blocks take few trials, though a layer in front of them can't be cut."""
     torch.manual_seed(0)
-    tried, try_to_cut = list[int](), trial_cut._try_to_cut
+    tried, try_to_cut = list[int](), trial_cut._Trials.cut
     blocks = [Biased(6, 4, tuple) for _ in range(8)]
     model = nn.Sequential(nn.Linear(5, 6), Rows(6), nn.Linear(6, 5), *blocks)
 
-    def count(model: nn.Module, groups: list[Group], *rest: Any) -> None:
+    def count(trials: Any, groups: list[Group], *rest: Any) -> None:
         tried.append(len(groups))
-        try_to_cut(model, groups, *rest)
+        try_to_cut(trials, groups, *rest)
 
-    monkeypatch.setattr(trial_cut, "_try_to_cut", count)
+    monkeypatch.setattr(trial_cut._Trials, "cut", count)
     table = greedyprune.layers(model, torch.randn(20, 6, 5))
     assert list(table) == [f"{i + 3}.qkv" for i in range(8)]
     assert tried.count(1) == 1
