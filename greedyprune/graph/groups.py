@@ -54,7 +54,7 @@ class Group:
     may_hold_size: operations whose arguments may hold the number of units as a constant
     sizes:         attributes that these may come from, as "module.attribute" or with "[i]", and
                    which of the entries that they count are of which unit. Cutting sets them where
-                   the group can't be cut otherwise (surgery/trial_cut.py)
+                   the group can't be cut otherwise (surgery/trials.py)
     products:      the matrix products of each unit by itself (attention's), and the FLOPs of all
     windows:       how the consumers that are convolutions go over their inputs; those that are not
                    listed run as torch's own modules do

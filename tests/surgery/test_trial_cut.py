@@ -23,7 +23,7 @@ from greedyprune.data.batches import Batch
 from greedyprune.graph.groups import Group
 from greedyprune.graph.structure import analyse
 from greedyprune.runtime.files import read_tensors, write_tensors
-from greedyprune.surgery import trial_cut
+from greedyprune.surgery import trials
 from greedyprune.surgery.selection import FORMAT
 
 Run = Callable[["Net", Tensor], Any]
@@ -265,15 +265,15 @@ def test_a_size_that_another_tensor_needs() -> None:
 def test_layers_of_several_blocks_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many blocks take few trials, though a layer in front of them can't be cut."""
     torch.manual_seed(0)
-    tried, try_to_cut = list[int](), trial_cut._Trials.cut
+    tried, try_to_cut = list[int](), trials.Trials.cut
     blocks = [Biased(6, 4, tuple) for _ in range(8)]
     model = nn.Sequential(nn.Linear(5, 6), Rows(6), nn.Linear(6, 5), *blocks)
 
-    def count(trials: Any, groups: list[Group], *rest: Any) -> None:
+    def count(each: Any, groups: list[Group], *rest: Any) -> None:
         tried.append(len(groups))
-        try_to_cut(trials, groups, *rest)
+        try_to_cut(each, groups, *rest)
 
-    monkeypatch.setattr(trial_cut._Trials, "cut", count)
+    monkeypatch.setattr(trials.Trials, "cut", count)
     table = greedyprune.layers(model, torch.randn(20, 6, 5))
     assert list(table) == [f"{i + 3}.qkv" for i in range(8)]
     assert tried.count(1) == 1

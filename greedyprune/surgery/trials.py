@@ -1,0 +1,271 @@
+"""Trial cuts: some units of groups are cut from a copy of the model, and the outputs compared.
+
+A trial cut removes about half of the units. The smaller model has to give the outputs that the
+model gives with these units masked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence, Set
+from contextlib import suppress
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..data.batches import Batch
+from ..data.forward import run_model, same_outputs
+from ..data.random_state import preserving_random_state, seed_all
+from ..graph.executor import GraphExecutor, tensors_of
+from ..graph.export import without_cache
+from ..graph.groups import Group
+from ..graph.slices import NotPrunableError
+from ..graph.structure import Structure
+from ..graph.trace_errors import place_of
+from ..graph.tracing import Graph
+from ..runtime.errors import first_line
+from .copying import check_functions
+from .cut import cut, masked, selection_of_units
+from .proof import same_with_norms
+from .remaining import entries_left
+
+# The dense model's executors, by whether they are for float64 (proof.same_with_norms).
+Executors = dict[bool, GraphExecutor]
+# Words in the messages of errors about a tensor's shape.
+_SHAPE = re.compile(
+    r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
+)
+
+
+class FailedTrialError(NotPrunableError):
+    """A ValueError: a group's units seem to be separate, but the model does not work without some.
+
+    The message names the layer and says what goes wrong.
+    """
+
+
+class Trials:
+    """Trial cuts of one model on one batch, which share the traces of the dense model."""
+
+    def __init__(self, model: nn.Module, batch: Batch, graph: Graph | None = None) -> None:
+        check_functions(model)
+        kwargs = without_cache(model, batch.kwargs)
+        self._model, self._batch = model, replace(batch, kwargs=kwargs, targets=None)
+        self._executors = Executors()
+        if graph is not None:
+            self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
+        self._fewest = list[set[str]]()  # of attributes with which groups could be cut
+
+    def cut(
+        self, groups: Sequence[Group], share: float | None = None, compare: bool = True
+    ) -> None:
+        """Raises an error about the first group unless the smaller model works.
+
+        share: of the units that each group keeps; None: another one for each group, so that groups
+               that the model needs in one share are found
+        compare: does the smaller model have to give the right outputs, too? If not, it has to run
+        """
+        model, batch, [group, *_] = self._model, self._batch, groups
+        counts = [round(share * each.units) for each in groups] if share else _different(groups)
+        kept = [
+            (each, torch.arange(count) * each.units // count)
+            for each, count in zip(groups, counts, strict=True)
+        ]
+        selection = selection_of_units(model, kept)
+        full = masked(model, selection, checked=True)
+        cut_tensors = {name for each in groups for name in each.slices}
+        weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
+        small = cut(full, selection)
+        with preserving_random_state([]), _WithoutDropout():
+            seed_all()
+            try:
+                outputs = small(*batch.args, **batch.kwargs)
+            except Exception as error:
+                raise _failure(group, small, error) from error
+            if not compare:
+                return
+            full = masked(model, selection, checked=True)
+            seed_all()
+            expected = run_model(full, batch)
+        left = entries_left(selection.layers.values())
+        if same_outputs(expected, outputs, batch.padding) or same_with_norms(
+            model, weights, small, batch, left, self._executors
+        ):
+            return
+        reason = f"something between it and {group.consumer!r} mixes them"
+        raise FailedTrialError(
+            f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
+            f"{_constants_of(group) or reason}"
+        )
+
+    def _passes(
+        self, groups: Sequence[Group], share: float | None = None, *, compare: bool = True
+    ) -> bool:
+        with suppress(ValueError):  # also one that is not about shapes: each group's trial tells
+            self.cut(groups, share, compare)
+            return True
+        return False
+
+    def cuttable(self, groups: Sequence[Group], share: float | None = None) -> list[Group]:
+        """The groups with the fewest `sizes` with which they can be cut together; else none."""
+        plain = _with_sizes(groups, set())
+        if self._passes(plain, share):
+            return plain
+        # Where several fail in different shares, trials of fewer groups follow.
+        return self._with_fewest_sizes(groups, share, few=len(groups) > 1 and share is None)
+
+    def _with_fewest_sizes(
+        self, groups: Sequence[Group], share: float | None, *, few: bool
+    ) -> list[Group]:
+        """The same for groups that can't be cut without `sizes`.
+
+        Attributes of the same modules of several blocks are set together or not at all.
+
+        few: try only all of them at once
+        """
+        names = {general(name): None for group in groups for name in group.sizes}
+        for known in self._fewest:  # of groups that were cut before
+            if known <= names.keys() and self._passes(_with_sizes(groups, known), share):
+                return _with_sizes(groups, known)
+        sets = [tuple(names)]
+        if not few:
+            sets += [*(tuple(n for n in names if n != out) for out in names), *zip(names)]
+        for tried in filter(None, dict.fromkeys(sets)):
+            if self._passes(_with_sizes(groups, {*tried}), share):
+                fewest = {*tried}
+                if len(tried) > 1:
+                    fewest = self._needed(groups, tried, share, compare=False)
+                    if not self._passes(_with_sizes(groups, fewest), share):
+                        fewest = self._needed(groups, tried, share, compare=True)
+                if fewest not in self._fewest:
+                    self._fewest.append(fewest)
+                return _with_sizes(groups, fewest)
+        return []
+
+    def _needed(
+        self, groups: Sequence[Group], names: Sequence[str], share: float | None, *, compare: bool
+    ) -> set[str]:
+        """Those of the names without which the smaller model fails; or gives other outputs."""
+        needed = {*names}
+        for name in names if len(names) > 1 else ():
+            if self._passes(_with_sizes(groups, needed - {name}), share, compare=compare):
+                needed.remove(name)
+        return needed
+
+    def cuttable_alone(self, group: Group, few: bool = False) -> Group | NotPrunableError:
+        """The group with the fewest `sizes`; or why it can't be cut without any."""
+        try:
+            [plain] = _with_sizes([group], set())
+            self.cut([plain])
+            return plain
+        except FailedTrialError as error:
+            reason = FailedTrialError(str(error))  # without frames, which keep the model alive
+        return next(iter(self._with_fewest_sizes([group], None, few=few)), reason)
+
+    def each_cuttable(self, groups: Sequence[Group]) -> Structure:
+        """The same for each of several groups that the same code cuts, by its first producer.
+
+        If two can't be cut, the others are tried together.
+        """
+        result: dict[str, Group | NotPrunableError] = {}
+        failed = list[str]()
+        for i, group in enumerate(groups):
+            result[group.producer] = found = self.cuttable_alone(group, few=bool(failed))
+            if isinstance(found, NotPrunableError):
+                failed.append(str(found))
+            if len(failed) == 2 and (rest := groups[i + 1 :]):
+                result |= {g.producer: g for g in self.cuttable(rest)}
+                break
+        for group in groups:
+            if group.producer not in result:
+                reason = failed[-1].partition(": ")[2]
+                result[group.producer] = FailedTrialError(f"layer {group.producer!r}: {reason}")
+        return result
+
+    def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups, if they can be cut to one share of their units; else none."""
+        parts = math.gcd(*(group.units for group in groups))
+        if parts == 1:
+            return []
+        names = tuple(group.producer for group in groups)
+        groups = [replace(group, share=names) for group in groups]
+        return self.cuttable(groups, (parts + 1) // 2 / parts)
+
+
+def general(name: str) -> str:
+    """A name without its numbers: the same for all blocks. The "[i]" of an entry stays."""
+    return re.sub(r"\d+(?!\d*\]$)", "*", name)
+
+
+def _with_sizes(groups: Sequence[Group], names: Set[str]) -> list[Group]:
+    """The groups with those of their `sizes` that have these names in general."""
+    return [
+        replace(group, sizes={n: at for n, at in group.sizes.items() if general(n) in names})
+        for group in groups
+    ]
+
+
+def _different(groups: Sequence[Group]) -> list[int]:
+    """How many units each group keeps: about a third to three quarters.
+
+    Where they can, groups of different numbers of units keep different shares, and neighbours of
+    equal numbers of units different numbers. So groups that need one share are found. Groups of few
+    units, which have the fewest shares, come first.
+    """
+    counts, last, used = dict[int, int](), dict[int, int](), dict[Fraction, int]()
+    for i, group in sorted(enumerate(groups), key=lambda numbered: numbered[1].units):
+        units = group.units
+        wanted = (1 / 3 + 5 / 12 * ((0.4 + i * 0.618) % 1)) * units
+        around = range(max(1, int(wanted) - 4), max(2, min(units, int(wanted) + 5)))
+        nearest = sorted(around, key=lambda count: abs(count - wanted))
+        free = [
+            count for count in nearest
+            if count != last.get(units) and used.get(Fraction(count, units), units) == units
+        ]  # fmt: skip
+        counts[i] = last[units] = (free or nearest)[0]
+        used.setdefault(Fraction(counts[i], units), units)
+    return [counts[i] for i in range(len(groups))]
+
+
+def _constants_of(group: Group) -> str:
+    """What is known of operations that may have the number of units as a constant."""
+    places = " or ".join(dict.fromkeys(group.may_hold_size))
+    return f"{places} may have their number as a constant" if places else ""
+
+
+def _failure(group: Group, small: nn.Module, error: Exception) -> ValueError:
+    """The error for a smaller model that raises."""
+    what = first_line(error) + place_of(small, error)
+    kinds = RuntimeError, ValueError, IndexError
+    if isinstance(error, AssertionError) or (
+        isinstance(error, kinds) and _SHAPE.search(str(error))
+    ):
+        reason = ": ".join(filter(None, (_constants_of(group), what)))
+        return FailedTrialError(
+            f"layer {group.producer!r}: with fewer units the model fails: {reason}"
+        )
+    return ValueError(
+        f"model: with half of the units of layer {group.producer!r} it raises "
+        f"{type(error).__name__} ({what}), expected a forward that runs with any number of units, "
+        "or other layers named in `layers`"
+    )
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Inside, dropout keeps everything: what it draws depends on the number of units.
+
+    Only dropout that a forward applies in eval mode, too, is left.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if "dropout" in getattr(function, "__name__", ""):
+            return args[0] if args else options["input"]
+        return function(*args, **options)
