@@ -69,6 +69,17 @@ class Factor(NamedTuple):
     axes: tuple[int, ...]
 
 
+def blocks_of(sets: Iterable[set[int]]) -> list[set[int]]:
+    """The dimensions that share ids, from sets of dimensions that overlap in some places."""
+    blocks: list[set[int]] = []
+    for dims in sets:
+        met = [other for other in blocks if other & dims]
+        blocks = [other for other in blocks if not other & dims]
+        if dims:
+            blocks.append(dims.union(*met))
+    return blocks
+
+
 class LabelledTensors:
     """The ids of a graph's tensors so far.
 
@@ -98,6 +109,10 @@ class LabelledTensors:
     def _of_all(self, node: fx.Node) -> State:
         """The ids of all tensors that a node gives."""
         return self.of(node) + tuple(la for state in self._parts.get(node, ()) for la in state)
+
+    def _stays(self, labels: Labels) -> bool:
+        """Are all of these entries fixed?"""
+        return all(reason is not None for reason in self.classes.reasons(labels.ids))
 
     def _fix(self, state: State, reason: str) -> None:
         for labels in state:
@@ -152,16 +167,11 @@ class LabelledTensors:
     def _met(self, node: fx.Node, operands: Sequence[Operand]) -> State:
         """The ids of a result whose entries are computed from those at the same place."""
         shape = shape_of(node)
-        blocks: list[set[int]] = []  # of the result's dimensions that share ids
-        for _, state, to in operands:
-            for labels in state:
-                block = {at for dim in labels.dims if (at := to.get(dim)) is not None}
-                met = [other for other in blocks if other & block]
-                blocks = [other for other in blocks if not other & block]
-                if block:
-                    blocks.append(block.union(*met))
         result = []
-        for block in blocks:
+        for block in blocks_of(
+            {at for dim in labels.dims if (at := to.get(dim)) is not None}
+            for _, state, to in operands for labels in state
+        ):  # fmt: skip
             dims = sorted(block)
             ids = self._block(node, dims, [shape[dim] for dim in dims], operands)
             result.append(self._simple(Labels(tuple(dims), ids)))

@@ -11,7 +11,7 @@ from torch import fx
 
 from .classes import Ids
 from .constant_sizes import may_hold_size, split_may_hold_size
-from .labels import EXPANDING, Doubt, LabelledTensors, Labels, Operand, State
+from .labels import EXPANDING, Doubt, LabelledTensors, Labels, Operand, State, blocks_of
 from .nodes import arguments_of, first_of, shape_of
 
 
@@ -62,6 +62,8 @@ class ShapeOperations(LabelledTensors):
             inside = tuple(labels for labels in state if set(labels.dims) & set(before))
             if not inside or len(before) == len(after) == 1:
                 continue
+            if len(inside) > 1:  # what stays as it is has no part in what goes
+                inside = tuple(la for la in inside if not self._stays(la)) or inside
             others = sorted({dim for labels in inside for dim in labels.dims} - set(before))
             finest = _finest([old[dim] for dim in before], [new[dim] for dim in after])
             if finest is None or not renamed.keys() >= set(others):
@@ -235,16 +237,26 @@ class ShapeOperations(LabelledTensors):
         named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         dim = int(named) % len(shape_of(node))
         moved = {at: at + (at >= dim) for at in range(len(shape_of(parts[0])))}
-        labelled = sorted({moved[d] for p in parts for labels in self.of(p) for d in labels.dims})
-        if not labelled:
-            return ()
-        sizes = [shape_of(node)[d] for d in labelled]
-        blocks = [
-            self._block(node, labelled, sizes, [(part, self.of(part), moved)]) for part in parts
-        ]
-        ids = np.stack(blocks)
-        self._splits.append(ids)
-        return (Labels((dim, *labelled), ids),)
+        result, apart = list[Labels](), list[tuple[list[int], list[Ids]]]()
+        for block in blocks_of({moved[d] for d in la.dims} for p in parts for la in self.of(p)):
+            dims = sorted(block)
+            sizes = [shape_of(node)[d] for d in dims]
+            ids = [self._block(node, dims, sizes, [(p, self.of(p), moved)]) for p in parts]
+            roots = [self.classes.roots(each) for each in ids]
+            if all(np.array_equal(roots[0], each) for each in roots):
+                result.append(Labels(tuple(dims), ids[0]))
+            else:
+                apart.append((dims, ids))
+        # Only along one block of dimensions can the parts be of different units.
+        apart.sort(key=lambda block: block[1][0].size)
+        for dims, ids in apart[:-1]:
+            for other in ids[1:]:
+                self.classes.unite(ids[0], other)
+            result.append(Labels(tuple(dims), ids[0]))
+        for dims, ids in apart[-1:]:
+            self._splits.append(np.stack(ids))
+            result.append(Labels((dim, *dims), self._splits[-1]))
+        return tuple(result)
 
     def _through_glu(self, node: fx.Node) -> State:
         source = first_of(node)
