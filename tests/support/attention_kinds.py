@@ -93,6 +93,41 @@ class OneShare(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
+class Backbone(nn.Module):
+    """A vision transformer without a head (EVA, DINO): its stream is the output, and stays.
+
+    Rotary embeddings turn neighbouring entries, which are stacked and reshaped again. So do tokens
+    stay, whose positions have an embedding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.num_heads = nn.Conv2d(3, 16, 2, 2), 4
+        self.positions = nn.Parameter(torch.randn(1, 16, 16))
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+        angles = torch.rand(16, 4)
+        self.register_buffer("sin", angles.sin())
+        self.register_buffer("cos", angles.cos())
+
+    def turned(self, x: Tensor) -> Tensor:
+        pairs = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+        return x * self.cos + pairs * self.sin
+
+    def attention(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = functional.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+
+
 class TorchEncoder(nn.Module):
     """torch's own encoder layers, with padding; the norms come first in one of them."""
 

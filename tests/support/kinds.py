@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from attention_kinds import ChannelAttention, OneShare, TalkingHeads, TorchEncoder, Translator
+from attention_kinds import (
+    Backbone,
+    ChannelAttention,
+    OneShare,
+    TalkingHeads,
+    TorchEncoder,
+    Translator,
+)
 from recurrent_kinds import Reader, Recurrent, StateSpace, Tagger
 from torch import Tensor, nn
 from torch.nn import functional
@@ -336,6 +343,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "upsampling": (Upsampling, IMAGES, 3, 1),
     "selective": (Selective, IMAGES, 2, 0),
     "decoder": (Decoder, (7,), 4, 1),
+    "backbone": (Backbone, IMAGES, 2, 0),
     "one share": (OneShare, IMAGES, 5, 1),
     "torch encoder": (TorchEncoder, IMAGES, 5, 1),
     "translator": (Translator, (7,), 6, 1),
