@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from ..runtime.threads import WhileAnyThread
 from .in_place import is_overwritten
 from .trace_errors import trace_error
 
+# torch.export keeps what it does in variables of the whole process.
+_ONE_AT_A_TIME = threading.Lock()
+
 
 def exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
@@ -31,7 +35,7 @@ def exported(
     """
     sizes = _any_sizes(model, args, kwargs) if dynamic else None
     try:
-        with _silent, _without_search_for_causal_masks:
+        with _ONE_AT_A_TIME, _silent, _without_search_for_causal_masks:
             program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=sizes)
             if is_overwritten(program.graph):
                 program = program.run_decompositions({})  # writes it with new tensors only
