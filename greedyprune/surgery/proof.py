@@ -58,7 +58,7 @@ def prove(
     values = _all_values(model, changed)
     with evaluating(model), evaluating(small):
         try:
-            with _holding(model, values):
+            with holding(model, values):
                 expected, other = (_outputs(model, example, seed) for seed in SEEDS)
         except ValueError:
             return
@@ -92,7 +92,7 @@ def _same_in_float64(
     example = example.to(torch.float64)
     pruned = {name: tensor.data for name, tensor in tensors_of(small).items()}
     try:
-        with _holding(model, _in_float64(values)), _holding(small, _in_float64(pruned)):
+        with holding(model, _in_float64(values)), holding(small, _in_float64(pruned)):
             expected, outputs = (_outputs(m, example, SEEDS[0]) for m in (model, small))
     except ValueError:
         return False
@@ -128,7 +128,7 @@ def same_with_norms(
         is_double = batch is double
         values = [_in_float64(each) if is_double else each for each in (whole, pruned)]
         try:
-            with _holding(model, values[0]), _holding(small, values[1]):
+            with holding(model, values[0]), holding(small, values[1]):
                 if is_double not in known:
                     other = known.get(not is_double)
                     graph = other.graph if other and not other.graph.names_dtypes else None
@@ -156,7 +156,7 @@ def _outputs(model: nn.Module, example: Batch, seed: int) -> object:
 
 
 @contextmanager
-def _holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the model's parameters and buffers hold these values; they stay the same objects.
 
     cuDNN warns that the weights of recurrent modules are not in one piece of memory meanwhile.
