@@ -174,15 +174,15 @@ def _check_passes(batches: Batches, judges: Mapping[str, str], budget: Budget | 
 
 def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
     for group in groups:
-        width = 0
         for name in group.consumers:
             weight = weight_of(model, name)
-            width += weight.numel() // outputs_of(model, group, name) // group.units
-        if width > WIDEST:
-            raise ValueError(
-                f"swaps: found {swaps}, but a unit of layer {group.producer!r} has {width} "
-                f"features; expected at most {WIDEST}, or swaps=None, which exchanges no such units"
-            )
+            width = weight.numel() // outputs_of(model, group, name) // group.units
+            if width > WIDEST:
+                raise ValueError(
+                    f"swaps: found {swaps}, but a unit of layer {group.producer!r} has {width} "
+                    f"features in {name!r}; expected at most {WIDEST}, or swaps=None, which "
+                    "exchanges no such units"
+                )
 
 
 def sizes_within(

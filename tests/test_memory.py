@@ -48,7 +48,7 @@ def two_consumers() -> nn.Module:
             super().__init__()
             self.inside = nn.Linear(32, UNITS // 2)
             self.first = nn.Linear(UNITS // 2, 10)
-            self.second = nn.Linear(UNITS // 2, 20)
+            self.second = nn.Linear(UNITS // 2, 10)
 
         def forward(self, inputs: Tensor) -> Tensor:
             hidden = self.inside(inputs).relu()

@@ -325,7 +325,7 @@ def test_exchanges_of_wide_units_are_refused() -> None:
     greedyprune.select(model, data, size=2, objective=Imitation(swaps=0))
     left_out = greedyprune.select(model, data, size=2, objective="imitation")
     assert len(left_out.layers["0"].kept) == 2
-    message = "swaps: found 3, but a unit of layer '0' has 81 features; expected at most 64"
+    message = "swaps: found 3, but a unit of layer '0' has 81 features in '2'; expected at most 64"
     with pytest.raises(ValueError, match=message):
         greedyprune.select(model, data, size=2, objective=Imitation(swaps=3))
 

@@ -181,14 +181,11 @@ class LayerProducts:
             backend=backend,
         )  # fmt: skip
         picked = fits[0].units
-        if swaps and sum(widths) <= WIDEST and len(picked) == len(path.order):
-            few = [exchange.narrowed(right) for right in rights]
-            best = exchange.best_exchanged(
-                *_side_by_side(grams, few, widths), target_norm, picked, sum(widths), swaps,
-                backend,
-            ).units  # fmt: skip
+        problems = list(zip(grams, rights, widths, strict=True))
+        if swaps and max(widths) <= WIDEST and len(picked) == len(path.order):
+            parts = [exchange.Part(gram, exchange.narrowed(r), w) for gram, r, w in problems]
+            best = exchange.best_exchanged(parts, target_norm, picked, swaps, backend)
             if not best.equal(picked):
-                problems = zip(grams, rights, widths, strict=True)
                 fits = [on_units(gram, right, best, width) for gram, right, width in problems]
                 gains = torch.stack([_gains(fit) for fit in fits]).sum(0)
                 losses = (target_norm - gains.cumsum(0)) / self.mass
@@ -228,28 +225,6 @@ def _right(consumer: Products, added: Tensor) -> Tensor:
 def _gains(fit: NestedFit) -> Tensor:
     """By how much each unit lowers the squared error, after those before it: (K,) float64."""
     return fit.solved.square().sum(1).view(-1, fit.width).sum(1)
-
-
-def _side_by_side(
-    grams: Sequence[Tensor], rights: Sequence[Tensor], widths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Several parts as one problem, with zeros between them: (N w, N w) and (N w, C) float64.
-
-    Its w and C are the sums of the parts'.
-    """
-    if len(grams) == 1:
-        return grams[0], rights[0]
-    units, width = len(grams[0]) // widths[0], sum(widths)
-    outputs = [right.shape[1] for right in rights]
-    gram = torch.zeros(units, width, units, width, dtype=torch.float64)
-    right = torch.zeros(units, width, sum(outputs), dtype=torch.float64)
-    column, output = 0, 0
-    for i, (w, c) in enumerate(zip(widths, outputs, strict=True)):
-        columns = slice(column, column + w)
-        gram[:, columns, :, columns] = grams[i].view(units, w, units, w)
-        right[:, columns, output : output + c] = rights[i].view(units, w, c)
-        column, output = column + w, output + c
-    return gram.view(units * width, units * width), right.view(units * width, -1)
 
 
 def unscaled_path(

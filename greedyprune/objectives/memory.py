@@ -15,13 +15,16 @@ from torch import nn
 from ..graph.groups import Group
 from ..graph.names import weight_of
 from ..graph.unfold import outputs_of
-from ..kernels.exchange import ELIMINATION_FEATURES
+from ..kernels.exchange import eliminates
 from ..kernels.path import Rule
 from ..kernels.products import FLOAT64_ENTRIES
 from .job import Job
 
 WORD = 8  # bytes of a float64
-WIDEST = 64  # features a unit that exchanges are tried with
+# The most features that a unit may have in a consumer for exchanges to be tried. csrc/kernels.h has
+# the same number as kMostSwapWidth. Any number of consumers may be so wide: the work of exchanges
+# grows with their number, but so does that of the path before, which takes about as long.
+WIDEST = 64
 
 
 class Bytes(NamedTuple):
@@ -65,7 +68,7 @@ def bytes_of(
         return Bytes(WORD * sums, WORD * (least_squares + sides))
     rows = sum(f * picks * width for (f, _), width in zip(shapes, widths, strict=True))
     steps, exchanges = max(rows + sum(kept), least_squares), 0  # all units' rows of the factors
-    if swaps and sum(widths) <= WIDEST:
+    if swaps and max(widths) <= WIDEST:
         exchanges = _exchange_words(shapes, units, picks)
     work = sides + max(steps, exchanges)
     if halves == 2:  # then both halves' products are added up, in the memory of the first
@@ -76,14 +79,14 @@ def bytes_of(
 
 
 def _exchange_words(shapes: Sequence[tuple[int, int]], units: int, picks: int) -> int:
-    """The float64 numbers that exchanges take: of all consumers side by side, if several."""
-    features, outputs = sum(f for f, _ in shapes), sum(c for _, c in shapes)
-    whole, kept = features**2, picks * features // units
-    swept = whole + kept**2  # for elimination an inverse too
-    words = (swept if features > ELIMINATION_FEATURES else 2 * swept) + 4 * kept * outputs
-    if len(shapes) == 1:
-        return words
-    return max(words, 3 * kept**2) + whole + features * outputs
+    """The float64 numbers that exchanges take, beside the right sides."""
+    swept = sum(f * f for f, _ in shapes)
+    if eliminates(f for f, _ in shapes):
+        swept *= 2  # the parts' inverses, and their copy in a stack
+    kept = [picks * f // units for f, _ in shapes]
+    factors = sum(k * k for k in kept)  # of the path's least squares
+    weights = sum(k * min(f, c) for k, (f, c) in zip(kept, shapes, strict=True))
+    return swept + factors + 2 * weights
 
 
 def imitation_bytes(job: Job, group: Group) -> Bytes:

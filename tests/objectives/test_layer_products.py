@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from greedyprune.graph.groups import Group
 from greedyprune.graph.slices import Slice
 from greedyprune.kernels import exchange
+from greedyprune.kernels.backend import extension
 from greedyprune.kernels.path import Path, Rule
 from greedyprune.objectives.layer_products import LayerProducts
+from greedyprune.objectives.memory import WIDEST
 
 UNITS, SAMPLES = 9, 80
 OUTPUTS = {"first": 4, "second": 1, "third": 6}
@@ -127,22 +131,23 @@ def test_a_streams_damping_does_not_depend_on_scale() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_exchanges_are_those_of_the_problems_side_by_side(
+def test_exchanges_take_each_consumer_as_a_part(
     stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their matrix is made for them alone, and the losses are those of the weights."""
+    """However many features a unit has in all of them; the losses are those of the weights."""
+    monkeypatch.setattr("greedyprune.objectives.layer_products.WIDEST", 1)
     made, best_exchanged = [], exchange.best_exchanged
 
-    def watched(gram: Tensor, *arguments: object) -> object:
-        made.append(len(gram))
-        return best_exchanged(gram, *arguments)
+    def watched(parts: list[exchange.Part], *arguments: Any) -> Tensor:
+        made.append([tuple(part.right.shape) for part in parts])
+        return best_exchanged(parts, *arguments)
 
     monkeypatch.setattr(exchange, "best_exchanged", watched)
     before, *_ = refitted(products_of(stream=stream))
     assert not made
     products = products_of(stream=stream)
     path, weights, _ = refitted(products, 9)
-    assert made == [3 * UNITS]
+    assert made == [[(UNITS, outputs) for outputs in OUTPUTS.values()]]
     assert path.losses[-1] <= before.losses[-1]
     errors = shares(products, weights)
     expected = errors.mean()
@@ -152,8 +157,9 @@ def test_exchanges_are_those_of_the_problems_side_by_side(
     torch.testing.assert_close(path.losses[-1], expected)
 
 
-def test_wide_groups_have_no_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("greedyprune.objectives.layer_products.WIDEST", 2)
+def test_wide_units_have_no_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert extension().most_swap_width == WIDEST
+    monkeypatch.setattr("greedyprune.objectives.layer_products.WIDEST", 0)
     monkeypatch.setattr(exchange, "best_exchanged", None)
     path, *_ = refitted(products_of(stream=True), 9)
     assert path.order.equal(refitted(products_of(stream=True))[0].order)

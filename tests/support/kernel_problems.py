@@ -147,8 +147,8 @@ def features_of(p: Problem) -> Exact:
 class Fits:
     """Units of several features each, and a target."""
 
-    def __init__(self, units: int, width: int, samples: int, outputs: int) -> None:
-        rng = torch.Generator().manual_seed(units + width + outputs)
+    def __init__(self, units: int, width: int, samples: int, outputs: int, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(units + width + outputs + seed)
         mixing = torch.randn(units * width, units * width, generator=rng, dtype=torch.float64)
         x = torch.randn(samples, units * width, generator=rng, dtype=torch.float64)
         self.x = (x @ mixing).relu()
