@@ -328,11 +328,13 @@ def _run_seen(
     """
     if names is None:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    produced: dict[str, Tensor] = {}
+    produced: dict[str, tuple[Tensor, int]] = {}
 
     def replaced(name: str, output: Tensor) -> Tensor:
         output = change(output)
-        produced[name] = output.clone()  # later operations may change it in place
+        # Later operations may change it in place, which an inference tensor does not tell.
+        untold = output.is_inference()
+        produced[name] = (output.clone(), 0) if untold else (output, output._version)
         return output
 
     with hooked(model, names, after=replaced):
@@ -341,7 +343,11 @@ def _run_seen(
         main = main_output(outputs).double().flatten()
     except ValueError:  # it only matters where a layer is judged by the model's loss
         return outputs, set()
-    equal = {n for n, out in produced.items() if torch.equal(out.double().flatten(), main)}
+    equal = {
+        name for name, (output, version) in produced.items()
+        if output.numel() == main.numel() and (output.is_inference() or output._version == version)
+        and torch.equal(output.double().flatten(), main)
+    }  # fmt: skip
     return outputs, equal
 
 
