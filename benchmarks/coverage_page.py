@@ -26,7 +26,7 @@ def page(every: Sequence[Row], chosen: int) -> list[str]:
         "Public architectures with random weights: `layers`, `select` (half of everything that can"
         " be cut, on 8 samples, by imitation in one pass, without exchanges, with"
         " `weights=\"none\"`), `prune`, and a run"
-        " whose outputs must be those of the masked dense model, with norms over the units that are"
+        " of two samples whose outputs must be those of the masked dense model, with norms over the units that are"
         " left ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up to"
         f" {TOLERANCE['float64']:g} of the largest in float64 (`gap`), or {TOLERANCE['float32']:g}"
         " in float32 for a model that does not run in float64. A model is *untested* where this"
