@@ -182,6 +182,10 @@ class GraphExecutor:
             self._last_left = left, self._propagation.entries_in_norms(left) | recurrences
         return self._last_left[1]
 
+    def goes_over(self, layer: Layer, left: Entries) -> bool:
+        """Is the layer a convolution along units of which some go?"""
+        return self.nodes[self.place[layer.name]] in self._sums_over(left)
+
     def has_norms(self, left: Entries) -> bool:
         """Is there a norm over units of which some go?"""
         return not all(map(is_recurrence, self._sums_over(left)))

@@ -66,7 +66,7 @@ class Group:
     tied:          weights that take the units and stay as they are: tables of embeddings that
                    linear maps have, too, and the `weight_hh` of recurrent layers. The error of such
                    a map does not count. The weight has zeros where units are masked
-    norms:         norms over the units: without some of them, the others change
+    norms:         norms and convolutions over the units: without some of them, the others change
     share:         the groups, with this one, that the code needs to keep one share of their units
     """
 
@@ -98,7 +98,7 @@ class Group:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             what = f"it has to keep one share of its units with {others[0]}{more}"
             return f"{what}; layers='all' or a list of all their names selects them"
-        what = f"a norm goes over its units ({self.norms[0]})" if self.norms else ""
+        what = f"its units have an operation over them ({self.norms[0]})" if self.norms else ""
         if self.stream:
             what = "it gives a residual stream"
         return f"{what}, which its name or layers='all' selects" if what else ""

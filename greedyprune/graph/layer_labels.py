@@ -10,6 +10,7 @@ from torch import fx
 from .classes import Ids
 from .labels import Labels, Operand, State
 from .nodes import CONVOLUTIONS, arguments_of, data_input, first_of, operation, shape_of
+from .norm_labels import Norm
 from .recurrent_labels import RecurrentOperations
 from .tracing import Layer
 
@@ -27,6 +28,8 @@ class LayerOperations(RecurrentOperations):
         if layer is None:
             reason = f"{node.target} takes its units, but its weight is no parameter"
             return self._refused(node, reason)
+        if (along := self._along_units(node, layer)) is not None:
+            return along
         outputs, taken = (
             self.parameters[layer.weight, dim] for dim in (layer.out_dim, layer.in_dim)
         )
@@ -45,6 +48,28 @@ class LayerOperations(RecurrentOperations):
         mixed = set(range(layer.channel_dim, last))  # the channels and a window's positions
         others = [labels for labels in state if mixed.isdisjoint(labels.dims)]
         return (*others, Labels((layer.channel_dim,), outputs))
+
+    def _along_units(self, node: fx.Node, layer: Layer) -> State | None:
+        """The ids after a convolution of one channel that goes over units; None: it is no such one.
+
+        Efficient channel attention (arXiv:1910.03151) has it. As with a norm, the units that are
+        left have other neighbours where some go.
+        """
+        inputs = data_input(node)
+        if layer.window is None or shape_of(inputs)[1:2] != (1,) or shape_of(node)[1:2] != (1,):
+            return None
+        state = self.of(inputs)
+        along = [la for la in state if len(la.dims) == 1 and la.dims[0] > layer.channel_dim]
+        positions = range(2, len(shape_of(inputs)))
+        others = [la for la in state if not set(la.dims) & set(positions)]
+        is_same = shape_of(inputs) == shape_of(node) and set(layer.window.stride) == {1}
+        if len(along) != 1 or len(along) + len(others) < len(state) or not is_same:
+            return None
+        for dim in (layer.out_dim, layer.in_dim):
+            ids = self.parameters[layer.weight, dim]
+            self.classes.fix(ids, "it goes over units, and has one channel")
+        self.norms.append(Norm(node, along[0].dims[0], along[0].ids))
+        return (*others, *along)
 
     def _channels(self, node: fx.Node, layer: Layer, state: State) -> Ids | None:
         """The ids along a layer's input channels, the same at all positions."""

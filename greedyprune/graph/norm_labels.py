@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .classes import Ids
 from .labels import EXPANDING, Labels, Operand, State
-from .nodes import first_of, operation, shape_of
+from .nodes import CONVOLUTIONS, first_of, operation, shape_of
 from .norms import NORMS
 from .shapes import ShapeOperations
 from .slices import Entries
@@ -18,7 +18,10 @@ from .tracing import Graph
 
 
 class Norm(NamedTuple):
-    """An operation that takes statistics over units: along `dim` of its input, with their ids."""
+    """An operation over units, along `dim` of its input, with their ids.
+
+    It takes statistics of them, or is a convolution of one channel along them.
+    """
 
     node: fx.Node
     dim: int
@@ -82,7 +85,7 @@ class NormOperations(ShapeOperations):
 
     def _check_rescales(self, norm: Norm) -> None:
         """Fixes units of which a statistic is used for anything but the units themselves."""
-        if operation(norm.node) in NORMS:
+        if operation(norm.node) in NORMS | CONVOLUTIONS:
             return
         units, todo, seen = self.classes.roots(norm.ids), [norm.node], {norm.node}
         while todo:

@@ -95,7 +95,10 @@ class Replay:
             return []
         executor = self._first_executor()
         first = self._first_change(executor)
-        return [layer for i, layer in executor.refittable.items() if i >= first]
+        return [
+            layer for i, layer in executor.refittable.items()
+            if i >= first and not executor.goes_over(layer, self._left)
+        ]  # fmt: skip
 
     def _first_change(self, executor: GraphExecutor) -> int:
         """The place from which on the two networks differ."""

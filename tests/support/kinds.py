@@ -282,6 +282,34 @@ class Selective(nn.Module):
         return self.last((x * weight).sum(1))
 
 
+class Gates(nn.Module):
+    """A gate of each channel from the means of its neighbours (efficient channel attention)."""
+
+    class Block(nn.Module):
+        def __init__(self, channels: int, bias: bool) -> None:
+            super().__init__()
+            self.conv1, self.bn = nn.Conv2d(8, channels, 3), nn.BatchNorm2d(channels)
+            self.gate = nn.Conv1d(1, 1, 3, padding=1, bias=bias)
+            self.conv2 = nn.Conv2d(channels, 8, 3, padding=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.conv1(x)).relu()
+            gate = self.gate(y.mean((2, 3)).unsqueeze(1)).sigmoid()
+            return self.conv2(y * gate.transpose(1, 2).unsqueeze(-1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.blocks = nn.Sequential(self.Block(12, False), self.Block(16, True))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
 class Decoder(nn.Module):
     """T5 and Llama: an embedding, RMS norms written out, biases of heads from a table, gates."""
 
@@ -342,6 +370,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "channel attention": (ChannelAttention, IMAGES, 2, 0),
     "upsampling": (Upsampling, IMAGES, 3, 1),
     "selective": (Selective, IMAGES, 2, 0),
+    "gates": (Gates, IMAGES, 3, 1),
     "decoder": (Decoder, (7,), 4, 1),
     "backbone": (Backbone, IMAGES, 2, 0),
     "one share": (OneShare, IMAGES, 5, 1),

@@ -72,6 +72,8 @@ def test_the_groups(name: str) -> None:
             "its weight is computed, by its module",
             "with fewer units the model fails: aten.s",
         }
+    if name == "gates":
+        whys |= {"it goes over units, and has one channel"}
     assert all(any(reason.startswith(why) for why in whys) for reason in table.refused.values())
 
 
