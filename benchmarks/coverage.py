@@ -51,6 +51,7 @@ ROWS = ROOT / "benchmarks" / "coverage.jsonl"
 SIZES = ROOT / "out" / "coverage_models.json"  # which models of a family are the smallest
 PAGE = ROOT / "docs" / "coverage.md"
 THEIR_SECONDS = 30  # the limit for Torch-Pruning; on language models it may not end
+MEMORY = 16 * 2**30  # bytes that `select` may take, whatever is free
 # What is reached does not depend on how units are judged: in one pass, without exchanges.
 PLAIN = greedyprune.Imitation(sequential=False, swaps=0)
 
@@ -163,8 +164,9 @@ def prune(row: Row, model: nn.Module, inputs: Any) -> None:
     start = time.perf_counter()
     data = [inputs] if isinstance(inputs, dict) else inputs
     selection = greedyprune.select(
-        model, data, size=0.5, layers="all", weights="none", objective=PLAIN, progress=False
-    )
+        model, data, size=0.5, layers="all", weights="none", objective=PLAIN,
+        memory_limit=MEMORY, progress=False,
+    )  # fmt: skip
     row["select_seconds"] = time.perf_counter() - start
     small = greedyprune.prune(model, selection)
     row["left"] = parameters_of(small) / row["parameters"]

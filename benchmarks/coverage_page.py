@@ -25,7 +25,7 @@ def page(every: Sequence[Row], chosen: int) -> list[str]:
         "# Coverage", "",
         "Public architectures with random weights: `layers`, `select` (half of everything that can"
         " be cut, on 8 samples, by imitation in one pass, without exchanges, with"
-        " `weights=\"none\"`), `prune`, and a run"
+        " `weights=\"none\"` and 16 GiB of memory), `prune`, and a run"
         " of two samples whose outputs must be those of the masked dense model, with norms over the"
         " units that are left ([what can be cut](guides/what-can-be-cut.md#norms-over-units)), up"
         " to"
