@@ -50,11 +50,20 @@ class Classes:
                 break
             # A root of several pairs gets the smallest one now, which meets the others next time.
             np.minimum.at(self._parent, pairs.max(0), pairs.min(0))
+            self._shorten(np.unique(pairs.max(0)))
             gone.update(pairs.max(0).tolist())
         for texts in (self._reasons, self._notes):
             for root in sorted(gone & texts.keys()):
-                texts.setdefault(self._root(root), texts[root])
+                texts.setdefault(int(self.roots(np.array(root))), texts[root])
                 del texts[root]
+
+    def _shorten(self, ids: Ids) -> None:
+        """Makes entries the children of their roots, with half as many steps each time."""
+        while True:
+            above = self._parent[self._parent[ids]]
+            if np.array_equal(above, self._parent[ids]):
+                return
+            self._parent[ids] = above
 
     def unite_along(self, ids: Ids, axes: tuple[int, ...], note: str = "") -> None:
         """Makes all entries along these axes one class.

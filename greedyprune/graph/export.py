@@ -21,7 +21,7 @@ from .in_place import is_overwritten
 from .trace_errors import trace_error
 
 # torch.export keeps what it does in variables of the whole process.
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def exported(

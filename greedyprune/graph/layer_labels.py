@@ -55,19 +55,18 @@ class LayerOperations(RecurrentOperations):
         Efficient channel attention (arXiv:1910.03151) has it. As with a norm, the units that are
         left have other neighbours where some go.
         """
-        inputs = data_input(node)
-        if layer.window is None or shape_of(inputs)[1:2] != (1,) or shape_of(node)[1:2] != (1,):
+        inputs, at = data_input(node), layer.channel_dim
+        if layer.window is None or shape_of(inputs) != shape_of(node) or shape_of(node)[at] != 1:
             return None
         state = self.of(inputs)
-        along = [la for la in state if len(la.dims) == 1 and la.dims[0] > layer.channel_dim]
-        positions = range(2, len(shape_of(inputs)))
-        others = [la for la in state if not set(la.dims) & set(positions)]
-        is_same = shape_of(inputs) == shape_of(node) and set(layer.window.stride) == {1}
-        if len(along) != 1 or len(along) + len(others) < len(state) or not is_same:
+        over = [labels for labels in state if any(dim > at for dim in labels.dims)]
+        along = [labels for labels in over if len(labels.dims) == 1]
+        others = [labels for labels in state if not any(dim > at for dim in labels.dims)]
+        if len(over) != 1 or len(along) != 1 or set(layer.window.stride) != {1}:
             return None
         for dim in (layer.out_dim, layer.in_dim):
             ids = self.parameters[layer.weight, dim]
-            self.classes.fix(ids, "it goes over units, and has one channel")
+            self.classes.fix(ids, "its one channel goes over the units of another layer")
         self.norms.append(Norm(node, along[0].dims[0], along[0].ids))
         return (*others, *along)
 

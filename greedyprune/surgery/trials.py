@@ -129,7 +129,7 @@ class Trials:
         few: try only all of them at once
         """
         names = {general(name): None for group in groups for name in group.sizes}
-        for known in self._fewest:  # of groups that were cut before
+        for known in sorted(self._fewest, key=len):  # of groups that were cut before
             if known <= names.keys() and self._passes(_with_sizes(groups, known), share):
                 return _with_sizes(groups, known)
         sets = [tuple(names)]
@@ -157,34 +157,41 @@ class Trials:
                 needed.remove(name)
         return needed
 
-    def cuttable_alone(self, group: Group, few: bool = False) -> Group | NotPrunableError:
+    def cuttable_alone(self, group: Group) -> Group | NotPrunableError:
         """The group with the fewest `sizes`; or why it can't be cut without any."""
-        try:
-            [plain] = _with_sizes([group], set())
-            self.cut([plain])
+        [plain] = _with_sizes([group], set())
+        reason = self._failure_of(plain)
+        if reason is None:
             return plain
+        return next(iter(self._with_fewest_sizes([group], None, few=False)), reason)
+
+    def _failure_of(self, group: Group) -> FailedTrialError | None:
+        try:
+            self.cut([group])
         except FailedTrialError as error:
-            reason = FailedTrialError(str(error))  # without frames, which keep the model alive
-        return next(iter(self._with_fewest_sizes([group], None, few=few)), reason)
+            return FailedTrialError(str(error))  # without frames, which keep the model alive
+        return None
 
     def each_cuttable(self, groups: Sequence[Group]) -> Structure:
         """The same for each of several groups that the same code cuts, by its first producer.
 
-        If two can't be cut, the others are tried together.
+        Once two can't be cut with any of their `sizes`, the others are tried with all of theirs:
+        together, and if that fails one by one.
         """
         result: dict[str, Group | NotPrunableError] = {}
-        failed = list[str]()
         for i, group in enumerate(groups):
-            result[group.producer] = found = self.cuttable_alone(group, few=bool(failed))
-            if isinstance(found, NotPrunableError):
-                failed.append(str(found))
-            if len(failed) == 2 and (rest := groups[i + 1 :]):
-                result |= {g.producer: g for g in self.cuttable(rest)}
-                break
-        for group in groups:
-            if group.producer not in result:
-                reason = failed[-1].partition(": ")[2]
-                result[group.producer] = FailedTrialError(f"layer {group.producer!r}: {reason}")
+            failed = sum(isinstance(found, NotPrunableError) for found in result.values())
+            if failed == 2 and (found := self.cuttable(groups[i:])):
+                return result | {each.producer: each for each in found}
+            if failed < 2:
+                result[group.producer] = self.cuttable_alone(group)
+                continue
+            for each in groups[i:]:
+                reason = self._failure_of(each)
+                result[each.producer] = reason or next(
+                    iter(self._with_fewest_sizes([each], None, few=True)), each
+                )
+            break
         return result
 
     def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:

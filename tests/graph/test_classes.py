@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,16 @@ def test_chains_and_stars(order: int) -> None:
     classes.unite(ids[1:500], ids[:499])
     classes.unite(ids[500:], ids[500])
     assert len(np.unique(classes.roots(ids))) == 2
+
+
+def test_long_chains_are_short_work() -> None:
+    classes, count = Classes(), 200_000
+    ids = classes.fresh(count)
+    classes.fix(ids, "a reason")
+    start = time.perf_counter()
+    classes.unite(ids[1:], ids[:-1])
+    assert time.perf_counter() - start < 20  # a walk along the chain takes minutes
+    assert not classes.roots(ids).any()
 
 
 def test_a_class_keeps_its_first_reason_and_gives_it_to_what_joins() -> None:

@@ -73,7 +73,7 @@ def test_the_groups(name: str) -> None:
             "with fewer units the model fails: aten.s",
         }
     if name == "gates":
-        whys |= {"it goes over units, and has one channel"}
+        whys |= {"its one channel goes over the units of another layer"}
     assert all(any(reason.startswith(why) for why in whys) for reason in table.refused.values())
 
 

@@ -20,10 +20,11 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.data.batches import Batch
+from greedyprune.data.forward import same_outputs
 from greedyprune.graph.groups import Group
 from greedyprune.graph.structure import analyse
 from greedyprune.runtime.files import read_tensors, write_tensors
-from greedyprune.surgery import trials
+from greedyprune.surgery import proof, trials
 from greedyprune.surgery.selection import FORMAT
 
 Run = Callable[["Net", Tensor], Any]
@@ -279,6 +280,53 @@ def test_layers_of_several_blocks_are_tried_together(monkeypatch: pytest.MonkeyP
     assert tried.count(1) == 1
     assert len(tried) < 9
     assert "may have their number as a constant" in table.refused["0"]
+
+
+class Block(nn.Module):
+    """A block whose code may hold the number of its units."""
+
+    def __init__(self, *, holds: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.holds = nn.Linear(6, 8), nn.Linear(8, 6), holds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        return x + self.last(y.view(-1, 8 if self.holds else y.shape[1]))
+
+
+@pytest.mark.parametrize("blocks", ["hhfh", "hhfhf", "fhhhf", "hf", "hhhff"])
+def test_blocks_that_can_be_cut_among_some_that_cannot(blocks: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(holds=each == "h") for each in blocks), nn.Linear(6, 2))
+    table = greedyprune.layers(model, torch.randn(30, 6))
+    assert [name for name in table if table[name].kind == ""] == [
+        f"{i}.first" for i, each in enumerate(blocks) if each == "f"
+    ]
+    for name, reason in table.refused.items():
+        if name.endswith("first"):  # each has its own reason
+            assert f"'{name.removesuffix('first')}last'" in reason
+
+
+def test_constants_of_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph in float32 has another number than the model in float64."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.size = nn.Linear(6, 8), nn.Linear(8, 5), 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).view(-1, self.size).exp()
+            y = y / (y.norm(dim=-1, keepdim=True) + torch.finfo(y.dtype).eps * 1e4)
+            return self.last(y)
+
+    def only_in_float64(one: Tensor, other: Tensor, *rest: Any) -> bool:
+        return one.dtype == torch.float64 and same_outputs(one, other, *rest)
+
+    for module in (trials, proof):
+        monkeypatch.setattr(module, "same_outputs", only_in_float64)
+    torch.manual_seed(0)
+    assert list(greedyprune.layers(Scaled().eval(), torch.randn(2, 6))) == ["first"]
 
 
 class Rows(nn.Module):
