@@ -39,11 +39,22 @@ def may_hold_size(node: fx.Node, dim: int) -> bool:
 
 
 def sizes_held(node: fx.Node) -> set[int]:
-    """The sizes among the arguments of an operation that gives its operand another shape."""
+    """The sizes among the arguments of an operation that gives its operand another shape.
+
+    Products of neighbours count, too: `x.reshape(-1, heads, width // heads)` holds the width.
+    """
     is_reshape = node.op == "call_function" and operation(node) != "expand"
     place = _SIZES_AT.get(operation(node)) if is_reshape else None
     sizes: object = node.args[place] if place is not None and len(node.args) > place else None
-    return {s for s in sizes if isinstance(s, int)} if isinstance(sizes, (list, tuple)) else set()
+    found = set[int]()
+    for first in range(len(sizes) if isinstance(sizes, (list, tuple)) else 0):
+        product = 1
+        for size in sizes[first : first + 3]:  # type: ignore[index]
+            if not isinstance(size, int):
+                break
+            product *= size
+            found.add(product)
+    return found
 
 
 def split_may_hold_size(node: fx.Node, dim: int) -> bool:

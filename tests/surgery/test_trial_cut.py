@@ -115,7 +115,7 @@ SURE: dict[str, Run] = {
     "inferred": lambda m, x: m.hidden(m.conv(m.first(x)).relu().view(len(x), -1)),
     "flattened": lambda m, x: m.hidden(m.conv(m.first(x)).flatten(1)),
     "unsqueezed": lambda m, x: m.hidden(m.conv(m.first(x)).unsqueeze(0).squeeze(0).flatten(1)),
-    "unflattened": lambda m, x: m.hidden(m.conv(m.first(x)).unflatten(2, (2, 2)).flatten(1)),
+    "unflattened": lambda m, x: m.hidden(m.conv(m.first(x)).unflatten(2, (-1, 2)).flatten(1)),
     "expanded": lambda m, x: m.hidden(m.conv(m.first(x)).expand(len(x), -1, 4, 4).flatten(1)),
     "chunked": lambda m, x: m.hidden(
         torch.cat(m.conv(m.first(x)).chunk(2, 2), 2).flatten(1)
@@ -259,7 +259,7 @@ class Shuffled(nn.Module):
 def test_a_size_that_another_tensor_needs() -> None:
     table = greedyprune.layers(Shuffled(), torch.randn(20, 5))
     assert not table
-    assert "aten.reshape.default (test_trial_cut.py line" in table.refused["first"]
+    assert "aten.view.default (test_trial_cut.py line" in table.refused["first"]
     assert "is invalid for input of size" in table.refused["first"]
 
 
@@ -327,6 +327,26 @@ def test_constants_of_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "same_outputs", only_in_float64)
     torch.manual_seed(0)
     assert list(greedyprune.layers(Scaled().eval(), torch.randn(2, 6))) == ["first"]
+
+
+def test_a_view_that_holds_the_size_in_two_parts() -> None:
+    """Outlook attention: `width // heads`, where the width is that of another tensor."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            y = self.inner(x).view(-1, 2, x.shape[1] // 2)
+            return self.last(y.softmax(2).flatten(1))
+
+    table = greedyprune.layers(Net().eval(), torch.randn(20, 6))
+    assert not table
+    assert (
+        "is invalid for input of size" in table.refused["first"] or "mat1" in table.refused["first"]
+    )
 
 
 class Rows(nn.Module):
