@@ -41,8 +41,7 @@ T = TypeVar("T", Doubt, Product, Norm)
 class Group:
     """Units that are removed together.
 
-    producers:     the layers and embeddings whose outputs are the units, in the order in which they
-                   run
+    producers:     the layers and embeddings whose outputs are the units, in the order they run in
     consumers:     the layers that sum over the units
     units:         how many there are
     slices:        the parameters and buffers with entries of the units, and where; for a consumer
@@ -63,11 +62,11 @@ class Group:
     inner:         consumers whose inputs a hook on their module does not see (calls.py)
     mixed:         those of them whose derivatives it does not see either
     stream:        the units are sums of several layers' outputs, as along a residual connection
-    tied:          weights that take the units and stay as they are: tables of embeddings that
-                   linear maps have, too, and the `weight_hh` of recurrent layers. The error of such
-                   a map does not count. The weight has zeros where units are masked
-    norms:         norms and convolutions over the units: without some of them, the others change
-    share:         the groups, with this one, that the code needs to keep one share of their units
+    tied:          weights that take the units and stay: tables of embeddings that linear maps have,
+                   too, and the `weight_hh` of recurrent layers. The error of such a map does not
+                   count. The weight has zeros where units are masked
+    norms:         norms and convolutions over the units: without some, the others change
+    share:         the groups, with this one, that the code needs in one share of their units
     """
 
     producers: tuple[str, ...]
@@ -96,9 +95,10 @@ class Group:
         if self.share:
             others = [repr(name) for name in self.share if name != self.producer]
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            what = f"it has to keep one share of its units with {others[0]}{more}"
-            return f"{what}; layers='all' or a list of all their names selects them"
-        what = f"its units have an operation over them ({self.norms[0]})" if self.norms else ""
+            what = f"it has to keep one share of its units with {others[0]}{more}; "
+            return f"{what}layers='all' or a list of all their names selects them"
+        over = "convolution" if ".conv" in "".join(self.norms[:1]) else "norm"
+        what = f"a {over} goes over its units ({self.norms[0]})" if self.norms else ""
         if self.stream:
             what = "it gives a residual stream"
         return f"{what}, which its name or layers='all' selects" if what else ""

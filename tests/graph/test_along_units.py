@@ -23,7 +23,7 @@ class Gate(nn.Module):
 
 GATES = {
     "dilation": nn.Conv1d(1, 1, 3, padding=2, dilation=2),
-    "an even kernel": nn.Conv1d(1, 1, 4, padding="same"),
+    "the same size": nn.Conv1d(1, 1, 5, padding="same"),
     "transposed": nn.ConvTranspose1d(1, 1, 3, padding=1),
     "two": nn.Sequential(nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(1, 1, 5, padding=2)),
 }
@@ -32,6 +32,8 @@ GATES = {
 @pytest.mark.parametrize("name", GATES)
 def test_the_units_go(name: str) -> None:
     model, inputs = Gate(GATES[name]).eval(), torch.randn(32, 6)
+    with pytest.raises(ValueError, match="a convolution goes over its units"):
+        greedyprune.select(model, inputs, progress=False)
     selection = greedyprune.select(model, inputs, size=5, layers="all", progress=False)
     assert greedyprune.prune(model, selection).last.weight.shape == (4, 5)  # it compares outputs
 
