@@ -34,7 +34,7 @@ def page(every: Sequence[Row], chosen: int) -> list[str]:
         " can't fail: half of some layer's picks can be missing, too. Torch-Pruning's MetaPruner,"
         " by magnitude, with its default options and half of the channels, runs on the same model;"
         " it counts if the pruned model runs and is smaller. Models that could not be built or run"
-        " themselves are listed at the end and do not count. The older 200 rows compared all"
+        " themselves are listed at the end and do not count. Older rows compared all"
         " samples, with half of the free memory. Written by `make coverage`.", "",
         f"{len(every)} of {chosen} models have been measured so far{when(every)}.",
         "",

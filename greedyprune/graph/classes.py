@@ -79,7 +79,7 @@ class Classes:
 
     def note(self, one: int) -> str:
         """The last note on a class; "": there is none."""
-        return self._notes.get(self._root(one), "")
+        return self._notes.get(int(self.roots(np.array(one))), "")
 
     def fix(self, ids: Ids, reason: str) -> None:
         """Fixes the classes of these entries; a class keeps its first reason."""
@@ -89,8 +89,3 @@ class Classes:
     def reasons(self, ids: Ids) -> Iterator[str | None]:
         """Why the class of each entry is fixed; None: it is not."""
         return (self._reasons.get(int(root)) for root in self.roots(ids).ravel())
-
-    def _root(self, one: int) -> int:
-        while self._parent[one] != one:
-            one = int(self._parent[one])
-        return one

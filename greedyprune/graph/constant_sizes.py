@@ -46,15 +46,15 @@ def sizes_held(node: fx.Node) -> set[int]:
     is_reshape = node.op == "call_function" and operation(node) != "expand"
     place = _SIZES_AT.get(operation(node)) if is_reshape else None
     sizes: object = node.args[place] if place is not None and len(node.args) > place else None
-    found = set[int]()
+    held = set[int]()
     for first in range(len(sizes) if isinstance(sizes, (list, tuple)) else 0):
         product = 1
         for size in sizes[first : first + 3]:  # type: ignore[index]
             if not isinstance(size, int):
                 break
             product *= size
-            found.add(product)
-    return found
+            held.add(product)
+    return held
 
 
 def split_may_hold_size(node: fx.Node, dim: int) -> bool:

@@ -179,19 +179,16 @@ class Trials:
         together, and if that fails one by one.
         """
         result: dict[str, Group | NotPrunableError] = {}
-        for i, group in enumerate(groups):
-            failed = sum(isinstance(found, NotPrunableError) for found in result.values())
-            if failed == 2 and (found := self.cuttable(groups[i:])):
-                return result | {each.producer: each for each in found}
-            if failed < 2:
-                result[group.producer] = self.cuttable_alone(group)
-                continue
-            for each in groups[i:]:
-                reason = self._failure_of(each)
-                result[each.producer] = reason or next(
-                    iter(self._with_fewest_sizes([each], None, few=True)), each
-                )
-            break
+        rest = [*groups]
+        while rest and sum(isinstance(each, NotPrunableError) for each in result.values()) < 2:
+            group = rest.pop(0)
+            result[group.producer] = self.cuttable_alone(group)
+        if rest and (found := self.cuttable(rest)):
+            return result | {group.producer: group for group in found}
+        for group in rest:
+            reason = self._failure_of(group)
+            fewest = [] if reason else self._with_fewest_sizes([group], None, few=True)
+            result[group.producer] = reason or next(iter(fewest), group)
         return result
 
     def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:
