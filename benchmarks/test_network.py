@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from greedyprune.data.batches import Batches
 from greedyprune.data.losses import Criterion
-from greedyprune.graph.groups import Group, groups_in
+from greedyprune.graph.group_reader import groups_in
+from greedyprune.graph.groups import Group
 from greedyprune.graph.tracing import Graph
 from greedyprune.objectives.network import Network
 from greedyprune.surgery.cut import scaled_weight

@@ -16,7 +16,15 @@ from .graph.names import module_of_layer, slice_of, weight_of
 from .graph.slices import Slice
 from .graph.unfold import consumer_window, outputs_of
 from .kernels.path import Rule
-from .objectives import fisher, imitation, memory, network_loss, output_loss, output_metric
+from .objectives import (
+    fisher,
+    imitation,
+    memory,
+    network_loss,
+    output_loss,
+    output_metric,
+    scores,
+)
 from .objectives.job import Job
 from .objectives.layer_products import LayerProducts, collect
 from .objectives.memory import WIDEST
@@ -32,10 +40,13 @@ NETWORK_LOSS = "network loss"  # by the model's loss, through the layers that fo
 IMITATION = "imitation"  # by its consumers' dense outputs, from products of its features
 COLUMNS = "imitation by columns"  # the same, from columns of the Gram matrix
 FISHER = "fisher"  # by the loss in its gates
+SCORES = "attention scores"  # by the scores that its query-key units add up to
 
 
 def judge_of(request: Request, group: Group) -> str:
     """How a layer is judged, before its memory is known."""
+    if group.scores:
+        return SCORES
     if request.objective == "fisher":
         return FISHER
     draws_by_gradient = request.loss.draw == "gradient"
@@ -107,6 +118,11 @@ def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
     for group in groups:
         judge = judges[group.producer]
         _check_derivatives(request, group, judge)
+        if judge == SCORES and request.objective not in ("auto", "imitation"):
+            raise ValueError(
+                f"objective: found {request.objective!r}, but no layer takes the units of "
+                f"{group.producer!r}, which the attention scores judge; expected 'imitation'"
+            )
         if judge == IMITATION and _fits_by_columns(job, group, len(imitating)):
             judges[group.producer] = COLUMNS
         elif judge == IMITATION:
@@ -151,7 +167,7 @@ def _fits_by_columns(job: Job, group: Group, imitating: int) -> bool:
 
 def is_simple(model: nn.Module, group: Group) -> bool:
     """Is each unit one feature, and are these all the inputs of one Linear, which runs once?"""
-    if len(group.consumers) > 1 or group.repeated or group.inner:
+    if len(group.consumers) != 1 or group.repeated or group.inner:
         return False
     at = slice_of(group.slices, group.consumer)
     is_linear = isinstance(module_of_layer(model, group.consumer), nn.Linear)
@@ -196,22 +212,29 @@ def sizes_within(
         job, tolerance=None, imitation=replace(job.imitation, swaps=0),
         rules={g.producer: whole.rule(g, g.units, by_loss=False) for g in groups},
     )  # fmt: skip
-    needed = [
-        memory.gates_bytes(job, group, swaps=False) if by_gates
-        else memory.imitation_bytes(job, group)
-        for group in groups
-    ]  # fmt: skip
-    for group, size in zip(groups, needed, strict=True):  # however it is judged afterwards
-        memory.check_bytes(group, size, job.memory_limit)
-    turns = memory.turns(groups, needed, job.memory_limit, once=job.batches.once)
+    turns = list[list[Group]]()
+    for part in (
+        [group for group in groups if group.scores], [group for group in groups if not group.scores]
+    ):  # fmt: skip
+        needed = [
+            memory.gates_bytes(job, group, swaps=False) if by_gates
+            else memory.imitation_bytes(job, group)
+            for group in part
+        ]  # fmt: skip
+        for group, size in zip(part, needed, strict=True):  # however it is judged afterwards
+            memory.check_bytes(group, size, job.memory_limit)
+        turns += memory.turns(part, needed, job.memory_limit, once=job.batches.once)
     damping = job.fisher.damping if by_gates else job.imitation.damping
     kind = job.criterion.kind if by_gates else "mse"
 
     def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
         if by_gates:
             return fisher.gate_products(job, turn)
+        purpose = "for a budget "
+        if turn[0].scores:
+            return scores.collect(job, turn, purpose)
         return collect(
-            job.model, turn, job.batches, {}, job.bar, job.checkpoint, "for a budget ", owned=True,
+            job.model, turn, job.batches, {}, job.bar, job.checkpoint, purpose, owned=True,
             halves=job.refits,
         )  # fmt: skip
 
@@ -245,7 +268,7 @@ def select_layers(
     selected: dict[str, LayerSelection] = {}
     for judge, select in _TOGETHER.items():
         if judge in by_judge:
-            selected |= select(job, by_judge[judge])
+            selected |= select(replace(job, before=selected), by_judge[judge])
     sequential = job.imitation.sequential and job.loss.sequential
     if sequential and by_judge.get(OUTPUT_LOSS) and selected:
         job = replace(job, model=masked(job.model, Selection(selected)))
@@ -275,6 +298,7 @@ def _one_by_one(
 
 
 _TOGETHER: Mapping[str, Callable[[Job, Sequence[Group]], dict[str, LayerSelection]]] = {
+    SCORES: scores.select_layers,
     FISHER: fisher.select_layers,
     IMITATION: _imitation,
     COLUMNS: partial(_one_by_one, imitation=True),

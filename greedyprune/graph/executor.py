@@ -18,8 +18,17 @@ from ..data.forward import not_run
 from ..data.padding import Padding
 from ..runtime.sparse import bytes_of
 from .experts import EXPERTS
+from .head_labels import HeadPropagation
 from .linear_paths import linear_path
-from .nodes import PRODUCTS, data_input, in_place, operation, shape_of
+from .nodes import (
+    ATTENTION,
+    PRODUCTS,
+    data_input,
+    in_place,
+    operation,
+    query_and_key,
+    shape_of,
+)
 from .norms import over_entries
 from .propagate import Propagation
 from .recurrences import is_recurrence, with_columns
@@ -169,6 +178,10 @@ class GraphExecutor:
     def _propagation(self) -> Propagation:
         return Propagation(self.graph)
 
+    @cached_property
+    def _head_propagation(self) -> HeadPropagation:
+        return HeadPropagation(self.graph)
+
     def _sums_over(self, left: Entries | None) -> dict[fx.Node, tuple[int, Tensor]]:
         """The norms and recurrences over units of which some go, with the entries that are left."""
         if not left:
@@ -179,7 +192,10 @@ class GraphExecutor:
                 for node, layer in self.graph.tied.items()
                 if is_recurrence(node) and (layer.weight, layer.in_dim) in left
             }
-            self._last_left = left, self._propagation.entries_in_norms(left) | recurrences
+            norms = self._propagation.entries_in_norms(left)
+            if not self._propagation.are_whole(left):  # heads become smaller
+                norms |= self._head_propagation.entries_in_norms(left)
+            self._last_left = left, norms | recurrences
         return self._last_left[1]
 
     def goes_over(self, layer: Layer, left: Entries) -> bool:
@@ -272,6 +288,23 @@ class GraphExecutor:
                 self.run(values, tensors, start, end)
                 start = end
                 add(layer.name, self._input_of(node, values))
+
+    def visit_scores(
+        self, batch: Batch, tensors: Mapping[str, Tensor], names: Container[str],
+        add: Callable[[str, Tensor, Tensor], None],
+    ) -> None:  # fmt: skip
+        """Runs the model and calls add(name, queries, keys) at the products with these names."""
+        values, start = self.inputs(batch), 0
+        constants = self.constants(tensors)
+        for node in self.nodes:
+            if node.name in names:
+                end = self.graph.position[node]
+                self.run(values, tensors, start, end)
+                start = end
+                query, key = (constants.get(n, values.get(n)) for n in query_and_key(node))
+                if operation(node) != ATTENTION:
+                    key = key.transpose(-2, -1)
+                add(node.name, query, key)
 
     def output_of(self, layer: str, values: Values) -> Tensor:
         """A layer's output, from the values just after the layer."""

@@ -16,6 +16,7 @@ CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"} | TRANSPOSED
 LINEAR = {"linear", "addmm"}  # addmm: transformers' Conv1D
 PRODUCTS = {"matmul", "mm"}  # of an input and a parameter
 INPUTS_FIRST = TRANSPOSED | PRODUCTS | {"addmm"}  # their weights are (inputs, outputs)
+ATTENTION = "scaled_dot_product_attention"
 # Operations that cut a dimension into several tensors:
 SPLITTING = {"split", "split_with_sizes", "chunk"}
 # Operations that leave every number as it is (`add` stands for `add_`, too):
@@ -53,6 +54,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 def first_of(node: fx.Node) -> fx.Node:
     """The first operand, on which an operation of one tensor acts."""
     return node.args[0]  # type: ignore[return-value]
+
+
+def query_and_key(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The operands of a product of two tensors, such as attention's scores."""
+    first = 1 if operation(node) == "baddbmm" else 0
+    return node.args[first], node.args[first + 1]  # type: ignore[return-value]
 
 
 def data_input(node: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class NormOperations(ShapeOperations):
         sizes: Any = node.args[1]
         over = range(1, dims) if of_groups else range(dims - len(sizes), dims)
         state: State = ()
-        for labels in self.of(source):
+        for labels in self._apart(self.of(source), over):
             if labels.dims in [(dim,) for dim in ([1] if of_groups else over)]:
                 state += (labels,)  # units that the norm goes over
             else:
@@ -70,10 +71,14 @@ class NormOperations(ShapeOperations):
                 self._doubt_sizes(node, (labels,), over)
         return state
 
+    def _apart(self, state: State, over: Collection[int]) -> State:
+        """The ids of a tensor, as a norm over these dimensions takes them."""
+        return state
+
     def _statistic(self, node: fx.Node, along: set[int]) -> State:
         """A statistic along dimensions, which stay with size 1: a part of a norm, maybe."""
         source, result = first_of(node), list[Labels]()
-        for labels in self.of(source):
+        for labels in self._apart(self.of(source), along):
             if len(labels.dims) == 1 and labels.dims[0] in along:
                 self.norms.append(Norm(node, labels.dims[0], labels.ids))
             else:
@@ -102,19 +107,29 @@ class NormOperations(ShapeOperations):
                     return
                 todo.append(user)
 
+    def _lost(self, left: Entries) -> tuple[Ids, Ids]:
+        """The classes with entries that go, and those of them with others that stay."""
+        gone, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for key, entries in left.items():
+            if key in self.parameters:
+                roots = self.classes.roots(self.parameters[key])
+                stays = np.isin(np.arange(len(roots)), entries.numpy())
+                kept.append(roots[stays])
+                gone.append(roots[~stays])
+        lost = np.unique(np.concatenate(gone))
+        return lost, np.intersect1d(lost, np.concatenate(kept))
+
+    def are_whole(self, left: Entries) -> bool:
+        """Does every unit go or stay as a whole?"""
+        return not len(self._lost(left)[1])
+
     def entries_in_norms(self, left: Entries) -> dict[fx.Node, tuple[int, Tensor]]:
         """The norms over entries that go: the dimension, and the entries that are left of it.
 
         left: what stays of each dimension that is cut
         """
-        gone = list[Ids]()
-        for key, entries in left.items():
-            if key in self.parameters:
-                goes = np.ones(len(self.parameters[key]), np.bool_)
-                goes[entries.numpy()] = False
-                gone.append(self.classes.roots(self.parameters[key][goes]))
-        lost = np.unique(np.concatenate(gone)) if gone else np.empty(0, np.int64)
-        found = {}
+        lost, parted = self._lost(left)
+        lost, found = np.setdiff1d(lost, parted), {}
         for node, dim, ids in self.norms:
             stays = ~np.isin(self.classes.roots(ids), lost)
             if not stays.all():

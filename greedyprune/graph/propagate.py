@@ -6,7 +6,7 @@ Linear's weight along its outputs. Where an operation works only if two entries 
 together, their ids become one class: a Linear's input and its weight along the inputs, both
 operands of a sum, all entries of a head. Where an operation does not allow an entry to be removed
 at all, its class is fixed, with the operation as the reason. A *unit* is a class that is not fixed.
-groups.py makes groups of them.
+group_reader.py makes groups of them.
 
 The tables below list the operations that are known. Any other operation fixes its operands.
 """
@@ -23,6 +23,7 @@ from .classes import Ids
 from .labels import EXPANDING, Labels, Operand, State
 from .layer_labels import LayerOperations
 from .nodes import (
+    ATTENTION,
     CONVOLUTIONS,
     LINEAR,
     SPLITTING,
@@ -175,7 +176,7 @@ class Propagation(LayerOperations):
             return self._through_stacked(node)
         if op in MATRIX_PRODUCTS:
             return self._through_product(node, op)
-        if op == "scaled_dot_product_attention":
+        if op == ATTENTION:
             return self._through_attention(node)
         if op in PER_UNIT_ARGUMENTS:
             return self._through_per_unit(node, op)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .adapters import ADAPTED, has_adapter
+from .groups import QUERY_KEY, VALUE
 from .slices import NotPrunableError
 from .tracing import LAYER_TYPES, is_plain
 
@@ -23,7 +24,8 @@ def refused_in(model: nn.Module, structure: Mapping[str, object]) -> dict[str, s
     """Why layers can't be pruned, by their names: those of the graph and those that do not run."""
     refused = {
         name: without_layer(reason)
-        for name, reason in structure.items() if isinstance(reason, NotPrunableError)
+        for name, reason in structure.items()
+        if isinstance(reason, NotPrunableError) and not name.endswith((QUERY_KEY, VALUE))
     }  # fmt: skip
     for name, module in model.named_modules():
         if isinstance(module, LAYER_TYPES) and name not in structure:

@@ -7,7 +7,7 @@ they do not fit in memory, they are computed again from the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from .executor import (
 from .executors import GraphExecutors
 from .groups import Group
 from .linear_paths import LinearPath
-from .names import weight_name
+from .names import layer_name, weight_name
 from .slices import Entries
 from .tracing import Layer
 
@@ -84,6 +84,16 @@ class Replay:
         """At which place in the graph each of these layers runs."""
         place = self._first_executor().place
         return {name: place[name] for name in names}
+
+    def in_order(
+        self, changes: Iterable[Mapping[str, Tensor]]
+    ) -> list[tuple[str, Mapping[str, Tensor]]]:
+        """Changed tensors by the first layer that they concern, in the order that these run in."""
+        place, result = self._first_executor().place, list[tuple[str, Mapping[str, Tensor]]]()
+        for tensors in changes:
+            layers = [layer_name(name) for name in tensors if layer_name(name) in place]
+            result.append((min(layers, key=place.__getitem__), tensors))
+        return sorted(result, key=lambda change: place[change[0]])
 
     def start_of(self, group: Group) -> int:
         """The place of the first node that does something else without units of a group."""

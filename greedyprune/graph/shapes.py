@@ -42,12 +42,14 @@ class ShapeOperations(LabelledTensors):
                         self._doubt_sizes(node, part, [dim])
                 elif alone:
                     moved = np.moveaxis(labels.ids, axis, 0).reshape(len(sizes), sizes[0], -1)
-                    self.classes.unite_along(
-                        moved, (0,), f"{node.target} puts its units into different tensors"
-                    )
+                    self._split_evenly(moved, f"{node.target} puts its units into different tensors")
                     if split_may_hold_size(node, dim):
                         self._doubt_sizes(node, self._parts[node][0], [dim])
         return ()
+
+    def _split_evenly(self, ids: Ids, note: str) -> None:
+        """Parts of one size lose the same units. ids: the first axis is that of the parts."""
+        self.classes.unite_along(ids, (0,), note)
 
     def _reshaped(self, node: fx.Node, state: State) -> State:
         """The ids in the new shape. Where one dimension becomes several, all of these share ids."""

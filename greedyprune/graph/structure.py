@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..data.forward import hooked
 from .adapters import ADAPTED, has_adapter
-from .groups import Group, groups_in
+from .group_reader import groups_in
+from .groups import QUERY_KEY, VALUE, Group
+from .head_groups import groups_inside_heads
 from .refusals import by_reason, refused_in, why_not, without_layer
 from .slices import NotPrunableError, Slice
 from .tracing import Graph, is_plain
@@ -22,27 +25,32 @@ Structure = Mapping[str, Group | NotPrunableError]
 # graph is the model's on the batch.
 Check = Callable[[Graph, Sequence[Group], Batch], Structure]
 
-# The structure that the last call of `analyse` found for each model, with what it depends on.
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
+# The structures that the last calls of `analyse` found for each model, with what they depend on.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[bool, tuple[object, Structure]]] = WeakKeyDictionary()
 
 
-def analyse(model: nn.Module, batch: Batch, check: Check | None = None) -> Structure:
+def analyse(
+    model: nn.Module, batch: Batch, check: Check | None = None, heads: bool = False
+) -> Structure:
     """Every producer's group, or why it has none, in the order in which the producers run.
 
-    check: is called with the groups that have a `may_hold_size`
+    check: is called with the groups that have a `may_hold_size`, and with those inside heads
+    heads: also the dimensions inside attention's heads, at the end
 
     Raises TraceError for a model that torch.export can't trace. A second call with an unchanged
     model returns what the first one found.
     """
     signature = check, _signature(model, batch)
-    known = _KNOWN.get(model)
+    known = _KNOWN.setdefault(model, {}).get(heads)
     if known is not None and known[0] == signature:
         return known[1]
     graph = Graph(model, batch.args, batch.kwargs)
     found = groups_in(graph)
+    if heads:
+        found |= groups_inside_heads(graph, found)
     doubtful = {
         group.producer: group for group in found.values()
-        if isinstance(group, Group) and group.may_hold_size
+        if isinstance(group, Group) and (group.may_hold_size or group.part)
         and not any(has_adapter(model, name) for name in (*group.producers, *group.consumers))
     }  # fmt: skip
     checked: Mapping[str, Group | NotPrunableError] = {}
@@ -56,7 +64,7 @@ def analyse(model: nn.Module, batch: Batch, check: Check | None = None) -> Struc
         try:
             if isinstance(group, NotPrunableError):
                 raise group
-            names = [*dict.fromkeys((name, *group.producers))]
+            names = [name] if group.part else [*dict.fromkeys((name, *group.producers))]
             if any(has_adapter(model, name) for name in (*group.producers, *group.consumers)):
                 raise NotPrunableError(ADAPTED)
             group = checked.get(group.producer, group)
@@ -64,7 +72,8 @@ def analyse(model: nn.Module, batch: Batch, check: Check | None = None) -> Struc
                 raise group
             structure |= {name: group for name in names if name not in structure}
         except NotPrunableError as error:
-            reason = ADAPTED if has_adapter(model, name) else without_layer(error)
+            layer = name.removesuffix(QUERY_KEY).removesuffix(VALUE)
+            reason = ADAPTED if has_adapter(model, layer) else without_layer(error)
             # A new one: the frames of its traceback and context would keep the model alive.
             structure |= {
                 name: type(error)(f"layer {name!r}: {reason}")
@@ -72,7 +81,7 @@ def analyse(model: nn.Module, batch: Batch, check: Check | None = None) -> Struc
             }  # fmt: skip
     for name, reason in graph.not_layers.items():
         structure.setdefault(name, NotPrunableError(f"layer {name!r}: {reason}"))
-    _KNOWN[model] = signature, structure
+    _KNOWN[model][heads] = signature, structure
     return structure
 
 
@@ -114,9 +123,10 @@ def find_groups(
         groups += [
             group for name, group in structure.items()
             if isinstance(group, Group) and name == group.producer
-            if everything or not group.left_out or name in sized
+            if (everything and not group.part) or not group.left_out or name in sized
         ]  # fmt: skip
         _check_shares(groups)
+        _check_apart(groups)
         if not groups:
             reasons = by_reason(refused_in(model, structure) | left_out_of(structure)) or [
                 "it has no Linear and no convolution"
@@ -140,6 +150,7 @@ def find_groups(
             reason = "no such module" if module is None else why_not(module)
             raise ValueError(f"layers: found {name!r} ({reason}), {expected}")
     _check_shares(groups)
+    _check_apart(groups)
     return groups
 
 
@@ -153,6 +164,23 @@ def _check_shares(groups: Sequence[Group]) -> None:
                 f"layers: found {group.producer!r} without {', '.join(map(repr, missing))}; the "
                 "model needs them to keep one share of their units, expected all of them"
             )
+
+
+def _check_apart(groups: Sequence[Group]) -> None:
+    """ValueError where heads and dimensions inside them are to be selected together."""
+    for inside in groups:
+        for group in groups if inside.part else ():
+            if group is inside:
+                continue
+            for name, at in inside.slices.items():
+                other = group.slices.get(name)
+                if other is not None and other.dim == at.dim:
+                    if np.isin(at.places, other.places).any():
+                        raise ValueError(
+                            f"layers: found {group.producer!r} and {inside.producer!r}, which are "
+                            "dimensions inside its units; expected one of them, and the other in a "
+                            "second call for the pruned model"
+                        )
 
 
 def left_out_of(structure: Structure) -> dict[str, str]:

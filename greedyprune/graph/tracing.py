@@ -3,7 +3,7 @@
 A *node* of the graph is one operation of torch, an input or the output. A *layer* is a node that
 multiplies its input by a parameter, as an nn.Linear, a convolution, the packed projections of an
 nn.MultiheadAttention and the Conv1D in transformers' GPT-2 do. The module's class does not matter.
-propagate.py and groups.py read from the graph which layers can be pruned; executor.py runs it.
+propagate.py and group_reader.py read from it which layers can be pruned; executor.py runs it.
 """
 
 from __future__ import annotations

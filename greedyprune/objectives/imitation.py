@@ -13,11 +13,11 @@ from functools import partial
 
 from torch import Tensor
 
-from ..graph.groups import Group
+from ..graph.groups import QUERY_KEY, Group
 from ..graph.names import weight_name
 from ..graph.replay import Replay
 from ..runtime.resume import Pass
-from ..surgery.cut import masked_weight
+from ..surgery.cut import masked_weight, without_query_keys
 from ..surgery.remaining import entries_left
 from ..surgery.selection import LayerSelection
 from .job import Job
@@ -68,6 +68,12 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
     replay = Replay(job.model, job.batches, limit)
     place = replay.order([name for group in groups for name in group.consumers])
     selected = dict[str, LayerSelection]()
+    before = [*job.before.values()]
+    for name, tensors in replay.in_order(
+        {name: without_query_keys(job.model.get_parameter(name), name, before) for name in tied}
+        for tied in (layer.tied for layer in before if layer.part == QUERY_KEY)
+    ):
+        replay.change(name, tensors)
     for group in sorted(groups, key=replay.start_of):
         layer = job.checkpoint.finished(group.producer)
         if layer is None:
@@ -80,10 +86,11 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
                 products = _replayed(job, group, replay, roots)
             layer = job.ranks.on_first(group.producer, partial(select_layer, job, group, products))
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
-        replay.keep_only(entries_left(selected.values()))
+        replay.keep_only(entries_left([*before, *selected.values()]))
         for name in sorted(group.consumers, key=place.__getitem__):
             weight = masked_weight(replay.weight(name), layer, name)
-            replay.change(name, {weight_name(job.model, name): weight})
+            tensor = weight_name(job.model, name)
+            replay.change(name, {tensor: without_query_keys(weight, tensor, before)})
     return selected
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Job:
     seed:         of random candidates, mini-batches and labels drawn from predictions
     memory_limit: bytes
     backend:      "cpu", "cuda" or "reference"
+    before:       the layers that are selected already
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Job:
     backend: str
     bar: Bar
     checkpoint: Checkpoint[LayerSelection]
+    before: Mapping[str, LayerSelection] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Ranks:

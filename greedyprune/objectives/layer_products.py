@@ -88,10 +88,11 @@ class LayerProducts:
     def factors(self) -> list[float]:
         """What each consumer's squared error counts with.
 
-        That is 1, but in a stream the errors count as shares of those without any unit: the loss is
-        the mean of the shares. A consumer whose target is zero then counts 0.
+        That is 1, but in a stream, and for the scores of several attentions, the errors count as
+        shares of those without any unit: the loss is the mean of the shares. A consumer whose
+        target is zero then counts 0.
         """
-        if not self.group.stream or self.gates:
+        if not (self.group.stream or self.group.scores) or self.gates:
             return [1.0] * len(self.consumers)
         norms = [consumer.target_norm() for consumer in self.consumers]
         share = self.mass / len(norms)

@@ -49,11 +49,12 @@ def bytes_of(
     gates:  is the layer judged by gates, of one feature a unit?
     """
     units, shapes = group.units, [(group.units, 1)]  # features and outputs of each consumer
-    if not gates:
+    if not gates and not group.scores:
         shapes = []
         for name in group.consumers:
             outputs = outputs_of(model, group, name)
             shapes.append((weight_of(model, name).numel() // outputs, outputs))
+    weights = "none" if group.scores else weights
     halves = 1 + (weights in ("auto", "refit") and not gates and not picked)
     sums = sum(halves * f * f + (1 + halves) * f * c for f, c in shapes)  # with W and K W^T
     picks, widths = rule.most(units), [f // units for f, _ in shapes]

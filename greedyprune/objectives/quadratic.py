@@ -62,6 +62,7 @@ def select_from(
     """
     group, rule = products.group, job.rule(products.group)
     weights = "refit" if job.weights == "auto" else job.weights
+    weights = "none" if group.scores else weights  # no layer has weights of these units
     as_picked = loop_has_kept_weights(weights, rule)
     damping = products.damping(rule.size, damping) if weights == "refit" else damping
     gram, moments = (None, None) if weights == "refit" else products.moments()

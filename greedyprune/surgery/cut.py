@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 
 from ..data.batches import Batch, Batches, example_batch
 from ..data.forward import run_model
-from ..graph.groups import Group
+from ..graph.groups import QUERY_KEY, Group
 from ..graph.names import slice_of, weight_name, weight_of
 from ..graph.slices import Entries, Slice
 from ..graph.unfold import module_weight, out_dim_of, outputs_of
@@ -177,6 +177,7 @@ def masked(model: nn.Module, selection: Selection, checked: bool = False) -> nn.
             for consumer in layer.outputs:
                 weight = weight_of(full, consumer)
                 weight.copy_(masked_weight(weight, layer, consumer))
+        for layer in selection.layers.values():  # a consumer may give queries and keys
             for name in layer.tied:
                 weight = full.get_parameter(name)
                 weight.copy_(masked_tied(weight, layer, name))
@@ -197,6 +198,7 @@ def cut(full: nn.Module, selection: Selection) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             _set_heads(full, layer)
+            _rescale(full, layer)
         _cut_tensors(full, entries_left(selection.layers.values()))
         _set_sizes(full, sizes_left(selection.layers.values()))
     fit_attention(full)
@@ -281,6 +283,14 @@ def masked_tied(weight: Tensor, layer: LayerSelection, name: str) -> Tensor:
     return weight.index_fill(at.dim, at.without_units(layer.kept).to(weight.device), 0)
 
 
+def without_query_keys(tensor: Tensor, name: str, layers: Iterable[LayerSelection]) -> Tensor:
+    """The parameter of this name, with zeros for the query-key units that these layers drop."""
+    for layer in layers:
+        if layer.part == QUERY_KEY and name in layer.tied:
+            tensor = masked_tied(tensor, layer, name)
+    return tensor
+
+
 def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:
     """A consumer's weight with each unit's entries times the unit's factor, (N,) float64."""
     shape = [1] * weight.dim()
@@ -289,6 +299,17 @@ def scaled_weight(weight: Tensor, at: Slice, factors: Tensor) -> Tensor:
     scale[at.places] = factors.double().cpu()[:, None]
     scale = scale.view(shape).to(weight.device)
     return (weight.detach().double() * scale).to(weight.dtype)
+
+
+def _rescale(model: nn.Module, layer: LayerSelection) -> None:
+    """Keeps attention scores as they are where the code divides them by the root of the units.
+
+    Queries and keys get the same factor.
+    """
+    factor = (len(layer.kept) / len(layer.counts)) ** 0.25
+    for name in layer.rescaled:
+        tensor, at = model.get_parameter(name), layer.slices[name]
+        tensor.data = scaled_weight(tensor, at, torch.full((at.units,), factor))
 
 
 def _set_heads(model: nn.Module, layer: LayerSelection) -> None:
@@ -370,6 +391,7 @@ def _attention_modules(layer: LayerSelection) -> set[str]:
     consumer, which do not count here).
     """
     projections = {
-        name.rpartition(".")[0] for name, at in layer.slices.items() if at.neighbours > 1
+        name.rpartition(".")[0] for name, at in layer.slices.items()
+        if at.neighbours > 1 and not layer.part
     } - layer.outputs.keys()
     return projections | {name.rpartition(".")[0] for name in projections}

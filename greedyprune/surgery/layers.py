@@ -56,6 +56,10 @@ class Prunable:
                 model's code needs it. Attention often needs it of the heads and the stream: `x =
                 x.reshape(B, N, C)`, with the C of its input. `select` takes all of them together,
                 or none. () for any share
+    part:       "" or, of dimensions inside attention's heads, "[query-key]" or "[value]", with
+                which the layer's name ends. The scores of attention are sums over query-key
+                dimensions: no layer takes these, so `consumers` is (). `select` takes such a layer
+                where it is named
     """
 
     units: int
@@ -67,14 +71,17 @@ class Prunable:
     stream: bool = False
     norms: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
+    part: str = ""
 
     @property
     def kind(self) -> str:
         """What sets the units apart: "residual stream", "under a norm" or nothing, "".
 
-        Where the layer has a `share`, "in one share" follows.
+        "inside heads" are the dimensions of attention's heads. Where the layer has a `share`, "in
+        one share" follows.
         """
         kind = "residual stream" if self.stream else "under a norm" if self.norms else ""
+        kind = "inside heads" if self.part else kind
         return f"{kind} in one share".strip() if self.share else kind
 
 
@@ -182,7 +189,7 @@ def layers(model: nn.Module, example: object) -> Layers:
         except Exception as error:
             reason = first_line(error) + place_of(model, error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error
-        structure = analyse(model, batch, check_cuts)
+        structure = analyse(model, batch, check_cuts, heads=True)
     groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
     inner = [group for group in groups.values() if not group.left_out]
     warn_of_unrun(model, used, inner, "example")
@@ -192,11 +199,15 @@ def layers(model: nn.Module, example: object) -> Layers:
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:
-    at = slice_of(group.slices, group.consumer)
-    weight = weight_of(model, group.consumer)
+    if group.scores:
+        features = next(iter(group.scores.values())).width
+    else:
+        at = slice_of(group.slices, group.consumer)
+        weight = weight_of(model, group.consumer)
+        features = weight.numel() // weight.shape[out_dim_of(at.dim)] // group.units
     return Prunable(
         units=group.units,
-        features=weight.numel() // weight.shape[out_dim_of(at.dim)] // group.units,
+        features=features,
         producers=group.producers,
         consumers=group.consumers,
         parameters=costs["params"].of(group.producer),
@@ -204,4 +215,5 @@ def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prun
         stream=group.stream,
         norms=group.norms,
         share=group.share,
+        part=group.part,
     )

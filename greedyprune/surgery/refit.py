@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.padding import NO_POSITION
+from ..graph.groups import QUERY_KEY
 from ..graph.names import weight_name, weight_of
 from ..graph.replay import Replay
 from ..graph.slices import Entries
@@ -167,9 +168,15 @@ def _refit(
     with evaluating(model):
         replay = Replay(model, batches, limit)
         replay.keep_only(left)
-        place = replay.order(list(consumers))
-        for name in sorted(consumers, key=place.__getitem__):
-            replay.change(name, {weight_name(model, name): weight_of(full, name)})
+        changes: list[dict[str, Tensor]] = [
+            {weight_name(model, name): weight_of(full, name)} for name in consumers
+        ]
+        changes += [
+            {name: full.get_parameter(name) for name in layer.tied}
+            for layer in selection.layers.values() if layer.part == QUERY_KEY
+        ]  # fmt: skip
+        for name, tensors in replay.in_order(changes):
+            replay.change(name, tensors)
         layers = replay.after_changes()
         stayed = list[str]()
         for layer in layers:

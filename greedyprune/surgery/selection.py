@@ -70,9 +70,13 @@ class LayerSelection:
                 "module.attribute[i]", and where the entries that they count belong to units; only
                 those that have to be set
     tied:       weights that take the units and stay as they are: embeddings' tables that the last
-                layer multiplies with, too, and the `weight_hh` of recurrent layers. They are cut
+                layer multiplies with, too, the `weight_hh` of recurrent layers, and all parameters
+                of query-key units, which no layer takes. They are cut
     share:      the layers, with this one, that have to keep one share of their units, because the
                 model's code needs it; () for any share
+    part:       "" or, of dimensions inside attention's heads, "[query-key]" or "[value]"
+    rescaled:   parameters of query-key units that cutting multiplies, so that attention scores
+                which the code divides by the root of the number of units stay as they are
     """
 
     order: Tensor
@@ -95,6 +99,8 @@ class LayerSelection:
     sizes: Mapping[str, Slice] = field(default_factory=dict, repr=False)
     tied: tuple[str, ...] = field(default=(), repr=False)
     share: tuple[str, ...] = field(default=(), repr=False)
+    part: str = field(default="", repr=False)
+    rescaled: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of_path(
@@ -135,8 +141,8 @@ class LayerSelection:
             len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
             losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
             gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes,
-            tied=self.tied, share=self.share, outputs=self.outputs, loss=self.loss,
-            objective=self.objective,
+            tied=self.tied, share=self.share, part=self.part, rescaled=self.rescaled,
+            outputs=self.outputs, loss=self.loss, objective=self.objective,
         )  # fmt: skip
 
     def new_weights(self, consumer: str) -> Tensor | None:
@@ -291,7 +297,8 @@ class Selection:
                     tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
-                "tied": layer.tied, "share": layer.share,
+                "tied": layer.tied, "share": layer.share, "part": layer.part,
+                "rescaled": layer.rescaled,
                 **{
                     places: {k: (at.dim, at.size) for k, at in getattr(layer, places).items()}
                     for places in PLACES
@@ -325,7 +332,7 @@ class Selection:
             }
             gates, name = refits.pop("gates", None), fields.pop("name")
             fitted = {key.removeprefix("fitted."): refit for key, refit in refits.items()}
-            fields |= {key: tuple(fields.get(key, ())) for key in ("tied", "share")}
+            fields |= {key: tuple(fields.get(key, ())) for key in ("tied", "share", "rescaled")}
             layers[name] = LayerSelection(**fields, fitted=fitted or None, gates=gates)
         costs = json.loads(header.get("costs", "{}"))
         budget = json.loads(header.get("budget", "null"))

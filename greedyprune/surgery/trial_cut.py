@@ -14,7 +14,8 @@ from itertools import combinations
 from torch import nn
 
 from ..data.batches import Batch, samples_of
-from ..graph.groups import Group
+from ..graph.groups import QUERY_KEY, VALUE, Group
+from ..graph.head_groups import rescaling
 from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.structure import Structure, analyse, find_groups, left_out_of, named_group
@@ -55,7 +56,9 @@ def groups_of(
             check_cut(model, group, example)
     else:
         try:
-            structure = analyse(model, example, check_cuts)
+            named = (*(layers or ()), *sized)
+            heads = any(name.endswith((QUERY_KEY, VALUE)) for name in named)
+            structure = analyse(model, example, check_cuts, heads)
         except TraceError as error:
             raise TraceError(f"{error}; name the layers in layers={{producer: consumer}}") from None
         by_name = None if layers == ("all",) else layers
@@ -94,6 +97,13 @@ def check_cuts(graph: Graph, groups: Sequence[Group], batch: Batch) -> Structure
     example = example_of(model, batch)
     # The graph of the analysis serves the trials, too, if it is of so few samples.
     trials = Trials(model, example, graph if samples_of(example) == samples_of(batch) else None)
+    inside = [group for group in groups if group.part]
+    result = _checked(trials, [group for group in groups if not group.part])
+    return result | _checked_inside_heads(trials, inside)
+
+
+def _checked(trials: Trials, groups: Sequence[Group]) -> dict[str, Group | NotPrunableError]:
+    """The same for groups of whole units."""
     kinds = defaultdict[str, list[Group]](list)
     for group in groups:
         kinds[general(group.producer)].append(group)
@@ -112,6 +122,37 @@ def check_cuts(graph: Graph, groups: Sequence[Group], batch: Batch) -> Structure
         for connected in _connected(failed, by_attributes):
             if any(isinstance(result[group.producer], NotPrunableError) for group in connected):
                 result |= {g.producer: g for g in trials.cuttable_in_one_share(connected)}
+    return result
+
+
+def _checked_inside_heads(
+    trials: Trials, groups: Sequence[Group]
+) -> dict[str, Group | NotPrunableError]:
+    """The same for dimensions inside heads.
+
+    Most code has one size for queries, keys and values. So this is tried first, for all layers at
+    once. Whether the code divides the scores by the root of that size is tried, too.
+    """
+    result: dict[str, Group | NotPrunableError] = {}
+    for flipped in (False, True):
+        rest = [
+            rescaling(group, not group.rescaled) if flipped and group.scores else group
+            for group in groups if not isinstance(result.get(group.producer), Group)
+        ]  # fmt: skip
+        if not rest:
+            break
+        sets = _connected(rest, by_attributes=True)
+        alone = {g.producer for g in rest} - {g.producer for one_set in sets for g in one_set}
+        found = trials.cuttable(rest) or (
+            trials.cuttable_in_one_share(*sets) if sets and not alone else []
+        )
+        if found:
+            return result | {group.producer: group for group in found}
+        checked = _checked(trials, rest)
+        result |= {
+            name: group for name, group in checked.items()
+            if name not in result or isinstance(group, Group)
+        }  # fmt: skip
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -36,6 +36,7 @@ from .remaining import entries_left
 
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
+Shares = Mapping[str, float]  # of the units that groups keep, by their names
 # Words in the messages of errors about a tensor's shape.
 _SHAPE = re.compile(
     r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
@@ -62,16 +63,18 @@ class Trials:
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
 
     def cut(
-        self, groups: Sequence[Group], share: float | None = None, compare: bool = True
+        self, groups: Sequence[Group], shares: Shares | None = None, compare: bool = True
     ) -> None:
         """Raises an error about the first group unless the smaller model works.
 
-        share: of the units that each group keeps; None: another one for each group, so that groups
+        shares: of the units that each group keeps; None: another one for each group, so that groups
                that the model needs in one share are found
         compare: does the smaller model have to give the right outputs, too? If not, it has to run
         """
         model, batch, [group, *_] = self._model, self._batch, groups
-        counts = [round(share * each.units) for each in groups] if share else _different(groups)
+        counts = _different(groups)
+        if shares is not None:
+            counts = [round(shares[each.producer] * each.units) for each in groups]
         kept = [
             (each, torch.arange(count) * each.units // count)
             for each, count in zip(groups, counts, strict=True)
@@ -97,30 +100,30 @@ class Trials:
             model, weights, small, batch, left, self._executors
         ):
             return
-        reason = f"something between it and {group.consumer!r} mixes them"
+        reason = f"something between it and {group.takers} mixes them"
         raise FailedTrialError(
             f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
             f"{_constants_of(group) or reason}"
         )
 
     def _passes(
-        self, groups: Sequence[Group], share: float | None = None, *, compare: bool = True
+        self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
     ) -> bool:
         with suppress(ValueError):  # also one that is not about shapes: each group's trial tells
-            self.cut(groups, share, compare)
+            self.cut(groups, shares, compare)
             return True
         return False
 
-    def cuttable(self, groups: Sequence[Group], share: float | None = None) -> list[Group]:
+    def cuttable(self, groups: Sequence[Group], shares: Shares | None = None) -> list[Group]:
         """The groups with the fewest `sizes` with which they can be cut together; else none."""
         plain = _with_sizes(groups, set())
-        if self._passes(plain, share):
+        if self._passes(plain, shares):
             return plain
         # Where several fail in different shares, trials of fewer groups follow.
-        return self._with_fewest_sizes(groups, share, few=len(groups) > 1 and share is None)
+        return self._with_fewest_sizes(groups, shares, few=len(groups) > 1 and shares is None)
 
     def _with_fewest_sizes(
-        self, groups: Sequence[Group], share: float | None, *, few: bool
+        self, groups: Sequence[Group], shares: Shares | None, *, few: bool
     ) -> list[Group]:
         """The same for groups that can't be cut without `sizes`.
 
@@ -130,30 +133,30 @@ class Trials:
         """
         names = {general(name): None for group in groups for name in group.sizes}
         for known in sorted(self._fewest, key=len):  # of groups that were cut before
-            if known <= names.keys() and self._passes(_with_sizes(groups, known), share):
+            if known <= names.keys() and self._passes(_with_sizes(groups, known), shares):
                 return _with_sizes(groups, known)
         sets = [tuple(names)]
         if not few:
             sets += [*(tuple(n for n in names if n != out) for out in names), *zip(names)]
         for tried in filter(None, dict.fromkeys(sets)):
-            if self._passes(_with_sizes(groups, {*tried}), share):
+            if self._passes(_with_sizes(groups, {*tried}), shares):
                 fewest = {*tried}
                 if len(tried) > 1:
-                    fewest = self._needed(groups, tried, share, compare=False)
-                    if not self._passes(_with_sizes(groups, fewest), share):
-                        fewest = self._needed(groups, tried, share, compare=True)
+                    fewest = self._needed(groups, tried, shares, compare=False)
+                    if not self._passes(_with_sizes(groups, fewest), shares):
+                        fewest = self._needed(groups, tried, shares, compare=True)
                 if fewest not in self._fewest:
                     self._fewest.append(fewest)
                 return _with_sizes(groups, fewest)
         return []
 
     def _needed(
-        self, groups: Sequence[Group], names: Sequence[str], share: float | None, *, compare: bool
+        self, groups: Sequence[Group], names: Sequence[str], shares: Shares | None, *, compare: bool
     ) -> set[str]:
         """Those of the names without which the smaller model fails; or gives other outputs."""
         needed = {*names}
         for name in names if len(names) > 1 else ():
-            if self._passes(_with_sizes(groups, needed - {name}), share, compare=compare):
+            if self._passes(_with_sizes(groups, needed - {name}), shares, compare=compare):
                 needed.remove(name)
         return needed
 
@@ -191,14 +194,18 @@ class Trials:
             result[group.producer] = reason or next(iter(fewest), group)
         return result
 
-    def cuttable_in_one_share(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups, if they can be cut to one share of their units; else none."""
-        parts = math.gcd(*(group.units for group in groups))
-        if parts == 1:
-            return []
-        names = tuple(group.producer for group in groups)
-        groups = [replace(group, share=names) for group in groups]
-        return self.cuttable(groups, (parts + 1) // 2 / parts)
+    def cuttable_in_one_share(self, *sets: Sequence[Group]) -> list[Group]:
+        """The groups, if those of each set can be cut to one share of their units; else none."""
+        groups, shares = list[Group](), dict[str, float]()
+        for i, one_set in enumerate(sets):
+            parts = math.gcd(*(group.units for group in one_set))
+            if parts == 1:
+                return []
+            names = tuple(group.producer for group in one_set)
+            groups += [replace(group, share=names) for group in one_set]
+            left = (parts + 1) // 2 + (i % 2 if parts > 3 else 0)  # neighbours keep different ones
+            shares |= dict.fromkeys(names, left / parts)
+        return self.cuttable(groups, shares)
 
 
 def general(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Layers whose units can't be removed: each reason that propagate.py and groups.py give."""
+"""Layers whose units can't be removed: each reason that propagate.py and group_reader.py give."""
 
 from __future__ import annotations
 

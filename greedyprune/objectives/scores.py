@@ -1,0 +1,142 @@
+"""Query-key dimensions: units inside attention's heads, judged by the attention scores.
+
+The scores of a head are q k^T, a sum over its dimensions. A unit i contributes q_i k_i^T, where q_i
+and k_i are a dimension's entries for all tokens. With phi_i = N q_i k_i^T this is eq. (2): the loss
+is the squared error of the scores, over all pairs of tokens, samples and heads. The products of the
+contributions need no scores:
+
+    <q_i k_i^T, q_j k_j^T> = <q_i, q_j> <k_i, k_j>
+
+Pairs that a causal mask hides count, too. No layer takes the units, so there are no weights to
+solve for: the kept units stay as they are. The dense network gives queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.padding import Padding
+from ..graph.executor import tensors_of
+from ..graph.executors import GraphExecutors
+from ..graph.groups import Group
+from ..graph.slices import Slice
+from ..runtime.resume import Pass
+from ..surgery.selection import LayerSelection
+from .job import Job
+from .layer_products import LayerProducts
+from .products import Products
+from .quadratic import select_from, select_in_turns
+
+BLOCK = 2**24  # entries of the products of queries, or of keys, that are held at a time
+
+
+class ScoreProducts(Products):
+    """The products of the units' contributions to one product of queries and keys.
+
+    name: of the product's node in the graph
+    at:   where the units are along the dimension that it sums over
+    """
+
+    def __init__(self, group: Group, name: str, at: Slice, device: torch.device) -> None:
+        ones = torch.ones(1, group.units, dtype=torch.float64)
+        super().__init__(name, group.units, ones, device)
+        self.layer, self._places = group.producer, at.places
+
+    def add_scores(self, query: Tensor, key: Tensor) -> None:
+        """Adds one batch: queries (..., T, d) and keys (..., S, d), with zeros for padding.
+
+        ValueError for NaN or inf
+        """
+        if not (query.isfinite().all() and key.isfinite().all()):
+            raise ValueError(
+                f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
+                "numbers"
+            )
+        places = self._places.flatten().to(query.device)
+        query, key = query[..., places], key[..., places]
+        query, key = _of_same_heads(query, key)
+        sums, (units, width) = self.sums[0], self._places.shape
+        heads = max(1, BLOCK // (units * width) ** 2)
+        for queries, keys in zip(query.split(heads), key.split(heads), strict=True):
+            queries, keys = queries.double(), keys.double()
+            products = (queries.mT @ queries) * (keys.mT @ keys)
+            sums.gram += products.sum(0).view(units, width, units, width).sum((1, 3))
+        sums.positions += len(query) * query.shape[-2] * key.shape[-2]
+
+
+def _of_same_heads(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of the same heads, (heads of all samples, tokens, d)."""
+    if query.dim() > 2 and query.shape[-3] != key.shape[-3] != 1:  # several heads share a key
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    heads = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    query, key = (each.expand(*heads, *each.shape[-2:]) for each in (query, key))
+    return query.reshape(-1, *query.shape[-2:]), key.reshape(-1, *key.shape[-2:])
+
+
+def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
+    """Selects query-key units of all groups from one pass through the dense network."""
+
+    def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
+        return collect(job, turn)
+
+    def select_layer(job: Job, group: Group, products: LayerProducts) -> LayerSelection:
+        return select_from(job, products, swaps=0, damping=0.0)
+
+    return select_in_turns(job, [groups], products_of, select_layer)
+
+
+def collect(job: Job, groups: Sequence[Group], purpose: str = "") -> dict[str, LayerProducts]:
+    """The products of every group by the name of its layer, each on the rank that owns it.
+
+    purpose: tells a checkpoint these sums from others of the same layers
+    """
+    ranks, device = job.batches.ranks, next(job.model.parameters()).device
+    every = [
+        LayerProducts(
+            group, [ScoreProducts(group, name, at, device) for name, at in group.scores.items()], {}
+        )
+        for group in groups
+    ]
+    sums = {each.name: each for products in every for each in products.consumers}
+    layers = {name: group.producers for group in groups for name in group.scores}
+    resumed = Pass(job.checkpoint, purpose + " ".join(group.producer for group in groups))
+    resumed.hold(*sums.values())
+    executors, tensors = GraphExecutors(job.model), tensors_of(job.model)
+    for batch in resumed.new(job.bar(job.batches, "attention scores")):
+
+        def add(name: str, query: Tensor, key: Tensor, padding: Padding = batch.padding) -> None:
+            query, key = (_without_padding(each, padding, layers[name]) for each in (query, key))
+            products = sums[name]
+            assert isinstance(products, ScoreProducts)
+            products.add_scores(query, key)
+
+        executors.of(batch).visit_scores(batch, tensors, sums, add)
+    collected = dict[str, LayerProducts]()
+    for i, products in enumerate(every):
+        owner = ranks.owner(i)
+        for each in products.consumers:
+            each.finish(ranks, owner)
+        if owner == ranks.rank:
+            collected[products.group.producer] = products
+    return collected
+
+
+def _without_padding(tensor: Tensor, padding: Padding, layers: Sequence[str]) -> Tensor:
+    """Queries or keys (..., T, d) with zeros for tokens that the mask of these layers hides.
+
+    The first dimension is of samples, or of the heads of all samples. Where a decoder attends to an
+    encoder, the number of tokens tells whose mask it is.
+    """
+    if not padding.hides:
+        return tensor
+    decoders = padding.decoder_layers is not None and not padding.decoder_layers.isdisjoint(layers)
+    masks = [padding.decoder_mask, padding.mask] if decoders else [padding.mask]
+    for mask in masks:
+        if mask is not None and mask.shape[1] == tensor.shape[-2] and not len(tensor) % len(mask):
+            hidden = ~mask.repeat_interleave(len(tensor) // len(mask), 0)
+            shape = len(tensor), *[1] * (tensor.dim() - 3), tensor.shape[-2], 1
+            return tensor.masked_fill(hidden.view(shape), 0)
+    return tensor
