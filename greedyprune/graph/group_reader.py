@@ -13,7 +13,7 @@ on the way. A layer is refused, with the reason, if
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import TypeVar
 
@@ -99,8 +99,6 @@ def fix_what_cannot_go(graph: Graph, propagation: Propagation) -> None:
 class Reader:
     """Reads groups from the ids of a graph's tensors."""
 
-    shares_sizes = False  # may an attribute be the size of several groups?
-
     def __init__(self, graph: Graph, propagation: Propagation) -> None:
         self.graph, self.propagation = graph, propagation
         self.layers = {la.name: la for la in graph.layers.values() if la.groups == 1}
@@ -165,7 +163,7 @@ class Reader:
         given = [name for name, place in self.given.items() if place in roots_of]
         producers = sorted(given, key=self.order.__getitem__)
         consumers = {la.name for la in self.layers.values() if (la.weight, la.in_dim) in roots_of}
-        if not producers:
+        if not producers or bool(consumers) == self._are_summed(members):
             return None
         alone = len(members) == 1
         if alone and any((roots == members[0]).sum() > 1 for roots in roots_of.values()):
@@ -173,9 +171,6 @@ class Reader:
         first = roots_of[self.given[producers[0]]]
         place = {unit: int(np.argmax(first == unit)) for unit in members}
         units = np.array(sorted(place, key=place.__getitem__))
-        scores = self._scores_of(units)
-        if bool(consumers) == bool(scores):
-            return None
         slices, also = self._slices(roots_of, units, consumers)
         uses = {node: la.name for node, la in graph.layers.items() if la.name in consumers}
         not_output = "another consumer of its units"
@@ -194,7 +189,7 @@ class Reader:
             not_output=not_output,
             may_hold_size=tuple(line_of(doubt.node) for doubt in doubts)
             or self._held_elsewhere((*slices.values(), *also.values())),
-            sizes=_sizes(graph, self.propagation, doubts, units, self.shares_sizes),
+            sizes=sizes_in(graph, doubts, units, self.propagation.classes.roots),
             also=also,
             products={
                 product.node.name: flops_of(product.node)
@@ -212,12 +207,11 @@ class Reader:
             tied=tuple(
                 dict.fromkeys(la.weight for la in graph.tied.values() if la.weight in slices)
             ),
-            scores=scores,
         )  # fmt: skip
 
-    def _scores_of(self, units: Ids) -> dict[str, Slice]:
-        """The products that sum over these units (`Group.scores`)."""
-        return {}
+    def _are_summed(self, members: Sequence[int]) -> bool:
+        """Does a product of two tensors sum over these units?"""
+        return False
 
     def _held_elsewhere(self, places: Iterable[Slice]) -> tuple[str, ...]:
         """The first operation on other tensors with the size of one of these as an argument."""
@@ -248,16 +242,18 @@ class Reader:
         return slices, also
 
 
-def _sizes(
-    graph: Graph, propagation: Propagation, doubts: Iterable[Doubt], units: Ids, shared: bool
-) -> dict[str, Slice]:
+def sizes_in(
+    graph: Graph, doubts: Iterable[Doubt], units: Ids, unit_of: Callable[[Ids], Ids],
+    shared: bool = False,
+) -> dict[str, Slice]:  # fmt: skip
     """Attributes that operations may have sizes from, with the entries of each unit.
 
+    unit_of: gives the unit of each id, as an id
     shared: may they count other units, too, an entry with one of the group's?
     """
     sizes, conflicts, order = dict[str, Slice](), set[str](), np.argsort(units)
     for node, ids, axis, value, dim in doubts:
-        roots = np.moveaxis(propagation.classes.roots(ids), axis, 0).reshape(value, -1)
+        roots = np.moveaxis(unit_of(ids), axis, 0).reshape(value, -1)
         first = roots[:, :1]
         if shared:
             is_unit = np.isin(roots, units)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .slices import Entries, Slice
 from .windows import Window
 
 # Dimensions inside attention's heads, in the names of their groups: "attn.qkv[query-key]".
 QUERY_KEY, VALUE = "[query-key]", "[value]"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A product of queries and keys that sums over the dimensions of heads.
+
+    places: (N, w) int64, the dimensions that belong to each unit where heads are not yet matched
+    heads:  which of the group's heads each head of the product is: int64, of a shape that is
+            broadcast to that of the product without its last two dimensions
+    """
+
+    places: Tensor
+    heads: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,11 @@ class Group:
     norms:         norms and convolutions over the units: without some, the others change
     share:         the groups, with this one, that the code needs in one share of their units
     part:          "" or, of dimensions inside attention's heads, QUERY_KEY or VALUE
-    scores:        the products that sum over query-key units, by the names of their nodes, and
-                   where the units are along the dimension that they sum over. No layer takes these
-                   units: they have no consumers
+    heads:         of how many heads a unit inside heads has a dimension. Which dimensions of the
+                   heads make a unit is free (`matched`): the entries of each unit in a Slice are
+                   those of the first head, then those of the second, and so on
+    scores:        the products that sum over query-key units, by the names of their nodes. No layer
+                   takes these units: they have no consumers
     rescaled:      parameters that cutting multiplies, because the code divides the scores by the
                    root of the number of units; () if it does not
     """
@@ -71,7 +89,8 @@ class Group:
     tied: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
     part: str = ""
-    scores: Mapping[str, Slice] = field(default_factory=dict)
+    heads: int = 1
+    scores: Mapping[str, Scores] = field(default_factory=dict)
     rescaled: tuple[str, ...] = ()
 
     @property
@@ -94,6 +113,23 @@ class Group:
     def producer(self) -> str:
         """The first producer, by which the group is known; inside heads, with the part of these."""
         return self.producers[0] + self.part
+
+    def matched(self, order: Tensor) -> Group:
+        """The group with other dimensions of the heads in one unit.
+
+        order: (heads, N) int64: which of its dimensions each head has in each unit, by the units
+               that these are in now
+        """
+        slices, also = (
+            {name: _matched(at, order) for name, at in places.items()}
+            for places in (self.slices, self.also)
+        )
+        return replace(self, slices=slices, also=also)
+
+    def rolled(self, by: int) -> Group:
+        """The group with the dimensions of each head moved on, `by` further than the head's before."""
+        units = torch.arange(self.units)
+        return self.matched(torch.stack([units.roll(by * head) for head in range(self.heads)]))
 
     @property
     def takers(self) -> str:
@@ -123,3 +159,10 @@ class Group:
     def places(self) -> list[tuple[str, Slice]]:
         """Every tensor with entries of the units, and where; some tensors twice."""
         return [*self.slices.items(), *self.also.items()]
+
+
+def _matched(at: Slice, order: Tensor) -> Slice:
+    heads, units = order.shape
+    of_heads = at.places.view(units, heads, -1)
+    places = torch.stack([of_heads[order[head], head] for head in range(heads)], 1)
+    return Slice(at.dim, places.flatten(1), at.size)

@@ -1,10 +1,12 @@
 """The dimensions inside attention's heads as units, in the place of whole heads.
 
 A head has a query, a key and a value vector for each token. The scores are sums of products over
-the dimensions of queries and keys. The output has the dimensions of the values. Here the entries at
-the same place of all heads go together, so that all heads keep one size. Linear attention and other
-products of two tensors are treated alike: a dimension that a product sums over is a *query-key*
-dimension, and one that it keeps a *value* dimension.
+the dimensions of queries and keys. The output has the dimensions of the values. Linear attention
+and other products of two tensors are treated alike: a dimension that a product sums over is a
+*query-key* dimension, and one that it keeps is a *value* dimension.
+
+All heads keep as many dimensions, but each may keep others. A norm's factors or rotary embeddings,
+which all heads share, tie the dimensions of all heads.
 """
 
 from __future__ import annotations
@@ -16,104 +18,135 @@ import numpy as np
 from torch import fx
 
 from .classes import Ids
-from .labels import Labels, State
+from .labels import Factor, Labels, Operand, State
 from .nodes import shape_of
-from .propagate import Product, Propagation
+from .propagate import Product, Propagation, aligned, repeated
 from .tracing import Graph
 
 
-class Scores(NamedTuple):
-    """A product that sums over units, and their ids along the dimension that it sums over."""
+class Inside(NamedTuple):
+    """The ids along a dimension of heads in a product of two tensors.
+
+    ids:  (heads..., d), where the first dimensions are `dims` of the product's result
+    sums: does the product sum over the dimension?
+    """
 
     node: fx.Node
     ids: Ids
+    dims: tuple[int, ...]
+    sums: bool
+
+    def of_heads(self, roots: Ids) -> Ids:
+        """The classes of each head's dimensions: (heads, d)."""
+        return roots.reshape(-1, roots.shape[-1])
 
 
 class HeadPropagation(Propagation):
     """The ids of all tensors of a graph, with the dimensions inside heads as units.
 
-    scores: the products that sum over units
+    noted: where products of two tensors have them
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.scores: list[Scores] = []
-        self._values: list[Ids] = []
+        self.noted: list[Inside] = []
         self._even: list[tuple[Ids, str]] = []  # ids that a split puts into tensors of one size
         super().__init__(graph)
 
-    def inside(self) -> set[int]:
-        """The units inside heads, those of queries and keys and those of values."""
-        noted = [scores.ids for scores in self.scores] + self._values
-        units = {int(unit) for ids in noted for unit in self.classes.roots(ids).ravel()}
-        roots = np.array(sorted(units), np.int64)
-        reasons = self.classes.reasons(roots)
-        return {unit for unit, why in zip(roots.tolist(), reasons, strict=True) if why is None}
+    def places(self) -> dict[int, int]:
+        """The place among its head's dimensions of each unit inside heads."""
+        found = dict[int, int]()
+        for inside in self.noted:
+            roots = self.classes.roots(inside.ids)
+            for place, units in enumerate(inside.of_heads(roots).T):
+                found |= dict.fromkeys(units.tolist(), place)
+        reasons = self.classes.reasons(np.array([*found], np.int64))
+        return {u: at for (u, at), why in zip(found.items(), reasons, strict=True) if why is None}
 
     def _through_product(self, node: fx.Node, op: str) -> State:
-        one, other = node.args[-2:] if op != "baddbmm" else node.args[1:3]
-        tensors = (isinstance(each, fx.Node) and len(shape_of(each)) > 1 for each in (one, other))
-        if not all(tensors):
+        one, other = node.args[1:3] if op == "baddbmm" else node.args[:2]
+        if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
             return super()._through_product(node, op)
-        assert isinstance(one, fx.Node)
-        assert isinstance(other, fx.Node)
-        dims = len(shape_of(node))
-        rows, columns = len(shape_of(one)) - 2, len(shape_of(other)) - 2
-        left, right = self._inside_heads(node, one), self._inside_heads(node, other)
-        self._sum_over(node, _along(left, rows + 1), _along(right, columns))
-        kept = (rows, _along(left, rows), dims - 2), (columns, _along(right, columns + 1), dims - 1)
-        added = [tensor for tensor in node.all_input_nodes if tensor not in (one, other)]
-        for tensor in added:
-            self._fix(self.of(tensor), f"{node.target} adds its units")
-        return self._of_values(node, [(state, to) for _, state, to in kept])
+        if len(shape_of(one)) < 2 or len(shape_of(other)) < 2:
+            return super()._through_product(node, op)
+        for tensor in node.all_input_nodes:
+            if tensor not in (one, other):
+                self._fix(self.of(tensor), f"{node.target} adds its units")
+        dims, row, column = len(shape_of(node)), len(shape_of(one)) - 2, len(shape_of(other)) - 2
+        to_one, to_other = aligned(one, node), aligned(other, node)
+        left, right = self._apart_from(node, one), self._apart_from(node, other)
+        self._sum_over(node, [
+            (one, _along(left, row + 1), to_one | {row: None, row + 1: dims}),
+            (other, _along(right, column), to_other | {column + 1: None, column: dims}),
+        ])  # fmt: skip
+        rows = self._keep(node, (one, _along(left, row), to_one | {row + 1: None}))
+        columns = _along(right, column + 1)
+        return (*rows, *self._keep(node, (other, columns, to_other | {column: None})))
 
     def _through_attention(self, node: fx.Node) -> State:
         query, key, value = (arg for arg in node.args[:3] if isinstance(arg, fx.Node))
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if isinstance(mask, fx.Node):
             self._fix(self.of(mask), f"{node.target} adds its units")
-        queries, keys, values = (self._inside_heads(node, each) for each in (query, key, value))
-        last = len(shape_of(node)) - 1
-        for state, tensor in ((keys, key), (values, value)):
-            self._fix(_along(state, len(shape_of(tensor)) - 2), f"{node.target} mixes its units")
-        self._fix(_along(queries, last - 1), f"{node.target} mixes its units")
-        self._sum_over(node, _along(queries, last), _along(keys, len(shape_of(key)) - 1))
-        return self._of_values(node, [(_along(values, len(shape_of(value)) - 1), last)])
+        dims = len(shape_of(node))
+        heads = shape_of(query)[-3] if dims > 2 else 1
+        operands = list[Operand]()
+        for tensor in (query, key, value):
+            state = self._apart_from(node, tensor)
+            self._fix(_along(state, dims - 2), f"{node.target} mixes its units")
+            state = repeated(_along(state, dims - 1), dims - 3, [heads] * dims)
+            operands.append((tensor, state, aligned(tensor, node) | {dims - 2: None}))
+        of_values = operands.pop()
+        self._sum_over(node, [(t, state, to | {dims - 1: dims}) for t, state, to in operands])
+        return self._keep(node, of_values)
 
-    def _inside_heads(self, node: fx.Node, tensor: fx.Node) -> State:
-        """The ids along the last two dimensions, where those of all heads are one."""
-        dims = len(shape_of(tensor))
-        reason = f"{node.target} runs for each of its units"
-        state = self._mixed(node, self.of(tensor), range(dims - 2), reason)
-        mixed = tuple(labels for labels in state if len(labels.dims) > 1)
+    def _apart_from(self, node: fx.Node, tensor: fx.Node) -> State:
+        """The ids along one of the last two dimensions, and along those of heads."""
+        last, state = {len(shape_of(tensor)) - 2, len(shape_of(tensor)) - 1}, self.of(tensor)
+        mixed = tuple(labels for labels in state if len(last & set(labels.dims)) != 1)
         self._fix(mixed, f"{node.target} mixes its units")
-        return tuple(labels for labels in state if len(labels.dims) == 1)
+        return tuple(labels for labels in state if labels not in mixed)
 
-    def _sum_over(self, node: fx.Node, left: State, right: State) -> None:
-        """The ids along the dimension that a product sums over, of both its operands."""
-        if left and right:
-            self.classes.unite(left[0].ids, right[0].ids)
-            self.scores.append(Scores(node, left[0].ids))
-            self.products.append(Product(node, left[0].ids))
-        else:
-            self._fix(left + right, f"{node.target} sums over its units")
+    def _sum_over(self, node: fx.Node, operands: list[Operand]) -> None:
+        """The ids along the dimension that a product sums over, of both its operands.
 
-    def _of_values(self, node: fx.Node, kept: list[tuple[State, int]]) -> State:
-        """The ids of a product's result, from those that it keeps and their dimensions there."""
-        state = tuple(la._replace(dims=(to,)) for labels, to in kept for la in labels)
-        self._values += [labels.ids for labels in state]
-        self.products += [Product(node, labels.ids) for labels in state]
+        operands: their dimension that is summed over becomes the one behind the result's last
+        """
+        dims = len(shape_of(node))
+        states = [state for _, state, _ in operands]
+        if not all(states):
+            for state in states:
+                self._fix(state, f"{node.target} sums over its units")
+            return
+        over = sorted({to[d] or 0 for _, state, to in operands for la in state for d in la.dims})
+        size = next(
+            labels.ids.shape[labels.dims.index(dim)]
+            for _, (labels, *_), to in operands for dim in labels.dims if to[dim] == dims
+        )  # fmt: skip
+        ids = self._block(node, over, [(*shape_of(node), size)[dim] for dim in over], operands)
+        self.noted.append(Inside(node, ids, tuple(over[:-1]), sums=True))
+        self.products.append(Product(node, ids))
+
+    def _keep(self, node: fx.Node, operand: Operand) -> State:
+        """The ids of a product's result along a dimension that it keeps."""
+        state = self._met(node, [operand])
+        for labels in state:
+            if labels.dims[-1] < len(shape_of(node)) - 2:  # all dimensions of a head are one
+                self._fix((labels,), f"{node.target} mixes its units")
+                continue
+            self.noted.append(Inside(node, labels.ids, labels.dims[:-1], sums=False))
+            self.products.append(Product(node, labels.ids))
         return state
 
     def _apart(self, state: State, over: Collection[int]) -> State:
-        """A norm over the dimension of each head: the entries of all heads are one."""
+        """A norm over the dimensions of a head: those of all heads are one."""
         result = list[Labels]()
         for labels in state:
             others = tuple(axis for axis, dim in enumerate(labels.dims) if dim not in over)
             if others and len(others) == len(labels.dims) - 1:
                 self.classes.unite_along(labels.ids, others)
-                axis = next(axis for axis, dim in enumerate(labels.dims) if dim in over)
+                [(axis, dim)] = [(a, d) for a, d in enumerate(labels.dims) if d in over]
                 ids = np.moveaxis(labels.ids, axis, 0).reshape(labels.ids.shape[axis], -1)[:, 0]
-                labels = Labels((labels.dims[axis],), ids)
+                labels = Labels((dim,), ids)
             result.append(labels)
         return tuple(result)
 
@@ -123,7 +156,7 @@ class HeadPropagation(Propagation):
 
     def _make_rectangular(self) -> None:
         """Only where not all ids are inside heads: trials tell which sizes the code needs alike."""
-        inside = np.array(sorted(self.inside()), np.int64)
+        inside = np.array([*self.places()], np.int64)
 
         def all_inside(ids: Ids) -> bool:
             return bool(np.isin(self.classes.roots(ids), inside).all())
@@ -135,7 +168,21 @@ class HeadPropagation(Propagation):
         self._splits = [ids for ids in self._splits if not all_inside(ids)]
         super()._make_rectangular()
 
+    def _decide_factor(self, factor: Factor) -> None:
+        """Factors along the dimensions of heads tie those of all heads."""
+        places, roots = self.places(), self.classes.roots(factor.ids)
+        if not places.keys() >= set(roots.ravel().tolist()):
+            super()._decide_factor(factor)
+            return
+        at = np.vectorize(places.__getitem__)(roots)
+        if (at == at.min(factor.axes, keepdims=True)).all():  # a factor for each head
+            self.classes.fix(factor.constant, f"{factor.node.target} has one for each head")
+        else:
+            others = tuple(axis for axis in range(roots.ndim) if axis not in factor.axes)
+            self.classes.unite_along(factor.ids, others)
+            self.classes.unite(factor.ids, factor.constant)
+
 
 def _along(state: State, dim: int) -> State:
-    """The ids along one dimension."""
-    return tuple(labels for labels in state if labels.dims == (dim,))
+    """The ids along a dimension of heads."""
+    return tuple(labels for labels in state if dim in labels.dims)

@@ -250,14 +250,18 @@ class LabelledTensors:
         A bias for each head loses its entry with the head, because heads differ along the bias's
         dimension. A norm's factors are the same for all heads: they stay, and heads stay whole.
         """
-        for node, ids, constant, axes in self._factors:
-            roots = self.classes.roots(ids)
-            others = tuple(axis for axis in range(ids.ndim) if axis not in axes)
-            if all((roots == roots.take([0], axis)).all() for axis in others):
-                self.classes.unite(ids, constant)
-            else:
-                self.classes.fix(constant, f"{node.target} has the same for several units")
-                self.classes.unite_along(ids, axes, f"{node.target} has factors for its entries")
+        for factor in self._factors:
+            self._decide_factor(factor)
+
+    def _decide_factor(self, factor: Factor) -> None:
+        node, ids, constant, axes = factor
+        roots = self.classes.roots(ids)
+        others = tuple(axis for axis in range(ids.ndim) if axis not in axes)
+        if all((roots == roots.take([0], axis)).all() for axis in others):
+            self.classes.unite(ids, constant)
+        else:
+            self.classes.fix(constant, f"{node.target} has the same for several units")
+            self.classes.unite_along(ids, axes, f"{node.target} has factors for its entries")
 
     def _make_rectangular(self) -> None:
         """Decides along which dimension the entries go, where a reshape made several of one.

@@ -222,7 +222,7 @@ class Propagation(LayerOperations):
         if op == "repeat_interleave":
             options = arguments_of(node)
             if isinstance(options.get("dim"), int) and isinstance(options["repeats"], int):
-                return _repeated(self.of(first_of(node)), options["dim"], shape_of(node))
+                return repeated(self.of(first_of(node)), options["dim"], shape_of(node))
         if self._is_pointwise(node, op):
             return self._elementwise(node, op)
         if op in FACTORIES:  # of the type of a tensor, whose numbers do not matter
@@ -244,9 +244,9 @@ class Propagation(LayerOperations):
         right = self._mixed(node, self.of(other), [len(shape_of(other)) - 2], reason)
         sums = [tensor for tensor in added if isinstance(tensor, fx.Node)]
         state = self._met(node, [
-            *((tensor, self.of(tensor), _aligned(tensor, node)) for tensor in sums),
-            (one, left, _aligned(one, node) | {len(shape_of(one)) - 1: None}),
-            (other, right, _aligned(other, node) | {len(shape_of(other)) - 2: None}),
+            *((tensor, self.of(tensor), aligned(tensor, node)) for tensor in sums),
+            (one, left, aligned(one, node) | {len(shape_of(one)) - 1: None}),
+            (other, right, aligned(other, node) | {len(shape_of(other)) - 2: None}),
         ])  # fmt: skip
         self._note_product(node, state, dims)
         return state
@@ -259,16 +259,16 @@ class Propagation(LayerOperations):
         keys = self._mixed(node, self.of(key), [last - 1, last], reason)
         values = self._mixed(node, self.of(value), [last - 1], reason)
         heads = shape_of(query)[-3] if dims > 2 else 1
-        keys, values = (_repeated(state, dims - 3, [heads] * dims) for state in (keys, values))
+        keys, values = (repeated(state, dims - 3, [heads] * dims) for state in (keys, values))
         operands: list[Operand] = [
-            (query, queries, _aligned(query, node) | {last: None}),
-            (key, keys, _aligned(key, node) | {last: None, last - 1: None}),
-            (value, values, _aligned(value, node) | {last - 1: None}),
+            (query, queries, aligned(query, node) | {last: None}),
+            (key, keys, aligned(key, node) | {last: None, last - 1: None}),
+            (value, values, aligned(value, node) | {last - 1: None}),
         ]
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if isinstance(mask, fx.Node):
             masks = self._mixed(node, self.of(mask), [len(shape_of(mask)) - 1], reason)
-            operands.append((mask, masks, _aligned(mask, node) | {len(shape_of(mask)) - 1: None}))
+            operands.append((mask, masks, aligned(mask, node) | {len(shape_of(mask)) - 1: None}))
         state = self._met(node, operands)
         self._note_product(node, state, dims)
         return state
@@ -299,7 +299,7 @@ class Propagation(LayerOperations):
 
     def _elementwise(self, node: fx.Node, op: str) -> State:
         operands = node.all_input_nodes
-        state = self._met(node, [(o, self.of(o), _aligned(o, node)) for o in operands])
+        state = self._met(node, [(o, self.of(o), aligned(o, node)) for o in operands])
         terms = {
             self._nearest.get(o, frozenset()) for o in operands
             if self.of(o) and o not in self._constants
@@ -335,13 +335,13 @@ class Propagation(LayerOperations):
         return state
 
 
-def _aligned(operand: fx.Node, result: fx.Node) -> dict[int, int | None]:
+def aligned(operand: fx.Node, result: fx.Node) -> dict[int, int | None]:
     """The result's dimension for each of an operand's, as torch broadcasts them."""
     shift = len(shape_of(result)) - len(shape_of(operand))
     return {dim: dim + shift for dim in range(len(shape_of(operand)))}
 
 
-def _repeated(state: State, dim: int, sizes: Sequence[int]) -> State:
+def repeated(state: State, dim: int, sizes: Sequence[int]) -> State:
     """The ids where each entry of a dimension is repeated until it has its size of these."""
     result, dim = [], dim % len(sizes)
     for labels in state:

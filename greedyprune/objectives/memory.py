@@ -48,7 +48,8 @@ def bytes_of(
     picked: are the units known already, and only their weights refitted?
     gates:  is the layer judged by gates, of one feature a unit?
     """
-    units, shapes = group.units, [(group.units, 1)]  # features and outputs of each consumer
+    units = group.units
+    shapes = [(group.units * group.heads, 1)]  # features and outputs of each consumer
     if not gates and not group.scores:
         shapes = []
         for name in group.consumers:

@@ -117,6 +117,21 @@ class Products:
         for i, sums in enumerate(self.sums):
             sums.finish(f"{self.name!r} {i}", ranks, owner)
 
+    def rearrange(self, features: Tensor) -> None:
+        """Puts the features into another order, (F,) int64, in place."""
+        self.weight = self.weight[:, features]
+        for sums in self.sums:
+            sums.gram = sums.gram[features[:, None], features]
+            sums.cross = None if sums.cross is None else sums.cross[features]
+
+    def part(self, features: Tensor) -> Products:
+        """The products of some features, (F',) int64; their target is what they contribute."""
+        part = Products(self.name, self.units, self.weight[:, features], self.sums[0].gram.device)
+        for sums in self.sums:
+            part.sums[0].gram += sums.gram[features[:, None], features]
+        part.sums[0].positions = self.positions
+        return part
+
     def merge(self) -> None:
         """Adds up the sums of both halves."""
         while len(self.sums) > 1:

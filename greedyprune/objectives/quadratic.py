@@ -20,6 +20,7 @@ from .job import (
     warn_of_missed_tolerance,
     warn_of_repeats,
 )
+from .head_match import matched
 from .layer_products import LayerProducts, reweighted_losses, unscaled_path
 
 
@@ -60,6 +61,8 @@ def select_from(
     swaps, damping: of least squares refitted in each step
     loss: the kind of loss that gates are of; "mse" for imitation
     """
+    if products.group.heads > 1:
+        products = matched(products, job.solver_backend)
     group, rule = products.group, job.rule(products.group)
     weights = "refit" if job.weights == "auto" else job.weights
     weights = "none" if group.scores else weights  # no layer has weights of these units

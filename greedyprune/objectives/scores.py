@@ -21,8 +21,7 @@ from torch import Tensor
 from ..data.padding import Padding
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
-from ..graph.groups import Group
-from ..graph.slices import Slice
+from ..graph.groups import Group, Scores
 from ..runtime.resume import Pass
 from ..surgery.selection import LayerSelection
 from .job import Job
@@ -36,14 +35,15 @@ BLOCK = 2**24  # entries of the products of queries, or of keys, that are held a
 class ScoreProducts(Products):
     """The products of the units' contributions to one product of queries and keys.
 
+    A unit has a feature of each of the group's heads. Products of different heads are 0.
+
     name: of the product's node in the graph
-    at:   where the units are along the dimension that it sums over
     """
 
-    def __init__(self, group: Group, name: str, at: Slice, device: torch.device) -> None:
-        ones = torch.ones(1, group.units, dtype=torch.float64)
+    def __init__(self, group: Group, name: str, scores: Scores, device: torch.device) -> None:
+        ones = torch.ones(1, group.units * group.heads, dtype=torch.float64)
         super().__init__(name, group.units, ones, device)
-        self.layer, self._places = group.producer, at.places
+        self.layer, self._scores = group.producer, scores
 
     def add_scores(self, query: Tensor, key: Tensor) -> None:
         """Adds one batch: queries (..., T, d) and keys (..., S, d), with zeros for padding.
@@ -55,25 +55,37 @@ class ScoreProducts(Products):
                 f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
                 "numbers"
             )
-        places = self._places.flatten().to(query.device)
-        query, key = query[..., places], key[..., places]
-        query, key = _of_same_heads(query, key)
-        sums, (units, width) = self.sums[0], self._places.shape
-        heads = max(1, BLOCK // (units * width) ** 2)
-        for queries, keys in zip(query.split(heads), key.split(heads), strict=True):
+        if query.dim() > 2 and query.shape[-3] != key.shape[-3] != 1:  # several heads share a key
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        shape = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        units, width = self._scores.places.shape
+        places = self._scores.places.flatten().to(query.device)
+        query, key = (
+            each[..., places].expand(*shape, -1, -1).reshape(-1, each.shape[-2], len(places))
+            for each in (query, key)
+        )
+        head_of = _expanded(self._scores.heads, shape).to(query.device)
+        gram = self.sums[0].gram.view(units, -1, units, self.width)
+        of_heads = gram.diagonal(dim1=1, dim2=3)  # (units, units, heads)
+        at_once = max(1, BLOCK // len(places) ** 2)
+        for queries, keys, heads in zip(
+            *(each.split(at_once) for each in (query, key, head_of)), strict=True
+        ):
             queries, keys = queries.double(), keys.double()
             products = (queries.mT @ queries) * (keys.mT @ keys)
-            sums.gram += products.sum(0).view(units, width, units, width).sum((1, 3))
-        sums.positions += len(query) * query.shape[-2] * key.shape[-2]
+            products = products.view(-1, units, width, units, width).sum((2, 4))
+            of_heads.index_add_(2, heads, products.permute(1, 2, 0))
+        self.sums[0].positions += len(query) * query.shape[-2] * key.shape[-2]
 
 
-def _of_same_heads(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the same heads, (heads of all samples, tokens, d)."""
-    if query.dim() > 2 and query.shape[-3] != key.shape[-3] != 1:  # several heads share a key
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    heads = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    query, key = (each.expand(*heads, *each.shape[-2:]) for each in (query, key))
-    return query.reshape(-1, *query.shape[-2:]), key.reshape(-1, *key.shape[-2:])
+def _expanded(heads: Tensor, shape: Sequence[int]) -> Tensor:
+    """The head of each product, flat; a dimension may hold the heads of another number of samples."""
+    for dim, size in enumerate(shape):
+        if heads.shape[dim] not in (1, size):
+            times = [1] * heads.dim()
+            times[dim] = -(-size // heads.shape[dim])
+            heads = heads.repeat(times).narrow(dim, 0, size)
+    return heads.expand(*shape).flatten()
 
 
 def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection]:
@@ -96,7 +108,9 @@ def collect(job: Job, groups: Sequence[Group], purpose: str = "") -> dict[str, L
     ranks, device = job.batches.ranks, next(job.model.parameters()).device
     every = [
         LayerProducts(
-            group, [ScoreProducts(group, name, at, device) for name, at in group.scores.items()], {}
+            group,
+            [ScoreProducts(group, name, scores, device) for name, scores in group.scores.items()],
+            {},
         )
         for group in groups
     ]

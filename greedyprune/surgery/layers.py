@@ -200,7 +200,7 @@ def layers(model: nn.Module, example: object) -> Layers:
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:
     if group.scores:
-        features = next(iter(group.scores.values())).width
+        features = next(iter(group.scores.values())).places.shape[1] * group.heads
     else:
         at = slice_of(group.slices, group.consumer)
         weight = weight_of(model, group.consumer)

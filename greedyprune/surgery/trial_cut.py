@@ -131,9 +131,10 @@ def _checked_inside_heads(
     """The same for dimensions inside heads.
 
     Most code has one size for queries, keys and values. So this is tried first, for all layers at
-    once. Whether the code divides the scores by the root of that size is tried, too.
+    once. Whether the code divides the scores by the root of that size is tried, too. Each head
+    loses other dimensions, so that the trials show whether it may.
     """
-    result: dict[str, Group | NotPrunableError] = {}
+    groups, result = [group.rolled(1) for group in groups], dict[str, Group | NotPrunableError]()
     for flipped in (False, True):
         rest = [
             rescaling(group, not group.rescaled) if flipped and group.scores else group
@@ -147,13 +148,17 @@ def _checked_inside_heads(
             trials.cuttable_in_one_share(*sets) if sets and not alone else []
         )
         if found:
-            return result | {group.producer: group for group in found}
+            result |= {group.producer: group for group in found}
+            break
         checked = _checked(trials, rest)
         result |= {
             name: group for name, group in checked.items()
             if name not in result or isinstance(group, Group)
         }  # fmt: skip
-    return result
+    return {
+        name: group.rolled(-1) if isinstance(group, Group) else group
+        for name, group in result.items()
+    }
 
 
 def _code_of(group: Group) -> tuple[object, ...]:
