@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .groups import Group
+from .groups import QUERY_KEY, VALUE, Group
 from .names import slice_of
 from .slices import Slice
 
@@ -197,7 +197,7 @@ def before_selection(model: nn.Module, groups: Mapping[str, Group]) -> str | Non
     """What `save_pretrained` takes, in one line for each Hugging Face model; None without one."""
     cuts = {
         name: Cut(group.units, group.units, group.slices, group.also)
-        for name, group in groups.items()
+        for name, group in groups.items() if not group.part
     }
     lines = []
     for prefix, part in outermost(model):
@@ -294,6 +294,8 @@ def _owner(model: nn.Module, name: str) -> tuple[str, Any]:
 
 def _entries(model: nn.Module, name: str, cut: Cut) -> Edits:
     """The entries that say how many units the layer `name` has, with their new values."""
+    if name.endswith((QUERY_KEY, VALUE)):  # a config's `head_dim` also scales the scores
+        return {}
     path, config = _owner(model, name)
     if "*" not in pattern(name):  # the stream begins before the blocks
         hidden = {e: cut.kept for e in HIDDEN if _read(config, e) == cut.units}
