@@ -61,7 +61,9 @@ class HeadReader(Reader):
         group = super()._group(roots_of, members)
         notes = [(note, roots) for note, of, roots in self._noted if not of.isdisjoint(members)]
         heads = _heads_of(notes[0][1])
-        if group is None or {*members} != {*heads.ravel().tolist()} or len({*members}) < heads.size:
+        classes = set(heads.ravel().tolist())
+        is_matched = {*members} == classes and len(classes) == heads.size
+        if group is None or not is_matched or heads.shape[1] == 1:
             return None
         part = VALUE if group.consumers else QUERY_KEY
         halves = {  # one of an attention's two products is of queries and keys, the other of values

@@ -2,8 +2,9 @@
 
 The scores of a head are q k^T, a sum over its dimensions. A unit i contributes q_i k_i^T, where q_i
 and k_i are a dimension's entries for all tokens. With phi_i = N q_i k_i^T this is eq. (2): the loss
-is the squared error of the scores, over all pairs of tokens, samples and heads. The products of the
-contributions need no scores:
+is the squared error of the scores, over all pairs of tokens, samples and heads, as a share of their
+squares; of units of several attentions, the mean of the shares. The products of the contributions
+need no scores:
 
     <q_i k_i^T, q_j k_j^T> = <q_i, q_j> <k_i, k_j>
 

@@ -118,7 +118,8 @@ class Layers(Mapping[str, Prunable]):
         """
         from rich.table import Table
 
-        table = Table(title=f"{len(self)} of {len(self) + len(self.refused)} layers can be pruned")
+        whole = sum(not layer.part for layer in self.values())
+        table = Table(title=f"{whole} of {whole + len(self.refused)} layers can be pruned")
         rows = [
             {
                 "layer": name, "units": f"{layer.units}", "features": f"{layer.features}",
@@ -149,7 +150,8 @@ def layers(model: nn.Module, example: object) -> Layers:
     The model is traced once and run once. If an operation may have a layer's size as a constant,
     such as a `view`, the model is also run with half of that layer's units, unless its parameters
     are on the meta device. `select` prunes the same layers for the same example: all of them with
-    layers="all", else those whose `kind` is "".
+    layers="all", else those whose `kind` is "". Those inside attention's heads it prunes where they are
+    named.
 
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
