@@ -293,7 +293,10 @@ class GraphExecutor:
         self, batch: Batch, tensors: Mapping[str, Tensor], names: Container[str],
         add: Callable[[str, Tensor, Tensor], None],
     ) -> None:  # fmt: skip
-        """Runs the model and calls add(name, queries, keys) at the products with these names."""
+        """Runs the model and calls add(name, queries, keys) at the products with these names.
+
+        Queries are (..., T, d) and keys (..., S, d). Keys that several heads share are repeated.
+        """
         values, start = self.inputs(batch), 0
         constants = self.constants(tensors)
         for node in self.nodes:
@@ -304,6 +307,8 @@ class GraphExecutor:
                 query, key = (constants.get(n, values.get(n)) for n in query_and_key(node))
                 if operation(node) != ATTENTION:
                     key = key.transpose(-2, -1)
+                elif key.dim() > 2 and key.shape[-3] != query.shape[-3]:
+                    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
                 add(node.name, query, key)
 
     def output_of(self, layer: str, values: Values) -> Tensor:

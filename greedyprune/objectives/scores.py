@@ -56,8 +56,6 @@ class ScoreProducts(Products):
                 f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
                 "numbers"
             )
-        if query.dim() > 2 and query.shape[-3] != key.shape[-3] != 1:  # several heads share a key
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         shape = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         units, width = self._scores.places.shape
         places = self._scores.places.flatten().to(query.device)

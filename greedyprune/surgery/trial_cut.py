@@ -135,6 +135,8 @@ def _checked_inside_heads(
     loses other dimensions, so that the trials show whether it may.
     """
     groups, result = [group.rolled(1) for group in groups], dict[str, Group | NotPrunableError]()
+    if groups:
+        trials.sharpen(groups)
     for flipped in (False, True):
         rest = [
             rescaling(group, not group.rescaled) if flipped and group.scores else group

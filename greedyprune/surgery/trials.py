@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..data.batches import Batch
@@ -37,6 +37,7 @@ from .remaining import entries_left
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
 Shares = Mapping[str, float]  # of the units that groups keep, by their names
+FEW_TOKENS = 64  # whose scores are measured
 # Words in the messages of errors about a tensor's shape.
 _SHAPE = re.compile(
     r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
@@ -61,6 +62,31 @@ class Trials:
         if graph is not None:
             self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
+        self._factors = dict[str, float]()  # of parameters, by name
+
+    def sharpen(self, groups: Sequence[Group]) -> None:
+        """Makes the attention of these groups' query-key units sharp in all trials.
+
+        With the small random weights of an untrained network, attention is nearly the mean of all
+        values, whatever the scores are. Then no trial could see whether they are right. So queries
+        and keys are multiplied until the scores' standard deviation is 3 times the root of the
+        size of heads, which most code divides by.
+        """
+        if False not in self._executors:
+            self._executors[False] = GraphExecutor(self._model, self._batch)
+        executor, spread = self._executors[False], dict[str, float]()
+
+        def measure(name: str, query: Tensor, key: Tensor) -> None:
+            scores = query[..., :FEW_TOKENS, :] @ key.mT
+            spread[name] = float(scores.float().std(-1, correction=0).mean()) / query.shape[-1] ** 0.5
+
+        names = {name for group in groups for name in group.scores}
+        tensors = tensors_of(self._model)
+        executor.visit_scores(self._batch, tensors, names, measure)
+        for group in groups:
+            least = min((spread[name] for name in group.scores), default=math.inf)
+            factor = max(1.0, math.sqrt(3 / max(least, 1e-6)))
+            self._factors |= dict.fromkeys(group.tied if group.scores else (), factor)
 
     def cut(
         self, groups: Sequence[Group], shares: Shares | None = None, compare: bool = True
@@ -81,7 +107,11 @@ class Trials:
         ]
         selection = selection_of_units(model, kept)
         full = masked(model, selection, checked=True)
+        for name, factor in self._factors.items():
+            parameter = full.get_parameter(name)
+            parameter.data = parameter.data * factor
         cut_tensors = {name for each in groups for name in each.slices}
+        cut_tensors |= self._factors.keys()
         weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
         small = cut(full, selection)
         with preserving_random_state([]), _WithoutDropout():
