@@ -41,9 +41,12 @@ def analyse(
     model returns what the first one found.
     """
     signature = check, _signature(model, batch)
-    known = _KNOWN.setdefault(model, {}).get(heads)
-    if known is not None and known[0] == signature:
-        return known[1]
+    earlier = _KNOWN.setdefault(model, {})
+    for has_heads in (heads, True):
+        known = earlier.get(has_heads)
+        if known is not None and known[0] == signature:
+            is_asked = {name: heads or not name.endswith((QUERY_KEY, VALUE)) for name in known[1]}
+            return {name: found for name, found in known[1].items() if is_asked[name]}
     graph = Graph(model, batch.args, batch.kwargs)
     found = groups_in(graph)
     if heads:
