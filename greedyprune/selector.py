@@ -95,8 +95,8 @@ def select(
 
       What to select and how to judge it
         layers: names of the layers whose outputs are the units; "all": all that can be pruned
-            (`greedyprune.layers` lists them); None: all of these but residual streams and units
-            under a norm. For models that torch.export cannot trace: a mapping from such a layer to
+            (`greedyprune.layers` lists them) but the dimensions inside attention's heads; None: all
+            of these but residual streams and units under a norm. For models that torch.export cannot trace: a mapping from such a layer to
             the layer that takes its units
         loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss with a mean
             or a sum, or a function of (outputs, targets), which is slow; "auto": cross_entropy for
@@ -105,7 +105,8 @@ def select(
             approximation of the loss; or Imitation(...), Loss(...), Fisher(...) with options;
             "auto": loss if the consumer is a Linear that gives the model's output, else imitation
         weights: outgoing weights of the kept units: "counts" (the theory's), "uniform", "none"
-            (unchanged) or "refit" (least squares); "auto": counts for the loss, else refit
+            (unchanged) or "refit" (least squares); "auto": counts for the loss, else refit.
+            Query-key dimensions have no outgoing weights: they are unchanged
         replacement: may a unit be picked again? None: only with `steps`
         mask: the name of the entry in batches that are dicts which says what positions of padded
             sequences count, (m, T) of 1 and 0 (in torch's own "..._key_padding_mask", True hides).

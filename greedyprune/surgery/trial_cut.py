@@ -16,7 +16,7 @@ from torch import nn
 from ..data.batches import Batch, samples_of
 from ..graph.groups import QUERY_KEY, VALUE, Group
 from ..graph.head_groups import rescaling
-from ..graph.refusals import by_reason, refused_in
+from ..graph.refusals import by_reason, refused_in, without_layer
 from ..graph.slices import NotPrunableError
 from ..graph.structure import Structure, analyse, find_groups, left_out_of, named_group
 from ..graph.trace_errors import TraceError
@@ -39,7 +39,8 @@ def groups_of(
         model: the dense model
         example: a batch that the model is traced with
         layers: the names of the groups' producers; None: all that can be found in the graph, but
-            for residual streams and units under a norm; ("all",): these, too
+            for residual streams and units under a norm; ("all",): these, too. Dimensions inside
+            heads are taken where they are named
         consumers: the name of the consumer for each producer's name. They are taken as the caller
             names them, without a graph. None: the graph says what follows the producers
         sized: names of layers that the argument `size` has entries for
@@ -130,37 +131,80 @@ def _checked_inside_heads(
 ) -> dict[str, Group | NotPrunableError]:
     """The same for dimensions inside heads.
 
-    Most code has one size for queries, keys and values. So this is tried first, for all layers at
-    once. Whether the code divides the scores by the root of that size is tried, too. Each head
-    loses other dimensions, so that the trials show whether it may.
+    Most code has one size for queries, keys and values. So groups that have weights or attributes
+    in common are also tried in one share. Whether the code divides the scores by the root of that
+    size is tried, too. Each head loses other dimensions, so that the trials show whether it may.
     """
-    groups, result = [group.rolled(1) for group in groups], dict[str, Group | NotPrunableError]()
-    if groups:
-        trials.sharpen(groups)
-    for flipped in (False, True):
-        rest = [
-            rescaling(group, not group.rescaled) if flipped and group.scores else group
-            for group in groups if not isinstance(result.get(group.producer), Group)
-        ]  # fmt: skip
-        if not rest:
-            break
-        sets = _connected(rest, by_attributes=True)
-        alone = {g.producer for g in rest} - {g.producer for one_set in sets for g in one_set}
-        found = trials.cuttable(rest) or (
-            trials.cuttable_in_one_share(*sets) if sets and not alone else []
-        )
-        if found:
+    if not groups:
+        return {}
+    trials.sharpen(groups)
+    groups = [group.rolled(1) for group in groups]
+    sets = _connected(groups, by_attributes=True)
+    in_sets = {group.producer for one_set in sets for group in one_set}
+    sets += [[group] for group in groups if group.producer not in in_sets]
+    kinds = defaultdict[tuple[str, ...], list[list[Group]]](list)
+    for one_set in sets:
+        kinds[tuple(general(group.producer) for group in one_set)].append(one_set)
+    result: dict[str, Group | NotPrunableError] = {}
+    for together in (sets, *kinds.values()) if len(kinds) > 1 else (sets,):
+        if together[0][0].producer not in result:
+            found = _of_one_size(trials, together)
             result |= {group.producer: group for group in found}
-            break
-        checked = _checked(trials, rest)
-        result |= {
-            name: group for name, group in checked.items()
-            if name not in result or isinstance(group, Group)
-        }  # fmt: skip
+    for alike in kinds.values():
+        if alike[0][0].producer not in result:
+            result |= _of_alike(trials, alike)
     return {
         name: group.rolled(-1) if isinstance(group, Group) else group
         for name, group in result.items()
     }
+
+
+def _of_alike(trials: Trials, sets: Sequence[Sequence[Group]]) -> Structure:
+    """The groups of the same layers of several blocks, which can't be cut with all attributes set.
+
+    The first block tells which attributes are to be set, or that none can be cut.
+    """
+    result: dict[str, Group | NotPrunableError] = {}
+    found = _of_one_size(trials, sets[:1], few=False)
+    if found and len(sets) > 1:
+        found = _of_one_size(trials, sets) or found
+    result |= {group.producer: group for group in found}
+    for one_set in sets:
+        if found and one_set[0].producer not in result:
+            result |= {group.producer: group for group in _of_one_size(trials, [one_set])}
+    reason: FailedTrialError | None = None
+    for group in (group for one_set in sets for group in one_set):
+        if group.producer not in result:
+            reason = reason or trials.failure_of(group)
+            why = "something mixes them" if reason is None else without_layer(reason)
+            result[group.producer] = FailedTrialError(f"layer {group.producer!r}: {why}")
+    return result
+
+
+def _of_one_size(
+    trials: Trials, sets: Sequence[Sequence[Group]], *, few: bool = True
+) -> list[Group]:
+    """The groups of all sets, if they can be cut, with one size for those of a set or without.
+
+    few: try only all attributes at once
+    """
+    trials.gave_other_outputs = False
+    for is_flipped in (False, True):
+        if is_flipped and not trials.gave_other_outputs:
+            break
+        tried = [
+            [
+                rescaling(group, not group.rescaled) if is_flipped and group.scores else group
+                for group in one_set
+            ]
+            for one_set in sets
+        ]
+        found = trials.cuttable([group for one_set in tried for group in one_set], few=few)
+        if not found and all(len(one_set) > 1 for one_set in tried):
+            found = trials.cuttable_in_one_share(*tried, few=few)
+        if found:
+            return found
+    return []
 
 
 def _code_of(group: Group) -> tuple[object, ...]:

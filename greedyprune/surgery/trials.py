@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -63,6 +62,7 @@ class Trials:
             self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
         self._factors = dict[str, float]()  # of parameters, by name
+        self.gave_other_outputs = False  # has a smaller model run since this was set to False?
 
     def sharpen(self, groups: Sequence[Group]) -> None:
         """Makes the attention of these groups' query-key units sharp in all trials.
@@ -139,18 +139,26 @@ class Trials:
     def _passes(
         self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
     ) -> bool:
-        with suppress(ValueError):  # also one that is not about shapes: each group's trial tells
+        try:
             self.cut(groups, shares, compare)
-            return True
-        return False
+        except ValueError as error:  # also one that is not about shapes: each group's trial tells
+            self.gave_other_outputs |= "gives other outputs" in str(error)
+            return False
+        return True
 
-    def cuttable(self, groups: Sequence[Group], shares: Shares | None = None) -> list[Group]:
-        """The groups with the fewest `sizes` with which they can be cut together; else none."""
+    def cuttable(
+        self, groups: Sequence[Group], shares: Shares | None = None, few: bool | None = None
+    ) -> list[Group]:
+        """The groups with the fewest `sizes` with which they can be cut together; else none.
+
+        few: as for `_with_fewest_sizes`; None: where more trials, of fewer groups, follow
+        """
         plain = _with_sizes(groups, set())
         if self._passes(plain, shares):
             return plain
-        # Where several fail in different shares, trials of fewer groups follow.
-        return self._with_fewest_sizes(groups, shares, few=len(groups) > 1 and shares is None)
+        if few is None:  # where several fail in different shares, trials of fewer groups follow
+            few = len(groups) > 1 and shares is None
+        return self._with_fewest_sizes(groups, shares, few=few)
 
     def _with_fewest_sizes(
         self, groups: Sequence[Group], shares: Shares | None, *, few: bool
@@ -193,12 +201,13 @@ class Trials:
     def cuttable_alone(self, group: Group) -> Group | NotPrunableError:
         """The group with the fewest `sizes`; or why it can't be cut without any."""
         [plain] = _with_sizes([group], set())
-        reason = self._failure_of(plain)
+        reason = self.failure_of(plain)
         if reason is None:
             return plain
         return next(iter(self._with_fewest_sizes([group], None, few=False)), reason)
 
-    def _failure_of(self, group: Group) -> FailedTrialError | None:
+    def failure_of(self, group: Group) -> FailedTrialError | None:
+        """Why a group can't be cut alone; None: it can."""
         try:
             self.cut([group])
         except FailedTrialError as error:
@@ -216,15 +225,17 @@ class Trials:
         while rest and sum(isinstance(each, NotPrunableError) for each in result.values()) < 2:
             group = rest.pop(0)
             result[group.producer] = self.cuttable_alone(group)
-        if rest and (found := self.cuttable(rest)):
+        if len(rest) > 1 and (found := self.cuttable(rest)):
             return result | {group.producer: group for group in found}
         for group in rest:
-            reason = self._failure_of(group)
+            reason = self.failure_of(group)
             fewest = [] if reason else self._with_fewest_sizes([group], None, few=True)
             result[group.producer] = reason or next(iter(fewest), group)
         return result
 
-    def cuttable_in_one_share(self, *sets: Sequence[Group]) -> list[Group]:
+    def cuttable_in_one_share(
+        self, *sets: Sequence[Group], few: bool | None = None
+    ) -> list[Group]:
         """The groups, if those of each set can be cut to one share of their units; else none."""
         groups, shares = list[Group](), dict[str, float]()
         for i, one_set in enumerate(sets):
@@ -235,7 +246,7 @@ class Trials:
             groups += [replace(group, share=names) for group in one_set]
             left = (parts + 1) // 2 + (i % 2 if parts > 3 else 0)  # neighbours keep different ones
             shares |= dict.fromkeys(names, left / parts)
-        return self.cuttable(groups, shares)
+        return self.cuttable(groups, shares, few)
 
 
 def general(name: str) -> str:
