@@ -151,10 +151,9 @@ def find_layers(row: Row, model: nn.Module, inputs: Any) -> None:
     start = time.perf_counter()
     table = greedyprune.layers(model, inputs)
     row["layers_seconds"] = time.perf_counter() - start
-    groups = [group for group in table.values() if not group.part]  # of whole heads
-    producers = {producer for group in groups for producer in group.producers}
+    producers = {producer for group in table.values() for producer in group.producers}
     known = {name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
-    row |= {"groups": len(groups), "in_groups": len(producers), "layers": len(known | producers)}
+    row |= {"groups": len(table), "in_groups": len(producers), "layers": len(known | producers)}
     counts = Counter(general(reason) for reason in table.refused.values())
     examples = {general(why): f"{layer}: {why}" for layer, why in table.refused.items()}
     row["refused"] = [[why, count, examples[why]] for why, count in counts.most_common()]

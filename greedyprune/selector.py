@@ -96,8 +96,8 @@ def select(
       What to select and how to judge it
         layers: names of the layers whose outputs are the units; "all": all that can be pruned
             (`greedyprune.layers` lists them) but the dimensions inside attention's heads; None: all
-            of these but residual streams and units under a norm. For models that torch.export cannot trace: a mapping from such a layer to
-            the layer that takes its units
+            of these but residual streams and units under a norm. For models that torch.export
+            cannot trace: a mapping from such a layer to the layer that takes its units
         loss: "mse", "cross_entropy", "bce_with_logits", a torch.nn loss with a mean
             or a sum, or a function of (outputs, targets), which is slow; "auto": cross_entropy for
             class indices, else mse. Layers that imitate use it only for Imitation(metric="fisher")

@@ -20,15 +20,7 @@ from ..runtime.sparse import bytes_of
 from .experts import EXPERTS
 from .head_labels import HeadPropagation
 from .linear_paths import linear_path
-from .nodes import (
-    ATTENTION,
-    PRODUCTS,
-    data_input,
-    in_place,
-    operation,
-    query_and_key,
-    shape_of,
-)
+from .nodes import PRODUCTS, data_input, in_place, operation, shape_of
 from .norms import over_entries
 from .propagate import Propagation
 from .recurrences import is_recurrence, with_columns
@@ -288,28 +280,6 @@ class GraphExecutor:
                 self.run(values, tensors, start, end)
                 start = end
                 add(layer.name, self._input_of(node, values))
-
-    def visit_scores(
-        self, batch: Batch, tensors: Mapping[str, Tensor], names: Container[str],
-        add: Callable[[str, Tensor, Tensor], None],
-    ) -> None:  # fmt: skip
-        """Runs the model and calls add(name, queries, keys) at the products with these names.
-
-        Queries are (..., T, d) and keys (..., S, d). Keys that several heads share are repeated.
-        """
-        values, start = self.inputs(batch), 0
-        constants = self.constants(tensors)
-        for node in self.nodes:
-            if node.name in names:
-                end = self.graph.position[node]
-                self.run(values, tensors, start, end)
-                start = end
-                query, key = (constants.get(n, values.get(n)) for n in query_and_key(node))
-                if operation(node) != ATTENTION:
-                    key = key.transpose(-2, -1)
-                elif key.dim() > 2 and key.shape[-3] != query.shape[-3]:
-                    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-                add(node.name, query, key)
 
     def output_of(self, layer: str, values: Values) -> Tensor:
         """A layer's output, from the values just after the layer."""

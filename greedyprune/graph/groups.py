@@ -127,7 +127,7 @@ class Group:
         return replace(self, slices=slices, also=also)
 
     def rolled(self, by: int) -> Group:
-        """The group with the dimensions of each head moved on, `by` further than the head's before."""
+        """The group with each head's dimensions moved `by` further than the ones before."""
         units = torch.arange(self.units)
         return self.matched(torch.stack([units.roll(by * head) for head in range(self.heads)]))
 

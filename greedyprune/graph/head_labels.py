@@ -66,7 +66,7 @@ class HeadPropagation(Propagation):
         one, other = node.args[1:3] if op == "baddbmm" else node.args[:2]
         if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
             return super()._through_product(node, op)
-        if len(shape_of(one)) < 2 or len(shape_of(other)) < 2:
+        if len(shape_of(one)) < 2 or len(shape_of(other)) < 2 or len(shape_of(node)) < 3:
             return super()._through_product(node, op)
         for tensor in node.all_input_nodes:
             if tensor not in (one, other):
@@ -96,7 +96,7 @@ class HeadPropagation(Propagation):
             state = repeated(_along(state, dims - 1), dims - 3, [heads] * dims)
             operands.append((tensor, state, aligned(tensor, node) | {dims - 2: None}))
         of_values = operands.pop()
-        self._sum_over(node, [(t, state, to | {dims - 1: dims}) for t, state, to in operands])
+        self._sum_over(node, [(t, state, {**to, dims - 1: dims}) for t, state, to in operands])
         return self._keep(node, of_values)
 
     def _apart_from(self, node: fx.Node, tensor: fx.Node) -> State:

@@ -56,12 +56,6 @@ def first_of(node: fx.Node) -> fx.Node:
     return node.args[0]  # type: ignore[return-value]
 
 
-def query_and_key(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The operands of a product of two tensors, such as attention's scores."""
-    first = 1 if operation(node) == "baddbmm" else 0
-    return node.args[first], node.args[first + 1]  # type: ignore[return-value]
-
-
 def data_input(node: fx.Node) -> fx.Node:
     """A layer's operand that is neither its weight nor its bias."""
     return node.args[1 if operation(node) == "addmm" else 0]  # type: ignore[return-value]

@@ -197,7 +197,7 @@ def before_selection(model: nn.Module, groups: Mapping[str, Group]) -> str | Non
     """What `save_pretrained` takes, in one line for each Hugging Face model; None without one."""
     cuts = {
         name: Cut(group.units, group.units, group.slices, group.also)
-        for name, group in groups.items() if not group.part
+        for name, group in groups.items()
     }
     lines = []
     for prefix, part in outermost(model):

@@ -42,7 +42,8 @@ class ShapeOperations(LabelledTensors):
                         self._doubt_sizes(node, part, [dim])
                 elif alone:
                     moved = np.moveaxis(labels.ids, axis, 0).reshape(len(sizes), sizes[0], -1)
-                    self._split_evenly(moved, f"{node.target} puts its units into different tensors")
+                    note = f"{node.target} puts its units into different tensors"
+                    self._split_evenly(moved, note)
                     if split_may_hold_size(node, dim):
                         self._doubt_sizes(node, self._parts[node][0], [dim])
         return ()

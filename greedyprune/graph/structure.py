@@ -177,13 +177,14 @@ def _check_apart(groups: Sequence[Group]) -> None:
                 continue
             for name, at in inside.slices.items():
                 other = group.slices.get(name)
-                if other is not None and other.dim == at.dim:
-                    if np.isin(at.places, other.places).any():
-                        raise ValueError(
-                            f"layers: found {group.producer!r} and {inside.producer!r}, which are "
-                            "dimensions inside its units; expected one of them, and the other in a "
-                            "second call for the pruned model"
-                        )
+                if other is None or other.dim != at.dim:
+                    continue
+                if np.isin(at.places, other.places).any():
+                    raise ValueError(
+                        f"layers: found {group.producer!r} and {inside.producer!r}, which are "
+                        "dimensions inside its units; expected one of them, and the other in a "
+                        "second call for the pruned model"
+                    )
 
 
 def left_out_of(structure: Structure) -> dict[str, str]:

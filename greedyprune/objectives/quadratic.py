@@ -13,6 +13,7 @@ from ..graph.groups import Group
 from ..kernels import ops
 from ..kernels.path import NestedFit, first_picks
 from ..surgery.selection import LayerSelection, distinct_counts
+from .head_match import matched
 from .job import (
     Job,
     loop_has_kept_weights,
@@ -20,7 +21,6 @@ from .job import (
     warn_of_missed_tolerance,
     warn_of_repeats,
 )
-from .head_match import matched
 from .layer_products import LayerProducts, reweighted_losses, unscaled_path
 
 

@@ -23,6 +23,7 @@ from ..data.padding import Padding
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group, Scores
+from ..graph.queries import visit_queries
 from ..runtime.resume import Pass
 from ..surgery.selection import LayerSelection
 from .job import Job
@@ -78,7 +79,7 @@ class ScoreProducts(Products):
 
 
 def _expanded(heads: Tensor, shape: Sequence[int]) -> Tensor:
-    """The head of each product, flat; a dimension may hold the heads of another number of samples."""
+    """The head of each product, flat. A dimension may hold the heads of more or fewer samples."""
     for dim, size in enumerate(shape):
         if heads.shape[dim] not in (1, size):
             times = [1] * heads.dim()
@@ -126,7 +127,7 @@ def collect(job: Job, groups: Sequence[Group], purpose: str = "") -> dict[str, L
             assert isinstance(products, ScoreProducts)
             products.add_scores(query, key)
 
-        executors.of(batch).visit_scores(batch, tensors, sums, add)
+        visit_queries(executors.of(batch), batch, tensors, sums, add)
     collected = dict[str, LayerProducts]()
     for i, products in enumerate(every):
         owner = ranks.owner(i)

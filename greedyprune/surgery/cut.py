@@ -391,7 +391,8 @@ def _attention_modules(layer: LayerSelection) -> set[str]:
     consumer, which do not count here).
     """
     projections = {
-        name.rpartition(".")[0] for name, at in layer.slices.items()
+        name.rpartition(".")[0]
+        for name, at in layer.slices.items()
         if at.neighbours > 1 and not layer.part
     } - layer.outputs.keys()
     return projections | {name.rpartition(".")[0] for name in projections}

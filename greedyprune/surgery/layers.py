@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -58,8 +59,7 @@ class Prunable:
                 or none. () for any share
     part:       "" or, of dimensions inside attention's heads, "[query-key]" or "[value]", with
                 which the layer's name ends. The scores of attention are sums over query-key
-                dimensions: no layer takes these, so `consumers` is (). `select` takes such a layer
-                where it is named
+                dimensions: no layer takes these, so `consumers` is ()
     """
 
     units: int
@@ -88,6 +88,8 @@ class Prunable:
 class Layers(Mapping[str, Prunable]):
     """The layers that `select` can prune, by the name of their first producer.
 
+    inside_heads: dimensions inside attention's heads, by names such as "attn.qkv[value]", which
+             `select` prunes only where they are named
     refused: the other layers, and why each can't be pruned
     saving:  for a Hugging Face model: which layers `save_pretrained` takes in any sizes, which in
              one size for all, and which not; else None
@@ -95,9 +97,10 @@ class Layers(Mapping[str, Prunable]):
 
     def __init__(
         self, prunable: Mapping[str, Prunable], refused: Mapping[str, str],
-        saving: str | None = None,
+        saving: str | None = None, inside_heads: Mapping[str, Prunable] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self._prunable, self.refused, self.saving = ByName(prunable), dict(refused), saving
+        self.inside_heads: Mapping[str, Prunable] = ByName(inside_heads)
 
     def __getitem__(self, name: str) -> Prunable:
         return self._prunable[name]
@@ -118,8 +121,7 @@ class Layers(Mapping[str, Prunable]):
         """
         from rich.table import Table
 
-        whole = sum(not layer.part for layer in self.values())
-        table = Table(title=f"{whole} of {whole + len(self.refused)} layers can be pruned")
+        table = Table(title=f"{len(self)} of {len(self) + len(self.refused)} layers can be pruned")
         rows = [
             {
                 "layer": name, "units": f"{layer.units}", "features": f"{layer.features}",
@@ -127,7 +129,7 @@ class Layers(Mapping[str, Prunable]):
                 "with": ", ".join(layer.producers[1:]), "taken by": ", ".join(layer.consumers),
                 "parameters": f"{layer.parameters:,}", "FLOPs": f"{layer.flops:,}",
             }
-            for name, layer in self.items()
+            for name, layer in (*self.items(), *self.inside_heads.items())
         ]  # fmt: skip
         rows += [{"layer": name, "why not": reason} for name, reason in self.refused.items()]
         columns = [column for column in COLUMNS if any(row.get(column) for row in rows)]
@@ -150,8 +152,7 @@ def layers(model: nn.Module, example: object) -> Layers:
     The model is traced once and run once. If an operation may have a layer's size as a constant,
     such as a `view`, the model is also run with half of that layer's units, unless its parameters
     are on the meta device. `select` prunes the same layers for the same example: all of them with
-    layers="all", else those whose `kind` is "". Those inside attention's heads it prunes where they are
-    named.
+    layers="all", else those whose `kind` is "".
 
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
@@ -192,12 +193,17 @@ def layers(model: nn.Module, example: object) -> Layers:
             reason = first_line(error) + place_of(model, error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error
         structure = analyse(model, batch, check_cuts, heads=True)
-    groups = {group.producer: group for group in structure.values() if isinstance(group, Group)}
+    known = {group.producer: group for group in structure.values() if isinstance(group, Group)}
+    groups = {name: group for name, group in known.items() if not group.part}
+    inside = {name: group for name, group in known.items() if group.part}
     inner = [group for group in groups.values() if not group.left_out]
     warn_of_unrun(model, used, inner, "example")
     costs = costs_of(model, list(groups.values()), total, flops)
     prunable = {name: _prunable(model, group, costs) for name, group in groups.items()}
-    return Layers(prunable, refused_in(model, structure), before_selection(model, groups))
+    costs = costs_of(model, list(inside.values()), total, flops)
+    inside_heads = {name: _prunable(model, group, costs) for name, group in inside.items()}
+    saving = before_selection(model, groups)
+    return Layers(prunable, refused_in(model, structure), saving, inside_heads)
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:

@@ -23,6 +23,7 @@ from ..data.random_state import preserving_random_state, seed_all
 from ..graph.executor import GraphExecutor, tensors_of
 from ..graph.export import without_cache
 from ..graph.groups import Group
+from ..graph.queries import visit_queries
 from ..graph.slices import NotPrunableError
 from ..graph.structure import Structure
 from ..graph.trace_errors import place_of
@@ -77,12 +78,12 @@ class Trials:
         executor, spread = self._executors[False], dict[str, float]()
 
         def measure(name: str, query: Tensor, key: Tensor) -> None:
-            scores = query[..., :FEW_TOKENS, :] @ key.mT
-            spread[name] = float(scores.float().std(-1, correction=0).mean()) / query.shape[-1] ** 0.5
+            scores = (query[..., :FEW_TOKENS, :] @ key.mT).float()
+            spread[name] = float(scores.std(-1, correction=0).mean()) / query.shape[-1] ** 0.5
 
         names = {name for group in groups for name in group.scores}
         tensors = tensors_of(self._model)
-        executor.visit_scores(self._batch, tensors, names, measure)
+        visit_queries(executor, self._batch, tensors, names, measure)
         for group in groups:
             least = min((spread[name] for name in group.scores), default=math.inf)
             factor = max(1.0, math.sqrt(3 / max(least, 1e-6)))
@@ -233,9 +234,7 @@ class Trials:
             result[group.producer] = reason or next(iter(fewest), group)
         return result
 
-    def cuttable_in_one_share(
-        self, *sets: Sequence[Group], few: bool | None = None
-    ) -> list[Group]:
+    def cuttable_in_one_share(self, *sets: Sequence[Group], few: bool | None = None) -> list[Group]:
         """The groups, if those of each set can be cut to one share of their units; else none."""
         groups, shares = list[Group](), dict[str, float]()
         for i, one_set in enumerate(sets):

@@ -118,8 +118,8 @@ def test_batches_of_several_sizes() -> None:
     """Sums over batches, also where heads and samples are one dimension of the product."""
     for kind in ("scale of its own", "torch's module", "grouped"):
         model, inputs = of_kind(kind)
-        table = greedyprune.layers(model, inputs)
-        names = [name for name, layer in table.items() if layer.part]
+        table = greedyprune.layers(model, inputs).inside_heads
+        names = [*table]
         whole = greedyprune.select(model, inputs, layers=names, **FEW)
         parts = greedyprune.select(model, [inputs[:20], inputs[20:]], layers=names, **FEW)
         for name in names:

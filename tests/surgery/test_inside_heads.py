@@ -19,8 +19,7 @@ TIED = {"norms", "norms, scale of its own", "rotary", "biased"}  # heads keep th
 
 
 def inside(model: nn.Module, inputs: Tensor) -> dict[str, greedyprune.Prunable]:
-    table = greedyprune.layers(model, inputs)
-    return {name: layer for name, layer in table.items() if layer.part}
+    return dict(greedyprune.layers(model, inputs).inside_heads)
 
 
 def score_units(name: str) -> bool:
@@ -73,9 +72,7 @@ def test_the_picks_are_better_than_random_ones() -> None:
         names = [*inside(model, inputs)]
         selection = greedyprune.select(model, inputs, layers=names, weights="none", **FEW)
 
-        def error(
-            selection: Selection, model: nn.Module = model, inputs: Tensor = inputs
-        ) -> float:
+        def error(selection: Selection, model: nn.Module = model, inputs: Tensor = inputs) -> float:
             small = greedyprune.prune(model, selection)
             return float((small(inputs) - model(inputs)).square().mean())
 

@@ -1,0 +1,40 @@
+"""Attention's queries and keys, as a model computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+
+from torch import Tensor
+
+from ..data.batches import Batch
+from .executor import GraphExecutor
+from .nodes import ATTENTION, operation
+
+
+def visit_queries(
+    executor: GraphExecutor, batch: Batch, tensors: Mapping[str, Tensor], names: Container[str],
+    add: Callable[[str, Tensor, Tensor], None],
+) -> None:  # fmt: skip
+    """Runs a model and calls add(name, queries, keys) at the products with these names.
+
+    Queries are (..., T, d) and keys (..., S, d). Keys that several heads share are repeated.
+
+    tensors: the model's parameters and buffers by name
+    names:   of nodes of the graph, as in `Group.scores`
+    """
+    values, start = executor.inputs(batch), 0
+    constants = executor.constants(tensors)
+    for node in executor.nodes:
+        if node.name not in names:
+            continue
+        end = executor.graph.position[node]
+        executor.run(values, tensors, start, end)
+        start = end
+        first = 1 if operation(node) == "baddbmm" else 0
+        known = values | constants
+        query, key = (known[node.args[at]] for at in (first, first + 1))  # type: ignore[index]
+        if operation(node) != ATTENTION:
+            key = key.transpose(-2, -1)
+        elif key.dim() > 2 and key.shape[-3] != query.shape[-3]:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        add(node.name, query, key)
