@@ -1,6 +1,7 @@
 """Inner units, the residual stream, or both: what to cut in a transformer at equal FLOPs?
 
     python benchmarks/where_to_cut.py --data DIR [--flops 0.5 0.25] [--seeds 0 1 2]
+    python benchmarks/where_to_cut.py --data DIR --attention [--kept 0.5 0.25]
 
 DIR or DIR/MNIST/raw has MNIST's IDX files. Trains two small transformers, about twelve minutes on
 one core, and keeps them in --out: a vision transformer on MNIST, and a causal language model of the
@@ -9,6 +10,9 @@ FLOPs. The layers that are cut are the inner ones (attention heads and feed-forw
 residual stream, or both. They keep the same share of their units, or sizes from a Budget. Prints,
 for each seed of the samples to select on, the accuracy or the loss on held-out data after `prune`
 and after `refit`.
+
+With --attention, only the attention is cut: whole heads, or the dimensions inside all heads. Both
+leave the same FLOPs at the same share.
 """
 
 from __future__ import annotations
@@ -225,11 +229,25 @@ def rows(
             yield [kind, "from a `Budget`", *cells(task, model, [*units], budget, seeds)]
 
 
+def attention_rows(
+    task: Task, model: nn.Module, shares: Sequence[float], seeds: Sequence[int]
+) -> Iterator[list[str]]:
+    table = greedyprune.layers(model, task.train[0][:8])
+    heads = {name: layer.units for name, layer in table.items() if name.endswith("qkv")}
+    inside = {name: layer.units for name, layer in table.inside_heads.items()}
+    for share in shares:
+        for kind, units in (("whole heads", heads), ("dimensions inside heads", inside)):
+            sizes = sizes_at(share, units)
+            yield [kind, f"{share:g} of each", *cells(task, model, [*units], sizes, seeds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
     parser.add_argument("--networks", nargs="+", default=["vision", "language"])
     parser.add_argument("--flops", type=float, nargs="+", default=[0.5, 0.25], help="shares left")
+    parser.add_argument("--attention", action="store_true", help="heads, or dimensions inside")
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25], help="of attention")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the networks")
     args = parser.parse_args()
@@ -240,7 +258,9 @@ def main() -> None:
         print(f"\n{task.title} (dense: {tested(model, task)})\n")
         print("| cut | sizes | FLOPs left | `select`, then `prune` | `select`, then `refit` |")
         print("| --- | --- | --- | --- | --- |")
-        for row in rows(task, model, args.flops, args.seeds):
+        of_attention = attention_rows(task, model, args.kept, args.seeds)
+        everywhere = rows(task, model, args.flops, args.seeds)
+        for row in of_attention if args.attention else everywhere:
             print("|", " | ".join(row), "|", flush=True)
 
 

@@ -32,7 +32,7 @@ def visit_queries(
         start = end
         first = 1 if operation(node) == "baddbmm" else 0
         known = values | constants
-        query, key = (known[node.args[at]] for at in (first, first + 1))  # type: ignore[index]
+        query, key = (known[node.args[at]] for at in (first, first + 1))
         if operation(node) != ATTENTION:
             key = key.transpose(-2, -1)
         elif key.dim() > 2 and key.shape[-3] != query.shape[-3]:
