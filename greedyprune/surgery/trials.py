@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from fractions import Fraction
@@ -24,7 +25,7 @@ from ..graph.executor import GraphExecutor, tensors_of
 from ..graph.export import without_cache
 from ..graph.groups import Group
 from ..graph.queries import visit_queries
-from ..graph.slices import NotPrunableError
+from ..graph.slices import Entries, NotPrunableError
 from ..graph.structure import Structure
 from ..graph.trace_errors import place_of
 from ..graph.tracing import Graph
@@ -33,11 +34,13 @@ from .copying import check_functions
 from .cut import cut, masked, selection_of_units
 from .proof import holding, same_with_norms
 from .remaining import entries_left
+from .shapes_only import fails_on_shapes
 
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
 Shares = Mapping[str, float]  # of the units that groups keep, by their names
 FEW_TOKENS = 64  # whose scores are measured
+SLOW = 0.4  # seconds that a run takes from which a run on shapes alone pays
 # Words in the messages of errors about a tensor's shape.
 _SHAPE = re.compile(
     r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
@@ -63,6 +66,7 @@ class Trials:
             self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
         self._factors = dict[str, float]()  # of parameters, by name
+        self._seconds = 0.0  # that the longest run so far took
         self.gave_other_outputs = False  # has a smaller model run since this was set to False?
 
     def sharpen(self, groups: Sequence[Group]) -> None:
@@ -98,7 +102,12 @@ class Trials:
                that the model needs in one share are found
         compare: does the smaller model have to give the right outputs, too? If not, it has to run
         """
-        model, batch, [group, *_] = self._model, self._batch, groups
+        self._check(groups[0], *self._smaller(groups, shares), compare)
+
+    def _smaller(
+        self, groups: Sequence[Group], shares: Shares | None
+    ) -> tuple[nn.Module, dict[str, Tensor], Entries]:
+        """The smaller model, the dense one's tensors with these units masked, and what is left."""
         counts = _different(groups)
         if shares is not None:
             counts = [round(shares[each.producer] * each.units) for each in groups]
@@ -106,27 +115,34 @@ class Trials:
             (each, torch.arange(count) * each.units // count)
             for each, count in zip(groups, counts, strict=True)
         ]
-        selection = selection_of_units(model, kept)
-        full = masked(model, selection, checked=True)
+        selection = selection_of_units(self._model, kept)
+        full = masked(self._model, selection, checked=True)
         for name, factor in self._factors.items():
             parameter = full.get_parameter(name)
             parameter.data = parameter.data * factor
         cut_tensors = {name for each in groups for name in each.slices}
         cut_tensors |= self._factors.keys()
         weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
-        small = cut(full, selection)
+        return cut(full, selection), weights, entries_left(selection.layers.values())
+
+    def _check(
+        self, group: Group, small: nn.Module, weights: Mapping[str, Tensor], left: Entries,
+        compare: bool,
+    ) -> None:  # fmt: skip
+        model, batch, start = self._model, self._batch, time.perf_counter()
         with preserving_random_state([]), _WithoutDropout():
             seed_all()
             try:
                 outputs = small(*batch.args, **batch.kwargs)
             except Exception as error:
                 raise _failure(group, small, error) from error
+            finally:
+                self._seconds = max(self._seconds, time.perf_counter() - start)
             if not compare:
                 return
             with holding(model, weights):
                 seed_all()
                 expected = run_model(model, batch)
-        left = entries_left(selection.layers.values())
         if same_outputs(expected, outputs, batch.padding) or same_with_norms(
             model, weights, small, batch, left, self._executors
         ):
@@ -141,7 +157,12 @@ class Trials:
         self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
     ) -> bool:
         try:
-            self.cut(groups, shares, compare)
+            small, weights, left = self._smaller(groups, shares)
+            if self._seconds > SLOW:
+                with preserving_random_state([]), _WithoutDropout():
+                    if fails_on_shapes(small, self._batch, _is_about_shapes):
+                        return False
+            self._check(groups[0], small, weights, left, compare)
         except ValueError as error:  # also one that is not about shapes: each group's trial tells
             self.gave_other_outputs |= "gives other outputs" in str(error)
             return False
@@ -289,13 +310,16 @@ def _constants_of(group: Group) -> str:
     return f"{places} may have their number as a constant" if places else ""
 
 
+def _is_about_shapes(error: Exception) -> bool:
+    kinds = RuntimeError, ValueError, IndexError
+    of_kind = isinstance(error, kinds) and _SHAPE.search(str(error))
+    return isinstance(error, AssertionError) or bool(of_kind)
+
+
 def _failure(group: Group, small: nn.Module, error: Exception) -> ValueError:
     """The error for a smaller model that raises."""
     what = first_line(error) + place_of(small, error)
-    kinds = RuntimeError, ValueError, IndexError
-    if isinstance(error, AssertionError) or (
-        isinstance(error, kinds) and _SHAPE.search(str(error))
-    ):
+    if _is_about_shapes(error):
         reason = ": ".join(filter(None, (_constants_of(group), what)))
         return FailedTrialError(
             f"layer {group.producer!r}: with fewer units the model fails: {reason}"
