@@ -15,7 +15,7 @@ from .tracing import LAYER_TYPES, is_plain
 MOST_NAMES = 8  # of layers that are listed for one reason
 
 
-def without_layer(error: NotPrunableError) -> str:
+def without_layer(error: object) -> str:
     """The reason in an error, without the layer's name before it."""
     return re.sub(r"^layer '[^']*': ", "", str(error))
 

@@ -7,30 +7,34 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from ..data.batches import Batch
-from ..graph.executor import tensors_of
 
 
 def fails_on_shapes(
-    model: nn.Module, batch: Batch, is_shape_error: Callable[[Exception], bool]
-) -> bool:
-    """Does a model raise an error about its shapes? False where its numbers would be needed.
+    model: nn.Module, build: Callable[[dict[int, Any]], nn.Module], batch: Batch,
+    is_about_shapes: Callable[[Exception], bool],
+) -> bool:  # fmt: skip
+    """Does a changed copy of a model raise an error about shapes? False: numbers may tell.
 
-    torch's fake tensors have shapes and no numbers, so that operations take no time.
+    torch's fake tensors have shapes and no numbers, so that copies and operations take no time.
+
+    build: makes the copy, with a memo for copy.deepcopy that has fake parameters and buffers
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(value: Any) -> Any:
-        return tree_map_only(Tensor, mode.from_tensor, value)
-
-    tensors = {name: fake(tensor) for name, tensor in tensors_of(model).items()}
+    memo: dict[int, Any] = {id(buffer): mode.from_tensor(buffer) for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.data), requires_grad=False)
+    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (batch.args, dict(batch.kwargs)))
     try:
-        with mode:
-            functional_call(model, tensors, fake(batch.args), fake(dict(batch.kwargs)))
-    except Exception as error:  # of any kind: some code can't run on such tensors
-        own = isinstance(error, AssertionError) or "_subclasses" in type(error).__module__
-        return not own and is_shape_error(error)
+        changed = build(memo)
+    except Exception:  # of any kind: some models can't be changed without numbers
+        return False
+    with mode:
+        try:
+            changed(*args, **kwargs)
+        except Exception as error:  # of any kind: some code needs numbers
+            own = isinstance(error, AssertionError) or "_subclasses" in type(error).__module__
+            return not own and is_about_shapes(error)
     return False

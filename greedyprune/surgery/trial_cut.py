@@ -16,14 +16,14 @@ from torch import nn
 from ..data.batches import Batch, samples_of
 from ..graph.groups import QUERY_KEY, VALUE, Group
 from ..graph.head_groups import rescaling
-from ..graph.refusals import by_reason, refused_in, without_layer
+from ..graph.refusals import by_reason, refused_in
 from ..graph.slices import NotPrunableError
 from ..graph.structure import Structure, analyse, find_groups, left_out_of, named_group
 from ..graph.trace_errors import TraceError
 from ..graph.tracing import Graph
 from ..runtime.progress import warn
 from .proof import example_of
-from .trials import FailedTrialError, Trials, general
+from .trials import FailedTrialError, Trials, for_layer, general
 
 
 def groups_of(
@@ -134,6 +134,7 @@ def _checked_inside_heads(
     Most code has one size for queries, keys and values. So groups that have weights or attributes
     in common are also tried in one share. Whether the code divides the scores by the root of that
     size is tried, too. Each head loses other dimensions, so that the trials show whether it may.
+    The first block of several alike tells which attributes are to be set, or that none can be cut.
     """
     if not groups:
         return {}
@@ -145,40 +146,21 @@ def _checked_inside_heads(
     kinds = defaultdict[tuple[str, ...], list[list[Group]]](list)
     for one_set in sets:
         kinds[tuple(general(group.producer) for group in one_set)].append(one_set)
-    result: dict[str, Group | NotPrunableError] = {}
-    for together in (sets, *kinds.values()) if len(kinds) > 1 else (sets,):
-        if together[0][0].producer not in result:
-            found = _of_one_size(trials, together)
-            result |= {group.producer: group for group in found}
+    cuttable = [alike for alike in kinds.values() if _of_one_size(trials, alike[:1], few=False)]
+    found = _of_one_size(trials, [one_set for alike in cuttable for one_set in alike])
+    for alike in cuttable if not found else ():
+        alone = (_of_one_size(trials, [one_set]) for one_set in alike)
+        found += _of_one_size(trials, alike) or [group for one_set in alone for group in one_set]
+    result: dict[str, Group | NotPrunableError] = {group.producer: group for group in found}
     for alike in kinds.values():
-        if alike[0][0].producer not in result:
-            result |= _of_alike(trials, alike)
+        refused = [group for one_set in alike for group in one_set if group.producer not in result]
+        why = (trials.failure_of(refused[0]) if refused else None) or "its units are mixed"
+        for group in refused:
+            result[group.producer] = for_layer(group.producer, refused[0].producer, why)
     return {
         name: group.rolled(-1) if isinstance(group, Group) else group
         for name, group in result.items()
     }
-
-
-def _of_alike(trials: Trials, sets: Sequence[Sequence[Group]]) -> Structure:
-    """The groups of the same layers of several blocks, which can't be cut with all attributes set.
-
-    The first block tells which attributes are to be set, or that none can be cut.
-    """
-    result: dict[str, Group | NotPrunableError] = {}
-    found = _of_one_size(trials, sets[:1], few=False)
-    if found and len(sets) > 1:
-        found = _of_one_size(trials, sets) or found
-    result |= {group.producer: group for group in found}
-    for one_set in sets:
-        if found and one_set[0].producer not in result:
-            result |= {group.producer: group for group in _of_one_size(trials, [one_set])}
-    reason: FailedTrialError | None = None
-    for group in (group for one_set in sets for group in one_set):
-        if group.producer not in result:
-            reason = reason or trials.failure_of(group)
-            why = "something mixes them" if reason is None else without_layer(reason)
-            result[group.producer] = FailedTrialError(f"layer {group.producer!r}: {why}")
-    return result
 
 
 def _of_one_size(
@@ -189,7 +171,7 @@ def _of_one_size(
     few: try only all attributes at once
     """
     trials.gave_other_outputs = False
-    for is_flipped in (False, True):
+    for is_flipped in (False, True) if sets else ():
         if is_flipped and not trials.gave_other_outputs:
             break
         tried = [
@@ -199,7 +181,7 @@ def _of_one_size(
             ]
             for one_set in sets
         ]
-        found = trials.cuttable([group for one_set in tried for group in one_set], few=few)
+        found = trials.cuttable([group for one_set in tried for group in one_set], few=True)
         if not found and all(len(one_set) > 1 for one_set in tried):
             found = trials.cuttable_in_one_share(*tried, few=few)
         if found:

@@ -25,6 +25,7 @@ from ..graph.executor import GraphExecutor, tensors_of
 from ..graph.export import without_cache
 from ..graph.groups import Group
 from ..graph.queries import visit_queries
+from ..graph.refusals import without_layer
 from ..graph.slices import Entries, NotPrunableError
 from ..graph.structure import Structure
 from ..graph.trace_errors import place_of
@@ -105,9 +106,12 @@ class Trials:
         self._check(groups[0], *self._smaller(groups, shares), compare)
 
     def _smaller(
-        self, groups: Sequence[Group], shares: Shares | None
+        self, groups: Sequence[Group], shares: Shares | None, memo: dict[int, Any] | None = None
     ) -> tuple[nn.Module, dict[str, Tensor], Entries]:
-        """The smaller model, the dense one's tensors with these units masked, and what is left."""
+        """The smaller model, the dense one's tensors with these units masked, and what is left.
+
+        memo: as for `copied`
+        """
         counts = _different(groups)
         if shares is not None:
             counts = [round(shares[each.producer] * each.units) for each in groups]
@@ -116,7 +120,7 @@ class Trials:
             for each, count in zip(groups, counts, strict=True)
         ]
         selection = selection_of_units(self._model, kept)
-        full = masked(self._model, selection, checked=True)
+        full = masked(self._model, selection, checked=True, memo=memo)
         for name, factor in self._factors.items():
             parameter = full.get_parameter(name)
             parameter.data = parameter.data * factor
@@ -157,16 +161,20 @@ class Trials:
         self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
     ) -> bool:
         try:
-            small, weights, left = self._smaller(groups, shares)
-            if self._seconds > SLOW:
-                with preserving_random_state([]), _WithoutDropout():
-                    if fails_on_shapes(small, self._batch, _is_about_shapes):
-                        return False
-            self._check(groups[0], small, weights, left, compare)
+            if self._seconds > SLOW and self._fails_on_shapes(groups, shares):
+                return False
+            self._check(groups[0], *self._smaller(groups, shares), compare)
         except ValueError as error:  # also one that is not about shapes: each group's trial tells
             self.gave_other_outputs |= "gives other outputs" in str(error)
             return False
         return True
+
+    def _fails_on_shapes(self, groups: Sequence[Group], shares: Shares | None) -> bool:
+        def build(memo: dict[int, Any]) -> nn.Module:
+            return self._smaller(groups, shares, memo)[0]
+
+        with preserving_random_state([]), _WithoutDropout():
+            return fails_on_shapes(self._model, build, self._batch, _is_about_shapes)
 
     def cuttable(
         self, groups: Sequence[Group], shares: Shares | None = None, few: bool | None = None
@@ -249,10 +257,15 @@ class Trials:
             result[group.producer] = self.cuttable_alone(group)
         if len(rest) > 1 and (found := self.cuttable(rest)):
             return result | {group.producer: group for group in found}
+        failed = [each for each in result.items() if isinstance(each[1], NotPrunableError)]
         for group in rest:
-            reason = self.failure_of(group)
-            fewest = [] if reason else self._with_fewest_sizes([group], None, few=True)
-            result[group.producer] = reason or next(iter(fewest), group)
+            [plain] = _with_sizes([group], set())
+            if self._passes([plain]):
+                result[group.producer] = plain
+            elif found := self._with_fewest_sizes([group], None, few=True):
+                result[group.producer] = found[0]
+            else:  # for the same reason, in the same code
+                result[group.producer] = for_layer(group.producer, *failed[0])
         return result
 
     def cuttable_in_one_share(self, *sets: Sequence[Group], few: bool | None = None) -> list[Group]:
@@ -267,6 +280,16 @@ class Trials:
             left = (parts + 1) // 2 + (i % 2 if parts > 3 else 0)  # neighbours keep different ones
             shares |= dict.fromkeys(names, left / parts)
         return self.cuttable(groups, shares, few)
+
+
+def for_layer(other: str, layer: str, error: object) -> FailedTrialError:
+    """The error about a layer for one of the same code in another block."""
+    blocks = (re.match(r"(.*?\d+\.)?", name) for name in (layer, other))
+    first, second = (block[0] if block else "" for block in blocks)
+    reason = without_layer(error)
+    if first:
+        reason = reason.replace(f"'{first}", f"'{second}")
+    return FailedTrialError(f"layer {other!r}: {reason}")
 
 
 def general(name: str) -> str:
