@@ -74,6 +74,7 @@ class Replay:
         self._changed: dict[str, Tensor] = {}
         self._left: Entries = {}
         self._first_layer: str | None = None  # that was changed
+        self._differs_from_start = False
         self._executors = GraphExecutors(model)
         self._states: list[_State] | None = None  # None: computed from the inputs in every pass
 
@@ -92,7 +93,7 @@ class Replay:
         place, result = self._first_executor().place, list[tuple[str, Mapping[str, Tensor]]]()
         for tensors in changes:
             layers = [layer_name(name) for name in tensors if layer_name(name) in place]
-            result.append((min(layers, key=place.__getitem__), tensors))
+            result.append((min(layers, key=place.__getitem__, default=next(iter(place))), tensors))
         return sorted(result, key=lambda change: place[change[0]])
 
     def start_of(self, group: Group) -> int:
@@ -112,6 +113,8 @@ class Replay:
 
     def _first_change(self, executor: GraphExecutor) -> int:
         """The place from which on the two networks differ."""
+        if self._differs_from_start:
+            return 0
         layers = [] if self._first_layer is None else [self._first_layer]
         return executor.start_of(layers, self._left)
 
@@ -135,6 +138,11 @@ class Replay:
         recurrences that this concerns.
         """
         self._left = left
+
+    def change_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Gives layers anywhere in the pruned network these tensors, before any has run."""
+        self._changed |= tensors
+        self._differs_from_start = True
 
     def weight(self, layer: str) -> Tensor:
         """A layer's weight in the pruned network."""

@@ -41,7 +41,7 @@ def select_layers(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, 
 
     roots: of the consumers' metrics, by name; none for metric="none"
     """
-    if job.imitation.sequential and job.traced and len(groups) > 1:
+    if job.imitation.sequential and job.traced and (len(groups) > 1 or job.before):
         return _in_sequence(job, groups, roots)
     return _from_one_pass(job, groups, roots)
 
@@ -69,11 +69,10 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
     place = replay.order([name for group in groups for name in group.consumers])
     selected = dict[str, LayerSelection]()
     before = [*job.before.values()]
-    for name, tensors in replay.in_order(
-        {name: without_query_keys(job.model.get_parameter(name), name, before) for name in tied}
-        for tied in (layer.tied for layer in before if layer.part == QUERY_KEY)
-    ):
-        replay.change(name, tensors)
+    tied = [name for layer in before if layer.part == QUERY_KEY for name in layer.tied]
+    if tied:
+        parameters = {name: job.model.get_parameter(name) for name in tied}
+        replay.change_all({n: without_query_keys(p, n, before) for n, p in parameters.items()})
     for group in sorted(groups, key=replay.start_of):
         layer = job.checkpoint.finished(group.producer)
         if layer is None:

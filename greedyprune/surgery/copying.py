@@ -25,9 +25,7 @@ _CACHED = type(functools.lru_cache(len))  # of what functools.lru_cache and func
 _WEAK = (weakref.ref, weakref.WeakMethod)
 
 
-def copied(
-    model: nn.Module, checked: bool = False, memo: dict[int, Any] | None = None
-) -> nn.Module:
+def copied(model: nn.Module, checked: bool = False) -> nn.Module:
     """A copy of the model that shares no parameter and no buffer with it, and runs its own modules.
 
     It is copy.deepcopy's, except:
@@ -42,14 +40,13 @@ def copied(
       copied without their history. Inference tensors become ordinary ones.
 
     checked: `check_functions` has been called for this model
-    memo: copies that are there already, by the originals' ids, as copy.deepcopy takes them
 
     Raises:
         ValueError: an attribute can't be copied; or see `check_functions`
     """
     if not checked:
         check_functions(model)
-    memo = {} if memo is None else memo
+    memo: dict[int, Any] = {}
     try:
         with torch.inference_mode(False), _Detaching():
             new = copy.deepcopy(model, memo)

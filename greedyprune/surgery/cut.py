@@ -166,15 +166,12 @@ class _OnBatches(nn.Module):
         return run_model(self.model, batch)
 
 
-def masked(
-    model: nn.Module, selection: Selection, checked: bool = False,
-    memo: dict[int, Any] | None = None,
-) -> nn.Module:  # fmt: skip
+def masked(model: nn.Module, selection: Selection, checked: bool = False) -> nn.Module:
     """A copy of the model with the new weights, and with zeros for the units that are dropped.
 
-    checked, memo: as for `copied`
+    checked: as for `copied`
     """
-    full = copied(model, checked, memo)
+    full = copied(model, checked)
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             for consumer in layer.outputs:

@@ -122,6 +122,13 @@ def refit(
         if isinstance(selection, Selection | None):
             check_made_for(model, selection)
         _check_epochs(epochs, ranks)
+        if epochs and isinstance(selection, Selection):
+            inside = [name for name, layer in selection.layers.items() if layer.part]
+            if inside:
+                raise ValueError(
+                    f"epochs: found {epochs} for {inside[0]!r}, whose units are inside attention's "
+                    "heads; expected 0"
+                )
         memory_limit = positive_int("memory_limit", memory_limit)
         batches = _batches_of(data, model, ranks, mask)
         if not isinstance(selection, Selection):

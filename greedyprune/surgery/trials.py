@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from fractions import Fraction
@@ -35,13 +34,11 @@ from .copying import check_functions
 from .cut import cut, masked, selection_of_units
 from .proof import holding, same_with_norms
 from .remaining import entries_left
-from .shapes_only import fails_on_shapes
 
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
 Shares = Mapping[str, float]  # of the units that groups keep, by their names
 FEW_TOKENS = 64  # whose scores are measured
-SLOW = 0.4  # seconds that a run takes from which a run on shapes alone pays
 # Words in the messages of errors about a tensor's shape.
 _SHAPE = re.compile(
     r"shape|size|dimension|\bdims?\b|channel|element|feature|length|\bheads?\b|to unpack", re.I
@@ -67,7 +64,6 @@ class Trials:
             self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
         self._factors = dict[str, float]()  # of parameters, by name
-        self._seconds = 0.0  # that the longest run so far took
         self.gave_other_outputs = False  # has a smaller model run since this was set to False?
 
     def sharpen(self, groups: Sequence[Group]) -> None:
@@ -106,12 +102,9 @@ class Trials:
         self._check(groups[0], *self._smaller(groups, shares), compare)
 
     def _smaller(
-        self, groups: Sequence[Group], shares: Shares | None, memo: dict[int, Any] | None = None
+        self, groups: Sequence[Group], shares: Shares | None
     ) -> tuple[nn.Module, dict[str, Tensor], Entries]:
-        """The smaller model, the dense one's tensors with these units masked, and what is left.
-
-        memo: as for `copied`
-        """
+        """The smaller model, the dense one's tensors with these units masked, and what is left."""
         counts = _different(groups)
         if shares is not None:
             counts = [round(shares[each.producer] * each.units) for each in groups]
@@ -120,7 +113,7 @@ class Trials:
             for each, count in zip(groups, counts, strict=True)
         ]
         selection = selection_of_units(self._model, kept)
-        full = masked(self._model, selection, checked=True, memo=memo)
+        full = masked(self._model, selection, checked=True)
         for name, factor in self._factors.items():
             parameter = full.get_parameter(name)
             parameter.data = parameter.data * factor
@@ -133,15 +126,13 @@ class Trials:
         self, group: Group, small: nn.Module, weights: Mapping[str, Tensor], left: Entries,
         compare: bool,
     ) -> None:  # fmt: skip
-        model, batch, start = self._model, self._batch, time.perf_counter()
+        model, batch = self._model, self._batch
         with preserving_random_state([]), _WithoutDropout():
             seed_all()
             try:
                 outputs = small(*batch.args, **batch.kwargs)
             except Exception as error:
                 raise _failure(group, small, error) from error
-            finally:
-                self._seconds = max(self._seconds, time.perf_counter() - start)
             if not compare:
                 return
             with holding(model, weights):
@@ -161,20 +152,11 @@ class Trials:
         self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
     ) -> bool:
         try:
-            if self._seconds > SLOW and self._fails_on_shapes(groups, shares):
-                return False
             self._check(groups[0], *self._smaller(groups, shares), compare)
         except ValueError as error:  # also one that is not about shapes: each group's trial tells
             self.gave_other_outputs |= "gives other outputs" in str(error)
             return False
         return True
-
-    def _fails_on_shapes(self, groups: Sequence[Group], shares: Shares | None) -> bool:
-        def build(memo: dict[int, Any]) -> nn.Module:
-            return self._smaller(groups, shares, memo)[0]
-
-        with preserving_random_state([]), _WithoutDropout():
-            return fails_on_shapes(self._model, build, self._batch, _is_about_shapes)
 
     def cuttable(
         self, groups: Sequence[Group], shares: Shares | None = None, few: bool | None = None

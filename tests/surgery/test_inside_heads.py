@@ -188,3 +188,56 @@ def test_a_path_serves_smaller_sizes() -> None:
     selection = greedyprune.select(model, inputs, layers=BOTH, size=6, **FEW)
     small = greedyprune.prune(model, selection.at(2))
     assert small.blocks[0].head_dim == 2
+
+
+class Before(nn.Module):
+    """A layer whose units are gone from memory once the attention runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(6, 30), nn.Linear(30, WIDTH), nn.Linear(WIDTH, 4)
+        self.attention = KINDS["grouped"][0]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.attention(self.b(self.a(x).relu())).mean(1))
+        return output
+
+
+def test_a_layer_before_the_attention_in_sequence() -> None:
+    torch.manual_seed(0)
+    model, inputs = Before().eval(), torch.randn(64, 7, 6)
+    names = ["a", "attention.q[query-key]", "attention.v[value]"]
+    selection = greedyprune.select(model, inputs, layers=names, **FEW)
+    assert greedyprune.prune(model, selection)(inputs).isfinite().all()
+
+
+@torch.no_grad()
+def test_values_are_selected_after_queries_and_keys() -> None:
+    """The loss is the error of the projection in the pruned network, also of a single layer."""
+    model, inputs = of_kind("grouped")
+    names = ["blocks.0.q[query-key]", "blocks.0.v[value]"]
+    selection = greedyprune.select(model, inputs, layers=names, **FEW)
+    outputs = list[Tensor]()
+    for network in (model, greedyprune.prune(model, selection)):
+        handle = network.blocks[0].proj.register_forward_hook(
+            lambda module, args, output: outputs.append(output)
+        )
+        network(inputs)
+        handle.remove()
+    error = float((outputs[0] - outputs[1]).square().mean())
+    assert float(selection.layers[names[1]].losses[-1]) == pytest.approx(error, rel=1e-4)
+
+
+def test_gates_judge_values() -> None:
+    model, inputs = of_kind("grouped")
+    data = inputs, torch.randint(4, (len(inputs),))
+    layers = "blocks.0.v[value]"
+    selection = greedyprune.select(model, data, layers=layers, objective="fisher")
+    assert len(greedyprune.prune(model, selection).blocks[0].v.weight) == 8
+
+
+def test_no_epochs() -> None:
+    model, inputs = of_kind("grouped")
+    selection = greedyprune.select(model, inputs, layers="blocks.0.v[value]", **FEW)
+    with pytest.raises(ValueError, match=r"epochs: found 1 for 'blocks.0.v\[value\]'"):
+        greedyprune.refit(model, selection, inputs, epochs=1)
