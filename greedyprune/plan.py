@@ -118,10 +118,10 @@ def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
     for group in groups:
         judge = judges[group.producer]
         _check_derivatives(request, group, judge)
-        if judge == SCORES and request.objective not in ("auto", "imitation"):
+        if group.part and request.objective not in ("auto", "imitation"):
             raise ValueError(
-                f"objective: found {request.objective!r}, but no layer takes the units of "
-                f"{group.producer!r}, which the attention scores judge; expected 'imitation'"
+                f"objective: found {request.objective!r} for {group.producer!r}, but dimensions "
+                "inside heads are judged by imitation only; expected 'imitation'"
             )
         if judge == IMITATION and _fits_by_columns(job, group, len(imitating)):
             judges[group.producer] = COLUMNS

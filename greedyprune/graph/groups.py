@@ -96,13 +96,13 @@ class Group:
     @property
     def left_out(self) -> str:
         """Why the group is only selected where it is asked for; "": it always is."""
+        if self.part:
+            return "it is a size of attention's heads, which its name selects"
         if self.share:
             others = [repr(name) for name in self.share if name != self.producer]
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             what = f"it has to keep one share of its units with {others[0]}{more}; "
             return f"{what}layers='all' or a list of all their names selects them"
-        if self.part:
-            return "it is a size of attention's heads, which its name selects"
         over = "convolution" if ".conv" in "".join(self.norms[:1]) else "norm"
         what = f"a {over} goes over its units ({self.norms[0]})" if self.norms else ""
         if self.stream:

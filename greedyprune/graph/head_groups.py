@@ -27,7 +27,7 @@ def groups_inside_heads(
     known: the other groups. With a single head, the dimensions of its values are one of them
     """
     propagation = HeadPropagation(graph)
-    if not any(inside.sums for inside in propagation.noted):
+    if not any(note.sums or operation(note.node) == ATTENTION for note in propagation.noted):
         return {}
     fix_what_cannot_go(graph, propagation)
     others = [group.slices for group in known.values() if isinstance(group, Group)]

@@ -68,12 +68,14 @@ class HeadPropagation(Propagation):
             return super()._through_product(node, op)
         if len(shape_of(one)) < 2 or len(shape_of(other)) < 2 or len(shape_of(node)) < 3:
             return super()._through_product(node, op)
+        if any(tensor in self._constants and len(shape_of(tensor)) == 2 for tensor in (one, other)):
+            return super()._through_product(node, op)  # a projection, by a weight that is computed
         for tensor in node.all_input_nodes:
             if tensor not in (one, other):
                 self._fix(self.of(tensor), f"{node.target} adds its units")
         dims, row, column = len(shape_of(node)), len(shape_of(one)) - 2, len(shape_of(other)) - 2
         to_one, to_other = aligned(one, node), aligned(other, node)
-        left, right = self._apart_from(node, one), self._apart_from(node, other)
+        left, right = self._inside_heads(node, one), self._inside_heads(node, other)
         self._sum_over(node, [
             (one, _along(left, row + 1), to_one | {row: None, row + 1: dims}),
             (other, _along(right, column), to_other | {column + 1: None, column: dims}),
@@ -91,7 +93,7 @@ class HeadPropagation(Propagation):
         heads = shape_of(query)[-3] if dims > 2 else 1
         operands = list[Operand]()
         for tensor in (query, key, value):
-            state = self._apart_from(node, tensor)
+            state = self._inside_heads(node, tensor)
             self._fix(_along(state, dims - 2), f"{node.target} mixes its units")
             state = repeated(_along(state, dims - 1), dims - 3, [heads] * dims)
             operands.append((tensor, state, aligned(tensor, node) | {dims - 2: None}))
@@ -99,7 +101,7 @@ class HeadPropagation(Propagation):
         self._sum_over(node, [(t, state, {**to, dims - 1: dims}) for t, state, to in operands])
         return self._keep(node, of_values)
 
-    def _apart_from(self, node: fx.Node, tensor: fx.Node) -> State:
+    def _inside_heads(self, node: fx.Node, tensor: fx.Node) -> State:
         """The ids along one of the last two dimensions, and along those of heads."""
         last, state = {len(shape_of(tensor)) - 2, len(shape_of(tensor)) - 1}, self.of(tensor)
         mixed = tuple(labels for labels in state if len(last & set(labels.dims)) != 1)
@@ -137,7 +139,7 @@ class HeadPropagation(Propagation):
             self.products.append(Product(node, labels.ids))
         return state
 
-    def _apart(self, state: State, over: Collection[int]) -> State:
+    def _as_normed(self, state: State, over: Collection[int]) -> State:
         """A norm over the dimensions of a head: those of all heads are one."""
         result = list[Labels]()
         for labels in state:

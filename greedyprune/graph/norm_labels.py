@@ -46,7 +46,7 @@ class NormOperations(ShapeOperations):
         sizes: Any = node.args[1]
         over = range(1, dims) if of_groups else range(dims - len(sizes), dims)
         state: State = ()
-        for labels in self._apart(self.of(source), over):
+        for labels in self._as_normed(self.of(source), over):
             if labels.dims in [(dim,) for dim in ([1] if of_groups else over)]:
                 state += (labels,)  # units that the norm goes over
             else:
@@ -71,14 +71,14 @@ class NormOperations(ShapeOperations):
                 self._doubt_sizes(node, (labels,), over)
         return state
 
-    def _apart(self, state: State, over: Collection[int]) -> State:
+    def _as_normed(self, state: State, over: Collection[int]) -> State:
         """The ids of a tensor, as a norm over these dimensions takes them."""
         return state
 
     def _statistic(self, node: fx.Node, along: set[int]) -> State:
         """A statistic along dimensions, which stay with size 1: a part of a norm, maybe."""
         source, result = first_of(node), list[Labels]()
-        for labels in self._apart(self.of(source), along):
+        for labels in self._as_normed(self.of(source), along):
             if len(labels.dims) == 1 and labels.dims[0] in along:
                 self.norms.append(Norm(node, labels.dims[0], labels.ids))
             else:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..data.batches import Batch
 from .executor import GraphExecutor
-from .nodes import ATTENTION, operation
+from .nodes import ATTENTION, ancestors, operation
+from .tracing import Graph
+
+
+class Given(NamedTuple):
+    """Queries or keys, and the names of the layers that give them, the last before the product."""
+
+    tensor: Tensor
+    layers: frozenset[str]
 
 
 def visit_queries(
     executor: GraphExecutor, batch: Batch, tensors: Mapping[str, Tensor], names: Container[str],
-    add: Callable[[str, Tensor, Tensor], None],
+    add: Callable[[str, Given, Given], None],
 ) -> None:  # fmt: skip
     """Runs a model and calls add(name, queries, keys) at the products with these names.
 
@@ -37,4 +46,10 @@ def visit_queries(
             key = key.transpose(-2, -1)
         elif key.dim() > 2 and key.shape[-3] != query.shape[-3]:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        add(node.name, query, key)
+        of_query, of_key = (_layers_before(executor.graph, node.args[first + i]) for i in (0, 1))
+        add(node.name, Given(query, of_query), Given(key, of_key))
+
+
+def _layers_before(graph: Graph, node: fx.Node) -> frozenset[str]:
+    before = ancestors(node, stop=graph.layers.__contains__)
+    return frozenset(graph.layers[each].name for each in before if each in graph.layers)

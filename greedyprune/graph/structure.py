@@ -45,8 +45,10 @@ def analyse(
     for has_heads in (heads, True):
         known = earlier.get(has_heads)
         if known is not None and known[0] == signature:
-            is_asked = {name: heads or not name.endswith((QUERY_KEY, VALUE)) for name in known[1]}
-            return {name: found for name, found in known[1].items() if is_asked[name]}
+            return {
+                name: group for name, group in known[1].items()
+                if heads or not name.endswith((QUERY_KEY, VALUE))
+            }  # fmt: skip
     graph = Graph(model, batch.args, batch.kwargs)
     found = groups_in(graph)
     if heads:
@@ -151,6 +153,8 @@ def find_groups(
         else:
             module = dict(model.named_modules()).get(name)
             reason = "no such module" if module is None else why_not(module)
+            if name.endswith((QUERY_KEY, VALUE)):
+                reason = "no such dimensions of heads; `layers().inside_heads` has their names"
             raise ValueError(f"layers: found {name!r} ({reason}), {expected}")
     _check_shares(groups)
     _check_apart(groups)

@@ -27,7 +27,7 @@ def matched(products: LayerProducts, backend: str) -> LayerProducts:
         of_units = torch.arange(consumer.features).view(group.units, group.heads, -1)
         of_heads = [of_units[order[head], head] for head in range(group.heads)]
         consumer.rearrange(torch.stack(of_heads, 1).flatten())
-    return LayerProducts(group.matched(order), products.consumers, products.outputs, products.gates)
+    return LayerProducts(group.matched(order), products.consumers, products.outputs)
 
 
 def _order_of(products: LayerProducts, head: int, backend: str) -> Tensor:

@@ -19,7 +19,9 @@ DAMPING = 1e-4  # the least ridge of least squares, as a share of the features' 
 class Imitation:
     """Judges units by the squared error to the dense outputs of the layers that take them.
 
-    This needs no labels. It is the default for layers inside a network.
+    This needs no labels. It is the default for layers inside a network. Query-key dimensions of
+    attention are judged by the error of the attention scores in the dense network: greedy steps
+    alone, without any of these options.
 
     Args:
         swaps: the largest number of exchanges after the greedy steps. An exchange replaces a kept

@@ -61,7 +61,7 @@ def select_from(
     swaps, damping: of least squares refitted in each step
     loss: the kind of loss that gates are of; "mse" for imitation
     """
-    if products.group.heads > 1 and not products.gates:
+    if products.group.heads > 1:
         products = matched(products, job.solver_backend)
     group, rule = products.group, job.rule(products.group)
     weights = "refit" if job.weights == "auto" else job.weights

@@ -23,7 +23,7 @@ from ..data.padding import Padding
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group, Scores
-from ..graph.queries import visit_queries
+from ..graph.queries import Given, visit_queries
 from ..runtime.resume import Pass
 from ..surgery.selection import LayerSelection
 from .job import Job
@@ -47,11 +47,11 @@ class ScoreProducts(Products):
         super().__init__(name, group.units, ones, device)
         self.layer, self._scores = group.producer, scores
 
-    def add_scores(self, query: Tensor, key: Tensor) -> None:
-        """Adds one batch: queries (..., T, d) and keys (..., S, d), with zeros for padding.
-
-        ValueError for NaN or inf
-        """
+    def add_scores(self, of_queries: Given, of_keys: Given, padding: Padding) -> None:
+        """Adds one batch: queries (..., T, d) and keys (..., S, d); ValueError for NaN or inf."""
+        query, key = (
+            _without_padding(given, padding, self._scores.heads) for given in (of_queries, of_keys)
+        )
         if not (query.isfinite().all() and key.isfinite().all()):
             raise ValueError(
                 f"layer {self.layer!r}: NaN or inf in its activations on the data, expected finite "
@@ -115,17 +115,15 @@ def collect(job: Job, groups: Sequence[Group], purpose: str = "") -> dict[str, L
         for group in groups
     ]
     sums = {each.name: each for products in every for each in products.consumers}
-    layers = {name: group.producers for group in groups for name in group.scores}
     resumed = Pass(job.checkpoint, purpose + " ".join(group.producer for group in groups))
     resumed.hold(*sums.values())
     executors, tensors = GraphExecutors(job.model), tensors_of(job.model)
     for batch in resumed.new(job.bar(job.batches, "attention scores")):
 
-        def add(name: str, query: Tensor, key: Tensor, padding: Padding = batch.padding) -> None:
-            query, key = (_without_padding(each, padding, layers[name]) for each in (query, key))
+        def add(name: str, query: Given, key: Given, padding: Padding = batch.padding) -> None:
             products = sums[name]
             assert isinstance(products, ScoreProducts)
-            products.add_scores(query, key)
+            products.add_scores(query, key, padding)
 
         visit_queries(executors.of(batch), batch, tensors, sums, add)
     collected = dict[str, LayerProducts]()
@@ -138,19 +136,27 @@ def collect(job: Job, groups: Sequence[Group], purpose: str = "") -> dict[str, L
     return collected
 
 
-def _without_padding(tensor: Tensor, padding: Padding, layers: Sequence[str]) -> Tensor:
-    """Queries or keys (..., T, d) with zeros for tokens that the mask of these layers hides.
+def _without_padding(given: Given, padding: Padding, heads: Tensor) -> Tensor:
+    """Queries or keys (..., T, d) with zeros for tokens that the mask of their layers hides.
 
-    The first dimension is of samples, or of the heads of all samples. Where a decoder attends to an
-    encoder, the number of tokens tells whose mask it is.
+    A dimension of its own holds the samples, or they are in one dimension with the heads.
+
+    heads: as in `Scores`
     """
-    if not padding.hides:
+    tensor, decoders = given.tensor, padding.decoder_layers or frozenset()
+    mask = padding.decoder_mask if given.layers & decoders else padding.mask
+    if mask is None or mask.shape[1] != tensor.shape[-2]:
         return tensor
-    decoders = padding.decoder_layers is not None and not padding.decoder_layers.isdisjoint(layers)
-    masks = [padding.decoder_mask, padding.mask] if decoders else [padding.mask]
-    for mask in masks:
-        if mask is not None and mask.shape[1] == tensor.shape[-2] and not len(tensor) % len(mask):
-            hidden = ~mask.repeat_interleave(len(tensor) // len(mask), 0)
-            shape = len(tensor), *[1] * (tensor.dim() - 3), tensor.shape[-2], 1
-            return tensor.masked_fill(hidden.view(shape), 0)
-    return tensor
+    samples, shape = len(mask), [1] * tensor.dim()
+    shape[-2] = tensor.shape[-2]
+    alone = [dim for dim, size in enumerate(heads.shape) if size == 1]
+    dims = [dim for dim in alone if tensor.shape[dim] == samples]
+    if dims:
+        shape[dims[0]] = samples
+    elif len(tensor) % samples == 0 and heads.dim() == 1:
+        times, shape[0] = len(tensor) // samples, len(tensor)
+        of_one_head = len(heads) > 1 and bool(heads[0] == heads[1])  # samples after each other
+        mask = mask.repeat(times, 1) if of_one_head else mask.repeat_interleave(times, 0)
+    else:
+        return tensor
+    return tensor.masked_fill(~mask.view(shape), 0)

@@ -106,8 +106,9 @@ def refit(
         ValueError: the selection was made for a model of other sizes, or one of `prune`'s other
             reasons; the pruned model's units are not units of `greedyprune.layers`; the data are an
             iterator or have no samples, or the model can't run on them; a layer's inputs have NaN
-            or inf; `epochs` is not an int of 0 or more, or is above 0 with
-            several processes; `memory_limit` is below 1; or torch.export can't trace the model
+            or inf; `epochs` is not an int of 0 or more, or is above 0 with several processes or for
+            dimensions inside heads; `memory_limit` is below 1; or torch.export can't trace the
+            model
 
     Example:
         >>> model = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))

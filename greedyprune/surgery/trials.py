@@ -23,7 +23,7 @@ from ..data.random_state import preserving_random_state, seed_all
 from ..graph.executor import GraphExecutor, tensors_of
 from ..graph.export import without_cache
 from ..graph.groups import Group
-from ..graph.queries import visit_queries
+from ..graph.queries import Given, visit_queries
 from ..graph.refusals import without_layer
 from ..graph.slices import Entries, NotPrunableError
 from ..graph.structure import Structure
@@ -78,9 +78,10 @@ class Trials:
             self._executors[False] = GraphExecutor(self._model, self._batch)
         executor, spread = self._executors[False], dict[str, float]()
 
-        def measure(name: str, query: Tensor, key: Tensor) -> None:
-            scores = (query[..., :FEW_TOKENS, :] @ key.mT).float()
-            spread[name] = float(scores.std(-1, correction=0).mean()) / query.shape[-1] ** 0.5
+        def measure(name: str, query: Given, key: Given) -> None:
+            scores = (query.tensor[..., :FEW_TOKENS, :] @ key.tensor.mT).float()
+            size = query.tensor.shape[-1]
+            spread[name] = float(scores.std(-1, correction=0).mean()) / size**0.5
 
         names = {name for group in groups for name in group.scores}
         tensors = tensors_of(self._model)
@@ -315,16 +316,13 @@ def _constants_of(group: Group) -> str:
     return f"{places} may have their number as a constant" if places else ""
 
 
-def _is_about_shapes(error: Exception) -> bool:
-    kinds = RuntimeError, ValueError, IndexError
-    of_kind = isinstance(error, kinds) and _SHAPE.search(str(error))
-    return isinstance(error, AssertionError) or bool(of_kind)
-
-
 def _failure(group: Group, small: nn.Module, error: Exception) -> ValueError:
     """The error for a smaller model that raises."""
     what = first_line(error) + place_of(small, error)
-    if _is_about_shapes(error):
+    kinds = RuntimeError, ValueError, IndexError
+    if isinstance(error, AssertionError) or (
+        isinstance(error, kinds) and _SHAPE.search(str(error))
+    ):
         reason = ": ".join(filter(None, (_constants_of(group), what)))
         return FailedTrialError(
             f"layer {group.producer!r}: with fewer units the model fails: {reason}"

@@ -107,6 +107,43 @@ def test_padding_does_not_count() -> None:
     assert float(layer.losses[-1]) == pytest.approx(error / whole, rel=1e-5)
 
 
+class Padded(nn.Module):
+    """Attention whose heads come before the samples, or in one dimension with them."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 24) for _ in range(3))
+        self.last, self.layout = nn.Linear(24, 4), layout
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        given = (layer(x).unflatten(-1, (4, -1)) for layer in (self.q, self.k, self.v))
+        order = (0, 2, 1, 3) if self.layout == "samples, heads" else (2, 0, 1, 3)
+        q, k, v = (each.permute(order).flatten(0, 1) for each in given)
+        if self.layout == "heads before samples":
+            q, k, v = (each.unflatten(0, (4, -1)) for each in (q, k, v))
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        if self.layout != "heads before samples":
+            y = y.unflatten(0, (len(x), 4) if order[1] == 2 else (4, len(x)))
+        y = y.transpose(0, 1) if order[1] == 0 else y
+        output: Tensor = self.last(y.transpose(1, 2).flatten(2))
+        return output
+
+
+@pytest.mark.parametrize("layout", ["samples, heads", "heads, samples", "heads before samples"])
+@pytest.mark.parametrize("samples", [2, 4, 8])
+def test_hidden_tokens_change_nothing(layout: str, samples: int) -> None:
+    torch.manual_seed(0)
+    model, inputs = Padded(layout).eval(), torch.randn(samples, 7, 6)
+    mask = torch.arange(7) < torch.randint(2, 6, (samples, 1))
+    losses = []
+    for hidden in (0.0, 100.0):
+        x = inputs.masked_fill(~mask[..., None], hidden)
+        data = {"x": x, "attention_mask": mask}
+        selection = greedyprune.select(model, data, layers="q[query-key]", size=3, **FEW)
+        losses.append(selection.layers["q[query-key]"].losses)
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_bad_numbers() -> None:
     model, inputs = of_kind("scale of its own")
     model.blocks[0].qkv.bias.data[0] = torch.nan

@@ -147,14 +147,18 @@ def test_not_together_with_heads() -> None:
 def test_no_loss_judges_them(objective: str) -> None:
     model, inputs = of_kind("torch's scale")
     data = inputs, torch.randint(4, (len(inputs),))
-    with pytest.raises(ValueError, match=rf"objective: found '{objective}', but no layer takes"):
-        greedyprune.select(model, data, layers=BOTH, objective=objective)
+    for names in (BOTH, ["blocks.0.v[value]"]):
+        if len(names) == 1:
+            model, inputs = of_kind("grouped")
+        with pytest.raises(ValueError, match=rf"objective: found '{objective}' for 'blocks.0."):
+            greedyprune.select(model, data, layers=names, objective=objective)
 
 
 def test_an_unknown_part() -> None:
     model, inputs = of_kind("torch's scale")
     for name in ("blocks.0.proj[value]", "blocks.0.qkv[keys]"):
-        with pytest.raises(ValueError, match="no such module"):
+        reason = "no such dimensions" if name.endswith("[value]") else "no such module"
+        with pytest.raises(ValueError, match=reason):
             greedyprune.select(model, inputs, layers=name)
 
 
@@ -228,16 +232,45 @@ def test_values_are_selected_after_queries_and_keys() -> None:
     assert float(selection.layers[names[1]].losses[-1]) == pytest.approx(error, rel=1e-4)
 
 
-def test_gates_judge_values() -> None:
-    model, inputs = of_kind("grouped")
-    data = inputs, torch.randint(4, (len(inputs),))
-    layers = "blocks.0.v[value]"
-    selection = greedyprune.select(model, data, layers=layers, objective="fisher")
-    assert len(greedyprune.prune(model, selection).blocks[0].v.weight) == 8
-
-
 def test_no_epochs() -> None:
     model, inputs = of_kind("grouped")
     selection = greedyprune.select(model, inputs, layers="blocks.0.v[value]", **FEW)
     with pytest.raises(ValueError, match=r"epochs: found 1 for 'blocks.0.v\[value\]'"):
         greedyprune.refit(model, selection, inputs, epochs=1)
+
+
+def test_a_projection_is_no_attention() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(4, 3)
+            self.a, self.b = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.last((self.first(x) @ (self.a @ self.b)).relu())
+            return output
+
+    assert not inside(Computed(), torch.randn(8, 5, 6))
+
+
+def test_embeddings_that_are_queries_and_keys() -> None:
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.e = (nn.Embedding(50, WIDTH) for _ in range(3))
+            self.v, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = self.q(x), self.k(x), self.v(self.e(x))
+            q, k, v = (each.unflatten(-1, (3, -1)).transpose(1, 2) for each in given)
+            output: Tensor = self.o(((q @ k.mT * 0.4).softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return output
+
+    torch.manual_seed(0)
+    model, tokens = Looked().eval(), torch.randint(50, (16, 7))
+    for names in (["q[query-key]"], ["q[query-key]", "v[value]"]):
+        selection = greedyprune.select(model, tokens, layers=names, **FEW)
+        for small in (
+            greedyprune.prune(model, selection), greedyprune.refit(model, selection, tokens),
+        ):  # fmt: skip
+            assert small.q.weight.shape == (50, WIDTH // 2)
