@@ -274,3 +274,29 @@ def test_embeddings_that_are_queries_and_keys() -> None:
             greedyprune.prune(model, selection), greedyprune.refit(model, selection, tokens),
         ):  # fmt: skip
             assert small.q.weight.shape == (50, WIDTH // 2)
+
+
+def test_attention_that_hardly_depends_on_its_scores() -> None:
+    """With another number of heads the code runs, too, and gives nearly the same."""
+
+    class Inferred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head_dim, self.scale = 8, 0.35
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.proj = nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shape = (*x.shape[:2], -1, self.head_dim)
+            given = (layer(x).view(shape) for layer in (self.q, self.k, self.v))
+            q, k, v = (each.transpose(1, 2) for each in given)
+            scores = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+            output: Tensor = self.proj((scores @ v).transpose(1, 2).flatten(2))
+            return output
+
+    torch.manual_seed(0)
+    model, inputs = Inferred().eval(), torch.randn(32, 7, WIDTH)
+    for layer in (model.q, model.k):
+        layer.weight.data *= 0.02
+    selection = greedyprune.select(model, inputs, layers=[*inside(model, inputs)], **FEW)
+    assert greedyprune.prune(model, selection).head_dim == 4
