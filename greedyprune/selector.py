@@ -18,7 +18,7 @@ from .data.compared import class_dim_of, compared
 from .data.forward import evaluating, hooked, main_output, run_model
 from .data.losses import Criterion, criterion_of
 from .data.padding import AUTO
-from .graph.costs import costs_of, count_flops
+from .graph.costs import costs_of, count_flops, in_samples_of
 from .graph.groups import Group
 from .graph.unrun import UsedTensors, warn_of_unrun
 from .kernels import backend as backends
@@ -44,7 +44,7 @@ from .runtime.modules import module_of
 from .runtime.progress import bars, warn
 from .surgery.copying import check_functions
 from .surgery.hf_config import how_saved
-from .surgery.proof import example_of
+from .surgery.proof import SAMPLES, example_of
 from .surgery.selection import LayerSelection, Selection
 from .surgery.trial_cut import groups_of
 
@@ -210,9 +210,9 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
             return _run_seen(model, first)
 
     (outputs, output_layers), total, flops = count_flops(model, run)
-    groups, refused = groups_of(
-        model, first, request.layers, request.consumers, request.sized_layers
-    )
+    few = first if request.consumers is not None else _in_proportion(model, first, total)
+    groups, refused = groups_of(model, few, request.layers, request.consumers, request.sized_layers)
+    groups = [group.times(in_samples_of(few, first)) for group in groups]
     warn_of_unrun(model, used, groups, "data")
     if request.consumers is not None:  # no graph tells what follows these layers
         output_layers = _unmoved(model, first, output_layers)
@@ -249,6 +249,16 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     return Selection(
         layers, costs, report, example=example_of(model, first), saving=saving, refused=refused
     )
+
+
+def _in_proportion(model: nn.Module, batch: Batch, total: int) -> Batch:
+    """A few samples of a batch if the FLOPs, `total` of all, are in proportion to their number."""
+    few = replace(batch, targets=None).few(SAMPLES)
+    try:
+        flops = count_flops(model, lambda: run_model(model, few))[1]
+    except (ValueError, RuntimeError):  # the model runs on no part of it
+        return batch
+    return few if flops * in_samples_of(few, batch) == total else batch
 
 
 def criterion_on(

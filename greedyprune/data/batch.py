@@ -45,6 +45,14 @@ class Batch:
             targets = part_of(targets, samples)
         return replace(replace(self, targets=None).map(chosen), targets=targets)
 
+    def few(self, count: int) -> Batch:
+        """The first samples, as a copy without history; the batch itself if it has no more."""
+        samples = samples_of(self)
+        if samples is None or samples <= count:
+            return self
+        few = self.take(torch.arange(count))
+        return few.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
+
     def map(self, function: Callable[[Any], Any]) -> Batch:
         """The batch with function(value) in the place of every value."""
         kwargs = {name: function(value) for name, value in self.kwargs.items()}

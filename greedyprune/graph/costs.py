@@ -12,12 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..data.batch import Batch, samples_of
 from .groups import Group
 from .names import layer_name
 
@@ -103,6 +105,11 @@ def count_flops(model: nn.Module, run: Callable[[], T]) -> tuple[T, int, dict[st
         for name, by_operation in counter.get_flop_counts().items()
     }
     return result, counter.get_total_flops(), by_module
+
+
+def in_samples_of(few: Batch, batch: Batch) -> Fraction:
+    """How many times as many samples a batch has as some of its samples, `few`."""
+    return Fraction(samples_of(batch) or 1, samples_of(few) or 1)
 
 
 def _flops_of_layer(inputs: Sequence[int], *arguments: Any, **_: Any) -> int:

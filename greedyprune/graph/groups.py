@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -92,6 +93,12 @@ class Group:
     heads: int = 1
     scores: Mapping[str, Scores] = field(default_factory=dict)
     rescaled: tuple[str, ...] = ()
+
+    def times(self, factor: Fraction) -> Group:
+        """The group with the FLOPs of this many times the samples."""
+        products = {name: int(amount * factor) for name, amount in self.products.items()}
+        flops = {name: int(amount * factor) for name, amount in self.flops.items()}
+        return replace(self, products=products, flops=flops)
 
     @property
     def left_out(self) -> str:

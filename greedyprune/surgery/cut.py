@@ -26,7 +26,7 @@ from ..runtime.modules import module_of
 from .attention import fit_attention
 from .copying import copied
 from .hf_config import describe
-from .module_sizes import HEADS, Size, note_size, sizes_after
+from .module_sizes import HEADS, holders_of, note_size, sizes_after, tied_sizes
 from .proof import prove
 from .recurrent import fit_recurrent
 from .remaining import check_shares, entries_left, sizes_left
@@ -166,12 +166,15 @@ class _OnBatches(nn.Module):
         return run_model(self.model, batch)
 
 
-def masked(model: nn.Module, selection: Selection, checked: bool = False) -> nn.Module:
-    """A copy of the model with the new weights, and with zeros for the units that are dropped.
+def masked(model: nn.Module, selection: Selection) -> nn.Module:
+    """A copy of the model with the new weights, and with zeros for the units that are dropped."""
+    full = copied(model)
+    mask(full, selection)
+    return full
 
-    checked: as for `copied`
-    """
-    full = copied(model, checked)
+
+def mask(full: nn.Module, selection: Selection) -> None:
+    """The same in place, for a copy of the model."""
     with torch.inference_mode(False), torch.no_grad():
         for layer in selection.layers.values():
             for consumer in layer.outputs:
@@ -182,7 +185,6 @@ def masked(model: nn.Module, selection: Selection, checked: bool = False) -> nn.
                 weight = full.get_parameter(name)
                 weight.copy_(masked_tied(weight, layer, name))
     fit_recurrent(full)
-    return full
 
 
 def masked_names(model: nn.Module, selection: Selection) -> list[str]:
@@ -344,10 +346,11 @@ def _cut_tensors(model: nn.Module, entries: Entries) -> None:
     for (name, dim), left in entries.items():
         owner, _, tensor = name.rpartition(".")
         by_owner.setdefault(owner, {})[tensor, dim] = left
+    holders = holders_of(model)
     for owner, cuts in by_owner.items():
         module = model.get_submodule(owner)
         sizes = sizes_after(module, {key: len(left) for key, left in cuts.items()})
-        for tied, new in _tied_sizes(model, module, cuts):
+        for tied, new in tied_sizes(holders, module, cuts):
             for attribute, size in new.items():
                 setattr(tied, attribute, size)
         for (tensor, dim), left in cuts.items():
@@ -356,22 +359,6 @@ def _cut_tensors(model: nn.Module, entries: Entries) -> None:
             dense.data = in_format_of(dense, dense.index_select(dim, left.to(dense.device)))
         for attribute, size in sizes.items():
             setattr(module, attribute, size)
-
-
-def _tied_sizes(
-    model: nn.Module, owner: nn.Module, cuts: Entries
-) -> list[tuple[nn.Module, dict[str, Size]]]:
-    """The attributes that change in other modules that have the owner's tensors."""
-    found = []
-    for module in model.modules():
-        held = {
-            (name, dim): len(left) for (tensor, dim), left in cuts.items()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and parameter is getattr(owner, tensor)
-        }  # fmt: skip
-        if held and module is not owner:
-            found.append((module, sizes_after(module, held)))
-    return found
 
 
 def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:

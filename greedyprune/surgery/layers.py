@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..data.batches import example_batch, placed
+from ..data.batches import Batch, example_batch, placed
 from ..data.forward import evaluating
-from ..graph.costs import Cost, costs_of, count_flops
+from ..graph.costs import Cost, costs_of, count_flops, in_samples_of
 from ..graph.groups import Group
 from ..graph.names import slice_of, weight_of
 from ..graph.pretrained import before_selection
@@ -23,6 +24,7 @@ from ..graph.unrun import UsedTensors, warn_of_unrun
 from ..runtime.arguments import ByName
 from ..runtime.errors import first_line
 from ..runtime.modules import module_of
+from .proof import SAMPLES
 from .trial_cut import check_cuts
 
 if TYPE_CHECKING:
@@ -149,7 +151,9 @@ class Layers(Mapping[str, Prunable]):
 def layers(model: nn.Module, example: object) -> Layers:
     """Which layers of a model `select` can prune, and why not the others.
 
-    The model is traced once and run once. If an operation may have a layer's size as a constant,
+    The model is traced once, with the first two samples of the example, and run with these and with
+    one of them; or with all samples where the FLOPs are not in proportion to their number, or the
+    model runs on no part of them. If an operation may have a layer's size as a constant,
     such as a `view`, the model is also run with half of that layer's units, unless its parameters
     are on the meta device. `select` prunes the same layers for the same example: all of them with
     layers="all", else those whose `kind` is "".
@@ -180,20 +184,19 @@ def layers(model: nn.Module, example: object) -> Layers:
     batch = example_batch(example)
     if not any(parameter.is_meta for parameter in model.parameters()):
         batch = placed(batch, model)
-    used = UsedTensors()
-
-    def run() -> object:
-        with used:
-            return model(*batch.args, **batch.kwargs)
-
     with evaluating(model):
         try:
-            _, total, flops = count_flops(model, run)
+            few, used, total, flops = _counted(model, batch)
         except Exception as error:
             reason = first_line(error) + place_of(model, error)
             raise ValueError(f"example: the model can't run on it ({reason})") from error
-        structure = analyse(model, batch, check_cuts, heads=True)
-    known = {group.producer: group for group in structure.values() if isinstance(group, Group)}
+        structure = analyse(model, few, check_cuts, heads=True)
+    times = in_samples_of(few, batch)
+    total, flops = int(total * times), {name: int(each * times) for name, each in flops.items()}
+    known = {
+        group.producer: group.times(times)
+        for group in structure.values() if isinstance(group, Group)
+    }  # fmt: skip
     groups = {name: group for name, group in known.items() if not group.part}
     inside = {name: group for name, group in known.items() if group.part}
     inner = [group for group in groups.values() if not group.left_out]
@@ -204,6 +207,27 @@ def layers(model: nn.Module, example: object) -> Layers:
     inside_heads = {name: _prunable(model, group, costs) for name, group in inside.items()}
     saving = before_selection(model, groups)
     return Layers(prunable, refused_in(model, structure), saving, inside_heads)
+
+
+def _counted(model: nn.Module, batch: Batch) -> tuple[Batch, UsedTensors, int, dict[str, int]]:
+    """The samples to analyse a model with, the tensors that they use, and their FLOPs.
+
+    These are the first few samples of the batch if the FLOPs are in proportion to their number.
+    """
+
+    def counted(inputs: Batch) -> tuple[Batch, UsedTensors, int, dict[str, int]]:
+        used = UsedTensors()
+        with used:
+            counts = count_flops(model, lambda: model(*inputs.args, **inputs.kwargs))
+        return inputs, used, *counts[1:]
+
+    few = batch.few(SAMPLES)
+    if few is not batch:
+        with suppress(Exception):  # the model runs on no part of the batch
+            result, (_, _, one, _) = counted(few), counted(batch.few(1))
+            if result[2] == SAMPLES * one:
+                return result
+    return counted(batch)
 
 
 def _prunable(model: nn.Module, group: Group, costs: Mapping[str, Cost]) -> Prunable:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+
+from ..graph.slices import Entries
 
 Size = int | tuple[int, ...] | list[int]
 
@@ -89,6 +92,37 @@ def sizes_after(module: nn.Module, cuts: Mapping[tuple[str, int], int]) -> dict[
         if tensor == "weight" and isinstance(groups := sizes.get("num_groups"), int) and groups > 1:
             changed["num_groups"] = groups * new // size
     return changed
+
+
+def holders_of(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that have each parameter, by the parameter's identity."""
+    holders = defaultdict[int, list[nn.Module]](list)
+    for module in model.modules():
+        for parameter in {id(p) for p in module._parameters.values() if p is not None}:
+            holders[parameter].append(module)
+    return holders
+
+
+def tied_sizes(
+    holders: Mapping[int, Sequence[nn.Module]], owner: nn.Module, cuts: Entries
+) -> list[tuple[nn.Module, dict[str, Size]]]:
+    """The attributes that change in other modules that have the owner's tensors.
+
+    holders: from `holders_of`
+    """
+    found = []
+    held_by = (
+        module for tensor, _ in cuts for module in holders.get(id(getattr(owner, tensor)), ())
+    )  # fmt: skip
+    for module in dict.fromkeys(held_by):
+        held = {
+            (name, dim): len(left) for (tensor, dim), left in cuts.items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter is getattr(owner, tensor)
+        }  # fmt: skip
+        if held and module is not owner:
+            found.append((module, sizes_after(module, held)))
+    return found
 
 
 def can_be_cut(module: nn.Module, dim: int) -> bool:

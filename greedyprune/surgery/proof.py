@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, placed, samples_of
+from ..data.batches import Batch, placed
 from ..data.forward import evaluating, run_model, same_outputs
 from ..graph.executor import GraphExecutor, tensors_of
 from ..graph.export import without_cache
@@ -23,13 +23,10 @@ SEEDS = (0, 1)  # of the random numbers that a forward draws
 def example_of(model: nn.Module, batch: Batch) -> Batch:
     """A few samples of a batch, as a copy; the whole batch if the model runs on no part of it."""
     inputs = replace(batch, targets=None)
-    count = samples_of(inputs)
-    if count is None or count <= SAMPLES:
-        return inputs
     try:
-        few = inputs.take(torch.arange(SAMPLES))
-        few = few.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
-        run_model(model, few)
+        few = inputs.few(SAMPLES)
+        if few is not inputs:
+            run_model(model, few)
     except (ValueError, RuntimeError):  # NotImplementedError is one: no samples of a sparse tensor
         return inputs
     return few

@@ -31,12 +31,15 @@ from ..graph.trace_errors import place_of
 from ..graph.tracing import Graph
 from ..runtime.errors import first_line
 from .copying import check_functions
-from .cut import cut, masked, selection_of_units
+from .cut import cut, mask, selection_of_units
 from .proof import holding, same_with_norms
 from .remaining import entries_left
+from .spare import Spare
 
 # The dense model's executors, by whether they are for float64 (proof.same_with_norms).
 Executors = dict[bool, GraphExecutor]
+Units = tuple[tuple[str, int], ...]  # how many units of each group are kept, by its name
+Trial = tuple[Units, tuple[object, ...]]  # and the attributes that are set with them
 Shares = Mapping[str, float]  # of the units that groups keep, by their names
 FEW_TOKENS = 64  # whose scores are measured
 # Words in the messages of errors about a tensor's shape.
@@ -59,11 +62,15 @@ class Trials:
         check_functions(model)
         kwargs = without_cache(model, batch.kwargs)
         self._model, self._batch = model, replace(batch, kwargs=kwargs, targets=None)
+        self._spare = Spare(model)
         self._executors = Executors()
         if graph is not None:
             self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
         self._factors = dict[str, float]()  # of parameters, by name
+        self._known = dict[tuple[Trial, bool], ValueError | None]()  # how trials have ended
+        self._ran = dict[Trial, object]()  # the outputs of the smaller model that ran last
+        self._expected = dict[Units, object]()  # the outputs with the units masked that were last
         self.gave_other_outputs = False  # has a smaller model run since this was set to False?
 
     def sharpen(self, groups: Sequence[Group]) -> None:
@@ -90,74 +97,101 @@ class Trials:
             least = min((spread[name] for name in group.scores), default=math.inf)
             factor = max(1.0, math.sqrt(3 / max(least, 1e-6)))
             self._factors |= dict.fromkeys(group.tied if group.scores else (), factor)
+        self._known.clear()
+        self._expected.clear()
 
-    def cut(
+    def cut(self, groups: Sequence[Group]) -> None:
+        """Raises an error about the first group unless the smaller model gives the right outputs.
+
+        Each group keeps another share of its units, so that groups that the model needs in one
+        share are found.
+        """
+        if error := self._error_of(groups):
+            raise error
+
+    def _passes(
+        self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
+    ) -> bool:
+        error = self._error_of(groups, shares, compare)
+        self.gave_other_outputs |= "gives other outputs" in str(error)
+        return error is None  # one that is not about shapes counts, too: each group's trial tells
+
+    def _error_of(
         self, groups: Sequence[Group], shares: Shares | None = None, compare: bool = True
-    ) -> None:
-        """Raises an error about the first group unless the smaller model works.
+    ) -> ValueError | None:
+        """What is wrong with the smaller model, in an error about the first group; None: nothing.
 
-        shares: of the units that each group keeps; None: another one for each group, so that groups
-               that the model needs in one share are found
+        No trial is made twice.
+
+        shares: of the units that each group keeps; None: another one for each group
         compare: does the smaller model have to give the right outputs, too? If not, it has to run
         """
-        self._check(groups[0], *self._smaller(groups, shares), compare)
-
-    def _smaller(
-        self, groups: Sequence[Group], shares: Shares | None
-    ) -> tuple[nn.Module, dict[str, Tensor], Entries]:
-        """The smaller model, the dense one's tensors with these units masked, and what is left."""
         counts = _different(groups)
         if shares is not None:
             counts = [round(shares[each.producer] * each.units) for each in groups]
-        kept = [
-            (each, torch.arange(count) * each.units // count)
-            for each, count in zip(groups, counts, strict=True)
-        ]
-        selection = selection_of_units(self._model, kept)
-        full = masked(self._model, selection, checked=True)
-        for name, factor in self._factors.items():
-            parameter = full.get_parameter(name)
-            parameter.data = parameter.data * factor
-        cut_tensors = {name for each in groups for name in each.slices}
-        cut_tensors |= self._factors.keys()
-        weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
-        return cut(full, selection), weights, entries_left(selection.layers.values())
+        units = tuple(zip((each.producer for each in groups), counts, strict=True))
+        trial = units, tuple((tuple(each.sizes), tuple(each.rescaled)) for each in groups)
+        known = self._known
+        if (trial, compare) not in known:
+            try:
+                self._try(groups, trial, compare)
+                known[trial, False] = known[trial, compare] = None
+            except ValueError as error:
+                # A new one: the frames of its traceback would keep the model alive.
+                known[trial, compare] = type(error)(str(error))
+        return known[trial, compare]
 
-    def _check(
-        self, group: Group, small: nn.Module, weights: Mapping[str, Tensor], left: Entries,
-        compare: bool,
-    ) -> None:  # fmt: skip
-        model, batch = self._model, self._batch
+    def _try(self, groups: Sequence[Group], trial: Trial, compare: bool) -> None:
+        """Raises what is wrong with the smaller model."""
+        model, batch, units = self._model, self._batch, trial[0]
+        has_run = compare and trial in self._ran and units in self._expected
+        if has_run and same_outputs(self._expected[units], self._ran[trial], batch.padding):
+            return
+        small, weights, left = self._smaller(groups, [count for _, count in units])
         with preserving_random_state([]), _WithoutDropout():
             seed_all()
             try:
                 outputs = small(*batch.args, **batch.kwargs)
             except Exception as error:
-                raise _failure(group, small, error) from error
+                raise _failure(groups[0], small, error) from error
+            self._ran = {trial: outputs}
             if not compare:
                 return
-            with holding(model, weights):
-                seed_all()
-                expected = run_model(model, batch)
+            if units not in self._expected:
+                with holding(model, weights):
+                    seed_all()
+                    self._expected = {units: run_model(model, batch)}
+        expected = self._expected[units]
         if same_outputs(expected, outputs, batch.padding) or same_with_norms(
             model, weights, small, batch, left, self._executors
         ):
             return
-        reason = f"something between it and {group.takers} mixes them"
+        reason = f"something between it and {groups[0].takers} mixes them"
         raise FailedTrialError(
-            f"layer {group.producer!r}: cutting units gives other outputs than masking them: "
-            f"{_constants_of(group) or reason}"
+            f"layer {groups[0].producer!r}: cutting units gives other outputs than masking them: "
+            f"{_constants_of(groups[0]) or reason}"
         )
 
-    def _passes(
-        self, groups: Sequence[Group], shares: Shares | None = None, *, compare: bool = True
-    ) -> bool:
-        try:
-            self._check(groups[0], *self._smaller(groups, shares), compare)
-        except ValueError as error:  # also one that is not about shapes: each group's trial tells
-            self.gave_other_outputs |= "gives other outputs" in str(error)
-            return False
-        return True
+    def _smaller(
+        self, groups: Sequence[Group], counts: Sequence[int]
+    ) -> tuple[nn.Module, dict[str, Tensor], Entries]:
+        """The smaller model, the dense one's tensors with these units masked, and what is left.
+
+        The smaller model is valid until the next call.
+        """
+        kept = [
+            (each, torch.arange(count) * each.units // count)
+            for each, count in zip(groups, counts, strict=True)
+        ]
+        selection = selection_of_units(self._model, kept)
+        cut_tensors = {name for each in groups for name in each.slices} | self._factors.keys()
+        full = self._spare.whole(cut_tensors)
+        mask(full, selection)
+        for name, factor in self._factors.items():
+            parameter = full.get_parameter(name)
+            parameter.data = parameter.data * factor
+        weights = {n: t.data for n, t in tensors_of(full).items() if n in cut_tensors}
+        return cut(full, selection), weights, entries_left(selection.layers.values())
 
     def cuttable(
         self, groups: Sequence[Group], shares: Shares | None = None, few: bool | None = None
@@ -221,11 +255,10 @@ class Trials:
 
     def failure_of(self, group: Group) -> FailedTrialError | None:
         """Why a group can't be cut alone; None: it can."""
-        try:
-            self.cut([group])
-        except FailedTrialError as error:
-            return FailedTrialError(str(error))  # without frames, which keep the model alive
-        return None
+        error = self._error_of([group])
+        if error is None or isinstance(error, FailedTrialError):
+            return error
+        raise error
 
     def each_cuttable(self, groups: Sequence[Group]) -> Structure:
         """The same for each of several groups that the same code cuts, by its first producer.
@@ -241,10 +274,14 @@ class Trials:
         if len(rest) > 1 and (found := self.cuttable(rest)):
             return result | {group.producer: group for group in found}
         failed = [each for each in result.items() if isinstance(each[1], NotPrunableError)]
+        reasons = {general(without_layer(reason)) for _, reason in failed}
         for group in rest:
             [plain] = _with_sizes([group], set())
-            if self._passes([plain]):
+            reason = self.failure_of(plain)
+            if reason is None:
                 result[group.producer] = plain
+            elif general(without_layer(reason)) in reasons:
+                result[group.producer] = reason
             elif found := self._with_fewest_sizes([group], None, few=True):
                 result[group.producer] = found[0]
             else:  # for the same reason, in the same code

@@ -1,0 +1,58 @@
+"""A copy of a model that is cut, run and made whole again, many times.
+
+A new copy for each trial cut would take longer than the trial itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ..graph.executor import tensors_of
+from .copying import copied
+
+
+class Spare:
+    """One copy of a model, which `whole` gives back as it was when it was made.
+
+    A cut changes modules' attributes and classes, and gives tensors other data. A forward may
+    change attributes, collections that modules hold, and buffers. All of that is put back. Only
+    what a forward changes deeper inside, as in a dict within a dict, stays changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = copied(model, checked=True)
+        self._modules = [
+            (module, type(module), dict(vars(module)), _collections_of(module))
+            for module in self._model.modules()
+        ]
+        buffers = {id(buffer) for buffer in self._model.buffers()}
+        self._tensors = {
+            name: (tensor, tensor.data, id(tensor) in buffers)
+            for name, tensor in tensors_of(self._model).items()
+        }
+
+    def whole(self, changed: set[str]) -> nn.Module:
+        """The copy as it was made. What an earlier call returned is the same module.
+
+        changed: names of the tensors that the caller writes to
+        """
+        for module, kind, attributes, collections in self._modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for collection, content in collections:
+                collection.clear()
+                add = collection.extend if isinstance(collection, list) else collection.update
+                add(content)
+        for name, (tensor, data, is_buffer) in self._tensors.items():
+            tensor.data = data.clone() if is_buffer or name in changed else data
+        return self._model
+
+
+def _collections_of(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The collections that a module holds, each with a copy of it."""
+    kinds = (dict, list, set)
+    return [(held, copy.copy(held)) for held in vars(module).values() if isinstance(held, kinds)]
