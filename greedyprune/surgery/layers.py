@@ -217,9 +217,12 @@ def _counted(model: nn.Module, batch: Batch) -> tuple[Batch, UsedTensors, int, d
 
     def counted(inputs: Batch) -> tuple[Batch, UsedTensors, int, dict[str, int]]:
         used = UsedTensors()
-        with used:
-            counts = count_flops(model, lambda: model(*inputs.args, **inputs.kwargs))
-        return inputs, used, *counts[1:]
+
+        def run() -> object:
+            with used:
+                return model(*inputs.args, **inputs.kwargs)
+
+        return inputs, used, *count_flops(model, run)[1:]
 
     few = batch.few(SAMPLES)
     if few is not batch:
