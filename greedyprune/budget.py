@@ -23,14 +23,15 @@ from .data.forward import hooked, run_model
 from .graph.costs import BudgetReport, Cost, count_flops
 from .graph.groups import Group
 from .graph.names import slice_of
-from .knapsack import Knapsack, solve
+from .knapsack import Knapsack, Numbers, solve
 from .objectives.layer_products import LayerProducts
-from .runtime.arguments import is_number
-from .runtime.distributed import Ranks
+from .runtime.arguments import is_int, is_number
 from .runtime.progress import warn
 from .surgery.cut import cut_to
 from .surgery.selection import LayerSelection
 
+Kinds = Sequence[Sequence[Group]]  # layers that keep one share of their units
+KindSizes = Sequence[Sequence[tuple[int, ...]]]  # for each kind, its layers' sizes, ascending
 COSTS = ("flops", "params", "latency")
 ROUNDS = 4  # a cost is measured, and the limit lowered by the excess, at most so often
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of every layer's units, where latencies are measured
@@ -50,6 +51,13 @@ class Budget:
     losses L_l(k) in the gates are summed and not divided. The sum is minimised exactly, or up to
     the gap that `selection.budget` reports.
 
+    With `trials`, L_l(k) / L_l(0) is replaced by what the network loses with k units in layer l and
+    all other layers dense: the divergence of its outputs from the dense ones (Kullback-Leibler, in
+    nats, for logits; the squared error as a share of the dense output's squares for others), or the
+    fall of `score`. It is measured at a few sizes of each layer, on up to 256 of the first samples,
+    at most a quarter of the data, which the layers' paths are not solved on. Between these sizes it
+    follows the layer's own error.
+
     Args:
         flops: share of the FLOPs on the first batch, by torch.utils.flop_counter; in (0, 1]
         params: share of the parameters; in (0, 1]
@@ -58,20 +66,27 @@ class Budget:
         uniform: one size for all layers of a kind. Layers are of a kind if they have the same
             number of units and lie between modules of the same types, such as the feed-forward
             blocks of a transformer
+        trials: how many forward passes of the held-out samples to measure the network's loss in; 0:
+            none, so that each layer's own error decides
+        score: a function of the model that gives a number of which more is better, such as its
+            accuracy on data of your own. It is called once for each trial, with a pruned model that
+            the next trial changes
 
     Raises:
-        ValueError, TypeError: none or several of flops, params and latency, or one that is out of
-            range
+        ValueError, TypeError: none or several of flops, params and latency; one of them, `trials`
+            or `score` that is out of range or of another type; a `score` without `trials`
 
     Example:
-        >>> greedyprune.Budget(flops=0.6, uniform=True)
-        Budget(flops=0.6, params=None, latency=None, uniform=True)
+        >>> greedyprune.Budget(flops=0.6, uniform=True).share
+        0.6
     """
 
     flops: float | None = None
     params: float | None = None
     latency: float | None = None
     uniform: bool = False
+    trials: int = 0
+    score: Callable[[nn.Module], float] | None = None
 
     def __post_init__(self) -> None:
         given = {name: share for name in COSTS if (share := getattr(self, name)) is not None}
@@ -85,6 +100,14 @@ class Budget:
             raise ValueError(f"{name}: found {share!r}, expected a share in (0, 1]")
         if not isinstance(self.uniform, bool):
             raise TypeError(f"uniform: found {self.uniform!r}, expected True or False")
+        if not is_int(self.trials):
+            raise TypeError(f"trials: found {self.trials!r}, expected an int of at least 0")
+        if self.trials < 0:
+            raise ValueError(f"trials: found {self.trials}, expected at least 0")
+        if self.score is not None and not callable(self.score):
+            raise TypeError(f"score: found {self.score!r}, expected a function of the model")
+        if self.score is not None and not self.trials:
+            raise ValueError("score: found one without trials, expected the number of trials")
 
     @property
     def what(self) -> str:
@@ -156,12 +179,12 @@ def within_budget(
     batches: Batches,
     cost: Cost | None,
     round_to: int,
-    losses_of: Callable[[], Mapping[str, Tensor]],
+    values_of: Callable[[Kinds, KindSizes], Sequence[Numbers]],
 ) -> tuple[dict[str, int], BudgetReport]:
     """The size of each layer, and the share of the dense model's cost that they take.
 
     cost:      the model's cost for any sizes; None: latency, which is measured here
-    losses_of: for each layer its losses (N,) with its first 1 to N units
+    values_of: for each kind of layers what is lost at each of its sizes
 
     ValueError where the smallest sizes cost more than the budget allows.
     """
@@ -176,7 +199,7 @@ def within_budget(
             f"{budget.what}: found {share:g}, but the smallest sizes of the layers leave "
             f"{cost.at(least) / cost.dense:.4g} of the dense model's; expected at least this share"
         )
-    knapsack = knapsack_of(kinds, sizes_of, losses_of(), cost, share * cost.dense)
+    knapsack = knapsack_of(kinds, sizes_of, values_of(kinds, sizes_of), cost, share * cost.dense)
     smallest = knapsack.cost(np.zeros(len(kinds), np.int64))
     for _ in range(ROUNDS):
         best = solve(knapsack)
@@ -205,43 +228,41 @@ def _by_layer(kinds: Sequence[Sequence[Group]], sizes: Sequence[Sequence[int]]) 
     }
 
 
-def relative_losses(
-    groups: Sequence[Group],
-    products: Mapping[str, LayerProducts],
-    path_of: Callable[[LayerProducts], LayerSelection],
-    ranks: Ranks,
-) -> dict[str, Tensor]:
-    """Each layer's losses with its first 1 to N units, (N,).
+def relative_losses(products: LayerProducts, path: LayerSelection) -> Tensor:
+    """A layer's losses with its first 1 to N units, (N,).
 
     They are divided by its loss without units, except for gates, whose losses are all rises of the
     model's loss.
     """
+    empty = 1.0 if products.gates else products.end_losses()[1]
+    return path.losses / (empty or 1.0)
 
-    def losses(name: str) -> Tensor:
-        layer = products[name]
-        path = path_of(layer)  # first: a damping is chosen while both halves' sums are apart
-        empty = 1.0 if layer.gates else layer.end_losses()[1]
-        return path.losses / (empty or 1.0)
 
-    return ranks.each([group.producer for group in groups], losses)
+def sums_of(kinds: Kinds, sizes_of: KindSizes, losses: Mapping[str, Tensor]) -> list[Numbers]:
+    """For each kind, the sum of its layers' losses at each of its sizes.
+
+    losses: for each layer (N,), with its first 1 to N units
+    """
+    sums = list[Numbers]()
+    for kind, sizes in zip(kinds, map(np.array, sizes_of), strict=True):
+        paths = [losses[group.producer].numpy() for group in kind]
+        sums.append(np.sum([path[sizes[:, j] - 1] for j, path in enumerate(paths)], 0))
+    return sums
 
 
 def knapsack_of(
-    kinds: Sequence[Sequence[Group]], sizes_of: Sequence[Sequence[tuple[int, ...]]],
-    losses: Mapping[str, Tensor], cost: Cost, limit: float,
+    kinds: Kinds, sizes_of: KindSizes, values: Sequence[Numbers], cost: Cost, limit: float,
 ) -> Knapsack:  # fmt: skip
     """An item for each kind of layers. Its width is the size of its first layer.
 
     sizes_of: for each kind the sizes that its layers can have
-    losses:   for each layer (N,), with its first 1 to N units
+    values:   for each kind what is lost at each of them
     """
-    values, costs, widths = [], [], []
+    costs, widths = [], []
     ratios: dict[str, float] = {}  # of a layer's size to its item's width
     for kind, sizes in zip(kinds, map(np.array, sizes_of), strict=True):
         widths.append(sizes[:, 0].astype(np.float64))
         costs.append(np.zeros(len(sizes)))
-        paths = [losses[group.producer].numpy() for group in kind]
-        values.append(np.sum([path[sizes[:, j] - 1] for j, path in enumerate(paths)], 0))
         ratios |= {group.producer: group.units / kind[0].units for group in kind}
     place = {group.producer: i for i, kind in enumerate(kinds) for group in kind}
     couplings: dict[tuple[int, int], float] = {}

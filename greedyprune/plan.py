@@ -8,14 +8,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from .budget import Budget, relative_losses, within_budget
-from .data.batches import Batches
+from .budget import Budget, Kinds, KindSizes, relative_losses, sums_of, within_budget
+from .data.batches import Batch, Batches, samples_of
 from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
 from .graph.names import module_of_layer, slice_of, weight_of
 from .graph.slices import Slice
 from .graph.unfold import consumer_window, outputs_of
 from .kernels.path import Rule
+from .knapsack import Numbers
 from .objectives import (
     fisher,
     imitation,
@@ -31,6 +32,7 @@ from .objectives.memory import WIDEST
 from .objectives.quadratic import select_from
 from .request import Request
 from .runtime.progress import warn
+from .size_trials import SizeTrials, held_out
 from .surgery.cut import masked
 from .surgery.selection import MOST_NAMES, LayerSelection, Selection
 
@@ -207,9 +209,14 @@ def sizes_within(
     """The sizes for a budget, from whole paths of layers by themselves."""
     assert request.budget is not None
     budget, by_gates = request.budget, request.objective == "fisher"
+    held, batches = list[Batch](), job.batches
+    if budget.trials:
+        held = job.ranks.on_first("held-out samples", lambda: held_out(job.batches))
+        count = sum(samples_of(batch) or 1 for batch in held)
+        batches = job.batches.after(count if job.ranks.rank == 0 else 0)
     whole = replace(request, size=1.0, budget=None, replacement=False, round_to=1)
     job = replace(
-        job, tolerance=None, imitation=replace(job.imitation, swaps=0),
+        job, batches=batches, tolerance=None, imitation=replace(job.imitation, swaps=0),
         rules={g.producer: whole.rule(g, g.units, by_loss=False) for g in groups},
     )  # fmt: skip
     turns = list[list[Group]]()
@@ -241,15 +248,27 @@ def sizes_within(
     def path_of(products: LayerProducts) -> LayerSelection:
         return select_from(job, products, swaps=0, damping=damping, loss=kind)
 
-    def losses() -> dict[str, Tensor]:
-        by_layer: dict[str, Tensor] = {}
+    def values(kinds: Kinds, sizes_of: KindSizes) -> list[Numbers]:
+        losses = dict[str, Tensor]()
+        trials = SizeTrials(job, budget, held, kinds, sizes_of) if held else None
         for turn in turns:
-            by_layer |= relative_losses(turn, products_of(turn), path_of, job.ranks)
-        return by_layer
+            products = products_of(turn)
+
+            def path(
+                name: str, products: dict[str, LayerProducts] = products
+            ) -> tuple[Tensor, LayerSelection | None]:
+                path = path_of(products[name])  # first: damping needs both halves' sums apart
+                return relative_losses(products[name], path), path if trials else None
+
+            for name, (of_layer, whole) in job.ranks.each([g.producer for g in turn], path).items():
+                losses[name] = of_layer
+                if trials and whole is not None:
+                    trials.add(name, whole, of_layer)
+        return trials.curves() if trials else sums_of(kinds, sizes_of, losses)
 
     def compute() -> tuple[dict[str, int], dict[str, object]]:
         sizes, report = within_budget(
-            budget, job.model, groups, job.batches, costs.get(budget.what), request.round_to, losses
+            budget, job.model, groups, job.batches, costs.get(budget.what), request.round_to, values
         )
         return sizes, asdict(report)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import greedyprune
 from greedyprune import Budget, Imitation, budget
-from greedyprune.budget import knapsack_of, sizes_in_one_share
+from greedyprune.budget import knapsack_of, sizes_in_one_share, sums_of
 from greedyprune.data.batches import Batch
 from greedyprune.graph.structure import analyse, find_groups
 
@@ -217,7 +217,7 @@ def test_layers_of_a_kind_that_share_weights() -> None:
     losses = {g.producer: torch.zeros(6) for g in groups}
     kinds = [groups[:2], groups[2:]]
     sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
-    problem = knapsack_of(kinds, sizes_of, losses, cost, cost.dense)
+    problem = knapsack_of(kinds, sizes_of, sums_of(kinds, sizes_of, losses), cost, cost.dense)
     for k, j in itertools.product(range(1, 7), repeat=2):
         widths = {"0": k, "2": k, "4": j}
         assert problem.cost(np.array([k - 1, j - 1])) == pytest.approx(

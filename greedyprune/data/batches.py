@@ -86,6 +86,7 @@ class Batches:
         self._first: Batch | None = None
         self.ranks = ranks
         self.empty = False  # this rank has no samples; its `first` is another rank's
+        self._skipped = 0  # samples at the beginning of every pass
         # Sees every batch of a pass, if it is set.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
         self._random, self._repeats = _random_states(self._source), False
@@ -100,6 +101,12 @@ class Batches:
         if self.empty:
             other._first = self._unprepared().map(other._move)
         return other
+
+    def after(self, count: int) -> Batches:
+        """The same data without the first samples, of which no pass is recorded."""
+        rest = self.of(self._model)
+        rest._skipped = count
+        return rest
 
     def share_first(self) -> Batch:
         """The first batch, on a rank without samples that of another rank.
@@ -164,7 +171,7 @@ class Batches:
 
     def _pass(self) -> Iterator[Batch]:
         if not self._once:
-            return map(self._prepared, self._read())
+            return map(self._prepared, _after(self._skipped, self._read()))
         if self.started:
             raise ValueError(
                 "data: found an iterator, which can be read only once, but another pass is needed; "
@@ -398,3 +405,12 @@ def _flat(parts: tuple[Any, ...]) -> list[Any]:
 
 def _is_array(value: object) -> bool:
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+
+
+def _after(count: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches without their first samples."""
+    for batch in batches:
+        samples = samples_of(batch) or 1
+        if count < samples:
+            yield batch if count <= 0 else batch.take(torch.arange(count, samples))
+        count -= samples

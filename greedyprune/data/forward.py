@@ -185,11 +185,11 @@ def same_outputs(expected: object, outputs: object, padding: Padding = NO_PADDIN
     """
     one, other = leaves_of(expected), leaves_of(outputs)
     if padding.hides:
-        one, other = ([_shown(leaf, padding) for leaf in leaves] for leaves in (one, other))
+        one, other = ([shown(leaf, padding) for leaf in leaves] for leaves in (one, other))
     return len(one) == len(other) and all(map(_same, one, other))
 
 
-def _shown(leaf: Any, padding: Padding) -> Any:
+def shown(leaf: Any, padding: Padding) -> Any:
     """A tensor without the positions that are hidden; other outputs as they are."""
     for mask in (padding.mask, padding.decoder_mask):
         if mask is not None and isinstance(leaf, Tensor) and leaf.shape[:2] == mask.shape:
@@ -291,8 +291,8 @@ def main_output(outputs: object) -> Tensor:
 
 def shown_output(outputs: object, batch: Batch) -> Tensor:
     """`main_output` without the positions that the batch's padding hides."""
-    shown: Tensor = _shown(main_output(outputs), batch.padding)
-    return shown
+    output: Tensor = shown(main_output(outputs), batch.padding)
+    return output
 
 
 def is_separate(model: nn.Module, batch: Batch, outputs: object = None) -> bool:
