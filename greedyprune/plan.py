@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from .budget import Budget, Kinds, KindSizes, relative_losses, sums_of, within_budget
-from .data.batches import Batch, Batches, samples_of
+from .data.batches import Batch, Batches
 from .graph.costs import BudgetReport, Cost
 from .graph.groups import Group
 from .graph.names import module_of_layer, slice_of, weight_of
@@ -211,9 +211,7 @@ def sizes_within(
     budget, by_gates = request.budget, request.objective == "fisher"
     held, batches = list[Batch](), job.batches
     if budget.trials:
-        held = job.ranks.on_first("held-out samples", lambda: held_out(job.batches))
-        count = sum(samples_of(batch) or 1 for batch in held)
-        batches = job.batches.after(count if job.ranks.rank == 0 else 0)
+        held, batches = held_out(job.batches)
     whole = replace(request, size=1.0, budget=None, replacement=False, round_to=1)
     job = replace(
         job, batches=batches, tolerance=None, imitation=replace(job.imitation, swaps=0),

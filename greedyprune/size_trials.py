@@ -7,9 +7,11 @@ costs a forward pass and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from .budget import Budget, Kinds, KindSizes, sums_of
 from .data.batches import Batch, Batches, samples_of
 from .data.compared import as_rows, class_dim_of, row_shape
 from .data.forward import leaves_of, main_output, run_model, shown
-from .data.losses import Criterion
+from .data.losses import Criterion, number
 from .data.padding import counted
 from .knapsack import Numbers
 from .objectives.job import Job
@@ -31,26 +33,38 @@ HELD = 256  # samples that trials run on, at most
 SHARE = 4  # and at most one in so many of the data's
 
 
-def held_out(batches: Batches) -> list[Batch]:
-    """The first samples of the data, for trials: `batches.after` has the others.
+def held_out(batches: Batches) -> tuple[list[Batch], Batches]:
+    """The first samples of the data, for trials, and all others.
 
-    ValueError where the data have too few samples.
+    With several processes, they are the first process's, then the second's, and so on. Every
+    process gets them all. ValueError where the data have too few samples.
     """
-    first = samples_of(batches.first()) or 1
-    known = max(1, len(batches)) * first
-    left = count = min(HELD, known // SHARE)
+    ranks, first = batches.ranks, samples_of(batches.first()) or 1
+    own = 0 if batches.empty else max(1, len(batches)) * first  # or slightly more
+    known = ranks.gather("samples", own)
+    count = min(HELD, sum(known) // SHARE)
     if not count:
         raise ValueError(
-            f"trials: found {known} samples in the data, expected at least {SHARE}, because trials "
-            "run on samples that are held out"
+            f"trials: found {sum(known)} samples in the data, expected at least {SHARE}, because "
+            "trials run on samples that are held out"
         )
-    held = list[Batch]()
-    for batch in batches:
-        held.append(batch.few(left))
-        left -= samples_of(held[-1]) or 1
-        if left <= 0:
+    left = min(own, max(0, count - sum(known[: ranks.rank])))
+    held, skipped = list[Batch](), 0
+    for batch in batches if left else ():
+        held.append(batch.few(left - skipped).map(_on_cpu))
+        skipped += samples_of(held[-1]) or 1
+        if skipped >= left:
             break
-    return held
+    every = [batch for part in ranks.gather("held-out samples", held) for batch in part]
+    return [batch.map(partial(_to, batches.device)) for batch in every], batches.after(skipped)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class SizeTrials:
@@ -123,7 +137,7 @@ class Network:
     ) -> None:  # fmt: skip
         self._held, self._criterion, self._score = held, criterion, score
         self._spare = Spare(model)
-        self._dense_score = None if score is None else _number(score(self._spare.whole(set())))
+        self._dense_score = None if score is None else _score_of(score, self._spare.whole(set()))
         self._dense = [] if score else [run_model(model, batch) for batch in held]
 
     def loss(self, layers: Mapping[str, LayerSelection]) -> float:
@@ -134,7 +148,7 @@ class Network:
         mask(full, selection)
         small = cut(full, selection)
         if self._score is not None and self._dense_score is not None:
-            return self._dense_score - _number(self._score(small))
+            return self._dense_score - _score_of(self._score, small)
         return divergence(self._criterion, self._dense, small, self._held)
 
 
@@ -209,14 +223,9 @@ def _squares(dense: object, outputs: object, batch: Batch) -> dict[str, tuple[fl
     return parts
 
 
-def _number(score: object) -> float:
-    """A score; ValueError where it is no finite number."""
-    try:
-        value = float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"score: found a function that gives {score!r}, expected a number"
-        ) from None
-    if not np.isfinite(value):
-        raise ValueError(f"score: found one that gives {value}, expected a finite number")
+def _score_of(score: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """ValueError or TypeError where the score is no finite number."""
+    value = number("score", score(model))
+    if not math.isfinite(value):
+        raise ValueError(f"score: your function returned {value}, expected a finite number")
     return value

@@ -207,6 +207,11 @@ BUDGETS: dict[str, tuple[Budget, Budget]] = {
     "flops": (Budget(flops=0.8), Budget(flops=0.4)),
     "params": (Budget(params=0.8), Budget(params=0.4)),
     "uniform": (Budget(params=0.6), Budget(params=0.6, uniform=True)),
+    "trials": (Budget(params=0.6), Budget(params=0.6, trials=30)),
+    "score": (
+        Budget(params=0.6, trials=30),
+        Budget(params=0.6, trials=30, score=lambda model: float(model.up[1].weight.shape[0])),
+    ),
 }
 
 
@@ -240,7 +245,7 @@ def test_a_budget_acts(name: str, objective: str) -> None:
     assert sizes[0] != sizes[1]
     if name == "uniform":
         assert sizes[0][0] != sizes[0][1] and sizes[1][0] == sizes[1][1]
-    else:
+    elif name in ("flops", "params"):
         assert sum(sizes[0]) > sum(sizes[1])
         before, after = problem.select(size=BUDGETS[name][1]).change(name)
         assert after <= 0.4 * before

@@ -131,6 +131,7 @@ CASES = {
         two_layers, "numbers", {"size": 0.5, "objective": "fisher", "loss": functional.l1_loss}
     ),
     "budget": Case(cnn, "classes", {"size": Budget(flops=0.5)}),
+    "budget, trials": Case(cnn, "classes", {"size": Budget(flops=0.5, trials=8)}),
     "budget, gates": Case(cnn, "classes", {"size": Budget(params=0.6), "objective": "fisher"}),
     "the network's loss": Case(cnn, "classes", {"size": 3, "objective": "loss"}),
     "the network's loss, refit": Case(
