@@ -41,22 +41,23 @@ def held_out(batches: Batches) -> tuple[list[Batch], Batches]:
     """
     ranks, first = batches.ranks, samples_of(batches.first()) or 1
     own = 0 if batches.empty else max(1, len(batches)) * first  # or slightly more
-    known = ranks.gather("samples", own)
-    count = min(HELD, sum(known) // SHARE)
-    if not count:
+    counts = ranks.gather("samples", own)
+    wanted = min(HELD, sum(counts) // SHARE)
+    if not wanted:
         raise ValueError(
-            f"trials: found {sum(known)} samples in the data, expected at least {SHARE}, because "
+            f"trials: found {sum(counts)} samples in the data, expected at least {SHARE}, because "
             "trials run on samples that are held out"
         )
-    left = min(own, max(0, count - sum(known[: ranks.rank])))
-    held, skipped = list[Batch](), 0
-    for batch in batches if left else ():
-        held.append(batch.few(left - skipped).map(_on_cpu))
-        skipped += samples_of(held[-1]) or 1
-        if skipped >= left:
+    wanted = min(own, max(0, wanted - sum(counts[: ranks.rank])))
+    batches.repeat()  # so that the first samples of every pass are the same
+    held, taken = list[Batch](), 0
+    for batch in batches if wanted else ():
+        held.append(batch.few(wanted - taken).map(_on_cpu))
+        taken += samples_of(held[-1]) or 1
+        if taken >= wanted:
             break
     every = [batch for part in ranks.gather("held-out samples", held) for batch in part]
-    return [batch.map(partial(_to, batches.device)) for batch in every], batches.after(skipped)
+    return [batch.map(partial(_to, batches.device)) for batch in every], batches.after(taken)
 
 
 def _on_cpu(value: Any) -> Any:

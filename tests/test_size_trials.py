@@ -13,13 +13,14 @@ import torch
 from networks import network
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 import greedyprune
 from greedyprune import Budget, Imitation
-from greedyprune.data.batches import Batch
+from greedyprune.data.batches import Batch, Batches
 from greedyprune.data.losses import criterion_of
 from greedyprune.data.padding import Padding
-from greedyprune.size_trials import divergence
+from greedyprune.size_trials import divergence, held_out
 
 LABELS = torch.arange(6) % 3
 
@@ -159,6 +160,18 @@ def test_trials_are_forward_passes_of_the_samples_that_are_held_out() -> None:
     dense = sum(parameter.numel() for parameter in model.parameters())
     assert scored[0] == dense and len(scored) == 1 + 6  # three trials for each of two layers
     assert max(scored[1:]) < dense
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 50])
+def test_samples_that_are_held_out_are_in_no_other_pass(batch_size: int) -> None:
+    torch.manual_seed(0)
+    loader = DataLoader(torch.arange(40.0)[:, None], batch_size=batch_size, shuffle=True)
+    held, rest = held_out(Batches(loader, nn.Linear(1, 1)))
+    first = torch.cat([batch.args[0] for batch in held]).flatten()
+    assert len(first) == 10
+    for _ in range(2):
+        others = torch.cat([batch.args[0] for batch in rest]).flatten()
+        assert torch.cat([first, others]).sort().values.equal(torch.arange(40.0))
 
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
