@@ -28,11 +28,9 @@ class Spare:
             (module, type(module), dict(vars(module)), _collections_of(module))
             for module in self._model.modules()
         ]
-        buffers = {id(buffer) for buffer in self._model.buffers()}
-        self._tensors = {
-            name: (tensor, tensor.data, id(tensor) in buffers)
-            for name, tensor in tensors_of(self._model).items()
-        }
+        self._named = tensors_of(self._model)  # a tied one under each of its names
+        self._data = {id(tensor): (tensor, tensor.data) for tensor in self._named.values()}
+        self._buffers = {id(buffer) for buffer in self._model.buffers()}
 
     def whole(self, changed: set[str]) -> nn.Module:
         """The copy as it was made. What an earlier call returned is the same module.
@@ -47,8 +45,9 @@ class Spare:
                 collection.clear()
                 add = collection.extend if isinstance(collection, list) else collection.update
                 add(content)
-        for name, (tensor, data, is_buffer) in self._tensors.items():
-            tensor.data = data.clone() if is_buffer or name in changed else data
+        written = self._buffers | {id(self._named[name]) for name in changed}
+        for key, (tensor, data) in self._data.items():
+            tensor.data = data.clone() if key in written else data
         return self._model
 
 
