@@ -154,9 +154,16 @@ class Network:
 
 
 def _spread(sizes: int, count: int) -> list[int]:
-    """At most `count` indices of sizes, ascending: the smallest, then in about equal ratios."""
-    ends = np.geomspace(1, sizes, count + 1)[:-1]
-    return sorted({min(round(end) - 1, sizes - 2) for end in ends} - {-1})
+    """At most `count` indices of sizes, ascending, none of them the last.
+
+    All of them, or else the first one and, in equal ratios, from a sixteenth to half of the sizes;
+    a single one is a quarter.
+    """
+    if count >= sizes - 1:
+        return list(range(sizes - 1))
+    shares = [1 / 4] if count == 1 else [0, *np.geomspace(1 / 16, 1 / 2, count - 1)]
+    indices = {max(0, min(round(share * sizes) - 1, sizes - 2)) for share in shares}
+    return sorted(indices)
 
 
 def divergence(
