@@ -5,7 +5,6 @@ A new copy for each trial cut would take longer than the trial itself.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -42,16 +41,26 @@ class Spare:
             vars(module).clear()
             vars(module).update(attributes)
             for collection, content in collections:
-                collection.clear()
-                add = collection.extend if isinstance(collection, list) else collection.update
-                add(content)
+                _put_back(collection, content)
         written = self._buffers | {id(self._named[name]) for name in changed}
         for key, (tensor, data) in self._data.items():
             tensor.data = data.clone() if key in written else data
         return self._model
 
 
+def _put_back(collection: Any, content: Any) -> None:
+    """Gives a collection its content back, also where its class allows no changes."""
+    if isinstance(collection, list):
+        list.__setitem__(collection, slice(None), content)
+    else:
+        kind: Any = dict if isinstance(collection, dict) else set
+        kind.clear(collection)
+        kind.update(collection, content)
+
+
 def _collections_of(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The collections that a module holds, each with a copy of it."""
-    kinds = (dict, list, set)
-    return [(held, copy.copy(held)) for held in vars(module).values() if isinstance(held, kinds)]
+    """The collections that a module holds, each with its content."""
+    return [
+        (held, kind(held)) for held in vars(module).values()
+        for kind in (dict, list, set) if isinstance(held, kind)
+    ]  # fmt: skip

@@ -62,7 +62,11 @@ class Trials:
         check_functions(model)
         kwargs = without_cache(model, batch.kwargs)
         self._model, self._batch = model, replace(batch, kwargs=kwargs, targets=None)
-        self._spare = Spare(model)
+        try:
+            self._spare = Spare(model)
+        except ValueError:  # the trace may have left tensors without numbers in the model
+            run_model(model, self._batch)
+            self._spare = Spare(model)
         self._executors = Executors()
         if graph is not None:
             self._executors[False] = GraphExecutor(model, self._batch, graph=graph)
@@ -274,14 +278,10 @@ class Trials:
         if len(rest) > 1 and (found := self.cuttable(rest)):
             return result | {group.producer: group for group in found}
         failed = [each for each in result.items() if isinstance(each[1], NotPrunableError)]
-        reasons = {general(without_layer(reason)) for _, reason in failed}
         for group in rest:
             [plain] = _with_sizes([group], set())
-            reason = self.failure_of(plain)
-            if reason is None:
+            if self._passes([plain]):
                 result[group.producer] = plain
-            elif general(without_layer(reason)) in reasons:
-                result[group.producer] = reason
             elif found := self._with_fewest_sizes([group], None, few=True):
                 result[group.producer] = found[0]
             else:  # for the same reason, in the same code

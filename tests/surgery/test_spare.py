@@ -7,6 +7,7 @@ import torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
 
+import greedyprune
 from greedyprune.surgery.spare import Spare
 
 
@@ -67,3 +68,38 @@ def test_what_a_forward_keeps_is_gone_when_the_copy_is_whole_again() -> None:
         copy(torch.tensor([1, 2]))
         assert copy.calls == 1 and copy.sizes == [6, 9, 2] and copy.seen == 2
     assert model.calls == 0 and model.kept == {}
+
+
+class Frozen(dict):
+    """A dict that allows no changes but what copy.deepcopy needs."""
+
+    def _refuse(self, *_: object) -> None:
+        raise TypeError("it is frozen")
+
+    clear = update = _refuse
+
+
+class State:
+    """An object that is no module."""
+
+    last: Tensor | None = None
+
+
+class Holding(nn.Module):
+    """Holds a frozen dict, and keeps an activation in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.state = Frozen(width=7), State()
+        self.first, self.last = nn.Linear(4, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state.last = self.first(x).relu()
+        return self.last(self.state.last.view(len(x), self.first.out_features))
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_frozen_dicts_and_activations_in_objects_do_no_harm(samples: int) -> None:
+    model = Holding()
+    assert list(greedyprune.layers(model, torch.randn(samples, 4))) == ["first"]
+    assert model.config == {"width": 7}
