@@ -32,7 +32,7 @@ from .objectives.memory import WIDEST
 from .objectives.quadratic import select_from
 from .request import Request
 from .runtime.progress import warn
-from .size_trials import SizeTrials, held_out
+from .size_trials import SizeTrials, held_out_of
 from .surgery.cut import masked
 from .surgery.selection import MOST_NAMES, LayerSelection, Selection
 
@@ -211,7 +211,7 @@ def sizes_within(
     budget, by_gates = request.budget, request.objective == "fisher"
     held, batches = list[Batch](), job.batches
     if budget.trials:
-        held, batches = held_out(job.batches)
+        held, batches = held_out_of(job.model, job.batches)
     whole = replace(request, size=1.0, budget=None, replacement=False, round_to=1)
     job = replace(
         job, batches=batches, tolerance=None, imitation=replace(job.imitation, swaps=0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -223,6 +224,10 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})
     if by_loss or request.imitation.metric == "fisher":
         job = replace(job, criterion=_decided(job.criterion, model, first, outputs, output_layers))
+    elif request.budget is not None and request.budget.trials:
+        with suppress(ValueError):  # trials then compare the outputs without probabilities
+            criterion = _decided(job.criterion, model, first, outputs, output_layers)
+            job = replace(job, criterion=criterion)
     if by_loss:
         _follow_own_loss(job.criterion, job.batches)
         compared(job.criterion, outputs, job.batches.first())  # raises what is wrong with targets

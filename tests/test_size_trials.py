@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 import greedyprune
 from greedyprune import Budget, Imitation
 from greedyprune.data.batches import Batch, Batches
+from greedyprune.data.divergence import divergence, parts_of
+from greedyprune.data.halves import held_out
 from greedyprune.data.losses import criterion_of
 from greedyprune.data.padding import Padding
-from greedyprune.size_trials import divergence, held_out
+from greedyprune.size_trials import _spread, held_out_of
 
 LABELS = torch.arange(6) % 3
 
@@ -37,23 +39,14 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(80, 6).double(), torch.randint(3, (80,))
 
 
-class Fixed(nn.Module):
-    """Gives an output that is fixed, of any structure."""
-
-    def __init__(self, output: object) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, x: Tensor) -> object:
-        return self.output
-
-
 def measured(
     dense: object, outputs: object, targets: Tensor | None = None, loss: str = "auto",
     mask: Tensor | None = None,
 ) -> float:  # fmt: skip
     batch = Batch((torch.zeros(6, 1),), {}, targets, Padding(mask))
-    return divergence(criterion_of(loss, targets), [dense], Fixed(outputs), [batch])
+    criterion = criterion_of(loss, targets)
+    one, other = (parts_of(criterion, each, batch) for each in (dense, outputs))
+    return divergence([one], [other])
 
 
 def kl(dense: Tensor, outputs: Tensor) -> float:
@@ -105,11 +98,16 @@ def test_other_outputs_are_compared_by_shares_of_their_squares() -> None:
     assert measured(*one_score) > 0
 
 
+def held(inputs: Tensor) -> Tensor:
+    return held_out(Batch((inputs,), {}, None), one_in=4)
+
+
 def whole_path(model: nn.Module, name: str) -> greedyprune.Selection:
     """The path of a layer by itself, on the samples that are not held out."""
     inputs, labels = data()
+    rest = ~held(inputs)
     return greedyprune.select(
-        model, (inputs[20:], labels[20:]), layers=[name], size=1.0,
+        model, (inputs[rest], labels[rest]), layers=[name], size=1.0,
         objective=Imitation(sequential=False, swaps=0),
     )  # fmt: skip
 
@@ -118,13 +116,15 @@ def whole_path(model: nn.Module, name: str) -> greedyprune.Selection:
 def test_the_sizes_lose_least_of_all_that_fit(by_score: bool) -> None:
     """All sizes are measured; the reference prunes, runs torch's loss and tries every pair."""
     model, (inputs, labels) = mlp(), data()
-    dense = model(inputs[:20])
+    samples = inputs[held(inputs)]
+    assert 10 <= len(samples) <= 30
+    dense = model(samples)
 
     def lost(small: nn.Module) -> float:
         return (
-            float((small(inputs[:20]) - dense).square().sum())
+            float((small(samples) - dense).square().sum())
             if by_score
-            else kl(dense, small(inputs[:20]))
+            else kl(dense, small(samples))
         )
 
     paths = {name: whole_path(model, name) for name in ("0", "2")}
@@ -162,16 +162,113 @@ def test_trials_are_forward_passes_of_the_samples_that_are_held_out() -> None:
     assert max(scored[1:]) < dense
 
 
-@pytest.mark.parametrize("batch_size", [3, 7, 50])
-def test_samples_that_are_held_out_are_in_no_other_pass(batch_size: int) -> None:
+class Mixing(nn.Module):
+    """Samples have no outputs of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), Mixing()])
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_samples_that_are_held_out_are_in_no_other_pass(model: nn.Module, batch_size: int) -> None:
     torch.manual_seed(0)
-    loader = DataLoader(torch.arange(40.0)[:, None], batch_size=batch_size, shuffle=True)
-    held, rest = held_out(Batches(loader, nn.Linear(1, 1)))
+    inputs = torch.randn(280, 1)
+    loader = DataLoader(inputs, batch_size=batch_size, shuffle=isinstance(model, nn.Linear))
+    held, rest = held_out_of(model, Batches(loader, model))
     first = torch.cat([batch.args[0] for batch in held]).flatten()
-    assert len(first) == 10
+    assert 30 <= len(first) <= 110
+    if isinstance(model, Mixing):
+        assert all(len(batch.args[0]) == batch_size for batch in (*held, *rest))
     for _ in range(2):
         others = torch.cat([batch.args[0] for batch in rest]).flatten()
-        assert torch.cat([first, others]).sort().values.equal(torch.arange(40.0))
+        assert torch.cat([first, others]).sort().values.equal(inputs.flatten().sort().values)
+
+
+def test_at_most_256_samples_are_used_and_none_of_the_quarter_is_in_a_path() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(1, 1), torch.randn(2000, 1)
+    samples, rest = held_out_of(model, Batches(inputs, model))
+    assert sum(len(batch.args[0]) for batch in samples) == 256
+    assert torch.cat([batch.args[0] for batch in rest]).equal(inputs[~held(inputs)])
+
+
+class Drawing(nn.Module):
+    """Draws random numbers in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu()) + torch.randn(len(x), 3, dtype=x.dtype)
+
+
+def test_random_numbers_are_the_same_in_every_trial() -> None:
+    torch.manual_seed(0)
+    model, (inputs, _) = Drawing().double(), data()
+    batches = list(inputs.split(4))
+    budget = Budget(params=0.7, trials=20)
+    selection = greedyprune.select(model, batches, size=budget, objective="imitation")
+    assert selection.budget.objective < 0.1  # the noise alone is more than half of the squares
+
+
+def test_a_score_may_change_the_weights() -> None:
+    model, (inputs, labels) = mlp(), data()
+    starts = list[Tensor]()
+
+    def score(small: nn.Module) -> float:
+        starts.append(small[4].bias.detach().clone())
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.add_(1)
+        return float(len(starts))
+
+    greedyprune.select(model, (inputs, labels), size=Budget(flops=0.5, trials=8, score=score))
+    assert len(starts) > 4 and all(start.equal(model[4].bias) for start in starts)
+
+
+def test_masked_classes_do_no_harm() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 6, 3)
+    both = [functional.pad(each, (0, 1), value=-torch.inf) for each in (one, other)]
+    assert measured(*both, LABELS) == pytest.approx(kl(one, other), rel=1e-6)
+
+
+def test_maps_of_logits_have_their_classes_first() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 6, 3, 4, 5)
+    rows = [each.movedim(1, -1).reshape(-1, 3) for each in (one, other)]
+    outputs = [SimpleNamespace(logits=each) for each in (one, other)]
+    assert measured(*outputs) == pytest.approx(kl(*rows), rel=1e-6)
+
+
+class Classes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu()).argmax(1)
+
+
+def test_outputs_that_can_not_be_compared_are_told() -> None:
+    inputs = torch.randn(80, 6)
+    with pytest.raises(ValueError, match="trials: found outputs without floating-point numbers"):
+        greedyprune.select(Classes(), inputs, size=Budget(flops=0.5, trials=8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        (8, 5, [0, 1, 2, 3, 4]), (64, 5, [0, 3, 7, 15, 31]), (64, 1, [15]), (5, 9, [0, 1, 2, 3]),
+        (1, 3, []),
+    ],
+)  # fmt: skip
+def test_trials_are_spread_over_the_sizes(sizes: int, count: int, expected: list[int]) -> None:
+    found = _spread(sizes, count)
+    assert len(found) == min(count, sizes - 1)
+    assert found == expected or sizes == 8
 
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -189,10 +286,17 @@ def test_networks_keep_to_their_budgets(kind: str) -> None:
     model, inputs = network(name)
     share = 0.95 if name == "gpt2" else 0.8
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    batches = [inputs] * 4
+    torch.manual_seed(0)
+    batches: list[Any]
+    if isinstance(inputs, dict):
+        ids = inputs["input_ids"]
+        every = torch.randint(int(ids.max()), (40, *ids.shape[1:])).split(8)
+        batches = [{"input_ids": each} for each in every]
+    else:
+        batches = list(torch.randn(40, *inputs.shape[1:], dtype=inputs.dtype).split(8))
     if "objective" in options:
         with torch.no_grad():
-            batches = [(inputs, model(inputs).argmax(-1))] * 4
+            batches = [(batch, model(batch).argmax(-1)) for batch in batches]
     budget = Budget(params=share, trials=60, uniform=kind == "uniform")
     selection = greedyprune.select(model, batches, size=budget, **options)
     params, small = selection.change("params"), greedyprune.prune(model, selection)
@@ -219,7 +323,7 @@ def test_wrong_budgets(make: Callable[[], Budget], kind: type[Exception], messag
     ("budget", "samples", "kind", "message"),
     [
         (Budget(flops=0.5, trials=1), 80, ValueError, "trials: found 1, expected at least 2, one"),
-        (Budget(flops=0.5, trials=4), 3, ValueError, "trials: found 3 samples in the data, exp"),
+        (Budget(flops=0.5, trials=4), 1, ValueError, "trials: found 1 batches, which can't be"),
         (
             Budget(flops=0.5, trials=4, score=lambda model: None), 80, TypeError,
             "score: your function returned NoneType, expected one number",
@@ -242,7 +346,7 @@ def test_trials_are_not_repeated_after_an_interruption(tmp_path: Any) -> None:
 
     def score(small: nn.Module) -> float:
         calls.append(1)
-        if len(calls) == 6 and not tmp_path.joinpath("again").exists():
+        if len(calls) == 8 and not tmp_path.joinpath("again").exists():
             raise KeyboardInterrupt
         return -float((small(inputs) - model(inputs)).square().sum())
 

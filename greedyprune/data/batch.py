@@ -53,6 +53,16 @@ class Batch:
         few = self.take(torch.arange(count))
         return few.map(lambda value: value.detach() if isinstance(value, Tensor) else value)
 
+    def only(self, chosen: Tensor) -> Batch | None:
+        """The samples that are chosen, (m,) bool; of a (1,) bool the whole batch. None: none is."""
+        if len(chosen) != samples_of(self) or bool(chosen.all()):
+            return self if bool(chosen[0]) else None
+        return self.take(chosen.nonzero().flatten()) if bool(chosen.any()) else None
+
+    def on(self, device: torch.device) -> Batch:
+        """The batch with its tensors on this device."""
+        return self.map(lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
     def map(self, function: Callable[[Any], Any]) -> Batch:
         """The batch with function(value) in the place of every value."""
         kwargs = {name: function(value) for name, value in self.kwargs.items()}

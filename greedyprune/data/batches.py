@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..runtime.distributed import ALONE, Ranks
 from ..runtime.sparse import held_tensors
@@ -30,11 +28,9 @@ from .sequence_models import (
     shifts_labels,
     time_first_layers,
 )
+from .sources import batches_in, random_states, tensor_of
 from .targets import parsed
 
-# Samples in a forward pass, for data that come without batches. On a CPU, activations of more than
-# about 32 MB cost extra, because the system gives every batch fresh memory pages for them.
-BATCH = 512
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -86,10 +82,10 @@ class Batches:
         self._first: Batch | None = None
         self.ranks = ranks
         self.empty = False  # this rank has no samples; its `first` is another rank's
-        self._skipped = 0  # samples at the beginning of every pass
+        self._chosen: Callable[[Batch], Tensor] | None = None  # which samples a pass has
         # Sees every batch of a pass, if it is set.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
-        self._random, self._repeats = _random_states(self._source), False
+        self._random, self._repeats = random_states(self._source), False
 
     def of(self, model: nn.Module) -> Batches:
         """The same data for another model."""
@@ -102,11 +98,14 @@ class Batches:
             other._first = self._unprepared().map(other._move)
         return other
 
-    def after(self, count: int) -> Batches:
-        """The same data without the first samples, of which no pass is recorded."""
-        rest = self.of(self._model)
-        rest._skipped = count
-        return rest
+    def where(self, chosen: Callable[[Batch], Tensor]) -> Batches:
+        """The same data, with only the samples of each batch for which chosen(batch) is true.
+
+        `first` is still the first batch of all samples.
+        """
+        other = self.of(self._model)
+        other._chosen = chosen
+        return other
 
     def share_first(self) -> Batch:
         """The first batch, on a rank without samples that of another rank.
@@ -116,7 +115,7 @@ class Batches:
         first = self._first_or_none()
         has = self.ranks.gather("whether there are samples", first is not None)
         if any(has) and not all(has):
-            shared = first and first.map(_on_cpu)
+            shared = first and first.on(torch.device("cpu"))
             shared = self.ranks.from_rank(has.index(True), "a batch", shared)
             self.empty = first is None
             if shared is not None and self.empty:
@@ -171,7 +170,11 @@ class Batches:
 
     def _pass(self) -> Iterator[Batch]:
         if not self._once:
-            return map(self._prepared, _after(self._skipped, self._read()))
+            batches, chosen = map(self._prepared, self._read()), self._chosen
+            if chosen is None:
+                return batches
+            parts = (batch.only(chosen(batch)) for batch in batches)
+            return (part for part in parts if part is not None)
         if self.started:
             raise ValueError(
                 "data: found an iterator, which can be read only once, but another pass is needed; "
@@ -273,7 +276,7 @@ class Batches:
     def _move(self, value: Any, cast: bool = True) -> Any:
         if not isinstance(value, Tensor):
             if hasattr(value, "__array__"):
-                value = _tensor(value)
+                value = tensor_of(value)
             else:
                 return value
         if value.is_inference():  # autograd refuses it
@@ -287,24 +290,6 @@ class Batches:
         return value.to(self._device, dtype, non_blocking=to_gpu)
 
 
-def generators_of(source: object) -> list[torch.Generator]:
-    """The generators that a DataLoader and its samplers draw from, besides torch's global one."""
-    if not isinstance(source, DataLoader):
-        return []
-    batched = source.batch_sampler
-    owners = source, source.sampler, batched, getattr(batched, "sampler", None)
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
-
-
-def _random_states(source: object) -> list[tuple[torch.Generator, Tensor]]:
-    """The states of all generators that a DataLoader draws from, torch's global one included."""
-    if not isinstance(source, DataLoader):
-        return []
-    generators = torch.default_generator, *generators_of(source)
-    return [(generator, generator.get_state()) for generator in generators]
-
-
 def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:
     """Keeps a tensor's memory until this stream has finished with it."""
     if isinstance(value, Tensor) and value.is_cuda:
@@ -313,104 +298,8 @@ def _used_on(stream: torch.cuda.Stream, value: Any) -> Any:
     return value
 
 
-def _tensor(value: Any) -> Tensor:
-    with warnings.catch_warnings():  # the array is only read
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.as_tensor(value)
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
 def _labelled(labels: Any) -> Tensor | None:
     """The positions (m, T) bool that have a label; None where labels are not of that form."""
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
     return labels != IGNORED
-
-
-def batches_in(data: object) -> Iterable[Any]:
-    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
-        data = tuple(data.tensors)
-    if isinstance(data, Tensor) or hasattr(data, "__array__"):
-        data = (_tensor(data),)
-    if isinstance(data, tuple) and data and all(_is_array(part) for part in _flat(data)):
-        if len(data) > 2:
-            raise TypeError(f"data: found {len(data)} tensors, expected (inputs, targets)")
-        return _Slices(data)
-    if isinstance(data, Mapping):
-        return [data]
-    if hasattr(data, "with_format") and hasattr(data, "iter"):
-        return _Rows(data)
-    if isinstance(data, Dataset):
-        return DataLoader(data, batch_size=BATCH)
-    if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
-        return data
-    raise TypeError(
-        f"data: found {type(data).__name__}, expected (inputs, targets), a Dataset, a DataLoader "
-        "or an iterable of batches"
-    )
-
-
-class _Slices:
-    """(inputs, targets) of the same length, in batches of about the same size."""
-
-    def __init__(self, data: tuple[Any, ...]) -> None:
-        self._inputs = [_tensor(part) for part in _flat(data[:1])]
-        self._targets = [_tensor(part) for part in _flat(data[1:])]
-        for tensor in (*self._inputs, *self._targets):
-            if not tensor.dim():
-                raise ValueError("data: found a tensor of shape (), expected one entry a sample")
-            if tensor.layout != torch.strided:  # torch can't take a slice of it
-                raise TypeError(
-                    "data: found a sparse tensor, expected a dense one (tensor.to_dense()), or a "
-                    "list of batches"
-                )
-        self._length = len(self._inputs[0])
-        for tensor in (*self._inputs, *self._targets):
-            if len(tensor) != self._length:
-                raise ValueError(
-                    f"data: found {self._length} inputs and {len(tensor)} targets, expected one "
-                    "for each"
-                )
-
-    def __len__(self) -> int:
-        return -(-self._length // BATCH)
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        size = -(-self._length // max(1, len(self)))
-        for i in range(0, self._length, max(1, size)):
-            inputs = tuple(t[i : i + size] for t in self._inputs)
-            targets = (t[i : i + size] for t in self._targets)
-            yield (inputs if len(inputs) > 1 else inputs[0], *targets)
-
-
-class _Rows:
-    """A dataset of Hugging Face's `datasets`, read from its files as dicts of tensors."""
-
-    def __init__(self, data: Any) -> None:
-        self._data = data.with_format("torch")
-
-    def __len__(self) -> int:
-        return -(-len(self._data) // BATCH)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(self._data.iter(batch_size=BATCH))
-
-
-def _flat(parts: tuple[Any, ...]) -> list[Any]:
-    return [item for p in parts for item in (p if isinstance(p, (tuple, list)) else (p,))]
-
-
-def _is_array(value: object) -> bool:
-    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
-
-
-def _after(count: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches without their first samples."""
-    for batch in batches:
-        samples = samples_of(batch) or 1
-        if count < samples:
-            yield batch if count <= 0 else batch.take(torch.arange(count, samples))
-        count -= samples

@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     attributes of all modules (mode, hooks, tensors that a forward keeps), the buffers, the
     parameters' `requires_grad` and torch's random numbers are as before.
     """
-    state = _State(model)
+    state = State(model)
     devices = {t.device for t in model.parameters()}
     kind = next((device.type for device in devices if device.type != "meta"), "cpu")
     gpus = {device.index for device in devices if device.type == "cuda"}
@@ -108,7 +108,7 @@ class _AutocastWithoutEffect:
 _AUTOCAST_WITHOUT_EFFECT = _AutocastWithoutEffect()
 
 
-class _State:
+class State:
     """What running a model may change, as it is now."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,9 +22,15 @@ def in_second_half(batch: Batch) -> Tensor:
     return _hashes(batch) < 0
 
 
-def held_out(batch: Batch) -> Tensor:
-    """For each of a batch's samples, whether it is among the held-out tenth: (m,) bool, CPU."""
-    return ((_hashes(batch) >> 44) & 0xFFFFF) % 10 == 0
+def held_out(batch: Batch, one_in: int = 10, separate: bool = True) -> Tensor:
+    """For each of a batch's samples, whether it is held out, as one in 10 is: (m,) bool, CPU.
+
+    separate: False: the batch is held out whole or not at all, (1,) bool
+    """
+    hashes = _hashes(batch)
+    if not separate:
+        hashes = hashes.sum(0, keepdim=True) * SPREAD
+    return ((hashes >> 44) & 0xFFFFF) % one_in == 0
 
 
 def _hashes(batch: Batch) -> Tensor:

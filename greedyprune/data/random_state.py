@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .batches import batches_in, generators_of
+from .sources import batches_in, generators_of
 
 SEED = 0  # of the random numbers in each pass
 

@@ -73,8 +73,8 @@ class Trials:
         self._fewest = list[set[str]]()  # of attributes with which groups could be cut
         self._factors = dict[str, float]()  # of parameters, by name
         self._known = dict[tuple[Trial, bool], ValueError | None]()  # how trials have ended
-        self._ran = dict[Trial, object]()  # the outputs of the smaller model that ran last
-        self._expected = dict[Units, object]()  # the outputs with the units masked that were last
+        self._ran = dict[Trial, object]()  # the last smaller model's outputs
+        self._expected = dict[Units, object]()  # the dense model's, with units masked
         self.gave_other_outputs = False  # has a smaller model run since this was set to False?
 
     def sharpen(self, groups: Sequence[Group]) -> None:
@@ -118,7 +118,7 @@ class Trials:
     ) -> bool:
         error = self._error_of(groups, shares, compare)
         self.gave_other_outputs |= "gives other outputs" in str(error)
-        return error is None  # one that is not about shapes counts, too: each group's trial tells
+        return error is None
 
     def _error_of(
         self, groups: Sequence[Group], shares: Shares | None = None, compare: bool = True
@@ -189,7 +189,7 @@ class Trials:
         ]
         selection = selection_of_units(self._model, kept)
         cut_tensors = {name for each in groups for name in each.slices} | self._factors.keys()
-        full = self._spare.whole(cut_tensors)
+        full = self._spare.restored(cut_tensors)
         mask(full, selection)
         for name, factor in self._factors.items():
             parameter = full.get_parameter(name)

@@ -1,4 +1,4 @@
-"""A copy of a model that is cut, run and made whole again."""
+"""A copy of a model that is cut, run and restored."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("name", ["tied", *NETWORKS])
-def test_what_is_written_to_the_copy_is_gone_when_it_is_whole_again(name: str) -> None:
+def test_what_is_written_to_the_copy_is_gone_when_it_is_restored(name: str) -> None:
     torch.manual_seed(0)
     model = Keeping() if name == "tied" else network(name)[0]
     names = {name for name, _ in model.named_parameters()}  # a tied one under one of its names
     spare = Spare(model)
     for _ in range(2):
-        copy = spare.whole(names)
+        copy = spare.restored(names)
         assert same(copy, model)
         with torch.no_grad():
             for parameter in copy.parameters():
@@ -55,14 +55,14 @@ def test_what_is_written_to_the_copy_is_gone_when_it_is_whole_again(name: str) -
                 parameter.data = parameter.data[:1]
         for module in copy.modules():
             module.new, module.training = 5, True
-    assert same(spare.whole(set()), model)
+    assert same(spare.restored(()), model)
 
 
-def test_what_a_forward_keeps_is_gone_when_the_copy_is_whole_again() -> None:
+def test_what_a_forward_keeps_is_gone_when_the_copy_is_restored() -> None:
     model = Keeping()
     spare = Spare(model)
     for _ in range(2):
-        copy = spare.whole(set())
+        copy = spare.restored(())
         assert same(copy, model)
         assert copy.kept == {} and copy.sizes == [6, 9]
         copy(torch.tensor([1, 2]))

@@ -359,3 +359,26 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, 6).tanh()
+
+
+class Width(nn.Module):
+    """A block whose code takes its width from an attribute, or from a place that pruning can't set.
+
+    In both, the failure without attributes reads the same.
+    """
+
+    def __init__(self, has_attribute: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.width = 12 if has_attribute else None
+        self.nested = {"deep": {"width": 12}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = self.width or self.nested["deep"]["width"]
+        return x + self.b(self.a(x).relu().view(-1, width))
+
+
+def test_a_block_that_fails_as_others_do_is_tried_with_its_own_attributes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Width(has_attribute=i == 2) for i in range(4)))
+    assert list(greedyprune.layers(model, torch.randn(5, 6))) == ["2.a"]
