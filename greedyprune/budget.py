@@ -54,9 +54,9 @@ class Budget:
     With `trials`, L_l(k) / L_l(0) is replaced by what the network loses with k units in layer l and
     all other layers dense: the divergence of its outputs from the dense ones (Kullback-Leibler, in
     nats, for logits; the squared error as a share of the dense output's squares for others), or the
-    fall of `score`. It is measured at a few sizes of each layer, on up to 256 of the first samples,
-    at most a quarter of the data, which the layers' paths are not solved on. Between these sizes it
-    follows the layer's own error.
+    fall of `score`. It is measured at a few sizes of each layer, on at most 256 samples. They are
+    of a quarter of the data that is held out: the layers' paths are solved on the rest. Between
+    these sizes it is interpolated linearly in the layer's own error.
 
     Args:
         flops: share of the FLOPs on the first batch, by torch.utils.flop_counter; in (0, 1]
@@ -66,8 +66,8 @@ class Budget:
         uniform: one size for all layers of a kind. Layers are of a kind if they have the same
             number of units and lie between modules of the same types, such as the feed-forward
             blocks of a transformer
-        trials: how many forward passes of the held-out samples to measure the network's loss in; 0:
-            none, so that each layer's own error decides
+        trials: the number of trials in all. Each is a forward pass of the held-out samples, or a
+            call of `score`. At least one for each layer; 0: each layer's own error decides
         score: a function of the model that gives a number of which more is better, such as its
             accuracy on data of your own. It is called once for each trial, with a pruned model that
             the next trial changes

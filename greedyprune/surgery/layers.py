@@ -151,10 +151,9 @@ class Layers(Mapping[str, Prunable]):
 def layers(model: nn.Module, example: object) -> Layers:
     """Which layers of a model `select` can prune, and why not the others.
 
-    The model is traced once, with the first two samples of the example, and run with these and with
-    one of them; or with all samples where the FLOPs are not in proportion to their number, or the
-    model runs on no part of them. If an operation may have a layer's size as a constant,
-    such as a `view`, the model is also run with half of that layer's units, unless its parameters
+    The model is traced once and run on the first two samples of the example, and run on one. If its
+    FLOPs are not in proportion to the samples, or it does not run on so few, all samples are used.
+    If an operation may have a layer's size as a constant, such as a `view`, the model is also run with half of that layer's units, unless its parameters
     are on the meta device. `select` prunes the same layers for the same example: all of them with
     layers="all", else those whose `kind` is "".
 
