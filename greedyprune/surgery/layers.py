@@ -153,9 +153,10 @@ def layers(model: nn.Module, example: object) -> Layers:
 
     The model is traced once and run on the first two samples of the example, and run on one. If its
     FLOPs are not in proportion to the samples, or it does not run on so few, all samples are used.
-    If an operation may have a layer's size as a constant, such as a `view`, the model is also run with half of that layer's units, unless its parameters
-    are on the meta device. `select` prunes the same layers for the same example: all of them with
-    layers="all", else those whose `kind` is "".
+    If an operation may have a layer's size as a constant, such as a `view`, the model is also run
+    with half of that layer's units, unless its parameters are on the meta device. `select` prunes
+    the same layers for the same example: all of them with layers="all", else those whose `kind` is
+    "".
 
     Args:
         model: any nn.Module that torch.export can trace; its parameters may be on the meta device
