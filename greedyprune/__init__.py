@@ -6,7 +6,6 @@ small = greedyprune.prune(model, selection)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .budget import Budget
 from .graph.slices import NotPrunableError
 from .kernels.backend import show_config
 from .objectives.options import Fisher, Imitation, Loss
@@ -14,12 +13,14 @@ from .pretraining import theory
 from .pretraining.history import Check
 from .pretraining.monitor import PretrainingMonitor
 from .selector import select
+from .sizes.budget import Budget
 from .surgery.cut import prune, recalibrate
+from .surgery.layer_selection import LayerSelection
 from .surgery.layers import layers
 from .surgery.optimizer import prune_optimizer
 from .surgery.refit import refit
 from .surgery.saving import load_pruned, save_pruned
-from .surgery.selection import LayerSelection, Selection
+from .surgery.selection import Selection
 
 try:
     __version__ = version("greedyprune")

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
-from .budget import Budget, Kinds, KindSizes, relative_losses, sums_of, within_budget
 from .data.batches import Batch, Batches
-from .graph.costs import BudgetReport, Cost
+from .graph.costs import Cost
 from .graph.groups import Group
 from .graph.names import module_of_layer, slice_of, weight_of
 from .graph.slices import Slice
 from .graph.unfold import consumer_window, outputs_of
 from .kernels.path import Rule
-from .knapsack import Numbers
 from .objectives import (
     fisher,
     imitation,
@@ -33,8 +32,14 @@ from .objectives.quadratic import select_from
 from .request import Request
 from .runtime.progress import warn
 from .size_trials import SizeTrials, held_out_of
+from .sizes.budget import Budget, BudgetReport
+from .sizes.curves import Curves
+from .sizes.kinds import Kinds, KindSizes
+from .sizes.knapsack import Numbers
+from .sizing import relative_losses, sums_of, within_budget
 from .surgery.cut import masked
-from .surgery.selection import MOST_NAMES, LayerSelection, Selection
+from .surgery.layer_selection import LayerSelection
+from .surgery.selection import MOST_NAMES, Selection
 
 # How a layer is judged:
 OUTPUT_LOSS = "output loss"  # by the model's loss; its consumer gives the model's output
@@ -204,9 +209,12 @@ def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
 
 
 def sizes_within(
-    job: Job, request: Request, groups: Sequence[Group], costs: Mapping[str, Cost]
-) -> tuple[dict[str, int], BudgetReport]:
-    """The sizes for a budget, from whole paths of layers by themselves."""
+    job: Job, request: Request, groups: Sequence[Group], costs: Mapping[str, Cost], few: Batch
+) -> tuple[dict[str, int], BudgetReport, Curves]:
+    """The sizes for a budget, from whole paths of layers by themselves.
+
+    few: some samples of the first batch, to whose number its FLOPs are in proportion
+    """
     assert request.budget is not None
     budget, by_gates = request.budget, request.objective == "fisher"
     held, batches = list[Batch](), job.batches
@@ -264,14 +272,14 @@ def sizes_within(
                     trials.add(name, whole, of_layer)
         return trials.curves() if trials else sums_of(kinds, sizes_of, losses)
 
-    def compute() -> tuple[dict[str, int], dict[str, object]]:
-        sizes, report = within_budget(
-            budget, job.model, groups, job.batches, costs.get(budget.what), request.round_to, values
+    def compute() -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
+        sizes, report, curves = within_budget(
+            budget, job.model, groups, job.batches, few, costs, request.round_to, values
         )
-        return sizes, asdict(report)
+        return sizes, asdict(report), curves.as_json()
 
-    sizes, report = job.checkpoint.value("sizes", compute)
-    return sizes, BudgetReport(**report)  # type: ignore[arg-type]
+    sizes, report, curves = job.checkpoint.value("sizes", compute)
+    return sizes, BudgetReport(**report), Curves.of_json(curves)
 
 
 def select_layers(

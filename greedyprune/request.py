@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .budget import Budget, nearest, size_step, sizes_in_one_share
 from .graph.groups import Group
 from .kernels.path import Rule
 from .objectives.job import REPEATS_LIMIT, generator
 from .objectives.options import DAMPING, Fisher, Imitation, Loss
 from .runtime.arguments import is_int, is_number, one_of, positive_int
 from .runtime.progress import warn
+from .sizes.budget import Budget
+from .sizes.kinds import nearest, size_step, sizes_in_one_share
 
 OBJECTIVES = {"imitation": Imitation, "loss": Loss, "fisher": Fisher}
 WEIGHTS = ("auto", "counts", "uniform", "none", "refit")

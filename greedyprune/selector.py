@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .budget import Budget
 from .data.batches import Batch, Batches
 from .data.compared import class_dim_of, compared
 from .data.forward import evaluating, hooked, main_output, run_model
@@ -43,10 +42,13 @@ from .runtime.fingerprint import of_fields, of_model, of_versions, same_on_all
 from .runtime.free_memory import room
 from .runtime.modules import module_of
 from .runtime.progress import bars, warn
+from .sizes.budget import Budget
+from .sizes.kinds import without_kept
 from .surgery.copying import check_functions
 from .surgery.hf_config import how_saved
+from .surgery.layer_selection import LayerSelection
 from .surgery.proof import SAMPLES, example_of
-from .surgery.selection import LayerSelection, Selection
+from .surgery.selection import Selection
 from .surgery.trial_cut import groups_of
 
 
@@ -214,6 +216,9 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     few = first if request.consumers is not None else _in_proportion(model, first, total)
     groups, refused = groups_of(model, few, request.layers, request.consumers, request.sized_layers)
     groups = [group.times(in_samples_of(few, first)) for group in groups]
+    if request.budget is not None:
+        groups, kept = without_kept(model, groups, request.budget.keep)
+        refused = {**refused, **dict.fromkeys(kept, "Budget(keep=...) keeps all its units")}
     warn_of_unrun(model, used, groups, "data")
     if request.consumers is not None:  # no graph tells what follows these layers
         output_layers = _unmoved(model, first, output_layers)
@@ -238,7 +243,7 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         elif request.objective == "auto":
             reason = f"{groups[-1].not_output} follows {groups[-1].consumer!r}"
         warn(f"loss: not used, because {reason}: the layers imitate their dense outputs instead")
-    costs, report = costs_of(model, groups, total, flops), None
+    costs, report, curves = costs_of(model, groups, total, flops), None, None
     costs = job.ranks.from_rank(0, "costs", costs)  # of the first rank's first batch
 
     def with_rules(request: Request) -> Job:
@@ -246,13 +251,19 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
 
     layers_plan = plan(with_rules(request), request, groups)
     if request.budget is not None:
-        sizes, report = sizes_within(job, request, groups, costs)
+        sizes, report, curves = sizes_within(job, request, groups, costs, few)
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
     layers = {group.producer: selected[group.producer] for group in groups}
     saving = how_saved(model, layers)
     return Selection(
-        layers, costs, report, example=example_of(model, first), saving=saving, refused=refused
+        layers,
+        costs,
+        report,
+        curves=curves,
+        example=example_of(model, first),
+        saving=saving,
+        refused=refused,
     )
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .budget import Budget, Kinds, KindSizes, sums_of
 from .data.batches import Batch, Batches, samples_of
 from .data.divergence import Parts, divergence, parts_of
 from .data.forward import is_separate, run_model
@@ -24,10 +23,14 @@ from .data.halves import held_out
 from .data.losses import number
 from .data.random_state import preserving_random_state, seed_all
 from .graph.export import without_cache
-from .knapsack import Numbers
 from .objectives.job import Job
+from .sizes.budget import Budget
+from .sizes.kinds import Kinds, KindSizes
+from .sizes.knapsack import Numbers
+from .sizing import sums_of
 from .surgery.cut import cut, mask
-from .surgery.selection import LayerSelection, Selection
+from .surgery.layer_selection import LayerSelection
+from .surgery.selection import Selection
 from .surgery.spare import Spare
 
 HELD = 256  # samples that trials run on, at most

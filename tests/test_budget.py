@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import greedyprune
-from greedyprune import Budget, Imitation, budget
-from greedyprune.budget import knapsack_of, sizes_in_one_share, sums_of
+from greedyprune import Budget, Imitation, latency
 from greedyprune.data.batches import Batch
 from greedyprune.graph.structure import analyse, find_groups
+from greedyprune.sizes.curves import Curves
+from greedyprune.sizes.kinds import sizes_in_one_share
 
 
 def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
@@ -214,10 +215,11 @@ def test_layers_of_a_kind_that_share_weights() -> None:
     selection = greedyprune.select(model, [inputs], size=Budget(flops=0.5, uniform=True))
     assert len({len(layer.kept) for layer in selection.layers.values()}) == 1
     cost = selection.costs["flops"]
-    losses = {g.producer: torch.zeros(6) for g in groups}
     kinds = [groups[:2], groups[2:]]
     sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
-    problem = knapsack_of(kinds, sizes_of, sums_of(kinds, sizes_of, losses), cost, cost.dense)
+    nothing = [np.zeros(len(sizes)) for sizes in sizes_of]
+    curves = Curves.of(kinds, sizes_of, nothing, {"flops": [cost]}, uniform=False)
+    problem = curves.knapsack(cost, cost.dense)
     for k, j in itertools.product(range(1, 7), repeat=2):
         widths = {"0": k, "2": k, "4": j}
         assert problem.cost(np.array([k - 1, j - 1])) == pytest.approx(
@@ -268,7 +270,7 @@ def test_a_latency_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = network("vgg")
     flops = count(model, inputs)["flops"]
     clock = Clock(rest=flops / 4)  # 0.8 of the time is 0.75 of the FLOPs
-    monkeypatch.setattr(budget, "medians", clock)
+    monkeypatch.setattr(latency, "medians", clock)
     options = {"objective": "imitation", "weights": "counts"}
     by_time = greedyprune.select(model, [inputs], **options, size=Budget(latency=0.8))
     by_count = greedyprune.select(model, [inputs], **options, size=Budget(flops=0.75))
@@ -277,13 +279,13 @@ def test_a_latency_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(layer.kept) == len(by_time.layers[name].kept)
     assert by_time.budget.reached == pytest.approx((4 * by_count.budget.reached + 1) / 5)
 
-    monkeypatch.setattr(budget, "medians", clock := Clock(flops / 4, wrong=0.05 * flops))
+    monkeypatch.setattr(latency, "medians", clock := Clock(flops / 4, wrong=0.05 * flops))
     corrected = greedyprune.select(model, [inputs], **options, size=Budget(latency=0.8))
     assert clock.asked > 3  # the whole model gains less than its layers say
     assert corrected.budget.reached <= 0.8
     assert corrected.change("flops")[1] < by_count.change("flops")[1]
 
-    monkeypatch.setattr(budget, "medians", Clock(flops / 4, wrong=flops))
+    monkeypatch.setattr(latency, "medians", Clock(flops / 4, wrong=flops))
     with pytest.warns(UserWarning, match=r"latency: found .* of the dense model's, above the 0.8"):
         greedyprune.select(model, [inputs], **options, size=Budget(latency=0.8))
     with pytest.raises(ValueError, match=r"latency: found 0.2, but the smallest sizes"):
@@ -291,14 +293,14 @@ def test_a_latency_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_latency_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "SECONDS", 0.2)
+    monkeypatch.setattr(latency, "SECONDS", 0.2)
     model, inputs = nn.Sequential(Block(8, 8), nn.Conv2d(8, 8, 1)).eval(), torch.randn(2, 8, 6, 6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    times = budget.medians([model, nn.Identity()], Batch((inputs,), {}, None), [""])
+    times = latency.medians([model, nn.Identity()], Batch((inputs,), {}, None), [""])
     assert times[0][""] > times[1][""] > 0
     batch = Batch((inputs,), {}, None)
     kinds = [[group] for group in find_groups(model, analyse(model, batch), None)]
-    cost = budget._latency(model, kinds, batch)
+    cost = latency.latency_of(model, kinds, batch)
     assert cost.dense > 0
     assert all(part >= 0 for part in cost.parts.values())
     assert cost.at({"0.conv1": 1}) <= cost.dense
@@ -330,8 +332,12 @@ def test_bad_budgets(options: dict, message: str) -> None:
 
 
 BAD_SHARES: list[tuple[dict, type[Exception], str]] = [
-    ({}, ValueError, "Budget: found none, expected one of flops, params, latency"),
-    ({"flops": 0.5, "params": 0.5}, ValueError, "Budget: found flops, params, expected one of"),
+    ({}, ValueError, "Budget: found none, expected at least one of flops, params, latency, memory"),
+    ({"flops": 0.5, "memory": 2}, ValueError, r"memory: found 2, expected a share in \(0, 1\]"),
+    ({"flops": 0.5, "min_share": -1}, ValueError, r"min_share: found -1, expected a share in \["),
+    ({"flops": 0.5, "min_share": "a"}, TypeError, r"min_share: found 'a', expected a share in \["),
+    ({"flops": 0.5, "keep": 3}, TypeError, "keep: found 3, expected names or patterns of layers"),
+    ({"flops": 0.5, "keep": ["a", 3]}, TypeError, r"keep: found \['a', 3\], expected names or"),
     ({"flops": 0}, ValueError, r"flops: found 0, expected a share in \(0, 1\]"),
     ({"params": 1.5}, ValueError, r"params: found 1.5, expected a share in \(0, 1\]"),
     ({"latency": -0.5}, ValueError, r"latency: found -0.5, expected a share in \(0, 1\]"),
@@ -346,8 +352,6 @@ def test_bad_shares(options: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         Budget(**options)
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(TypeError, match="memory"):
-        Budget(memory=0.5)  # type: ignore[call-arg]
 
 
 def test_a_budget_takes_two_passes() -> None:

@@ -62,24 +62,6 @@ class Cost:
         return cls(value["dense"], value["units"], parts)
 
 
-@dataclass(frozen=True)
-class BudgetReport:
-    """How the sizes were chosen for a budget.
-
-    what:      "flops", "params" or "latency"
-    share:     the share of the dense model's cost that was asked for
-    reached:   the share that the pruned model really has, measured
-    objective: the sum over the layers that `Budget` minimises
-    gap:       no sizes within the budget have a sum below objective - gap; 0: these are the best
-    """
-
-    what: str
-    share: float
-    reached: float
-    objective: float
-    gap: float
-
-
 def count_flops(model: nn.Module, run: Callable[[], T]) -> tuple[T, int, dict[str, int]]:
     """Calls a function that runs a model without gradients.
 

@@ -22,7 +22,7 @@ from ..graph.groups import Group
 from ..graph.names import slice_of
 from ..graph.unfold import by_position, consumer_window, input_positions, outputs_of
 from ..runtime.resume import Pass, Tensors
-from ..surgery.selection import LayerSelection
+from ..surgery.layer_selection import LayerSelection
 from .derivatives import Derivatives, derivatives
 from .job import Job
 from .layer_products import LayerProducts

@@ -18,8 +18,8 @@ from ..graph.names import weight_name
 from ..graph.replay import Replay
 from ..runtime.resume import Pass
 from ..surgery.cut import masked_weight, without_query_keys
+from ..surgery.layer_selection import LayerSelection
 from ..surgery.remaining import entries_left
-from ..surgery.selection import LayerSelection
 from .job import Job
 from .layer_products import LayerProducts, Roots, collect
 from .memory import imitation_bytes, metric_bytes, turns

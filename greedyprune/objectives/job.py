@@ -17,7 +17,7 @@ from ..kernels.path import Rule, Step
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar, warn
-from ..surgery.selection import LayerSelection, distinct_counts
+from ..surgery.layer_selection import LayerSelection, distinct_counts
 from .options import Fisher, Imitation, Loss
 
 REPEATS_LIMIT = 10  # with a size and replacement: at most so many steps for each unit of the size

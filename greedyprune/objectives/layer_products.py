@@ -28,7 +28,7 @@ from ..kernels.path import Moments, NestedFit, Path, Rule, Step
 from ..runtime.checkpoint import NO_CHECKPOINT, Checkpoint
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
-from ..surgery.selection import LayerSelection, distinct_counts
+from ..surgery.layer_selection import LayerSelection, distinct_counts
 from .memory import WIDEST
 from .products import ConsumerProducts, Products
 

@@ -31,7 +31,7 @@ from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..surgery.copying import copied
 from ..surgery.cut import masked_tied, masked_weight, scaled_weight
-from ..surgery.selection import LayerSelection
+from ..surgery.layer_selection import LayerSelection
 from .network_suffix import NetworkSuffix
 
 PART = 32  # samples that run together on a CPU; the values of more do not fit in its caches

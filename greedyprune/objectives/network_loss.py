@@ -20,7 +20,8 @@ from ..kernels.loop import greedy
 from ..kernels.path import first_picks
 from ..runtime.resume import Steps
 from ..surgery.cut import masked
-from ..surgery.selection import LayerSelection, Selection
+from ..surgery.layer_selection import LayerSelection
+from ..surgery.selection import Selection
 from .job import (
     Job,
     loop_has_kept_weights,

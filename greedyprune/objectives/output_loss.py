@@ -24,7 +24,7 @@ from ..runtime.checkpoint import NO_CHECKPOINT
 from ..runtime.distributed import ALONE
 from ..runtime.progress import warn
 from ..runtime.resume import Steps
-from ..surgery.selection import LayerSelection
+from ..surgery.layer_selection import LayerSelection
 from .features import InMemory, Streamed, layer_features
 from .job import (
     Job,

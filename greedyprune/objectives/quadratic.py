@@ -12,7 +12,7 @@ from ..data.losses import bound
 from ..graph.groups import Group
 from ..kernels import ops
 from ..kernels.path import NestedFit, first_picks
-from ..surgery.selection import LayerSelection, distinct_counts
+from ..surgery.layer_selection import LayerSelection, distinct_counts
 from .head_match import matched
 from .job import (
     Job,

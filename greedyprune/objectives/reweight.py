@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.least_squares import factored, ridge
 from ..kernels.path import NestedFit, first_picks
-from ..surgery.selection import distinct_counts
+from ..surgery.layer_selection import distinct_counts
 from .features import InMemory, Streamed
 from .memory import check_least_squares
 from .moments import squares_of

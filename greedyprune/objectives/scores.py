@@ -25,7 +25,7 @@ from ..graph.executors import GraphExecutors
 from ..graph.groups import Group, Scores
 from ..graph.queries import Given, visit_queries
 from ..runtime.resume import Pass
-from ..surgery.selection import LayerSelection
+from ..surgery.layer_selection import LayerSelection
 from .job import Job
 from .layer_products import LayerProducts
 from .products import Products

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..surgery.selection import LayerSelection
+from ..surgery.layer_selection import LayerSelection
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ from ..data.losses import SMOOTHNESS, bound
 from ..kernels import backend as backends
 from ..kernels import ops
 from ..kernels.path import Moments, Rule
-from ..surgery.selection import LayerSelection, Selection
+from ..surgery.layer_selection import LayerSelection
+from ..surgery.selection import Selection
 
 Numbers = NDArray[np.float64]
 

@@ -26,11 +26,12 @@ from ..runtime.modules import module_of
 from .attention import fit_attention
 from .copying import copied
 from .hf_config import describe
+from .layer_selection import LayerSelection
 from .module_sizes import HEADS, holders_of, note_size, sizes_after, tied_sizes
 from .proof import prove
 from .recurrent import fit_recurrent
 from .remaining import check_shares, entries_left, sizes_left
-from .selection import LayerSelection, Selection
+from .selection import Selection
 
 
 def prune(model: nn.Module, selection: Selection, example: object = None) -> nn.Module:

@@ -27,7 +27,8 @@ from ..graph.pretrained import (
     shapes_of,
 )
 from ..runtime.progress import warn
-from .selection import LayerSelection, Selection
+from .layer_selection import LayerSelection
+from .selection import Selection
 
 
 class Refusal:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..graph.slices import Entries
-from .selection import LayerSelection
+from .layer_selection import LayerSelection
 
 
 def entries_left(layers: Iterable[LayerSelection]) -> Entries:

@@ -10,16 +10,19 @@ from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..graph.costs import BudgetReport, Cost
+from ..graph.costs import Cost
 from ..graph.slices import Slice
 from ..kernels.path import NestedFit
-from ..runtime.arguments import ByName, is_int, one_of
+from ..runtime.arguments import ByName, one_of
 from ..runtime.files import read_tensors, write_tensors
+from ..sizes.budget import Budget, BudgetReport
+from ..sizes.curves import Curves
+from ..sizes.frontier import Frontier
 from . import selection_report
+from .layer_selection import LayerSelection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,132 +38,6 @@ MOST_NAMES = 8  # of layers in an error message
 
 
 @dataclass(frozen=True, eq=False)
-class LayerSelection:
-    """The greedy path of one layer with N units: k steps, which keep K distinct units.
-
-    All tensors are on the CPU.
-
-    order:      (k,) int64, the picks in sequence
-    counts:     (N,) int64, how often each unit was picked
-    kept:       (K,) int64, the distinct units, ascending
-    weights:    (K,) float64, the factors that multiply the kept units' outgoing weights. After
-                weights="refit" with objective "loss" or "imitation" these are the new outgoing
-                weights themselves: (C, K) float64 for a consumer with C outputs, or (C, K, w) for
-                a consumer that takes w features of each unit, such as a convolution's taps. Where
-                there are several consumers, they are the first one's
-    losses:     (k,) float64, the objective after each step, of the network with these weights
-    dense_loss: () float64, the objective of the dense layer
-    bound:      (k,) float64, eq. (3); None where its conditions do not hold
-    gap:        (k,) float64, the Frank-Wolfe gap: losses - gap is at most the loss of any convex
-                reweighting of all units; None where it is not known
-    distinct:   (k,) int64, the number of distinct units after each step
-    outputs:    the consumers, which are the layers that take the units' outputs as inputs, each
-                with its number of outputs
-    slices:     the parameters and buffers that have entries for each unit, and where these are
-    fitted:     after weights="refit": each consumer's least squares, for every number of units
-    gates:      after weights="refit" with objective "fisher": the least squares of one factor for
-                each unit's outgoing weights
-    weighting:  how the kept units' outgoing weights were found: "counts", "uniform", "none" or
-                "refit", as in the argument `weights` of `select`
-    loss:       the loss that `losses` are values of: "mse", "cross_entropy", "bce_with_logits" or
-                "custom"; "mse" for a layer that imitates
-    objective:  what the layer was judged by: "loss", "imitation" or "fisher"
-    also:       those tensors that hold the units along a second dimension, and where
-    sizes:      attributes of modules that hold a size, as "module.attribute" or
-                "module.attribute[i]", and where the entries that they count belong to units; only
-                those that have to be set
-    tied:       weights that take the units and stay as they are: embeddings' tables that the last
-                layer multiplies with, too, the `weight_hh` of recurrent layers, and all parameters
-                of query-key units, which no layer takes. They are cut
-    share:      the layers, with this one, that have to keep one share of their units, because the
-                model's code needs it; () for any share
-    part:       "" or, of dimensions inside attention's heads, "[query-key]" or "[value]"
-    rescaled:   parameters of query-key units that cutting multiplies, so that attention scores
-                which the code divides by the root of the number of units stay as they are
-    """
-
-    order: Tensor
-    counts: Tensor
-    kept: Tensor
-    weights: Tensor
-    losses: Tensor
-    dense_loss: Tensor
-    bound: Tensor | None
-    gap: Tensor | None
-    distinct: Tensor
-    outputs: Mapping[str, int]
-    slices: Mapping[str, Slice]
-    weighting: str
-    loss: str
-    objective: str
-    fitted: Mapping[str, NestedFit] | None = field(default=None, repr=False)
-    gates: NestedFit | None = field(default=None, repr=False)
-    also: Mapping[str, Slice] = field(default_factory=dict, repr=False)
-    sizes: Mapping[str, Slice] = field(default_factory=dict, repr=False)
-    tied: tuple[str, ...] = field(default=(), repr=False)
-    share: tuple[str, ...] = field(default=(), repr=False)
-    part: str = field(default="", repr=False)
-    rescaled: tuple[str, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def of_path(
-        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, NestedFit] | None,
-        gates: NestedFit | None = None, **fields: Any,
-    ) -> LayerSelection:  # fmt: skip
-        """The record of the picks `order` (k,) among `units` units.
-
-        fields: the attributes that do not follow from the picks and the least squares
-        """
-        counts = torch.bincount(order, minlength=units)
-        kept = counts.nonzero().flatten()
-        if gates is not None:
-            weights = _outgoing_ascending(gates, len(kept)).flatten()
-        elif fitted is None:
-            weights = factors(weighting, counts, kept)
-        else:
-            weights = _outgoing_ascending(next(iter(fitted.values())), len(kept))
-            weights = weights[..., 0] if weights.shape[2] == 1 else weights
-        return cls(
-            order=order, counts=counts, kept=kept, weights=weights.contiguous(),
-            distinct=distinct_counts(order), weighting=weighting, fitted=fitted, gates=gates,
-            **fields,
-        )  # fmt: skip
-
-    def at(self, k: int) -> LayerSelection:
-        """The same path after k steps; ValueError if it has fewer, TypeError if k is not an int."""
-        expected = f"expected an int from 1 to {len(self.order)}, the path's steps"
-        if not is_int(k):
-            raise TypeError(f"k: found {k!r}, {expected}")
-        if not 1 <= k <= len(self.order):
-            raise ValueError(f"k: found {k}, {expected}")
-
-        def first(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[:k].clone()
-
-        return LayerSelection.of_path(
-            len(self.counts), self.order[:k].clone(), self.weighting, self.fitted, self.gates,
-            losses=self.losses[:k].clone(), dense_loss=self.dense_loss, bound=first(self.bound),
-            gap=first(self.gap), slices=self.slices, also=self.also, sizes=self.sizes,
-            tied=self.tied, share=self.share, part=self.part, rescaled=self.rescaled,
-            outputs=self.outputs, loss=self.loss, objective=self.objective,
-        )  # fmt: skip
-
-    def new_weights(self, consumer: str) -> Tensor | None:
-        """A consumer's new weights on the kept units' features, (C, K, w) float64.
-
-        None unless weights="refit" has found new weights.
-        """
-        if self.fitted is None:
-            return None
-        return _outgoing_ascending(self.fitted[consumer], len(self.kept))
-
-
-def _outgoing_ascending(fitted: NestedFit, distinct: int) -> Tensor:
-    """The least squares on the first `distinct` units, with these units in ascending order."""
-    return fitted.outgoing(distinct)[:, fitted.units[:distinct].argsort()]
-
-
-@dataclass(frozen=True, eq=False)
 class Selection:
     """The result of `select`: `layers` maps a layer's name to its LayerSelection.
 
@@ -171,6 +48,8 @@ class Selection:
     costs:  the model's "params", and its "flops" on the first batch, for any sizes of the layers;
             None if the selection is not from `select`
     budget: how the sizes were chosen for a budget; None if there was no budget
+    curves: what is lost at each size of each layer, for `resize` and `frontier`; None if there was
+            no budget
     refused: the layers that can't be pruned, and why, as in `greedyprune.layers`; empty if the
              caller named the layers
     example: at most two samples of the first batch, on which `prune` checks its result. They stay
@@ -185,13 +64,16 @@ class Selection:
     refused: Mapping[str, str] = field(default_factory=dict)
     example: Batch | None = field(default=None, repr=False)
     saving: str | None = None
+    curves: Curves | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(ByName(self.layers)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        refused = dict(self.refused)
-        return Selection, (dict(self.layers), self.costs, self.budget, refused, None, self.saving)
+        return Selection, (
+            dict(self.layers), self.costs, self.budget, dict(self.refused), None, self.saving,
+            self.curves,
+        )  # fmt: skip
 
     @property
     def order(self) -> Tensor:
@@ -261,8 +143,7 @@ class Selection:
         if self.costs is None:
             return None
         one_of("what", what, tuple(self.costs))
-        widths = {name: len(layer.kept) for name, layer in self.layers.items()}
-        return self.costs[what].dense, self.costs[what].at(widths)
+        return self.costs[what].dense, self.costs[what].at(self._sizes())
 
     def at(self, k: int) -> Selection:
         """The paths of all layers after k steps: one run of `select` serves every size.
@@ -274,6 +155,94 @@ class Selection:
         shortest.at(k)  # checks k
         layers = {name: layer.at(k) for name, layer in self.layers.items()}
         return dataclasses.replace(self, layers=layers, budget=None)
+
+    def resize(self, budget: Budget) -> Selection:
+        """The selection for a smaller budget, from the same paths: no data and no model are needed.
+
+        A layer's path is cut after its first picks, so no layer gets larger than it is. Start from
+        a selection for the largest budget of interest; `Budget(flops=1.0)` has whole paths. The
+        layers' weights assume the other layers as they were selected, so `refit` gains more than
+        after a `select` for the same budget. Exchanges, which come last in a path, are lost.
+
+        Args:
+            budget: costs, which this selection was made for or which are known for all models
+                (FLOPs and parameters), and `min_share`. It can have no other options than the
+                budget that this selection was made for
+
+        Returns:
+            a Selection, whose `budget.left` is computed and not measured
+
+        Raises:
+            ValueError: there are no curves, since the selection was not made for a Budget; a share
+                that is higher than this selection's or lower than that of the smallest sizes; an
+                option that takes data or the model
+            TypeError: `budget` is no Budget
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(),
+            ...                       nn.Linear(9, 1))
+            >>> whole = greedyprune.select(model, torch.randn(32, 4), size=Budget(params=1.0))
+            >>> whole.resize(Budget(params=0.5)).budget.left["params"] <= 0.5
+            True
+        """
+        curves = self._curves_for("resize")
+        if not isinstance(budget, Budget):
+            raise TypeError(f"budget: found {type(budget).__name__}, expected a Budget")
+        _check_resizing(budget, curves)
+        now = self._sizes()
+        asked = self.budget.asked if self.budget else {}
+        ends = {what: max(curves.share(what, now), asked.get(what, 0)) for what in budget.shares}
+        if all(share > ends[what] for what, share in budget.shares.items()):
+            what, end = next(iter(ends.items()))
+            raise ValueError(
+                f"{what}: found {budget.shares[what]:g}, but the paths end at the sizes of this "
+                f"selection, which leave {end:.4g} of the dense model's; expected at most this "
+                "share, or `select` with a larger Budget"
+            )
+        for what, share in budget.shares.items():
+            least = curves.share(what, curves.least())
+            if share < least:
+                raise ValueError(
+                    f"{what}: found {share:g}, but the smallest sizes of the layers leave "
+                    f"{least:.4g} of the dense model's; expected at least this share"
+                )
+        limits = {what: share * curves.dense(what) for what, share in budget.shares.items()}
+        sizes, best = curves.within(limits, now, budget.min_share)
+        left = {what: curves.share(what, sizes) for what in budget.shares}
+        return dataclasses.replace(
+            self, layers={name: self.layers[name].of_size(size) for name, size in sizes.items()},
+            budget=BudgetReport(budget.shares, left, best.value, best.gap),
+        )  # fmt: skip
+
+    def frontier(self, what: str | None = None) -> Frontier:
+        """What is lost against what the model costs, for a range of budgets.
+
+        Args:
+            what: the cost; None: the first one that this selection's budget limits
+
+        Returns:
+            a Frontier, which has a table, `summary()`, and a figure, `plot()`
+
+        Raises:
+            ValueError: there are no curves, since the selection was not made for a Budget; a cost
+                that is not known
+        """
+        curves = self._curves_for("frontier")
+        if what is None:
+            what = next(iter(self.budget.asked if self.budget else curves.costs))
+        one_of("what", what, tuple(curves.costs))
+        return Frontier.of(curves, what, self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(layer.kept) for name, layer in self.layers.items()}
+
+    def _curves_for(self, method: str) -> Curves:
+        if self.curves is None:
+            raise ValueError(
+                f"{method}: found a selection without a budget, expected one that "
+                "select(size=Budget(...)) returned"
+            )
+        return self.curves
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file. Values that are not tensors go into its header, as JSON.
@@ -310,6 +279,7 @@ class Selection:
             "format": FORMAT, "layers": json.dumps(layers), "costs": json.dumps(costs),
             "budget": json.dumps(None if self.budget is None else dataclasses.asdict(self.budget)),
             "refused": json.dumps(dict(self.refused)), "saving": json.dumps(self.saving),
+            "curves": json.dumps(None if self.curves is None else self.curves.as_json()),
         }  # fmt: skip
         write_tensors(path, tensors, header)
 
@@ -335,13 +305,14 @@ class Selection:
             fields |= {key: tuple(fields.get(key, ())) for key in ("tied", "share", "rescaled")}
             layers[name] = LayerSelection(**fields, fitted=fitted or None, gates=gates)
         costs = json.loads(header.get("costs", "{}"))
-        budget = json.loads(header.get("budget", "null"))
+        budget, curves = (json.loads(header.get(key, "null")) for key in ("budget", "curves"))
         return Selection(
             layers,
             {what: Cost.of_json(cost) for what, cost in costs.items()} or None,
             None if budget is None else BudgetReport(**budget),
             json.loads(header.get("refused", "{}")),
             saving=json.loads(header.get("saving", "null")),
+            curves=None if curves is None else Curves.of_json(curves),
         )
 
     def summary(self) -> Table:
@@ -372,22 +343,19 @@ class Selection:
         return f"Selection({{{layers}}})"
 
 
-def distinct_counts(order: Tensor) -> Tensor:
-    """The number of distinct units in order[:i + 1], for each i: (k,) int64."""
-    seen: set[int] = set()
-    counts = []
-    for unit in order.tolist():
-        seen.add(unit)
-        counts.append(len(seen))
-    return torch.tensor(counts, dtype=torch.int64)
-
-
-def factors(weights: str, counts: Tensor, kept: Tensor) -> Tensor:
-    """The factors of the kept units' outgoing weights: (K,) float64.
-
-    weights: "counts", "uniform" or "none", as for `select`
-    """
-    if weights == "counts":
-        return counts[kept].double() * len(counts) / counts.sum()
-    value = len(counts) / len(kept) if weights == "uniform" else 1.0
-    return torch.full((len(kept),), value, dtype=torch.float64)
+def _check_resizing(budget: Budget, curves: Curves) -> None:
+    """ValueError for what can't be had from curves alone."""
+    for what in budget.shares:
+        if what not in curves.costs:
+            raise ValueError(
+                f"{what}: found {budget.shares[what]:g}, but it was not measured for this "
+                f"selection; expected {', '.join(curves.costs)}, or `select` with this Budget"
+            )
+    options = {"keep": bool(budget.keep), "trials": bool(budget.trials)}
+    options["uniform"] = budget.uniform and not curves.uniform
+    for option, is_given in options.items():
+        if is_given:
+            raise ValueError(
+                f"{option}: found {getattr(budget, option)!r}, which the sizes of this selection "
+                "were chosen without; expected costs and min_share, or `select` with this Budget"
+            )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..graph.costs import BudgetReport
 from ..graph.refusals import by_reason
 from ..runtime.figures import BLACK, BLUE, GREY, legend_below, panels_of
+from ..sizes.budget import BudgetReport
+from .layer_selection import LayerSelection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,37 +22,9 @@ if TYPE_CHECKING:
 Change = tuple[int, int] | None  # a cost of the dense and of the pruned model; None: not known
 
 
-class LayerPath(Protocol):
-    """The attributes of a LayerSelection that are shown.
-
-    This module can't import that class, because selection.py imports this module.
-    """
-
-    @property
-    def order(self) -> Tensor: ...
-    @property
-    def counts(self) -> Tensor: ...
-    @property
-    def kept(self) -> Tensor: ...
-    @property
-    def losses(self) -> Tensor: ...
-    @property
-    def dense_loss(self) -> Tensor: ...
-    @property
-    def bound(self) -> Tensor | None: ...
-    @property
-    def gap(self) -> Tensor | None: ...
-    @property
-    def weighting(self) -> str: ...
-    @property
-    def loss(self) -> str: ...
-    @property
-    def objective(self) -> str: ...
-
-
 def summary(
-    layers: Mapping[str, LayerPath], params: Change, flops: Change, budget: BudgetReport | None,
-    refused: Mapping[str, str], saving: str | None = None,
+    layers: Mapping[str, LayerSelection], params: Change, flops: Change,
+    budget: BudgetReport | None, refused: Mapping[str, str], saving: str | None = None,
 ) -> Table:  # fmt: skip
     """A table with a row for each layer; below it the costs, the budget, the refused, `saving`."""
     from rich.table import Table
@@ -78,7 +51,7 @@ def summary(
     return table
 
 
-def _columns(layers: Collection[LayerPath]) -> Iterator[str]:
+def _columns(layers: Collection[LayerSelection]) -> Iterator[str]:
     """What the columns mean that have no plain name, where they have numbers."""
     if any(layer.gap is not None for layer in layers):
         yield "loss - gap: no convex reweighting of all units has a lower loss"
@@ -97,13 +70,17 @@ def _caption(params: Change, flops: Change, budget: BudgetReport | None) -> Iter
             before, after = change
             yield f"{before:,} {unit} before, {after:,} after ({after / max(1, before):.1%})"
     if budget is not None:
+        left = ", ".join(
+            f"{what} {budget.left[what]:.4g} for a budget of {share:.4g}"
+            for what, share in budget.asked.items()
+        )
         yield (
-            f"{budget.what} {budget.reached:.4g} for a budget of {budget.share:.4g}; loss of the "
-            f"sizes {budget.objective:.4g}, at most {budget.gap:.2g} above the best"
+            f"{left}; loss of the sizes {budget.objective:.4g}, at most {budget.gap:.2g} above the "
+            "best"
         )
 
 
-def plot(layers: Mapping[str, LayerPath]) -> Figure:
+def plot(layers: Mapping[str, LayerSelection]) -> Figure:
     """A figure with one panel for each layer; ImportError without matplotlib."""
     figure, panels = panels_of(len(layers))
     for panel, (name, layer) in zip(panels, layers.items(), strict=True):
@@ -115,7 +92,7 @@ def plot(layers: Mapping[str, LayerPath]) -> Figure:
     return figure
 
 
-def _draw(panel: Axes, layer: LayerPath) -> None:
+def _draw(panel: Axes, layer: LayerSelection) -> None:
     """The loss against the steps, the proved bound and the dense loss, where they are known."""
     steps = torch.arange(1, len(layer.order) + 1)
     marker = "o" if len(steps) < 10 else ""

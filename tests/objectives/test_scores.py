@@ -10,7 +10,7 @@ from head_kinds import HEADS, of_kind
 from torch import Tensor, nn
 
 import greedyprune
-from greedyprune.surgery.selection import LayerSelection
+from greedyprune.surgery.layer_selection import LayerSelection
 
 FEW: dict[str, Any] = {"objective": greedyprune.Imitation(swaps=0)}
 NAMES = ["blocks.0.qkv[query-key]", "blocks.0.qkv[value]"]

@@ -73,6 +73,11 @@ class Knapsack:
         w = [widths[k] for widths, k in zip(self.widths, choice, strict=True)]
         return float(uncoupled + sum(b * w[i] * w[j] for (i, j), b in self.couplings.items()))
 
+    def costs_of(self, i: int, choice: Indices) -> Numbers:
+        """(n,): the part of the cost that depends on item i, for each of its widths."""
+        slope = sum(b * self.widths[j][choice[j]] for j, b in self.neighbours[i].items())
+        return self.costs[i] + slope * self.widths[i]
+
 
 @dataclass(frozen=True)
 class Best:
@@ -184,14 +189,14 @@ def solve(knapsack: Knapsack) -> Best:
     if knapsack.cost(unlimited) <= knapsack.limit:
         return Best(unlimited, knapsack.value(unlimited), 0.0)
     choice, relaxation = _best_multiplier(knapsack, forest, unlimited, smallest)
-    choice = _filled_up(knapsack, choice)
+    choice = filled_up([knapsack], choice)
     value, bound = knapsack.value(choice), relaxation.bound(knapsack.limit)
     for beam in BEAMS:
         if value - bound <= ROUNDING * abs(value):
             break
         better, is_complete = _search(knapsack, forest, relaxation, value - bound, beam)
         if better is not None:
-            choice = _filled_up(knapsack, better)
+            choice = filled_up([knapsack], better)
             value = knapsack.value(choice)
         if is_complete:
             return Best(choice, value, 0.0)
@@ -229,20 +234,22 @@ def _best_multiplier(
             best_choice = min(best_choice, choice, key=knapsack.value)
 
 
-def _filled_up(knapsack: Knapsack, choice: Indices) -> Indices:
-    """Spends what the choice leaves of the limit: one item at a time, the one that gains most."""
-    choice = choice.copy()
+def filled_up(knapsacks: Sequence[Knapsack], choice: Indices) -> Indices:
+    """Spends what the choice leaves of the limits: one item at a time, the one that gains most.
+
+    knapsacks: they have the same values and widths, and the choice is within all their limits
+    """
+    choice, values = choice.copy(), knapsacks[0].values
     while True:
-        unspent = knapsack.limit - knapsack.cost(choice)
         gains, target = np.zeros(len(choice)), choice.copy()
-        for i, (values, widths) in enumerate(zip(knapsack.values, knapsack.widths, strict=True)):
-            slope = sum(
-                b * knapsack.widths[j][choice[j]] for j, b in knapsack.neighbours[i].items()
-            )
-            costs = knapsack.costs[i] + slope * widths
-            affordable = np.where(costs <= costs[choice[i]] + unspent, values, np.inf)
+        unspent = [knapsack.limit - knapsack.cost(choice) for knapsack in knapsacks]
+        for i, of_item in enumerate(values):
+            affordable = of_item
+            for knapsack, rest in zip(knapsacks, unspent, strict=True):
+                costs = knapsack.costs_of(i, choice)
+                affordable = np.where(costs <= costs[choice[i]] + rest, affordable, np.inf)
             target[i] = affordable.argmin()
-            gains[i] = values[choice[i]] - values[target[i]]
+            gains[i] = of_item[choice[i]] - of_item[target[i]]
         i = int(gains.argmax())
         if gains[i] <= 0:
             return choice

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from greedyprune import knapsack
-from greedyprune.knapsack import Knapsack, solve
+from greedyprune.sizes import knapsack
+from greedyprune.sizes.knapsack import Knapsack, solve
 
 
 def random_knapsack(

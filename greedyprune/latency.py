@@ -1,0 +1,97 @@
+"""The time of a forward pass as a function of the layers' sizes, measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data.batches import Batch
+from .data.forward import hooked, run_model
+from .graph.costs import Cost
+from .sizes.kinds import Kinds, sizes_in_one_share
+from .surgery.cut import cut_to
+
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of every layer's units, where latencies are measured
+SECONDS, RUNS = 2.0, 5  # measuring takes at least so long, and so many runs of each model
+
+
+def latency_of(model: nn.Module, kinds: Kinds, batch: Batch) -> Cost:
+    """Nanoseconds: a module's time is modelled as a constant and a part in proportion to its sizes.
+
+    That part is the slope of a line through the module's times in models cut to a few shares of all
+    sizes. All parts are then scaled to the time that the whole model gains.
+    """
+    groups = [group for kind in kinds for group in kind]
+    sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
+    cut = [
+        {
+            group.producer: size
+            for kind, sizes in zip(kinds, sizes_of, strict=True)
+            for group, size in zip(kind, sizes[max(1, round(share * len(sizes))) - 1], strict=True)
+        }
+        for share in SHARES
+    ]
+    owners = {name.rpartition(".")[0] for group in groups for name in group.slices}
+    models = [cut_to(model, groups, widths) for widths in cut]
+    whole = [times[""] for times in medians(models, batch)]
+    by_module = medians(models, batch, sorted(owners))
+    units = {group.producer: group.units for group in groups}
+    parts: Counter[tuple[str, ...]] = Counter()
+    for name in owners:
+        layers = tuple(
+            g.producer for g in groups if any(t.rpartition(".")[0] == name for t in g.slices)
+        )
+        shares = [math.prod(w[layer] / units[layer] for layer in layers) for w in cut]
+        slope = np.polyfit(shares, [times[name] for times in by_module], 1)[0]
+        parts[layers] += max(0, round(float(slope)))
+    dense = round(whole[0])
+    foreseen = dense - Cost(dense, units, parts).at(cut[-1])
+    scale = max(0.0, whole[0] - whole[-1]) / max(1, foreseen)
+    return Cost(dense, units, {layers: round(scale * t) for layers, t in parts.items()})
+
+
+def medians(
+    models: Sequence[nn.Module], batch: Batch, modules: Sequence[str] = ()
+) -> list[dict[str, float]]:
+    """Nanoseconds of each model (by the name "") and of its modules, over interleaved runs."""
+    times: list[dict[str, list[float]]] = [{} for _ in models]
+    begun = time.perf_counter()
+    runs = 0
+    while runs <= RUNS or time.perf_counter() - begun < SECONDS:
+        for model, into in zip(models, times, strict=True):
+            for name, elapsed in _timed(model, batch, modules).items():
+                if runs:  # the first one warms up
+                    into.setdefault(name, []).append(elapsed)
+        runs += 1
+    return [{name: median(runs) for name, runs in into.items()} for into in times]
+
+
+def _timed(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str, float]:
+    begun: dict[str, float] = {}
+    elapsed = dict.fromkeys(modules, 0.0)
+
+    def start(name: str, _: Tensor) -> None:
+        begun[name] = _now()
+
+    def stop(name: str, _: Tensor) -> None:
+        elapsed[name] += _now() - begun[name]
+
+    with hooked(model, modules, before=start, after=stop):
+        before = _now()
+        run_model(model, batch)
+        elapsed[""] = _now() - before
+    return elapsed
+
+
+def _now() -> float:
+    """Nanoseconds, once the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter_ns()
