@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .data.batches import Batch
-from .data.forward import run_model
+from .data.forward import hooked, run_model
 from .graph.costs import Cost, in_samples_of
 from .graph.executor import tensors_of
 from .sizes.kinds import Kinds, KindSizes
@@ -66,12 +66,32 @@ def live_bytes(model: nn.Module, batch: Batch) -> Numbers:
 
     The model's parameters and buffers are among them.
     """
-    counter = LiveBytes()
-    counter.add(list(tensors_of(model).values()))
-    counter.add((batch.args, batch.kwargs))
+    counter = _counting(model, batch)
     with counter:
         run_model(model, batch)
     return np.array(counter.moments, np.float64)
+
+
+def peaks_of(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str, float]:
+    """The most bytes at one moment while each of these modules runs."""
+    counter, started, peaks = _counting(model, batch), dict[str, int](), dict[str, float]()
+
+    def start(name: str, _: Tensor) -> None:
+        started[name] = len(counter.moments)
+
+    def stop(name: str, _: Tensor) -> None:
+        peaks[name] = max([peaks.get(name, 0.0), *counter.moments[started[name] :]])
+
+    with hooked(model, modules, before=start, after=stop), counter:
+        run_model(model, batch)
+    return peaks
+
+
+def _counting(model: nn.Module, batch: Batch) -> LiveBytes:
+    counter = LiveBytes()
+    counter.add(list(tensors_of(model).values()))
+    counter.add((batch.args, batch.kwargs))
+    return counter
 
 
 def memory_of(

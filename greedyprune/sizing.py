@@ -20,7 +20,7 @@ from .data.forward import run_model
 from .graph.costs import Cost, count_flops
 from .graph.groups import Group
 from .objectives.layer_products import LayerProducts
-from .peak_memory import live_bytes, memory_of
+from .peak_memory import live_bytes, memory_of, peaks_of
 from .runtime.progress import warn
 from .sizes.budget import Budget, BudgetReport
 from .sizes.curves import Curves
@@ -118,11 +118,11 @@ def _check_possible(
         names = [
             f"{name!r} ({amount / curves.dense(what):.2g})" for name, amount in dearest if amount
         ]
-        raise ValueError(text + f". Most of it is in {', '.join(names)}" * bool(names))
+        raise ValueError(text + f". The dearest layers are {', '.join(names)}" * bool(names))
 
 
 def _by_module(what: str, model: nn.Module, batch: Batch) -> dict[str, float]:
-    """The cost of each module that contains no others; memory: the bytes of parameters."""
+    """The cost of each module that contains no others; memory: the most while it runs."""
     modules = {name: m for name, m in model.named_modules() if not list(m.children())}
     if what == "flops":
         by_module = count_flops(model, lambda: run_model(model, batch))[2]
@@ -130,10 +130,9 @@ def _by_module(what: str, model: nn.Module, batch: Batch) -> dict[str, float]:
     if what == "latency":
         [times] = latency.medians([model], batch, list(modules))
         return {name: times.get(name, 0.0) for name in modules}
-    return {
-        name: float(sum(p.nbytes if what == "memory" else p.numel() for p in m.parameters()))
-        for name, m in modules.items()
-    }  # fmt: skip
+    if what == "memory":
+        return peaks_of(model, batch, list(modules))
+    return {name: float(sum(p.numel() for p in m.parameters())) for name, m in modules.items()}
 
 
 def relative_losses(products: LayerProducts, path: LayerSelection) -> Tensor:

@@ -358,3 +358,71 @@ def test_a_budget_takes_two_passes() -> None:
     model, inputs = network("mobilenet")
     with pytest.raises(ValueError, match="data: found an iterator for a budget"):
         greedyprune.select(model, iter([inputs]), size=Budget(flops=0.5))
+
+
+@pytest.mark.parametrize(
+    ("keep", "left", "share"),
+    [("0", {"4", "8"}, 0.95), (["[04]"], {"8"}, 0.995), (("8",), {"0", "4"}, 0.6)],
+)
+def test_layers_that_a_budget_keeps(keep: Any, left: set[str], share: float) -> None:
+    model, inputs = network("vgg")
+    selection = greedyprune.select(model, [inputs], size=Budget(flops=share, keep=keep))
+    assert set(selection.layers) == left
+    whole = {"0", "4", "8"} - left
+    assert {name for name, reason in selection.refused.items() if "keep" in reason} == whole
+    small = greedyprune.prune(model, selection)
+    after, before = count(small, inputs), count(model, inputs)
+    assert after["flops"] <= share * before["flops"]
+    for name in whole:
+        assert len(small.get_parameter(f"{name}.weight")) == len(
+            model.get_parameter(f"{name}.weight")
+        )
+
+
+def test_layers_in_one_share_with_one_that_is_kept() -> None:
+    model, inputs = network("llama")
+    name = next(name for name in greedyprune.layers(model, inputs) if "q_proj" in name)
+    selection = greedyprune.select(model, data_of(inputs), size=Budget(flops=0.9, keep=name))
+    assert name not in selection.layers
+
+
+def test_patterns_that_keep_no_layer_or_all() -> None:
+    model, inputs = network("vgg")
+    with pytest.raises(ValueError, match=r"keep: found 'head\*', which matches no layer, expected"):
+        greedyprune.select(model, [inputs], size=Budget(flops=0.5, keep="head*"))
+    with pytest.raises(ValueError, match="keep: found patterns that match all layers"):
+        greedyprune.select(model, [inputs], size=Budget(flops=0.5, keep="*"))
+
+
+def test_the_least_share_of_every_layer() -> None:
+    model, inputs = network("vgg")
+    data = data_of(inputs)
+    free = greedyprune.select(model, data, size=Budget(params=0.7))
+    shares = {name: len(layer.kept) / len(layer.counts) for name, layer in free.layers.items()}
+    least = min(shares.values()) + 0.1
+    held = greedyprune.select(model, data, size=Budget(params=0.7, min_share=least))
+    assert all(len(layer.kept) >= least * len(layer.counts) for layer in held.layers.values())
+    assert held.budget.objective >= free.budget.objective
+    with pytest.raises(ValueError, match=r"params: found 0\.7, but the smallest sizes"):
+        greedyprune.select(model, data, size=Budget(params=0.7, min_share=0.9))
+
+
+def test_several_costs_at_once() -> None:
+    model, inputs = network("vgg")
+    data = data_of(inputs)
+    both = greedyprune.select(model, data, size=Budget(flops=0.5, params=0.6))
+    after, before = count(greedyprune.prune(model, both), inputs), count(model, inputs)
+    for what, share in (("flops", 0.5), ("params", 0.6)):
+        assert both.budget.left[what] == after[what] / before[what] <= share
+        alone = greedyprune.select(model, data, size=Budget(**{what: share}))
+        assert alone.budget.objective <= both.budget.objective + both.budget.gap
+    text = Console(width=200, file=StringIO())
+    text.print(both.summary())
+    assert "for a budget of 0.5, params 0." in text.file.getvalue()
+
+
+def test_an_impossible_budget_names_the_dearest_layers() -> None:
+    model, inputs = network("vgg")
+    for what in ("flops", "params", "latency"):
+        with pytest.raises(ValueError, match=rf"{what}: found 0.001, .* The dearest layers are '"):
+            greedyprune.select(model, [inputs], size=Budget(**{what: 0.001}))

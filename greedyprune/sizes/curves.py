@@ -86,8 +86,10 @@ class Curves:
             highest = np.array([most.get(name, of_kind[-1, j]) for j, name in enumerate(names)])
             allowed = (of_kind <= highest).all(1) & (of_kind[:, 0] >= min_share * of_kind[-1, 0])
             if not allowed.any():
+                share = highest[0] / of_kind[-1, 0]
                 raise ValueError(
-                    f"min_share: found {min_share:g}, but layer {names[0]!r} has no such size"
+                    f"min_share: found {min_share:g}, but layer {names[0]!r} has at most "
+                    f"{share:.4g} of its units; expected at most this"
                 )
             sizes.append(of_kind[allowed])
             values.append(lost[allowed])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+LOWEST = 1e-4  # of the highest loss: where a figure ends
 BUDGETS = 20  # evenly between the cost of the smallest sizes and the dense model's
 
 
@@ -27,28 +28,29 @@ class Frontier:
     shares: (n,) float64, ascending: the share of the dense model's cost that is left
     losses: (n,) float64: the sum over the layers that `Budget` minimises
     sizes:  for each of these, the layers' sizes by their names
-    chosen: the share and the loss of the selection that this is the frontier of
+    chosen: which of these is the selection itself, whose sizes may not be the best
     """
 
     what: str
     shares: Numbers
     losses: Numbers
     sizes: Sequence[Mapping[str, int]]
-    chosen: tuple[float, float]
+    chosen: int
 
     @classmethod
     def of(cls, curves: Curves, what: str, chosen: Mapping[str, int]) -> Frontier:
         """chosen: the sizes of the selection"""
         dense, least = curves.dense(what), curves.share(what, curves.least())
-        points = dict[float, tuple[float, dict[str, int]]]()
+        points = dict[float, tuple[float, Mapping[str, int]]]()
         for share in np.linspace(least, 1.0, BUDGETS).tolist():
             sizes, best = curves.within({what: share * dense + 0.5})  # half a unit for rounding
             points[curves.share(what, sizes)] = best.value, sizes
+        share = curves.share(what, chosen)
+        points[share] = curves.loss(chosen), chosen
         shares = sorted(points)
         return cls(
             what, np.array(shares), np.array([points[share][0] for share in shares]),
-            [points[share][1] for share in shares],
-            (curves.share(what, chosen), curves.loss(chosen)),
+            [points[share][1] for share in shares], shares.index(share),
         )  # fmt: skip
 
     def summary(self) -> Table:
@@ -62,14 +64,11 @@ class Frontier:
         for column in (self.what, "loss of the sizes", "units kept", ""):
             table.add_column(column, justify="right")
         total = sum(self.sizes[-1].values())
-        rows = [
-            (share, loss, f"{sum(sizes.values()) / total:.1%}", "")
-            for share, loss, sizes in zip(
-                self.shares.tolist(), self.losses.tolist(), self.sizes, strict=True
-            )
-        ]
-        for share, loss, kept, mark in sorted([*rows, (*self.chosen, "", "this selection")]):
-            table.add_row(f"{share:.4f}", f"{loss:.4g}", kept, mark)
+        for i, sizes in enumerate(self.sizes):
+            table.add_row(
+                f"{self.shares[i]:.4f}", f"{self.losses[i]:.4g}",
+                f"{sum(sizes.values()) / total:.1%}", "this selection" * (i == self.chosen),
+            )  # fmt: skip
         return table
 
     def plot(self) -> Figure:
@@ -78,12 +77,15 @@ class Frontier:
         ImportError without matplotlib (install the extra: `pip install '.[plot]'` in the checkout).
         """
         figure, [panel] = panels_of(1)
-        share, loss = self.chosen
-        panel.plot(self.shares, self.losses, ".-", color=BLUE, label="best sizes for each budget")
+        share, loss = float(self.shares[self.chosen]), float(self.losses[self.chosen])
+        shares, losses = (np.delete(values, self.chosen) for values in (self.shares, self.losses))
+        panel.plot(shares, losses, ".-", color=BLUE, label="best sizes for a budget")
         panel.plot([share], [loss], "*", markersize=13, color=VERMILLION, label="this selection")
         panel.axvspan(float(self.shares[0]), share, color=GREY, alpha=0.12, label="by resize")
-        if 0 < 10 * float(self.losses[-1]) < float(self.losses[0]):
+        highest, lowest = float(self.losses.max()), float(self.losses.min())
+        if 0 < 10 * lowest < highest:
             panel.set_yscale("log")
+            panel.set_ylim(bottom=max(lowest, LOWEST * highest) / 2)
         panel.set_xlabel(f"{self.what}, as a share of the dense model's")
         panel.set_ylabel("loss of the sizes")
         legend_below(figure)

@@ -1,0 +1,98 @@
+"""The peak memory of a forward pass, and budgets of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import network
+from torch import Tensor, nn
+
+import greedyprune
+from greedyprune import Budget
+from greedyprune.data.batches import Batch
+from greedyprune.graph.costs import costs_of
+from greedyprune.peak_memory import live_bytes, memory_of, peaks_of
+from greedyprune.sizes.curves import Curves
+from greedyprune.sizes.kinds import kinds_of, sizes_in_one_share
+from greedyprune.surgery.cut import cut_to
+from greedyprune.surgery.trial_cut import groups_of
+
+
+def batch_of(inputs: object) -> Batch:
+    if isinstance(inputs, Tensor):
+        return Batch((inputs,), {}, None)
+    return Batch((), dict(inputs), None)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def test_bytes_that_live() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    inputs = torch.randn(10, 4)
+    weights, batch = 4 * (4 * 8 + 8 + 8 * 2 + 2), 4 * 10 * 4
+    always = weights + batch
+    hidden, output = 4 * 10 * 8, 4 * 10 * 2
+    peak = always + 2 * hidden  # while the ReLU has its input and its output
+    moments = live_bytes(model, batch_of(inputs))
+    assert moments.max() == peak
+    assert moments[-1] == always + hidden + output
+    model[1] = nn.ReLU(inplace=True)
+    assert live_bytes(model, batch_of(inputs)).max() == always + hidden + output
+    peaks = peaks_of(model, batch_of(inputs), ["0", "2"])
+    assert peaks == {"0": always + hidden, "2": always + hidden + output}
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "excited", "gpt2", "bert"])
+@torch.no_grad()
+def test_the_memory_of_other_sizes_is_foreseen(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = network(name)
+    batch = batch_of(inputs)
+    groups, _ = groups_of(model, batch, None, None, ())
+    params = costs_of(model, groups, 0, {})["params"]
+    kinds = kinds_of(model, groups, uniform=False)
+    sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
+    costs = memory_of(model, kinds, sizes_of, batch, batch, params)
+    curves = Curves.of(kinds, sizes_of, [], {"memory": costs}, uniform=False)
+    dense = live_bytes(model, batch).max()
+    assert curves.dense("memory") == dense
+    for share in (0.25, 0.5, 0.75):
+        widths = {group.producer: max(1, round(share * group.units)) for group in groups}
+        real = live_bytes(cut_to(model, groups, widths), batch).max()
+        assert real < dense
+        assert curves.share("memory", widths) == pytest.approx(real / dense, rel=0.02)
+
+
+def test_a_budget_of_memory() -> None:
+    model, inputs = network("vgg")
+    selection = greedyprune.select(
+        model, [inputs], objective="imitation", size=Budget(memory=0.7, params=0.8)
+    )
+    with torch.no_grad():
+        peaks = [
+            live_bytes(m.eval(), batch_of(inputs)).max()
+            for m in (greedyprune.prune(model, selection), model)
+        ]
+    assert selection.budget.left["memory"] == pytest.approx(peaks[0] / peaks[1])
+    assert selection.budget.left["memory"] <= 0.7
+    assert selection.budget.left["params"] <= 0.8
+    with pytest.raises(ValueError, match=r"memory: found 0\.01, but the smallest .* The dearest"):
+        greedyprune.select(model, [inputs], size=Budget(memory=0.01))
+
+
+class Many(nn.Module):
+    """Runs its ReLU more often when it has fewer units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(1 if x.shape[-1] == 8 else 3):
+            x = x.relu()
+        return self.last(x)
+
+
+def test_other_operations_when_cut() -> None:
+    with pytest.raises(ValueError, match="memory: found other operations in the model when layer"):
+        greedyprune.select(Many(), torch.randn(20, 4), size=Budget(memory=0.7))
