@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .data.batches import Batch
 from .data.forward import hooked, run_model
-from .graph.costs import Cost
+from .graph.costs import Cost, blocks_of
+from .graph.executor import tensors_of
 from .sizes.kinds import Kinds, sizes_in_one_share
 from .surgery.cut import cut_to
 
@@ -26,7 +27,9 @@ def latency_of(model: nn.Module, kinds: Kinds, batch: Batch) -> Cost:
     """Nanoseconds: a module's time is modelled as a constant and a part in proportion to its sizes.
 
     That part is the slope of a line through the module's times in models cut to a few shares of all
-    sizes. All parts are then scaled to the time that the whole model gains.
+    sizes. Groups that cut other entries of its weights, as after a concatenation, have parts of it
+    by the numbers of these entries. All parts are then scaled to the time that the whole model
+    gains.
     """
     groups = [group for kind in kinds for group in kind]
     sizes_of = [sizes_in_one_share(kind, 1) for kind in kinds]
@@ -38,19 +41,27 @@ def latency_of(model: nn.Module, kinds: Kinds, batch: Batch) -> Cost:
         }
         for share in SHARES
     ]
-    owners = {name.rpartition(".")[0] for group in groups for name in group.slices}
+    owners = dict[str, Counter[tuple[str, ...]]]()  # for each module the entries of its blocks
+    for name in dict.fromkeys(name for group in groups for name in group.slices):
+        blocks = owners.setdefault(name.rpartition(".")[0], Counter())
+        blocks.update(blocks_of(groups, name, tensors_of(model)[name].shape))
     models = [cut_to(model, groups, widths) for widths in cut]
     whole = [times[""] for times in medians(models, batch)]
     by_module = medians(models, batch, sorted(owners))
     units = {group.producer: group.units for group in groups}
     parts: Counter[tuple[str, ...]] = Counter()
-    for name in owners:
-        layers = tuple(
-            g.producer for g in groups if any(t.rpartition(".")[0] == name for t in g.slices)
-        )
-        shares = [math.prod(w[layer] / units[layer] for layer in layers) for w in cut]
-        slope = np.polyfit(shares, [times[name] for times in by_module], 1)[0]
-        parts[layers] += max(0, round(float(slope)))
+    for name, blocks in owners.items():
+        total = blocks.total()
+        shares = [
+            sum(
+                entries / total * math.prod(w[layer] / units[layer] for layer in layers)
+                for layers, entries in blocks.items()
+            )
+            for w in cut
+        ]
+        slope = float(np.polyfit(shares, [times[name] for times in by_module], 1)[0])
+        for layers, entries in blocks.items():
+            parts[layers] += max(0, round(slope * entries / total))
     dense = round(whole[0])
     foreseen = dense - Cost(dense, units, parts).at(cut[-1])
     scale = max(0.0, whole[0] - whole[-1]) / max(1, foreseen)

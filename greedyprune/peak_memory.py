@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-from .data.batches import Batch
+from .data.batches import Batch, samples_of
 from .data.forward import hooked, run_model
-from .graph.costs import Cost, in_samples_of
+from .graph.costs import Cost
 from .graph.executor import tensors_of
 from .sizes.kinds import Kinds, KindSizes
 from .sizes.knapsack import Numbers
 from .surgery.cut import cut_to
 
+FEW = 2, 4  # samples
 MOMENTS = 64  # that limits are set for, at most
 
 
@@ -61,20 +67,62 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def live_bytes(model: nn.Module, batch: Batch) -> Numbers:
-    """(T,): after each operation of a forward pass, the bytes of the batch and all other tensors.
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What lives after each operation of a forward pass.
 
-    The model's parameters and buffers are among them.
+    bytes:  (T,) float64, of the batch and all other tensors, the model's among them
+    events: each start and end of a module, as the number of operations before it and a text that
+            names it
     """
-    counter = _counting(model, batch)
-    with counter:
-        run_model(model, batch)
-    return np.array(counter.moments, np.float64)
+
+    bytes: Numbers
+    events: Sequence[tuple[int, str]]
+
+    @property
+    def peak(self) -> float:
+        return float(self.bytes.max())
+
+    def by_stage(self, common: Sequence[str]) -> Numbers:
+        """The most bytes between any two of these events.
+
+        (S + 1,) for S events. The pass has all of them in this order.
+        """
+        chosen = set(common)
+        bounds = [operations for operations, event in self.events if event in chosen]
+        stages = np.searchsorted(bounds, np.arange(len(self.bytes)), side="right")
+        most = self.bytes[np.maximum(0, np.array([0, *bounds]) - 1)]  # where a stage starts
+        np.maximum.at(most, stages, self.bytes)
+        return most
+
+
+def moments_of(model: nn.Module, batch: Batch) -> Moments:
+    counter, events, calls = LiveBytes(), list[tuple[int, str]](), Counter[str]()
+    counter.add(list(tensors_of(model).values()))
+    counter.add((batch.args, batch.kwargs))
+
+    def passed(name: str, *_: object) -> None:
+        calls[name] += 1
+        events.append((len(counter.moments), f"{name} {calls[name]}"))
+
+    handles = list[RemovableHandle]()
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(passed, f"start of {name}")))
+        handles.append(module.register_forward_hook(partial(passed, f"end of {name}")))
+    try:
+        with counter:
+            run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Moments(np.array(counter.moments, np.float64), events)
 
 
 def peaks_of(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str, float]:
     """The most bytes at one moment while each of these modules runs."""
-    counter, started, peaks = _counting(model, batch), dict[str, int](), dict[str, float]()
+    counter, started, peaks = LiveBytes(), dict[str, int](), dict[str, float]()
+    counter.add(list(tensors_of(model).values()))
+    counter.add((batch.args, batch.kwargs))
 
     def start(name: str, _: Tensor) -> None:
         started[name] = len(counter.moments)
@@ -87,60 +135,80 @@ def peaks_of(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str
     return peaks
 
 
-def _counting(model: nn.Module, batch: Batch) -> LiveBytes:
-    counter = LiveBytes()
-    counter.add(list(tensors_of(model).values()))
-    counter.add((batch.args, batch.kwargs))
-    return counter
-
-
 def memory_of(
-    model: nn.Module, kinds: Kinds, sizes_of: KindSizes, batch: Batch, few: Batch, params: Cost
+    model: nn.Module, kinds: Kinds, sizes_of: KindSizes, batch: Batch, params: Cost
 ) -> list[Cost]:
     """Bytes at the moments that may be the peak, each as a function of the layers' sizes.
 
     At each moment, the bytes of activations are linear in each kind's sizes. The slope is that
     between the dense model and one in which this kind alone is cut to half.
 
-    few:    some samples of the batch, to whose number activations are in proportion
     params: the number of parameters as a function of the sizes
-
-    ValueError where a cut model runs other operations than the dense one.
     """
     groups = [group for kind in kinds for group in kind]
     units = {group.producer: group.units for group in groups}
-    weights = _bytes_of(model)
-    dense = live_bytes(model, few)
-    slopes = list[Numbers]()
+    runs = _runs_for(model, batch)
+    passes, weights, shares = [[moments_of(model, b) for b, _ in runs]], [_bytes_of(model)], [0.0]
     for kind, sizes in zip(kinds, sizes_of, strict=True):
         half = sizes[len(sizes) // 2 - 1] if len(sizes) > 1 else sizes[0]
         widths = units | {g.producer: size for g, size in zip(kind, half, strict=True)}
-        saved_share = 1 - half[0] / kind[0].units
-        if not saved_share:
-            slopes.append(np.zeros_like(dense))
-            continue
         small = cut_to(model, groups, widths)
-        bytes_of_small = live_bytes(small, few)
-        if len(bytes_of_small) != len(dense):
-            raise ValueError(
-                f"memory: found other operations in the model when layer {kind[0].producer!r} is "
-                "cut, expected the same; Budget(flops=), params= or latency= work"
-            )
-        saved_weights = weights - _bytes_of(small)
-        slopes.append((dense - bytes_of_small - saved_weights) / saved_share)
-    times = float(in_samples_of(few, batch))
-    changing = np.stack(slopes) * times  # (kinds, T)
-    whole = (dense - weights) * times
-    a_number = weights / max(1, params.dense)
+        passes.append([moments_of(small, b) for b, _ in runs])
+        weights.append(_bytes_of(small))
+        shares.append(1 - half[0] / kind[0].units)
+    live = np.array([
+        sum(factor * bytes_of for bytes_of, (_, factor) in zip(of_model, runs, strict=True))
+        for of_model in _aligned(passes)
+    ])  # fmt: skip
+    activations = live - np.array(weights)[:, None]  # (1 + kinds, T)
+    saved = np.array([[share or 1.0] for share in shares[1:]])
+    changing = (activations[0] - activations[1:]) / saved
+    a_number = weights[0] / max(1, params.dense)
     fixed = {layers: round(a_number * amount) for layers, amount in params.parts.items()}
     costs = list[Cost]()
-    for t in _undominated(whole - changing.sum(0), changing):
+    for t in _undominated(activations[0] - changing.sum(0), changing):
         parts = dict(fixed)
         for kind, amount in zip(kinds, changing[:, t].tolist(), strict=True):
             name = (kind[0].producer,)
             parts[name] = parts.get(name, 0) + round(amount)
-        costs.append(Cost(round(weights + whole[t]), units, parts))
+        costs.append(Cost(round(float(live[0, t])), units, parts))
     return costs
+
+
+def _aligned(passes: Sequence[Sequence[Moments]]) -> list[list[Numbers]]:
+    """The bytes of several passes at the same moments.
+
+    Where cut models run other operations, as packed attention does, a moment is a stage between
+    starts and ends of modules that all passes have.
+    """
+    every = [moments for of_model in passes for moments in of_model]
+    if len({len(moments.bytes) for moments in every}) == 1:
+        return [[moments.bytes for moments in of_model] for of_model in passes]
+    events = [[event for _, event in moments.events] for moments in every]
+    shared = set.intersection(*map(set, events))
+    common = [event for event in events[0] if event in shared]
+    if any([event for event in others if event in shared] != common for others in events):
+        common = []  # the order differs: the whole pass is one stage
+    return [[moments.by_stage(common) for moments in of_model] for of_model in passes]
+
+
+def _runs_for(model: nn.Module, batch: Batch) -> list[tuple[Batch, float]]:
+    """Batches, and the factors with which their bytes add up to those of the whole batch.
+
+    A few samples are enough where every moment's bytes grow evenly with their number.
+    """
+    few = [batch.few(count) for count in FEW]
+    counts = [samples_of(b) or 1 for b in (*few, batch)]
+    if counts[1] < counts[2]:
+        factor = (counts[2] - counts[0]) / (counts[1] - counts[0])
+        runs = [(few[0], 1 - factor), (few[1], factor)]
+        with suppress(ValueError, RuntimeError):  # the model runs on no part of the batch
+            moments, whole = [moments_of(model, b) for b in few], moments_of(model, batch)
+            if len({len(m.bytes) for m in (*moments, whole)}) == 1:
+                added = sum(f * m.bytes for m, (_, f) in zip(moments, runs, strict=True))
+                if np.allclose(added, whole.bytes, rtol=1e-6):
+                    return runs
+    return [(batch, 1.0)]
 
 
 def _bytes_of(model: nn.Module) -> int:

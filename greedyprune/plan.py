@@ -209,12 +209,9 @@ def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
 
 
 def sizes_within(
-    job: Job, request: Request, groups: Sequence[Group], costs: Mapping[str, Cost], few: Batch
+    job: Job, request: Request, groups: Sequence[Group], costs: Mapping[str, Cost]
 ) -> tuple[dict[str, int], BudgetReport, Curves]:
-    """The sizes for a budget, from whole paths of layers by themselves.
-
-    few: some samples of the first batch, to whose number its FLOPs are in proportion
-    """
+    """The sizes for a budget, from whole paths of layers by themselves."""
     assert request.budget is not None
     budget, by_gates = request.budget, request.objective == "fisher"
     held, batches = list[Batch](), job.batches
@@ -274,7 +271,7 @@ def sizes_within(
 
     def compute() -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
         sizes, report, curves = within_budget(
-            budget, job.model, groups, job.batches, few, costs, request.round_to, values
+            budget, job.model, groups, job.batches, costs, request.round_to, values
         )
         return sizes, asdict(report), curves.as_json()
 

@@ -251,7 +251,7 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
 
     layers_plan = plan(with_rules(request), request, groups)
     if request.budget is not None:
-        sizes, report, curves = sizes_within(job, request, groups, costs, few)
+        sizes, report, curves = sizes_within(job, request, groups, costs)
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
     layers = {group.producer: selected[group.producer] for group in groups}

@@ -20,7 +20,7 @@ from .data.forward import run_model
 from .graph.costs import Cost, count_flops
 from .graph.groups import Group
 from .objectives.layer_products import LayerProducts
-from .peak_memory import live_bytes, memory_of, peaks_of
+from .peak_memory import memory_of, moments_of, peaks_of
 from .runtime.progress import warn
 from .sizes.budget import Budget, BudgetReport
 from .sizes.curves import Curves
@@ -39,14 +39,12 @@ def within_budget(
     model: nn.Module,
     groups: Sequence[Group],
     batches: Batches,
-    few: Batch,
     costs: Mapping[str, Cost],
     round_to: int,
     values_of: Callable[[Kinds, KindSizes], Sequence[Numbers]],
 ) -> tuple[dict[str, int], BudgetReport, Curves]:
     """The size of each layer, the shares of the dense model's costs that they take, the curves.
 
-    few:       some samples of the first batch, to whose number its FLOPs are in proportion
     costs:     the model's FLOPs and parameters for any sizes
     values_of: for each kind of layers what is lost at each of its sizes
 
@@ -61,13 +59,17 @@ def within_budget(
         known["latency"] = [cost]
     if "memory" in asked:
         known["memory"] = ranks.on_first(
-            "memory", lambda: memory_of(model, kinds, sizes_of, batch, few, costs["params"])
+            "memory", lambda: memory_of(model, kinds, sizes_of, batch, costs["params"])
         )
     nothing = [np.zeros(len(sizes)) for sizes in sizes_of]
     curves = Curves.of(kinds, sizes_of, nothing, known, uniform=budget.uniform)
     _check_possible(budget, model, groups, curves, batch)
     curves = replace(curves, values=values_of(kinds, sizes_of))
-    limits = {what: share * curves.dense(what) for what, share in asked.items()}
+    least = curves.least()
+    limits = {
+        what: max(share, curves.share(what, least)) * curves.dense(what)
+        for what, share in asked.items()
+    }
     chosen: tuple[dict[str, int], BudgetReport] | None = None
     tried = list[dict[str, int]]()
     for _ in range(ROUNDS):
@@ -88,8 +90,8 @@ def within_budget(
             excess = {report.what: excess[report.what]}
         for what, over in excess.items():
             if over > 0 or report.what == what:
-                least = curves.share(what, curves.least())
-                limit = max(least, limits[what] / curves.dense(what) - over)
+                limit = limits[what] / curves.dense(what) - over
+                limit = max(curves.share(what, least), limit)
                 limits[what] = limit * curves.dense(what)
     if chosen is None:
         chosen = sizes, report
@@ -105,20 +107,24 @@ def _check_possible(
 ) -> None:
     """ValueError where the smallest sizes cost more than allowed. It names the dearest layers."""
     least = curves.least()
-    for what, share in budget.shares.items():
-        left = curves.share(what, least)
-        if left * curves.dense(what) <= share * curves.dense(what):
+    dear = {what for what, share in budget.shares.items() if curves.share(what, least) > share}
+    if not dear:
+        return
+    left = _measured(tuple(dear), model, groups, least, batch, curves)
+    for what in dear:
+        if left[what] <= budget.shares[what]:  # what the curves foresee is not exact
             continue
-        text = (
-            f"{what}: found {share:g}, but the smallest sizes of the layers leave {left:.4g} of "
-            "the dense model's; expected at least this share"
-        )
         small = cut_to(model, groups, least)
         dearest = Counter(_by_module(what, small, batch)).most_common(DEAREST)
         names = [
             f"{name!r} ({amount / curves.dense(what):.2g})" for name, amount in dearest if amount
         ]
-        raise ValueError(text + f". The dearest layers are {', '.join(names)}" * bool(names))
+        raise ValueError(
+            f"{what}: found {budget.shares[what]:g}, but the smallest sizes of the layers leave "
+            f"{left[what]:.4g} of the dense model's"
+            + f", the dearest layers being {', '.join(names)}" * bool(names)
+            + "; expected at least this share"
+        )
 
 
 def _by_module(what: str, model: nn.Module, batch: Batch) -> dict[str, float]:
@@ -173,6 +179,6 @@ def _measured(
             before, after = (times[""] for times in latency.medians([model, small], batch))
             left[name] = after / before
         else:
-            peaks = [float(live_bytes(m, batch).max()) for m in (small, model)]
+            peaks = [moments_of(m, batch).peak for m in (small, model)]
             left[name] = peaks[0] / peaks[1]
     return left

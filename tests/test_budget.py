@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,6 +380,44 @@ def test_layers_that_a_budget_keeps(keep: Any, left: set[str], share: float) -> 
         )
 
 
+def test_a_block_and_a_layer_inside_heads_that_are_kept() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model, x = (
+        nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)),
+        torch.randn(20, 5, 16),
+    )
+    selection = greedyprune.select(model, x, size=Budget(params=0.9, keep="0.layers.1"))
+    assert {name.split(".")[2] for name in selection.layers} == {"0"}
+    name = "0.layers.0.self_attn.in_proj_weight[query-key]"
+    inside = [name, name.replace("query-key", "value")]
+    layers = [*inside, "0.layers.0.linear1", "0.layers.1.linear1"]
+    selection = greedyprune.select(model, x, layers=layers, size=Budget(params=0.95, keep=name))
+    assert set(selection.layers) == set(layers[2:])  # the two inside heads need one share
+
+
+def test_latency_of_a_layer_that_takes_three_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Branches()
+    x = torch.randn(20, 4)
+    monkeypatch.setattr(latency, "medians", Clock(rest=0.0))
+    by_time = greedyprune.select(model, x, size=Budget(latency=0.7))
+    assert by_time.budget.left["latency"] <= 0.7
+    cost, flops = by_time.curves.costs["latency"][0], by_time.costs["flops"]
+    assert cost.at({"a": 3, "b": 5}) == pytest.approx(flops.at({"a": 3, "b": 5}), rel=0.05)
+
+
+class Branches(nn.Module):
+    """A Linear takes three others side by side, and its own units are cut, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 8) for _ in range(3))
+        self.join, self.last = nn.Linear(24, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.a(x).relu(), self.b(x).relu(), self.c(x).relu()]
+        return self.last(self.join(torch.cat(parts, 1)).relu())
+
+
 def test_layers_in_one_share_with_one_that_is_kept() -> None:
     model, inputs = network("llama")
     name = next(name for name in greedyprune.layers(model, inputs) if "q_proj" in name)
@@ -424,5 +463,5 @@ def test_several_costs_at_once() -> None:
 def test_an_impossible_budget_names_the_dearest_layers() -> None:
     model, inputs = network("vgg")
     for what in ("flops", "params", "latency"):
-        with pytest.raises(ValueError, match=rf"{what}: found 0.001, .* The dearest layers are '"):
+        with pytest.raises(ValueError, match=rf"{what}: found 0.001, .* dearest layers being '"):
             greedyprune.select(model, [inputs], size=Budget(**{what: 0.001}))

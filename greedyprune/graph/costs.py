@@ -130,7 +130,7 @@ def costs_of(
         if name not in cut:
             continue
         of_layer = not_called.get(name) or flops.get(layer_name(name), 0)
-        for producers, entries in _blocks(groups, name, parameter.shape).items():
+        for producers, entries in blocks_of(groups, name, parameter.shape).items():
             params[producers] += entries
             layers[producers] += of_layer * entries // parameter.numel()
     products = {name: amount for group in groups for name, amount in group.products.items()}
@@ -141,7 +141,9 @@ def costs_of(
     return {"params": Cost(dense, units, params), "flops": Cost(total, units, layers)}
 
 
-def _blocks(groups: Sequence[Group], name: str, shape: Sequence[int]) -> dict[tuple[str, ...], int]:
+def blocks_of(
+    groups: Sequence[Group], name: str, shape: Sequence[int]
+) -> dict[tuple[str, ...], int]:
     """How many entries of a tensor belong to units of the same groups, by these groups' names.
 
     Along a dimension a group may have all entries, or a part of them, as after a concatenation.

@@ -45,8 +45,9 @@ class Budget:
         uniform: one size for all layers of a kind. Layers are of a kind if they have the same
             number of units and lie between modules of the same types, such as the feed-forward
             blocks of a transformer
-        keep: names of layers that keep all their units, or patterns of names such as "layer4.*"
-            (Unix shell style, as in fnmatch). Layers that need one share with them keep all, too
+        keep: names of layers or blocks that keep all their units, or patterns of names such as
+            "*.conv1" (Unix shell style, as in fnmatch). Layers that need one share with them keep
+            all, too
         min_share: every layer keeps at least this share of its units; in [0, 1]
         trials: the number of trials in all. Each is a forward pass of the held-out samples, or a
             call of `score`. At least one for each layer; 0: each layer's own error decides
@@ -78,6 +79,7 @@ class Budget:
             _check_share(name, share, "(0, 1]")
             if share == 0:
                 raise ValueError(f"{name}: found {share!r}, expected a share in (0, 1]")
+            object.__setattr__(self, name, float(share))  # a number that JSON can hold
         if not self.shares:
             raise ValueError(f"Budget: found none, expected at least one of {', '.join(COSTS)}")
         _check_share("min_share", self.min_share, "[0, 1]")
@@ -87,6 +89,7 @@ class Budget:
         if not isinstance(keep, Sequence) or not all(isinstance(name, str) for name in keep):
             raise TypeError(f"keep: found {self.keep!r}, expected names or patterns of layers")
         object.__setattr__(self, "keep", tuple(keep))
+        object.__setattr__(self, "min_share", float(self.min_share))
         if not is_int(self.trials):
             raise TypeError(f"trials: found {self.trials!r}, expected an int of at least 0")
         if self.trials < 0:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..graph.costs import Cost
-from .kinds import Kinds, KindSizes
+from .kinds import ROUNDING, Kinds, KindSizes
 from .knapsack import Best, Indices, Knapsack, Numbers
 from .limits import solve_within
 
@@ -55,41 +55,49 @@ class Curves:
         return self._by_layer([0] * len(self.kinds))
 
     def loss(self, sizes: Mapping[str, int]) -> float:
-        """The sum over the layers of what is lost with these sizes."""
-        return sum(
-            float(values[np.searchsorted(of_kind[:, 0], sizes[names[0]])])
-            for names, of_kind, values in zip(self.kinds, self.sizes, self.values, strict=True)
-        )
+        """The sum over the layers of what is lost with these sizes; NaN for one without a curve."""
+        lost = 0.0
+        for names, of_kind, values in zip(self.kinds, self.sizes, self.values, strict=True):
+            at = (of_kind == [sizes[name] for name in names]).all(1).nonzero()[0]
+            lost += float(values[at[0]]) if len(at) else math.nan
+        return lost
 
-    def within(
-        self, limits: Mapping[str, float], most: Mapping[str, int] | None = None,
-        min_share: float = 0.0,
-    ) -> tuple[dict[str, int], Best]:  # fmt: skip
+    def within(self, limits: Mapping[str, float]) -> tuple[dict[str, int], Best]:
         """The sizes that lose least, by layers' names.
 
-        limits:    the highest cost that is allowed, by the name of the cost
-        most:      the highest size that is allowed for each layer
-        min_share: the least share of its units that each layer keeps
+        limits: the highest cost that is allowed, by the name of the cost
 
         ValueError where no sizes are within the limits.
         """
-        curves = self._restricted(most or {}, min_share)
         best = solve_within([
-            curves.knapsack(cost, limits[what]) for what in limits for cost in self.costs[what]
+            self.knapsack(cost, limits[what] + ROUNDING * self.dense(what))
+            for what in limits for cost in self.costs[what]
         ])  # fmt: skip
-        return curves._by_layer(best.choice.tolist()), best
+        return self._by_layer(best.choice.tolist()), best
 
-    def _restricted(self, most: Mapping[str, int], min_share: float) -> Curves:
-        """The curves at those sizes only that are allowed."""
+    def restricted(self, most: Mapping[str, int], min_share: float) -> Curves:
+        """The curves at those sizes only that are allowed.
+
+        most:      the highest size of each layer
+        min_share: the least share of its units that each layer keeps
+
+        ValueError for a layer that has no such size.
+        """
         sizes, values = list[Indices](), list[Numbers]()
         for names, of_kind, lost in zip(self.kinds, self.sizes, self.values, strict=True):
-            highest = np.array([most.get(name, of_kind[-1, j]) for j, name in enumerate(names)])
-            allowed = (of_kind <= highest).all(1) & (of_kind[:, 0] >= min_share * of_kind[-1, 0])
-            if not allowed.any():
-                share = highest[0] / of_kind[-1, 0]
+            highest, units = np.array([most[name] for name in names]), of_kind[-1]
+            stored = (of_kind <= highest).all(1)
+            if not stored.any():
                 raise ValueError(
-                    f"min_share: found {min_share:g}, but layer {names[0]!r} has at most "
-                    f"{share:.4g} of its units; expected at most this"
+                    f"layers: found {highest[0]} units of {names[0]!r}, fewer than the smallest "
+                    f"size that its curve has; expected at least {of_kind[0, 0]}"
+                )
+            allowed = stored & (of_kind[:, 0] >= min_share * units[0] - ROUNDING)
+            if not allowed.any():
+                raise ValueError(
+                    f"min_share: found {min_share:g}, but layer {names[0]!r} has "
+                    f"{highest[0] / units[0]:.4g} of its units in this selection; expected at "
+                    "most this"
                 )
             sizes.append(of_kind[allowed])
             values.append(lost[allowed])

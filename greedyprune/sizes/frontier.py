@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,14 +29,15 @@ class Frontier:
     shares: (n,) float64, ascending: the share of the dense model's cost that is left
     losses: (n,) float64: the sum over the layers that `Budget` minimises
     sizes:  for each of these, the layers' sizes by their names
-    chosen: which of these is the selection itself, whose sizes may not be the best
+    chosen: which of these is the selection itself, whose sizes may not be the best; None: its
+            sizes have no known loss, as those of `at(k)` may not be multiples of round_to
     """
 
     what: str
     shares: Numbers
     losses: Numbers
     sizes: Sequence[Mapping[str, int]]
-    chosen: int
+    chosen: int | None
 
     @classmethod
     def of(cls, curves: Curves, what: str, chosen: Mapping[str, int]) -> Frontier:
@@ -43,14 +45,16 @@ class Frontier:
         dense, least = curves.dense(what), curves.share(what, curves.least())
         points = dict[float, tuple[float, Mapping[str, int]]]()
         for share in np.linspace(least, 1.0, BUDGETS).tolist():
-            sizes, best = curves.within({what: share * dense + 0.5})  # half a unit for rounding
+            sizes, best = curves.within({what: share * dense})
             points[curves.share(what, sizes)] = best.value, sizes
-        share = curves.share(what, chosen)
-        points[share] = curves.loss(chosen), chosen
+        share, loss = curves.share(what, chosen), curves.loss(chosen)
+        is_known = not math.isnan(loss)
+        if is_known:
+            points[share] = loss, chosen
         shares = sorted(points)
         return cls(
             what, np.array(shares), np.array([points[share][0] for share in shares]),
-            [points[share][1] for share in shares], shares.index(share),
+            [points[share][1] for share in shares], shares.index(share) if is_known else None,
         )  # fmt: skip
 
     def summary(self) -> Table:
@@ -77,11 +81,14 @@ class Frontier:
         ImportError without matplotlib (install the extra: `pip install '.[plot]'` in the checkout).
         """
         figure, [panel] = panels_of(1)
-        share, loss = float(self.shares[self.chosen]), float(self.losses[self.chosen])
-        shares, losses = (np.delete(values, self.chosen) for values in (self.shares, self.losses))
+        at = [] if self.chosen is None else [self.chosen]
+        shares, losses = (np.delete(values, at) for values in (self.shares, self.losses))
         panel.plot(shares, losses, ".-", color=BLUE, label="best sizes for a budget")
-        panel.plot([share], [loss], "*", markersize=13, color=VERMILLION, label="this selection")
-        panel.axvspan(float(self.shares[0]), share, color=GREY, alpha=0.12, label="by resize")
+        for share, loss in zip(self.shares[at].tolist(), self.losses[at].tolist(), strict=True):
+            panel.plot(
+                [share], [loss], "*", markersize=13, color=VERMILLION, label="this selection"
+            )
+            panel.axvspan(float(self.shares[0]), share, color=GREY, alpha=0.12, label="by resize")
         highest, lowest = float(self.losses.max()), float(self.losses.min())
         if 0 < 10 * lowest < highest:
             panel.set_yscale("log")

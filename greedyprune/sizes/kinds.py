@@ -14,6 +14,7 @@ from torch import nn
 from ..graph.groups import Group
 from ..graph.names import slice_of
 
+ROUNDING = 1e-9  # of products with a share
 Kinds = Sequence[Sequence[Group]]
 KindSizes = Sequence[Sequence[tuple[int, ...]]]  # for each kind, its layers' sizes, ascending
 
@@ -45,7 +46,7 @@ def sizes_in_one_share(
     return [
         sizes for i, sizes in enumerate(every, 1)
         if i == parts or (
-            i >= min_share * parts
+            i >= min_share * parts - ROUNDING
             and all(size % step == 0 for size, step in zip(sizes, steps, strict=True))
         )
     ]  # fmt: skip
@@ -85,7 +86,9 @@ def without_kept(
     """
 
     def match(group: Group, pattern: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in (group.producer, *group.producers))
+        names = (group.producer, *group.producers)
+        blocks = pattern, f"{pattern}.*"
+        return pattern in names or any(fnmatchcase(n, block) for n in names for block in blocks)
 
     for pattern in patterns:
         if not any(match(group, pattern) for group in groups):

@@ -50,8 +50,8 @@ class Selection:
     budget: how the sizes were chosen for a budget; None if there was no budget
     curves: what is lost at each size of each layer, for `resize` and `frontier`; None if there was
             no budget
-    refused: the layers that can't be pruned, and why, as in `greedyprune.layers`; empty if the
-             caller named the layers
+    refused: the layers that can't be pruned, and why, as in `greedyprune.layers`, unless the caller
+             named the layers; and those that `Budget(keep=)` keeps
     example: at most two samples of the first batch, on which `prune` checks its result. They stay
              in memory: a Selection that was loaded, copied or pickled has None
     saving: what `save_pretrained` will do with the pruned model; None if the model is not one of
@@ -199,18 +199,20 @@ class Selection:
                 f"selection, which leave {end:.4g} of the dense model's; expected at most this "
                 "share, or `select` with a larger Budget"
             )
+        curves = curves.restricted(now, budget.min_share)
         for what, share in budget.shares.items():
             least = curves.share(what, curves.least())
             if share < least:
+                with_share = f" with min_share={budget.min_share:g}" * bool(budget.min_share)
                 raise ValueError(
-                    f"{what}: found {share:g}, but the smallest sizes of the layers leave "
-                    f"{least:.4g} of the dense model's; expected at least this share"
+                    f"{what}: found {share:g}, but the smallest sizes of the layers{with_share} "
+                    f"leave {least:.4g} of the dense model's; expected at least this share"
                 )
         limits = {what: share * curves.dense(what) for what, share in budget.shares.items()}
-        sizes, best = curves.within(limits, now, budget.min_share)
+        sizes, best = curves.within(limits)
         left = {what: curves.share(what, sizes) for what in budget.shares}
         return dataclasses.replace(
-            self, layers={name: self.layers[name].of_size(size) for name, size in sizes.items()},
+            self, layers={name: layer.of_size(sizes[name]) for name, layer in self.layers.items()},
             budget=BudgetReport(budget.shares, left, best.value, best.gap),
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import data_of, network
 from rich.console import Console
+from torch import nn
 
 import greedyprune
 from greedyprune import Budget, Imitation, Selection
@@ -108,6 +109,67 @@ def test_the_frontier() -> None:
         selection.frontier("latency")
 
 
+def mlp(*widths: int) -> nn.Sequential:
+    torch.manual_seed(sum(widths))
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize("widths", [(24, 4, 7, 8, 7), (10, 16, 24, 20, 5), (5, 9, 3, 11, 6)])
+def test_every_row_of_a_frontier_is_a_budget(widths: tuple[int, ...]) -> None:
+    """Exactly the cost of some sizes, as that of the smallest, is enough for them."""
+    model = mlp(*widths)
+    whole = greedyprune.select(model, torch.randn(60, widths[0]), size=Budget(flops=1.0))
+    for what in ("flops", "params"):
+        frontier = whole.frontier(what)
+        for share, chosen in zip(frontier.shares.tolist(), frontier.sizes, strict=True):
+            assert sizes(whole.resize(Budget(**{what: share}))) == chosen
+    least = {what: whole.curves.share(what, whole.curves.least()) for what in ("flops", "params")}
+    resized, selected = (
+        whole.resize(Budget(**least)),
+        greedyprune.select(model, torch.randn(60, widths[0]), size=Budget(**least)),
+    )
+    assert set(sizes(resized).values()) == set(sizes(selected).values()) == {1}
+
+
+def test_shares_that_are_not_exact_in_floating_point() -> None:
+    whole = greedyprune.select(mlp(4, 25, 3), torch.randn(60, 4), size=Budget(params=1.0))
+    share = whole.curves.share("params", {"0": 7})
+    resized = whole.resize(Budget(params=share, min_share=0.28))  # 0.28 * 25 is 7.000000000000001
+    assert sizes(resized) == {"0": 7}
+    with pytest.raises(ValueError, match=r"params: found .* with min_share=0\.56 leave 0\.\d"):
+        whole.resize(Budget(params=share, min_share=0.56))
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    budget = Budget(flops=np.float32(0.5), min_share=np.float32(0.1))
+    selection = greedyprune.select(
+        mlp(4, 25, 3), torch.randn(60, 4), size=budget, checkpoint=tmp_path / "c"
+    )
+    selection.resize(Budget(flops=np.float32(0.3))).save(tmp_path / "s.safetensors")
+    assert Selection.load(tmp_path / "s.safetensors").budget.share == pytest.approx(0.3)
+
+
+def test_sizes_that_the_curves_do_not_have() -> None:
+    model = mlp(8, 32, 32, 3)
+    selection = greedyprune.select(model, torch.randn(90, 8), size=Budget(flops=0.9), round_to=8)
+    shorter = selection.at(5)
+    frontier = shorter.frontier()
+    assert frontier.chosen is None
+    assert "this selection" not in str(frontier.summary().columns[-1]._cells)
+    assert len(frontier.plot().axes[0].lines) == 1
+    with pytest.raises(ValueError, match="layers: found 5 units of '0', fewer than the smallest"):
+        shorter.resize(Budget(flops=0.05))
+
+
+def test_layers_keep_their_order() -> None:
+    model = mlp(8, 32, 16, 32, 16, 3)
+    selection = greedyprune.select(model, torch.randn(90, 8), size=Budget(flops=0.9, uniform=True))
+    resized = selection.resize(Budget(flops=0.5, uniform=True))
+    assert [*resized.layers] == [*selection.layers]
+    assert len({*sizes(resized).values()}) <= 3
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
@@ -118,7 +180,7 @@ def test_the_frontier() -> None:
         (Budget(flops=0.3, trials=4), "trials: found 4, which the sizes of this selection were"),
         (
             Budget(flops=0.3, min_share=0.9),
-            "min_share: found 0.9, but layer .* has at most 0.5 of its units",
+            "min_share: found 0.9, but layer .* has 0.5 of its units",
         ),
         (0.3, "budget: found float, expected a Budget"),
     ],
