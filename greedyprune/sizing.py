@@ -55,7 +55,9 @@ def within_budget(
     sizes_of = [sizes_in_one_share(kind, round_to, budget.min_share) for kind in kinds]
     known = {what: [cost] for what, cost in costs.items()}
     if "latency" in asked:
-        cost = ranks.on_first("latency", lambda: latency.latency_of(model, kinds, batch))
+        cost = ranks.on_first(
+            "latency", lambda: latency.latency_of(model, kinds, batch, budget.deploy)
+        )
         known["latency"] = [cost]
     if "memory" in asked:
         known["memory"] = ranks.on_first(
@@ -78,7 +80,7 @@ def within_budget(
             break
         tried.append(sizes)
         left = ranks.on_first(
-            "cost", partial(_measured, tuple(asked), model, groups, sizes, batch, curves)
+            "cost", partial(_measured, budget, tuple(asked), model, groups, sizes, batch, curves)
         )
         report = BudgetReport(asked, left, best.value, best.gap)
         excess = {what: left[what] - share for what, share in asked.items()}
@@ -110,7 +112,7 @@ def _check_possible(
     dear = {what for what, share in budget.shares.items() if curves.share(what, least) > share}
     if not dear:
         return
-    left = _measured(tuple(dear), model, groups, least, batch, curves)
+    left = _measured(budget, tuple(dear), model, groups, least, batch, curves)
     for what in dear:
         if left[what] <= budget.shares[what]:  # what the curves foresee is not exact
             continue
@@ -164,8 +166,8 @@ def sums_of(kinds: Kinds, sizes_of: KindSizes, losses: Mapping[str, Tensor]) -> 
 
 
 def _measured(
-    what: Sequence[str], model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int],
-    batch: Batch, curves: Curves,
+    budget: Budget, what: Sequence[str], model: nn.Module, groups: Sequence[Group],
+    widths: Mapping[str, int], batch: Batch, curves: Curves,
 ) -> dict[str, float]:  # fmt: skip
     """The costs of a model that is really cut to these sizes, as shares of the dense model's."""
     small, left = cut_to(model, groups, widths), dict[str, float]()
@@ -176,7 +178,11 @@ def _measured(
             flops = count_flops(small, lambda: run_model(small, batch))[1]
             left[name] = flops / curves.dense(name)
         elif name == "latency":
-            before, after = (times[""] for times in latency.medians([model, small], batch))
+            whole = cut_to(model, groups, {group.producer: group.units for group in groups})
+            models = [whole, cut_to(model, groups, widths)]  # which `deploy` may change
+            before, after = (
+                times[""] for times in latency.medians(models, batch, deploy=budget.deploy)
+            )
             left[name] = after / before
         else:
             peaks = [moments_of(m, batch).peak for m in (small, model)]

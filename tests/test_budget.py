@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -251,7 +252,11 @@ class Clock:
         self.rest, self.wrong, self.asked = rest, wrong, 0
 
     def __call__(
-        self, models: Sequence[nn.Module], batch: Batch, modules: Sequence[str] = ()
+        self,
+        models: Sequence[nn.Module],
+        batch: Batch,
+        modules: Sequence[str] = (),
+        deploy: object = None,
     ) -> list[dict[str, float]]:
         self.asked += 1
         by_model = []
@@ -309,6 +314,42 @@ def test_a_latency_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_latency_as_the_model_is_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function gets copies, and torch.compile and autocast work in what it returns."""
+    monkeypatch.setattr(latency, "SECONDS", 0.05)
+    model, inputs = network("vgg")
+    compiled, dtypes, given = [], set(), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def deploy(model: nn.Module) -> Any:
+        given.append(model)
+        run = torch.compile(model.to(memory_format=torch.channels_last), backend=backend)
+
+        def deployed(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = run(x)
+            dtypes.add(out.dtype)
+            return out
+
+        return deployed
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    budget = Budget(latency=0.99, deploy=deploy)
+    with warnings.catch_warnings():  # so small a model may take any time
+        warnings.simplefilter("ignore")
+        selection = greedyprune.select(model, [inputs], objective="imitation", size=budget)
+    assert selection.budget.what == "latency"
+    assert compiled
+    assert dtypes == {torch.bfloat16}
+    assert all(copy is not model for copy in given)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(TypeError, match="deploy: your function returned NoneType"):
+        greedyprune.select(model, [inputs], size=Budget(latency=0.9, deploy=lambda model: None))
+
+
 BAD: list[tuple[dict, str]] = [
     (
         {"size": Budget(flops=0.5), "steps": 5},
@@ -337,6 +378,8 @@ BAD_SHARES: list[tuple[dict, type[Exception], str]] = [
     ({"flops": 0.5, "memory": 2}, ValueError, r"memory: found 2, expected a share in \(0, 1\]"),
     ({"flops": 0.5, "min_share": -1}, ValueError, r"min_share: found -1, expected a share in \["),
     ({"flops": 0.5, "min_share": "a"}, TypeError, r"min_share: found 'a', expected a share in \["),
+    ({"flops": 0.5, "deploy": len}, ValueError, "deploy: found one without latency, expected a"),
+    ({"latency": 0.5, "deploy": 1}, TypeError, "deploy: found 1, expected a function of the model"),
     ({"flops": 0.5, "keep": 3}, TypeError, "keep: found 3, expected names or patterns of layers"),
     ({"flops": 0.5, "keep": ["a", 3]}, TypeError, r"keep: found \['a', 3\], expected names or"),
     ({"flops": 0}, ValueError, r"flops: found 0, expected a share in \(0, 1\]"),

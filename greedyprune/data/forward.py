@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from ..runtime.errors import first_line, raised_here
 from ..runtime.sparse import are_equal
-from ..runtime.threads import WhileAnyThread
+from .as_written import AUTOCAST_WITHOUT_EFFECT, without_fast_code
 from .batch import Batch, samples_of
 from .padding import NO_PADDING, Padding
 
@@ -45,8 +43,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(gpus),
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
-            _without_fast_code,
-            _AUTOCAST_WITHOUT_EFFECT,
+            without_fast_code,
+            AUTOCAST_WITHOUT_EFFECT,
         ):
             for module in model.modules():
                 if (enabled := module._buffers.get("observer_enabled")) is not None:
@@ -54,58 +52,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         state.restore()
-
-
-@WhileAnyThread
-@contextmanager
-def _without_fast_code() -> Iterator[None]:
-    """Compiled forwards run as they are written, and attention takes no fast path."""
-    has_fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(has_fast_path)
-
-
-class _AutocastWithoutEffect:
-    """Makes `with torch.autocast(...)` do nothing inside, in the threads that are inside.
-
-    torch.autocast is patched while any thread is, so that the order in which they leave is no
-    matter.
-    """
-
-    def __init__(self) -> None:
-        self._threads, self._lock = Counter[int](), threading.Lock()
-        self._own: tuple[Any, Any] = None, None
-
-    def __enter__(self) -> None:
-        autocast: Any = torch.autocast
-        with self._lock:
-            if not self._threads:
-                self._own = enter, leave = autocast.__enter__, autocast.__exit__
-
-                def do_enter(context: Any) -> Any:
-                    return context if threading.get_ident() in self._threads else enter(context)
-
-                def do_leave(context: Any, *error: Any) -> Any:
-                    is_inside = threading.get_ident() in self._threads
-                    return None if is_inside else leave(context, *error)
-
-                autocast.__enter__, autocast.__exit__ = do_enter, do_leave
-            self._threads[threading.get_ident()] += 1
-
-    def __exit__(self, *_: object) -> None:
-        autocast: Any = torch.autocast
-        with self._lock:
-            self._threads[threading.get_ident()] -= 1
-            self._threads += Counter()  # without the threads that have left
-            if not self._threads:
-                autocast.__enter__, autocast.__exit__ = self._own
-
-
-_AUTOCAST_WITHOUT_EFFECT = _AutocastWithoutEffect()
 
 
 class State:

@@ -39,6 +39,9 @@ class Budget:
         params: share of the parameters; in (0, 1]
         latency: share of the time of a forward pass of the first batch, measured on the model's
             device; in (0, 1]
+        deploy: a function of a model that returns what `latency` is measured of, for example
+            `torch.compile`, or `lambda model: model.to(memory_format=torch.channels_last)`. It gets
+            a copy. What it returns is called on the first batch, without gradients. None: the model
         memory: share of the peak memory of a forward pass of the first batch without gradients; in
             (0, 1]. That is the most bytes that parameters, buffers and the tensors which torch's
             operations return take at one moment
@@ -68,6 +71,7 @@ class Budget:
     params: float | None = None
     latency: float | None = None
     memory: float | None = None
+    deploy: Callable[[nn.Module], Callable[..., object]] | None = None
     uniform: bool = False
     keep: str | Sequence[str] = ()
     min_share: float = 0.0
@@ -90,6 +94,10 @@ class Budget:
             raise TypeError(f"keep: found {self.keep!r}, expected names or patterns of layers")
         object.__setattr__(self, "keep", tuple(keep))
         object.__setattr__(self, "min_share", float(self.min_share))
+        if self.deploy is not None and not callable(self.deploy):
+            raise TypeError(f"deploy: found {self.deploy!r}, expected a function of the model")
+        if self.deploy is not None and self.latency is None:
+            raise ValueError("deploy: found one without latency, expected a share of the latency")
         if not is_int(self.trials):
             raise TypeError(f"trials: found {self.trials!r}, expected an int of at least 0")
         if self.trials < 0:
