@@ -2,17 +2,19 @@
 
     python benchmarks/where_to_cut.py --data DIR [--flops 0.5 0.25] [--seeds 0 1 2]
     python benchmarks/where_to_cut.py --data DIR --attention [--kept 0.5 0.25]
+    python benchmarks/where_to_cut.py --data DIR --feed-forward [--kept 0.67]
 
 DIR or DIR/MNIST/raw has MNIST's IDX files. Trains two small transformers, about twelve minutes on
 one core, and keeps them in --out: a vision transformer on MNIST, and a causal language model of the
 characters in the source files of Python's standard library. Then prunes them to a share of their
 FLOPs. The layers that are cut are the inner ones (attention heads and feed-forward units), the
-residual stream, or both. They keep the same share of their units, or sizes from a Budget. Prints,
-for each seed of the samples to select on, the accuracy or the loss on held-out data after `prune`
-and after `refit`.
+residual stream, or both. They keep the same share of their units, or sizes from a Budget, by the
+layers' own errors or with five trials for each layer. Prints, for each seed of the samples to
+select on, the accuracy or the loss on held-out data after `prune` and after `refit`.
 
 With --attention, only the attention is cut: whole heads, or the dimensions inside all heads. Both
-leave the same FLOPs at the same share.
+leave the same FLOPs at the same share. With --feed-forward, only the feed-forward parts are cut, at
+equal parameters.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from mnist_mlp import read_mnist
 
 CONTEXT = 64  # characters of a sequence
 SYMBOLS = 128  # ASCII
+TRIALS = 5  # for each layer
 
 
 class Block(nn.Module):
@@ -200,8 +203,10 @@ def cells(
         rng = torch.Generator().manual_seed(seed)
         some = torch.randperm(len(task.train[0]), generator=rng)[: task.samples]
         data = (task.train[0][some],)
+        # Trials then compare probabilities.
+        loss = "cross_entropy" if getattr(size, "trials", 0) else "auto"
         selection = greedyprune.select(
-            model, data, layers=layers, size=size, objective="imitation", progress=False
+            model, data, layers=layers, size=size, objective="imitation", loss=loss, progress=False
         )
         small = greedyprune.prune(model, selection)
         refitted = greedyprune.refit(model, selection, data, progress=False)
@@ -224,9 +229,10 @@ def rows(
             continue
         sizes = sizes_at(share, units)
         yield [kind, f"{share:.2f} of each layer", *cells(task, model, [*units], sizes, seeds)]
-        if len(units) > 1:
-            budget = greedyprune.Budget(flops=flops)
-            yield [kind, "from a `Budget`", *cells(task, model, [*units], budget, seeds)]
+        for trials in (0, TRIALS * len(units)) if len(units) > 1 else ():
+            budget = greedyprune.Budget(flops=flops, trials=trials)
+            name = "from a `Budget`" + " with trials" * bool(trials)
+            yield [kind, name, *cells(task, model, [*units], budget, seeds)]
 
 
 def attention_rows(
@@ -241,13 +247,38 @@ def attention_rows(
             yield [kind, f"{share:g} of each", *cells(task, model, [*units], sizes, seeds)]
 
 
+def feed_forward_rows(
+    task: Task, model: nn.Module, shares: Sequence[float], seeds: Sequence[int]
+) -> Iterator[list[str]]:
+    table = greedyprune.layers(model, task.train[0][:8])
+    units = {name: layer.units for name, layer in table.items() if name.endswith("fc1")}
+    for share in shares:
+        sizes = sizes_at(share, units)
+        yield [
+            "feed-forward",
+            f"{share:g} of each layer",
+            *cells(task, model, [*units], sizes, seeds),
+        ]
+        cost = greedyprune.select(
+            model, (task.train[0][:8],), layers=[*units], size=1, objective="imitation",
+            progress=False,
+        ).costs  # fmt: skip
+        assert cost is not None
+        left = cost["params"].at(sizes) / cost["params"].dense
+        for trials in (0, TRIALS * len(units)):
+            budget = greedyprune.Budget(params=left, trials=trials)
+            name = "from a `Budget`" + " with trials" * bool(trials)
+            yield ["feed-forward", name, *cells(task, model, [*units], budget, seeds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
     parser.add_argument("--networks", nargs="+", default=["vision", "language"])
     parser.add_argument("--flops", type=float, nargs="+", default=[0.5, 0.25], help="shares left")
     parser.add_argument("--attention", action="store_true", help="heads, or dimensions inside")
-    parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25], help="of attention")
+    parser.add_argument("--feed-forward", action="store_true", help="only feed-forward units")
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25], help="of these units")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the networks")
     args = parser.parse_args()
@@ -258,9 +289,11 @@ def main() -> None:
         print(f"\n{task.title} (dense: {tested(model, task)})\n")
         print("| cut | sizes | FLOPs left | `select`, then `prune` | `select`, then `refit` |")
         print("| --- | --- | --- | --- | --- |")
-        of_attention = attention_rows(task, model, args.kept, args.seeds)
-        everywhere = rows(task, model, args.flops, args.seeds)
-        for row in of_attention if args.attention else everywhere:
+        printed = rows(task, model, args.flops, args.seeds)
+        if args.attention or args.feed_forward:
+            of_part = attention_rows if args.attention else feed_forward_rows
+            printed = of_part(task, model, args.kept, args.seeds)
+        for row in printed:
             print("|", " | ".join(row), "|", flush=True)
 
 

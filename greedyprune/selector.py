@@ -226,17 +226,18 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     output_layers = set.intersection(*job.ranks.gather("output layers", output_layers))
     groups = [_with_output(model, group, output_layers) for group in groups]
     judges = {judge_of(request, group) for group in groups}
+    with_trials = request.budget is not None and request.budget.trials > 0
     by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})
     if by_loss or request.imitation.metric == "fisher":
         job = replace(job, criterion=_decided(job.criterion, model, first, outputs, output_layers))
-    elif request.budget is not None and request.budget.trials:
+    elif with_trials:
         with suppress(ValueError):  # trials then compare the outputs without probabilities
             criterion = _decided(job.criterion, model, first, outputs, output_layers)
             job = replace(job, criterion=criterion)
     if by_loss:
         _follow_own_loss(job.criterion, job.batches)
         compared(job.criterion, outputs, job.batches.first())  # raises what is wrong with targets
-    elif loss_named and request.imitation.metric == "none":
+    elif loss_named and request.imitation.metric == "none" and not with_trials:
         reason = "objective='imitation' uses no labels"
         if first.targets is None:
             reason = "the data have no targets"
