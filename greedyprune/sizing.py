@@ -65,7 +65,7 @@ def within_budget(
         )
     nothing = [np.zeros(len(sizes)) for sizes in sizes_of]
     curves = Curves.of(kinds, sizes_of, nothing, known, uniform=budget.uniform)
-    _check_possible(budget, model, groups, curves, batch)
+    _check_possible(budget, model, groups, curves, batches)
     curves = replace(curves, values=values_of(kinds, sizes_of))
     least = curves.least()
     limits = {
@@ -92,9 +92,10 @@ def within_budget(
             excess = {report.what: excess[report.what]}
         for what, over in excess.items():
             if over > 0 or report.what == what:
-                limit = limits[what] / curves.dense(what) - over
-                limit = max(curves.share(what, least), limit)
-                limits[what] = limit * curves.dense(what)
+                limit = limits[what] / curves.dense(what)
+                if over > 0:  # other sizes follow
+                    limit = min(limit, curves.share(what, sizes))
+                limits[what] = max(curves.share(what, least), limit - over) * curves.dense(what)
     if chosen is None:
         chosen = sizes, report
         warn(
@@ -105,14 +106,17 @@ def within_budget(
 
 
 def _check_possible(
-    budget: Budget, model: nn.Module, groups: Sequence[Group], curves: Curves, batch: Batch
+    budget: Budget, model: nn.Module, groups: Sequence[Group], curves: Curves, batches: Batches
 ) -> None:
     """ValueError where the smallest sizes cost more than allowed. It names the dearest layers."""
     least = curves.least()
     dear = {what for what, share in budget.shares.items() if curves.share(what, least) > share}
     if not dear:
         return
-    left = _measured(budget, tuple(dear), model, groups, least, batch, curves)
+    batch, ranks = batches.first(), batches.ranks
+    left = ranks.on_first(
+        "least cost", partial(_measured, budget, tuple(dear), model, groups, least, batch, curves)
+    )
     for what in dear:
         if left[what] <= budget.shares[what]:  # what the curves foresee is not exact
             continue
