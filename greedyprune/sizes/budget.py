@@ -112,6 +112,16 @@ class Budget:
         """The costs that are limited, and to which share of the dense model's."""
         return {name: share for name in COSTS if (share := getattr(self, name)) is not None}
 
+    @property
+    def what(self) -> str:
+        """The cost that is limited; the first of several."""
+        return next(iter(self.shares))
+
+    @property
+    def share(self) -> float:
+        """The share of the dense model's cost `what`."""
+        return self.shares[self.what]
+
 
 def _check_share(name: str, share: object, interval: str) -> None:
     expected = f"expected a share in {interval}"
