@@ -73,7 +73,7 @@ def main() -> None:
     frontier = whole.frontier()
     foreseen.plot(100 * frontier.shares, frontier.losses, ".-", color=BLUE)
     foreseen.set_ylabel("loss of the sizes, nats")
-    foreseen.set_yscale("log")
+    foreseen.set_yscale("log", nonpositive="mask")
     foreseen.set_ylim(bottom=float(frontier.losses.max()) * 1e-4)
     measured.plot(
         [100 * share for share in left], [100 * share for share in accuracies], "o-", color=BLUE,

@@ -89,10 +89,10 @@ class Frontier:
                 [share], [loss], "*", markersize=13, color=VERMILLION, label="this selection"
             )
             panel.axvspan(float(self.shares[0]), share, color=GREY, alpha=0.12, label="by resize")
-        highest, lowest = float(self.losses.max()), float(self.losses.min())
-        if 0 < 10 * lowest < highest:
-            panel.set_yscale("log")
-            panel.set_ylim(bottom=max(lowest, LOWEST * highest) / 2)
+        positive = self.losses[self.losses > 0]
+        if len(positive) and 10 * positive.min() < positive.max():
+            panel.set_yscale("log", nonpositive="mask")
+            panel.set_ylim(bottom=max(positive.min(), LOWEST * positive.max()) / 2)
         panel.set_xlabel(f"{self.what}, as a share of the dense model's")
         panel.set_ylabel("loss of the sizes")
         legend_below(figure)
