@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .data.batches import Batch, samples_of
-from .data.forward import hooked, run_model
+from .data.forward import run_model
 from .graph.costs import Cost
 from .graph.executor import tensors_of
 from .sizes.kinds import Kinds, KindSizes
@@ -119,19 +119,15 @@ def moments_of(model: nn.Module, batch: Batch) -> Moments:
 
 
 def peaks_of(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[str, float]:
-    """The most bytes at one moment while each of these modules runs."""
-    counter, started, peaks = LiveBytes(), dict[str, int](), dict[str, float]()
-    counter.add(list(tensors_of(model).values()))
-    counter.add((batch.args, batch.kwargs))
-
-    def start(name: str, _: Tensor) -> None:
-        started[name] = len(counter.moments)
-
-    def stop(name: str, _: Tensor) -> None:
-        peaks[name] = max([peaks.get(name, 0.0), *counter.moments[started[name] :]])
-
-    with hooked(model, modules, before=start, after=stop), counter:
-        run_model(model, batch)
+    """The most bytes at one moment while each of these modules runs; 0 for one that does not."""
+    moments, peaks = moments_of(model, batch), dict.fromkeys(modules, 0.0)
+    at = {event: operations for operations, event in moments.events}
+    for name in modules:
+        call = 1
+        while f"end of {name} {call}" in at:
+            first, end = (at[f"{edge} of {name} {call}"] for edge in ("start", "end"))
+            peaks[name] = max([peaks[name], *moments.bytes[first:end].tolist()])
+            call += 1
     return peaks
 
 

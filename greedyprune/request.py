@@ -52,6 +52,16 @@ class Request:
         """The layers that `size` has entries for."""
         return tuple(self.size) if isinstance(self.size, Mapping) else ()
 
+    @property
+    def trials(self) -> int:
+        """`Budget.trials`; 0 without a budget."""
+        return 0 if self.budget is None else self.budget.trials
+
+    @property
+    def keep(self) -> Sequence[str]:
+        """`Budget.keep`; () without a budget."""
+        return () if self.budget is None else self.budget.keep
+
     def rule(self, group: Group, size: int, *, by_loss: bool) -> Rule:
         """When to stop and what may be picked in a layer.
 

@@ -216,9 +216,8 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     few = first if request.consumers is not None else _in_proportion(model, first, total)
     groups, refused = groups_of(model, few, request.layers, request.consumers, request.sized_layers)
     groups = [group.times(in_samples_of(few, first)) for group in groups]
-    if request.budget is not None:
-        groups, kept = without_kept(model, groups, request.budget.keep)
-        refused = {**refused, **dict.fromkeys(kept, "Budget(keep=...) keeps all its units")}
+    groups, kept = without_kept(model, groups, request.keep)
+    refused = {**refused, **dict.fromkeys(kept, "Budget(keep=...) keeps all its units")}
     warn_of_unrun(model, used, groups, "data")
     if request.consumers is not None:  # no graph tells what follows these layers
         output_layers = _unmoved(model, first, output_layers)
@@ -226,18 +225,17 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     output_layers = set.intersection(*job.ranks.gather("output layers", output_layers))
     groups = [_with_output(model, group, output_layers) for group in groups]
     judges = {judge_of(request, group) for group in groups}
-    with_trials = request.budget is not None and request.budget.trials > 0
     by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})
     if by_loss or request.imitation.metric == "fisher":
         job = replace(job, criterion=_decided(job.criterion, model, first, outputs, output_layers))
-    elif with_trials:
+    elif request.trials:
         with suppress(ValueError):  # trials then compare the outputs without probabilities
             criterion = _decided(job.criterion, model, first, outputs, output_layers)
             job = replace(job, criterion=criterion)
     if by_loss:
         _follow_own_loss(job.criterion, job.batches)
         compared(job.criterion, outputs, job.batches.first())  # raises what is wrong with targets
-    elif loss_named and request.imitation.metric == "none" and not with_trials:
+    elif loss_named and request.imitation.metric == "none" and not request.trials:
         reason = "objective='imitation' uses no labels"
         if first.targets is None:
             reason = "the data have no targets"
@@ -256,15 +254,14 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
         request = replace(request, size=sizes, budget=None)
     selected = select_layers(with_rules(request), groups, layers_plan)
     layers = {group.producer: selected[group.producer] for group in groups}
-    saving = how_saved(model, layers)
     return Selection(
         layers,
         costs,
         report,
         curves=curves,
         example=example_of(model, first),
-        saving=saving,
         refused=refused,
+        saving=how_saved(model, layers),
     )
 
 

@@ -189,6 +189,5 @@ def _measured(
             )
             left[name] = after / before
         else:
-            peaks = [moments_of(m, batch).peak for m in (small, model)]
-            left[name] = peaks[0] / peaks[1]
+            left[name] = moments_of(small, batch).peak / curves.dense(name)
     return left

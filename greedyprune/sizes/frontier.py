@@ -84,10 +84,9 @@ class Frontier:
         at = [] if self.chosen is None else [self.chosen]
         shares, losses = (np.delete(values, at) for values in (self.shares, self.losses))
         panel.plot(shares, losses, ".-", color=BLUE, label="best sizes for a budget")
-        for share, loss in zip(self.shares[at].tolist(), self.losses[at].tolist(), strict=True):
-            panel.plot(
-                [share], [loss], "*", markersize=13, color=VERMILLION, label="this selection"
-            )
+        if self.chosen is not None:
+            share, loss = float(self.shares[self.chosen]), float(self.losses[self.chosen])
+            panel.plot(share, loss, "*", markersize=13, color=VERMILLION, label="this selection")
             panel.axvspan(float(self.shares[0]), share, color=GREY, alpha=0.12, label="by resize")
         positive = self.losses[self.losses > 0]
         if len(positive) and 10 * positive.min() < positive.max():
