@@ -255,13 +255,7 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     selected = select_layers(with_rules(request), groups, layers_plan)
     layers = {group.producer: selected[group.producer] for group in groups}
     return Selection(
-        layers,
-        costs,
-        report,
-        curves=curves,
-        example=example_of(model, first),
-        refused=refused,
-        saving=how_saved(model, layers),
+        layers, costs, report, refused, example_of(model, first), how_saved(model, layers), curves
     )
 
 

@@ -122,6 +122,24 @@ def test_tensors_that_do_not_grow_with_the_batch() -> None:
     assert selection.curves.dense("memory") == peak
 
 
+class Compared(nn.Module):
+    """Compares all samples with one another: memory grows with the square of their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * (x @ x.T)[0, 0]
+
+
+def test_tensors_that_grow_with_the_square_of_the_batch() -> None:
+    model, x = Compared(), torch.randn(128, 16)
+    selection = greedyprune.select(model, x, size=Budget(memory=0.95))
+    with torch.no_grad():
+        assert selection.curves.dense("memory") == moments_of(model, batch_of(x)).peak
+
+
 def test_attention_that_runs_other_operations_when_cut() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(16, 3))
