@@ -245,7 +245,7 @@ def sizes_within(
             return scores.collect(job, turn, purpose)
         return collect(
             job.model, turn, job.batches, {}, job.bar, job.checkpoint, purpose, owned=True,
-            halves=job.refits,
+            halves=job.refits, exact=job.imitation.exact_losses,
         )  # fmt: skip
 
     def path_of(products: LayerProducts) -> LayerSelection:

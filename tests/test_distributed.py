@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Selection
+from greedyprune.data import positions
 from greedyprune.runtime import distributed, files, resume
 
 pytestmark = [
@@ -150,6 +151,25 @@ def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int
             case.model(), part(rank, 4, case.targets), checkpoint=folder,
             process_group=group_of(4), **case.options,
         )  # fmt: skip
+
+
+def test_a_sample_of_positions_is_the_same(team: Team) -> None:
+    """Each rank adds up its share of it."""
+    expected = sampled(0, 1)
+    exact = greedyprune.select(cnn(), tensors("classes"))
+    assert not expected.layers["1"].losses.equal(exact.layers["1"].losses)
+    for selection in team.results(2, sampled, 2):
+        check_same(selection, expected)
+
+
+def sampled(rank: int, ranks: int) -> Selection:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positions, "CHEAP", 0)
+        patch.setattr(positions, "ROWS", 4)
+        if ranks == 1:
+            return greedyprune.select(cnn(), batches_of(tensors("classes"), 60))
+        data = part(rank, ranks, "classes")
+        return greedyprune.select(cnn(), data, process_group=group_of(ranks))
 
 
 def test_buffers_are_the_first_ranks(team: Team) -> None:

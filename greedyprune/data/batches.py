@@ -28,7 +28,7 @@ from .sequence_models import (
     shifts_labels,
     time_first_layers,
 )
-from .sources import batches_in, random_states, tensor_of
+from .sources import batches_in, random_states, samples_in_all, tensor_of
 from .targets import parsed
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -82,6 +82,7 @@ class Batches:
         self._first: Batch | None = None
         self.ranks = ranks
         self.empty = False  # this rank has no samples; its `first` is another rank's
+        self.samples = 0  # of all ranks, or slightly more, once `share_first` ran; 0: unknown
         self._chosen: Callable[[Batch], Tensor] | None = None  # which samples a pass has
         # Sees every batch of a pass, if it is set.
         self.watch: Callable[[Iterator[Batch]], Iterator[Batch]] | None = None
@@ -91,6 +92,7 @@ class Batches:
         """The same data for another model."""
         other = Batches(self._source, model, self.ranks, self._mask)
         other.empty, other._decoder_layers = self.empty, self._decoder_layers
+        other.samples = self.samples
         other.ignored, other.shift = self.ignored, self.shift
         other._has_labels = self._has_labels
         other._random, other._repeats = self._random, self._repeats
@@ -120,7 +122,17 @@ class Batches:
             self.empty = first is None
             if shared is not None and self.empty:
                 self._first = shared.map(self._move)
+        counts = self.ranks.gather("samples", self._count())
+        self.samples = 0 if None in counts else sum(filter(None, counts))
         return self.first()
+
+    def _count(self) -> int | None:
+        """How many samples this rank has, or slightly more; None: it is unknown."""
+        if self.empty or self._first is None:
+            return 0
+        known = samples_in_all(self._source)
+        of_first = samples_of(self._first)
+        return known if known is not None or not of_first else len(self) * of_first or None
 
     def repeat(self) -> None:
         """Gives every pass of a DataLoader the same order and random numbers from now on."""

@@ -19,7 +19,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 def in_second_half(batch: Batch) -> Tensor:
     """For each of a batch's samples, whether it is in the second half: (m,) bool on the CPU."""
-    return _hashes(batch) < 0
+    return hashes_of(batch) < 0
 
 
 def held_out(batch: Batch, one_in: int = 10, separate: bool = True) -> Tensor:
@@ -27,13 +27,13 @@ def held_out(batch: Batch, one_in: int = 10, separate: bool = True) -> Tensor:
 
     separate: False: the batch is held out whole or not at all, (1,) bool
     """
-    hashes = _hashes(batch)
+    hashes = hashes_of(batch)
     if not separate:
         hashes = hashes.sum(0, keepdim=True) * SPREAD
     return ((hashes >> 44) & 0xFFFFF) % one_in == 0
 
 
-def _hashes(batch: Batch) -> Tensor:
+def hashes_of(batch: Batch) -> Tensor:
     """(m,) int64: of each sample's entries in the first input that has one for each sample.
 
     Entries of hidden positions are zeros, which change no hash.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 # Samples in a forward pass, for data that come without batches. On a CPU, activations of more than
@@ -52,20 +53,20 @@ class _Slices:
                     "data: found a sparse tensor, expected a dense one (tensor.to_dense()), or a "
                     "list of batches"
                 )
-        self._length = len(self._inputs[0])
+        self.samples = len(self._inputs[0])
         for tensor in (*self._inputs, *self._targets):
-            if len(tensor) != self._length:
+            if len(tensor) != self.samples:
                 raise ValueError(
-                    f"data: found {self._length} inputs and {len(tensor)} targets, expected one "
+                    f"data: found {self.samples} inputs and {len(tensor)} targets, expected one "
                     "for each"
                 )
 
     def __len__(self) -> int:
-        return -(-self._length // BATCH)
+        return -(-self.samples // BATCH)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        size = -(-self._length // max(1, len(self)))
-        for i in range(0, self._length, max(1, size)):
+        size = -(-self.samples // max(1, len(self)))
+        for i in range(0, self.samples, max(1, size)):
             inputs = tuple(t[i : i + size] for t in self._inputs)
             targets = (t[i : i + size] for t in self._targets)
             yield (inputs if len(inputs) > 1 else inputs[0], *targets)
@@ -77,11 +78,34 @@ class _Rows:
     def __init__(self, data: Any) -> None:
         self._data = data.with_format("torch")
 
+    @property
+    def samples(self) -> int:
+        return len(self._data)
+
     def __len__(self) -> int:
-        return -(-len(self._data) // BATCH)
+        return -(-self.samples // BATCH)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(self._data.iter(batch_size=BATCH))
+
+
+def samples_in_all(source: object) -> int | None:
+    """How many samples the batches have together; None where this takes reading them."""
+    try:
+        if isinstance(source, (_Slices, _Rows)):
+            return source.samples
+        if isinstance(source, DataLoader) and source.batch_size is not None:
+            whole = len(source) * source.batch_size
+            return whole if source.drop_last else len(source.sampler)  # type: ignore[arg-type]
+    except TypeError:  # a stream has no length
+        return None
+    if isinstance(source, (list, tuple)):
+        return sum(next(map(len, filter(_has_length, tree_leaves(batch))), 0) for batch in source)
+    return None
+
+
+def _has_length(value: object) -> bool:
+    return _is_array(value) and len(value.shape) > 0  # type: ignore[attr-defined]
 
 
 def _flat(parts: tuple[Any, ...]) -> list[Any]:

@@ -20,12 +20,13 @@ from ..runtime.sparse import bytes_of
 from .experts import EXPERTS
 from .head_labels import HeadPropagation
 from .linear_paths import linear_path
-from .nodes import PRODUCTS, data_input, in_place, operation, shape_of
+from .nodes import PRODUCTS, ancestors, data_input, in_place, operation, shape_of
 from .norms import over_entries
 from .propagate import Propagation
 from .recurrences import is_recurrence, with_columns
 from .slices import Entries
 from .tracing import Graph, Layer
+from .unfold import output_shape
 
 # The values of nodes that have run and are still needed: tensors, or tuples of them.
 Values = dict[fx.Node, Any]
@@ -308,9 +309,24 @@ class GraphExecutor:
         path = self.linear_paths[layer]
         if path.shortcut is None:
             return None
-        end = self._end(layer) - 1
-        shape, goal, value = self._values_at(path.shortcut, layer, (dense, pruned), networks, end)
+        goal, value = (
+            self._value_of(path.shortcut, values, network)
+            for values, network in zip((dense, pruned), networks, strict=True)
+        )
+        traced = self.layers[layer]
+        outputs = networks[0].tensors[traced.weight].shape[traced.out_dim]
+        shape = output_shape(traced.window, self.input_of(layer, dense), outputs)
         return path.as_output(goal - value, shape)
+
+    def _value_of(self, node: fx.Node, values: Values, network: Network) -> Tensor:
+        """A node's value, from values before it. Only what the node is computed from runs."""
+        env, sums = self.constants(network.tensors) | values, self._sums_over(network.left)
+        missing = {other for other in ancestors(node, env.__contains__) if other not in env}
+        for other in sorted(missing, key=self.graph.position.__getitem__):
+            env[other] = self.evaluate(other, env, sums.get(other))
+        self._interpreter.env = {}
+        value: Tensor = env[node]
+        return value
 
     def output_error(
         self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]

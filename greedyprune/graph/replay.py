@@ -8,12 +8,13 @@ they do not fit in memory, they are computed again from the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
 from ..data.forward import not_run
-from ..data.halves import in_second_half
+from ..data.positions import Draws
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
 from .executor import (
@@ -30,7 +31,20 @@ from .names import layer_name, weight_name
 from .slices import Entries
 from .tracing import Layer
 
-Add = Callable[[str, Tensor, Tensor, Tensor, Tensor | None], None]
+
+class BothInputs(NamedTuple):
+    """A layer's inputs in both networks.
+
+    shortcut: the error of the shortcut that is added to the layer's output, dense minus pruned, as
+        a change of that output; None: there is none
+    """
+
+    pruned: Tensor
+    dense: Tensor
+    shortcut: Tensor | None
+
+
+Add = Callable[[str, BothInputs, Draws, Tensor | None], None]
 
 
 class _State:
@@ -38,7 +52,7 @@ class _State:
 
     def __init__(self, batch: Batch, executor: GraphExecutor) -> None:
         self.executor, self.at, self.mark = executor, 0, batch.mark
-        self.second_half, self.padding = in_second_half(batch), batch.padding
+        self.draws, self.padding = Draws.of(batch), batch.padding
         self.dense = executor.inputs(batch)
         self.pruned: Values | None = None
 
@@ -154,6 +168,11 @@ class Replay:
         return self._dense, Network({**self._dense.tensors, **self._changed}, self._left)
 
     @property
+    def samples(self) -> int:
+        """How many samples the data have; 0: it is unknown."""
+        return self._batches.samples
+
+    @property
     def changed(self) -> list[str]:
         """The names of the tensors that have changed."""
         return list(self._changed)
@@ -161,12 +180,9 @@ class Replay:
     def visit(
         self, layers: Sequence[str], add: Add, bar: Bar, resumed: Pass, left: Entries | None = None
     ) -> None:
-        """Calls add(layer, inputs, target, second_half, mask) for all these layers and batches.
+        """Calls add(layer, inputs, draws, mask) for all these layers and batches.
 
-        The inputs are those that the layer receives in the pruned network. The target is the
-        layer's output in the dense network; where it is added to a shortcut, the target also
-        compensates for the shortcut's error in the pruned network. The mask (m, T) says which
-        positions count; None: all.
+        The draws are those of the samples. The mask (m, T) says which positions count; None: all.
 
         Leaves both networks just before the first of the layers, and of the norms and recurrences
         over units that would not be `left`.
@@ -194,21 +210,19 @@ class Replay:
             place = _place(executor, layer)
             executor.run(pruned, pruned_network.tensors, at, place, pruned_network.left)
             executor.run(dense, dense_network.tensors, at, place)
-            inputs, after = executor.input_of(layer, pruned), dict(dense)
-            executor.run(after, dense_network.tensors, place, place + 1)
-            target = executor.output_of(layer, after)
+            error = None
             if state.pruned is not None:
                 error = executor.shortcut_error(layer, dense, pruned, networks)
-                target = target if error is None else target + error
-            add(layer, inputs, target, state.second_half, executor.mask_of(layer, state.padding))
+            inputs = BothInputs(
+                executor.input_of(layer, pruned), executor.input_of(layer, dense), error
+            )
+            add(layer, inputs, state.draws, executor.mask_of(layer, state.padding))
             at = place
 
-    def errors(
-        self, layer: str, bar: Bar
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """A layer's inputs in the pruned network, the error of its output, the halves and the mask.
+    def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor, Draws, Tensor | None]]:
+        """A layer's inputs in the pruned network, the error of its output, the draws and the mask.
 
-        Adding the error to the output would correct it (`GraphExecutor.output_error`). The halves
+        Adding the error to the output would correct it (`GraphExecutor.output_error`). The draws
         are those of the samples; the mask (m, T) says which positions count, None: all.
         """
         for state in self._all(bar):
@@ -218,7 +232,7 @@ class Replay:
             error = state.executor.output_error(layer, state.dense, pruned, networks)
             inputs = state.executor.input_of(layer, pruned)
             mask = state.executor.mask_of(layer, state.padding)
-            yield inputs, error, state.second_half, mask
+            yield inputs, error, state.draws, mask
 
     def _all(self, bar: Bar) -> Iterator[_State]:
         """Every batch, at the layer where the last pass left it or at the inputs."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..data.padding import counted
+from ..data.positions import Draws, places
 from ..kernels.products import PRODUCT
 from .groups import Group
 from .names import module_of_layer, slice_of, weight_of
@@ -79,110 +80,105 @@ def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
     return as_stored(new.reshape(len(new), -1, *taps), dim)
 
 
-def in_halves(
-    window: Window | None, inputs: Tensor, outputs: Tensor | None, second: Tensor | None
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """A layer's inputs and outputs of the samples in each half: (0 or 1, inputs, outputs).
+def columns_in_halves(
+    window: Window | None, inputs: Tensor, outputs: Tensor | None, draws: Draws, *,
+    halves: bool = True, mask: Tensor | None = None, stride: int = 1,
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
+    """A layer's inputs and outputs at the positions of each half: (0 or 1, inputs, outputs).
+
+    Both as from `columns_at`. A layer whose positions are not those of m samples is in the half of
+    the first sample.
 
     window: how a convolution goes over its inputs, in this and the other functions; None: the layer
         is no convolution
-    second: (m,) bool: is the sample in the second half? None: all are in the first. A layer whose
-        rows are not those of m samples is in the half of the first sample
-    """
-    inputs = _batched(window, inputs)
-    outputs = None if outputs is None else _batched(window, outputs)
-    if second is None or len(inputs) % len(second) or bool((second == second[0]).all()):
-        yield (0 if second is None else int(second[0])), inputs, outputs
-        return
-    rows = second.repeat_interleave(len(inputs) // len(second)).to(inputs.device)
-    for half, chosen in enumerate((~rows, rows)):
-        yield half, inputs[chosen], None if outputs is None else outputs[chosen]
-
-
-def columns_in_halves(
-    window: Window | None, inputs: Tensor, outputs: Tensor | None, second: Tensor | None,
-    mask: Tensor | None = None,
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
-    """The parts of `unfolded_parts` for the samples in each half: (0 or 1, inputs, outputs).
-
-    second: as for `in_halves`
+    draws:  of the batch's m samples
+    halves: False: all samples are in the first half
     mask:   (m, T) bool, of the positions that count; hidden ones have no column. None: all count
+    stride: one of every `stride` positions has a column
     """
-    keep = counted(mask, positions_shape(window, inputs))
-    if keep is None:
-        for half, its_inputs, its_outputs in in_halves(window, inputs, outputs, second):
-            for columns, target in unfolded_parts(window, its_inputs, its_outputs):
-                yield half, columns, target
-        return
-    inputs = _batched(window, inputs)
-    outputs = None if outputs is None else _batched(window, outputs)
-    keep = keep.reshape(len(inputs), -1)
-    rows = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-    if second is not None and len(inputs) % len(second) == 0:
-        rows = second.repeat_interleave(len(inputs) // len(second)).to(inputs.device)
-    for half, in_half in enumerate((~rows, rows)):
-        chosen = in_half & keep.any(1)
-        if not bool(chosen.any()):
-            continue
-        its_outputs = None if outputs is None else outputs[chosen]
-        parts = unfolded_parts(window, inputs[chosen], its_outputs, keep[chosen])
-        for columns, target in parts:
+    shape = positions_shape(window, inputs)
+    keep, rows = counted(mask, shape), math.prod(shape)
+    chosen = places(draws.starts, rows, stride, None if keep is None else keep.flatten())
+    of_half, second = [chosen], draws.second_half
+    if halves and rows % len(second) == 0:
+        in_second = second[chosen // max(1, rows // len(second))]
+        of_half = [chosen[~in_second], chosen[in_second]]
+    elif halves and bool(second[0]):
+        of_half = [chosen[:0], chosen]
+    for half, its_places in enumerate(of_half):
+        for columns, target in columns_at(window, inputs, outputs, its_places):
             yield half, columns, target
 
 
-def unfolded_parts(
-    window: Window | None, inputs: Tensor, outputs: Tensor | None, keep: Tensor | None = None
+def columns_at(
+    window: Window | None, inputs: Tensor, outputs: Tensor | None, at: Tensor
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A layer's inputs as `unfolded` and its outputs as `as_columns`, a few samples at a time.
+    """A layer's inputs and outputs at some positions, a part of these at a time.
 
-    keep: (samples, positions of a sample) bool: which positions get a column; None: all
+    The inputs are (channels, taps, positions), float32 or float64, the outputs (C, positions). The
+    outputs are the layer's weight as (C, channels * taps) times the inputs.
 
-    A part has at most PART bytes of unfolded inputs (or, where that is more, one sample, or PRODUCT
-    positions): the system would give larger arrays fresh pages of memory for every batch.
+    at: the positions' places (n,) int64, in order
     """
-    inputs = _batched(window, inputs)
-    outputs = None if outputs is None else _batched(window, outputs)
-    taps, positions = 1, 1
-    if window is not None:
-        taps, strides = math.prod(window.kernel_size), math.prod(window.stride)
-        positions = math.ceil(inputs[0, 0].numel() * math.prod(window.spread) / strides)
-    sample = inputs.shape[1] * taps * positions * inputs.element_size()
-    samples = max(1, PART // sample, PRODUCT // positions)
-    for i in range(0, len(inputs), samples):
-        target = None if outputs is None else as_columns(window, outputs[i : i + samples])
-        columns = unfolded(window, inputs[i : i + samples])
-        if keep is not None and not bool((kept := keep[i : i + samples].flatten()).all()):
-            columns = columns[..., kept]
-            target = None if target is None else target[:, kept]
-        yield columns, target
-
-
-def unfolded(window: Window | None, inputs: Tensor) -> Tensor:
-    """A layer's inputs as (channels, taps, positions), float32 or float64.
-
-    The layer's output, as `as_columns`, is its weight as (C, channels * taps) times these.
-    """
+    at = at.to(inputs.device)
     if inputs.dtype not in (torch.float32, torch.float64):
         inputs = inputs.float()
     inputs = _batched(window, inputs)
-    if window is None:
-        return inputs.T[:, None]
-    spatial = len(window.kernel_size)
-    inputs = _spread(window, inputs)
+    outputs = None if outputs is None else _batched(window, outputs)
+    taps = 1 if window is None else math.prod(window.kernel_size)
+    at_once = max(PRODUCT, PART // max(1, inputs.shape[1] * taps * inputs.element_size()))
+    for part in at.split(at_once) if len(at) else ():
+        if window is None:
+            columns = inputs.index_select(0, part).T[:, None]
+            yield columns, None if outputs is None else outputs.index_select(0, part).T
+            continue
+        columns, target = _windows_at(window, inputs, outputs, part)
+        yield columns, target
+
+
+def _windows_at(
+    window: Window, inputs: Tensor, outputs: Tensor | None, at: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`columns_at` for a convolution, all in one part."""
+    sizes = output_sizes(window, inputs.shape[2:])
+    positions, taps = math.prod(sizes), math.prod(window.kernel_size)
+    columns = inputs.new_empty(inputs.shape[1], taps, len(at))
+    target = None if outputs is None else outputs.new_empty(outputs.shape[1], len(at))
+    first, last = (int(place) // positions for place in (at[0], at[-1]))
+    at_once = max(1, PART // max(1, inputs[0].numel() * inputs.element_size()))
+    for i in range(first, last + 1, at_once):  # samples, some at a time, to copy few
+        samples = slice(i, min(i + at_once, last + 1))
+        ends = torch.tensor([i, samples.stop], device=at.device) * positions
+        start, end = torch.searchsorted(at, ends).tolist()
+        here = at[start:end] - i * positions
+        padded = _padded(window, inputs[samples])
+        strides = padded[0, 0].contiguous().stride()
+        maps = padded.transpose(0, 1).flatten(1)  # (channels, all samples' entries)
+        corners = _dot(_grid(sizes), window.stride, strides).to(at.device)
+        corner = here // positions * padded[0, 0].numel() + corners[here % positions]
+        offsets = _dot(_grid(window.kernel_size), window.dilation, strides)
+        for tap, offset in enumerate(offsets.tolist()):
+            columns[:, tap, start:end] = maps.index_select(1, corner + offset)
+        if target is not None and outputs is not None:
+            of_samples = outputs[samples].transpose(0, 1).flatten(1)
+            target[:, start:end] = of_samples.index_select(1, here)
+    return columns, target
+
+
+def _grid(sizes: Sequence[int]) -> Tensor:
+    """The indices of all entries of a map of these sizes: (entries, dimensions) int64."""
+    return torch.cartesian_prod(*map(torch.arange, sizes)).view(math.prod(sizes), -1)
+
+
+def _dot(indices: Tensor, steps: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The places of entries that are `steps` apart in a map with these strides."""
+    return (indices * torch.tensor(steps) * torch.tensor(strides)).sum(1)
+
+
+def _padded(window: Window, inputs: Tensor) -> Tensor:
+    """A convolution's inputs with its padding, and spread if it is a transposed one."""
     mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
-    padded = functional.pad(inputs, window.padding, mode=mode)
-    sizes = _sizes_over(window, inputs.shape[2:])
-    taps = math.prod(window.kernel_size)
-    columns = inputs.new_empty(inputs.shape[1], taps, len(inputs), *sizes)
-    for tap in range(taps):
-        part, rest = padded, tap
-        for dim in reversed(range(spatial)):
-            rest, offset = divmod(rest, window.kernel_size[dim])
-            start, stride = offset * window.dilation[dim], window.stride[dim]
-            part = part.narrow(dim + 2, start, stride * (sizes[dim] - 1) + 1)
-            part = part[(slice(None),) * (dim + 2) + (slice(None, None, stride),)]
-        columns[:, tap] = part.transpose(0, 1)
-    return columns.flatten(2)
+    return functional.pad(_spread(window, inputs), window.padding, mode=mode)
 
 
 def output_sizes(window: Window, sizes: Sequence[int]) -> list[int]:
@@ -224,6 +220,15 @@ def positions_shape(window: Window | None, inputs: Tensor) -> tuple[int, ...]:
     return (len(batched), *output_sizes(window, batched.shape[2:]))
 
 
+def output_shape(window: Window | None, inputs: Tensor, outputs: int) -> tuple[int, ...]:
+    """The shape of a layer's output with this many channels, for these inputs."""
+    if window is None:
+        return (*inputs.shape[:-1], outputs)
+    samples, *sizes = positions_shape(window, inputs)
+    shape = (samples, outputs, *sizes)
+    return shape if inputs.dim() == len(shape) else shape[1:]
+
+
 def input_positions(window: Window | None, inputs: Tensor) -> tuple[int, ...]:
     """The shape of the positions of a layer's inputs, in the order of `by_position`."""
     if window is None:
@@ -241,7 +246,7 @@ def output_positions(window: Window | None, outputs: Tensor) -> tuple[int, ...]:
 
 
 def as_columns(window: Window | None, outputs: Tensor) -> Tensor:
-    """A layer's outputs as (C, positions), the positions in the order of `unfolded`."""
+    """A layer's outputs as (C, positions)."""
     return _batched(window, outputs).transpose(0, 1).flatten(1)
 
 

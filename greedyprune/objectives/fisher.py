@@ -18,8 +18,10 @@ from ..data.batches import Batch, samples_of
 from ..data.compared import compared
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.padding import NO_LABEL, counted
+from ..data.positions import NO_DRAWS, Draws
 from ..graph.groups import Group
 from ..graph.names import slice_of
+from ..graph.replay import BothInputs
 from ..graph.unfold import by_position, consumer_window, input_positions, outputs_of
 from ..runtime.resume import Pass, Tensors
 from ..surgery.layer_selection import LayerSelection
@@ -61,8 +63,8 @@ class Gates(Products):
         return 2.0 * self.positions
 
     def add(
-        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
+        dense: BothInputs | None = None,
     ) -> None:  # fmt: skip
         """inputs: u (samples, N)."""
         rows = inputs.double().cpu()

@@ -13,9 +13,10 @@ from functools import partial
 
 from torch import Tensor
 
+from ..data.positions import Draws
 from ..graph.groups import QUERY_KEY, Group
 from ..graph.names import weight_name
-from ..graph.replay import Replay
+from ..graph.replay import BothInputs, Replay
 from ..runtime.resume import Pass
 from ..surgery.cut import masked_weight, without_query_keys
 from ..surgery.layer_selection import LayerSelection
@@ -54,7 +55,7 @@ def _from_one_pass(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str,
     def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
         return collect(
             job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True,
-            halves=job.refits,
+            halves=job.refits, exact=job.imitation.exact_losses,
         )  # fmt: skip
 
     in_memory = turns(groups, needed, limit, once=job.batches.once)
@@ -79,7 +80,7 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
             if group.repeated:  # from the dense network, since its uses are many places in it
                 products = collect(
                     job.model, [group], job.batches, roots, job.bar, job.checkpoint,
-                    halves=job.refits,
+                    halves=job.refits, exact=job.imitation.exact_losses,
                 )[group.producer]  # fmt: skip
             else:
                 products = _replayed(job, group, replay, roots)
@@ -97,16 +98,15 @@ def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProd
     """One group's products: inputs from the network pruned so far, targets from the dense one."""
     weights = {name: replay.weight(name) for name in group.consumers}
     products = LayerProducts.of_consumers(
-        job.model, group, roots, given=True, halves=job.refits, weights=weights
-    )
+        job.model, group, roots, given=True, halves=job.refits, weights=weights,
+        samples=0 if job.imitation.exact_losses else job.batches.samples,
+    )  # fmt: skip
     by_name = {consumer.name: consumer for consumer in products.consumers}
     resumed = Pass(job.checkpoint, group.producer)
     resumed.hold(*products.consumers)
 
-    def add(
-        name: str, inputs: Tensor, targets: Tensor, second_half: Tensor, mask: Tensor | None
-    ) -> None:
-        by_name[name].add(inputs, targets, second_half, mask)
+    def add(name: str, inputs: BothInputs, draws: Draws, mask: Tensor | None) -> None:
+        by_name[name].add(inputs.pruned, draws, mask, inputs)
 
     replay.visit(group.consumers, add, job.bar, resumed, group.without_units)
     for consumer in products.consumers:

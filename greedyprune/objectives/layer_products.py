@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
-from ..data.halves import in_second_half
 from ..data.padding import NO_PADDING, NO_POSITION
+from ..data.positions import NO_DRAWS, Draws
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
@@ -53,11 +53,11 @@ class LayerProducts:
     @staticmethod
     def of_consumers(
         model: nn.Module, group: Group, roots: Roots, *, given: bool = False, halves: bool = False,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None, samples: int = 0,
     ) -> LayerProducts:  # fmt: skip
         """Empty sums; ValueError where weights are not finite.
 
-        given, halves: as for `Products`
+        given, halves, samples: as for `ConsumerProducts`
         weights: the weights that the consumers have by now; None: the dense ones
         """
         for name in (*group.producers, *group.consumers):
@@ -71,6 +71,7 @@ class LayerProducts:
                 given=given,
                 halves=halves,
                 current=(weights or {}).get(name),
+                samples=samples,
             )
             for name in group.consumers
         ]
@@ -257,16 +258,21 @@ def reweighted_losses(units: Tensor, weights: str, gram: Tensor, moments: Moment
 def collect(
     model: nn.Module, groups: Sequence[Group], batches: Batches, roots: Roots, bar: Bar,
     checkpoint: Checkpoint[LayerSelection] = NO_CHECKPOINT, purpose: str = "", *,
-    owned: bool = False, halves: bool = False,
+    owned: bool = False, halves: bool = False, exact: bool = False,
 ) -> dict[str, LayerProducts]:  # fmt: skip
     """The products of every group by the name of its layer, in one pass over the data.
 
     purpose: tells a checkpoint these sums from others of the same layers
     owned:   each group's are wanted on one rank only, its owner
     halves:  as for `Products`
+    exact:   are all positions in the sums?
     """
     ranks = batches.ranks
-    every = [LayerProducts.of_consumers(model, group, roots, halves=halves) for group in groups]
+    samples = 0 if exact else batches.samples
+    every = [
+        LayerProducts.of_consumers(model, group, roots, halves=halves, samples=samples)
+        for group in groups
+    ]
     consumers = [consumer for products in every for consumer in products.consumers]
     resumed = Pass(checkpoint, purpose + " ".join(group.producer for group in groups))
     resumed.hold(*consumers)
@@ -274,19 +280,19 @@ def collect(
     for consumer in consumers:
         takers.setdefault(consumer.name, []).append(consumer)
 
-    second_half: Tensor | None = None
+    draws = NO_DRAWS
     padding = NO_PADDING
 
     def add(name: str, inputs: Tensor) -> None:
         for consumer in takers[name]:
-            consumer.add(inputs.detach(), second_half=second_half, mask=padding.of(name))
+            consumer.add(inputs.detach(), draws, padding.of(name))
 
     # Hooks do not see the input of every linear map; the graph has them all.
     executors = GraphExecutors(model) if any(group.inner for group in groups) else None
     tensors = tensors_of(model)
     with hooked(model, takers if executors is None else (), before=add):
         for batch in resumed.new(bar(batches, "activations")):
-            second_half = in_second_half(batch) if halves else None
+            draws = Draws.of(batch)
             padding = batch.padding
             if executors is None:
                 run_model(model, batch)

@@ -39,6 +39,10 @@ class Imitation:
             of a pass each if their sums do not fit in memory together. It is always False if
             `layers` is a mapping that names the consumers, and for a layer whose consumer runs
             several times in a forward pass with the same weights
+        exact_losses: True: all positions of feature maps and sequences have a part in the sums
+            that units are picked by; the losses are then those of all data, too. False: where a
+            layer has far more positions than features, a sample of them has, other ones for each of
+            the data's samples. The losses are then those of the sampled positions
 
     Raises:
         ValueError, TypeError: an option that is out of range
@@ -51,11 +55,14 @@ class Imitation:
     damping: float = DAMPING
     metric: str = "none"
     sequential: bool = True
+    exact_losses: bool = False
 
     def __post_init__(self) -> None:
         if self.swaps is not None and not (is_int(self.swaps) and self.swaps >= 0):
             raise ValueError(f"swaps: found {self.swaps!r}, expected an int of at least 0")
         _check_damping(self.damping)
+        if not isinstance(self.exact_losses, bool):
+            raise TypeError(f"exact_losses: found {self.exact_losses!r}, expected True or False")
         one_of("metric", self.metric, METRICS)
         _check_sequential(self.sequential)
 

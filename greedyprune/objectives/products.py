@@ -8,15 +8,24 @@ every least squares problem is K W^T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
+from ..data.positions import NO_DRAWS, Draws, stride_of
 from ..graph.groups import Group
-from ..graph.names import bias_of, slice_of, weight_of
+from ..graph.names import slice_of, weight_of
+from ..graph.replay import BothInputs
 from ..graph.slices import Slice
-from ..graph.unfold import columns_in_halves, consumer_window, unit_major
+from ..graph.unfold import (
+    columns_in_halves,
+    consumer_window,
+    outputs_first,
+    positions_shape,
+    unit_major,
+)
 from ..kernels.least_squares import Halves, feature_rows
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks
@@ -47,8 +56,17 @@ class Sums:
         if self.cross is not None:
             self.cross.copy_(state["cross"])
 
-    def finish(self, name: str, ranks: Ranks, owner: int | None) -> None:
-        """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
+    def finish(self, name: str, ranks: Ranks, owner: int | None, stride: int) -> None:
+        """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU.
+
+        stride: each position stands for so many
+        """
+        if stride > 1:
+            self.gram *= stride
+            self.positions *= stride
+            self.target_norm *= stride
+            if self.cross is not None:
+                self.cross *= stride
         ranks.sum_upper(f"products {name}", self.gram, owner)
         counts = ranks.sum_numbers(f"sums {name}", self.positions, self.target_norm)
         self.positions, self.target_norm = int(counts[0]), counts[1]
@@ -74,6 +92,7 @@ class Products:
     root:   (C, C) float64, the square root of the metric that errors are measured in; None: I
     given:  are the targets added with the inputs? Else they are the dense outputs for these inputs
     halves: are the sums kept for each half of the samples, to choose a damping by?
+    stride: one of every `stride` positions is in the sums; 0: not known before the first batch
     """
 
     def __init__(
@@ -86,21 +105,23 @@ class Products:
         self.halves = halves
         self.sums = [Sums(self.features, outputs, device) for _ in range(1 + halves)]
         self.root: Tensor | None = None
+        self.stride = 1
 
     def add(
-        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
+        dense: BothInputs | None = None,
     ) -> None:  # fmt: skip
-        """Adds one batch of inputs and of their targets; None: the dense outputs.
+        """Adds one batch of inputs.
 
-        second_half: (m,) bool: which of the m samples are in the second half
-        mask: (m, T) bool: which positions count; None: all
+        draws: of the m samples; NO_DRAWS: all are in the first half
+        mask:  (m, T) bool: which positions count; None: all
+        dense: what the targets follow from, if they are given
         """
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far."""
-        return {
+        return {"stride": torch.tensor(self.stride)} | {
             f"{name} {i}": tensor
             for i, sums in enumerate(self.sums)
             for name, tensor in sums.state().items()
@@ -108,6 +129,7 @@ class Products:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Sets the sums to what `state` returned."""
+        self.stride = int(state["stride"])
         for i, sums in enumerate(self.sums):
             own = {name: state[f"{name} {i}"] for name in sums.state()}
             sums.restore(own)
@@ -115,7 +137,7 @@ class Products:
     def finish(self, ranks: Ranks, owner: int | None = None) -> None:
         """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
         for i, sums in enumerate(self.sums):
-            sums.finish(f"{self.name!r} {i}", ranks, owner)
+            sums.finish(f"{self.name!r} {i}", ranks, owner, self.stride)
 
     def rearrange(self, features: Tensor) -> None:
         """Puts the features into another order, (F,) int64, in place."""
@@ -226,14 +248,20 @@ class ConsumerProducts(Products):
     def __init__(
         self, model: nn.Module, group: Group, name: str, root: Tensor | None = None, *,
         given: bool = False, halves: bool = False, current: Tensor | None = None,
+        samples: int = 0,
     ) -> None:  # fmt: skip
-        """current: the weight that the consumer has by now, None: the dense one."""
+        """current: the weight that the consumer has by now, None: the dense one.
+
+        samples: how many the data have, to decide how many of their positions are enough; 0: all
+            positions are in the sums
+        """
         dense, at = weight_of(model, name), slice_of(group.slices, name)
         weight = unit_major(dense.detach().double().cpu(), at)
         weight = weight if root is None else root @ weight
         super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
         self.root, self.layer = root, group.producer
-        self._bias, self._at = bias_of(model, name), at
+        self._samples, self.stride = samples, 0 if samples else 1
+        self._at, self._dense = at, outputs_first(dense.detach(), at.dim).flatten(1)
         self._window = consumer_window(model, group, name)
         self._rest = at.rest()
         current = dense if current is None else current
@@ -241,18 +269,29 @@ class ConsumerProducts(Products):
         self._of_rest = unit_major(current.detach().double(), rest)
 
     def add(
-        self, inputs: Tensor, outputs: Tensor | None = None, second_half: Tensor | None = None,
-        mask: Tensor | None = None,
+        self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
+        dense: BothInputs | None = None,
     ) -> None:  # fmt: skip
         if mask is None and not inputs.isfinite().all():
             raise self._not_finite()
-        if len(self.sums) == 1:
-            second_half = None
-        parts = columns_in_halves(self._window, inputs, outputs, second_half, mask)
-        for half, columns, target in parts:
+        shape = positions_shape(self._window, inputs)
+        self.stride = self.stride or stride_of(
+            draws, self._samples, shape, mask, self.features, self.outputs
+        )
+
+        def parts(
+            inputs: Tensor, outputs: Tensor | None = None
+        ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+            return columns_in_halves(
+                self._window, inputs, outputs, draws, halves=len(self.sums) > 1, mask=mask,
+                stride=self.stride,
+            )  # fmt: skip
+
+        given = repeat((0, None, None)) if dense is None else parts(dense.dense, dense.shortcut)
+        for (half, columns, _), (_, of_dense, error) in zip(parts(inputs), given, strict=False):
             if mask is not None and not columns.isfinite().all():  # hidden positions may be NaN
                 raise self._not_finite()
-            self._add_to(self.sums[half], columns, target)
+            self._add_to(self.sums[half], columns, of_dense, error)
 
     def _of_units(self, columns: Tensor) -> Tensor:
         """The channels of the units, those of each unit together: (channels, taps, positions)."""
@@ -267,20 +306,25 @@ class ConsumerProducts(Products):
             "numbers"
         )
 
-    def _add_to(self, sums: Sums, columns: Tensor, target: Tensor | None) -> None:
-        bias, double = self._bias, torch.float64
+    def _add_to(
+        self, sums: Sums, columns: Tensor, dense: Tensor | None, shortcut_error: Tensor | None
+    ) -> None:
+        """Adds columns of the pruned network's inputs; their target is from the dense network's."""
         rows, positions = self._of_units(columns).flatten(0, 1), columns.shape[-1]
-        add_upper_product(sums.gram, rows, double)  # float64: the loss can be a small rest
+        # All positions: float64, since the loss can be a small rest. A sample is less exact anyway.
+        dtype = torch.float64 if self.stride == 1 else rows.dtype
+        add_upper_product(sums.gram, rows, dtype)
         sums.positions += positions
-        if target is None:
+        if dense is None:
             return
-        if bias is not None:
-            target = target - bias.detach()[:, None]
+        target = self._dense.to(dense) @ dense.flatten(0, 1)
+        if shortcut_error is not None:
+            target += shortcut_error
         if len(self._rest):  # what the other inputs give, as those of a concatenation
             others = columns[self._rest.to(columns.device)].flatten(0, 1)
-            target = target - (self._of_rest @ others.double()).to(target)
+            target = target - (self._of_rest.to(dtype) @ others.to(dtype)).to(target)
         if self.root is not None:
             target = self.root.to(target) @ target
         assert sums.cross is not None
-        add_right(sums.cross, rows, target, double)
+        add_right(sums.cross, rows, target, dtype)
         sums.target_norm += float(target.double().square().sum())

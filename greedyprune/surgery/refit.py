@@ -27,12 +27,13 @@ from torch.distributed import ProcessGroup
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.padding import NO_POSITION
+from ..data.positions import Draws, stride_of
 from ..graph.groups import QUERY_KEY
 from ..graph.names import weight_name, weight_of
 from ..graph.replay import Replay
 from ..graph.slices import Entries
 from ..graph.tracing import Layer
-from ..graph.unfold import columns_in_halves, module_weight, outputs_first
+from ..graph.unfold import columns_in_halves, module_weight, outputs_first, positions_shape
 from ..kernels.least_squares import Halves, chosen_damping, ridge
 from ..kernels.products import add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
@@ -220,12 +221,14 @@ def _refit_layer(
     if shifted is None and path.norm is not None:
         shifted, scale = f"{path.norm}.bias", path.scale
     bias = None if shifted is None else full.get_parameter(shifted)
-    problem = _LeastSquares(full.get_parameter(layer.weight), layer, left, bias, scale)
+    problem = _LeastSquares(
+        full.get_parameter(layer.weight), layer, left, bias, scale, replay.samples
+    )
     if (layer.weight, layer.in_dim) in left:
         problem.start_from(model.get_parameter(layer.weight))
     for _ in range(ROUNDS if path.rectified else 1):
-        for inputs, error, second_half, mask in replay.errors(layer.name, bar):
-            problem.add(inputs, error, second_half, mask)
+        for inputs, error, draws, mask in replay.errors(layer.name, bar):
+            problem.add(inputs, error, draws, mask)
         problem.solve(replay.ranks)
         if problem.stays:
             break
@@ -247,11 +250,12 @@ class _LeastSquares:
     bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
         normalisation's; None: there is no constant
     scale: (outputs,), the normalisation's factors of the layer's outputs; None: 1
+    samples: how many the data have; 0: it is unknown
     """
 
     def __init__(
         self, weight: Tensor, layer: Layer, left: Entries, bias: Tensor | None,
-        scale: Tensor | None,
+        scale: Tensor | None, samples: int,
     ) -> None:  # fmt: skip
         self._window, self._name, self._dim = layer.window, layer.name, layer.in_dim
         self._weight, self._bias, self._scale = weight, bias, scale
@@ -269,7 +273,8 @@ class _LeastSquares:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
         self._grams = [zeros(rows, rows), zeros(rows, rows)]  # of each half of the samples
         self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
-        self.rows = 0  # positions of all samples
+        self.rows = 0  # positions in the sums
+        self._samples, self._stride = samples, 0  # one of so many positions is in the sums
         self._change = zeros(rows, outputs)
         self._damping: float | None = None  # chosen in the first round; inf: the weights stay
 
@@ -280,13 +285,19 @@ class _LeastSquares:
         change = change.index_select(self._out_dim, self._outputs)
         self._change[: self.features] = outputs_first(change, self._dim).flatten(1).T
 
-    def add(self, inputs: Tensor, error: Tensor, second_half: Tensor, mask: Tensor | None) -> None:
+    def add(self, inputs: Tensor, error: Tensor, draws: Draws, mask: Tensor | None) -> None:
         """Adds one batch: the layer's inputs, and by what its outputs are to change.
 
-        second_half: (m,) bool: which of the m samples are in the second half
-        mask: (m, T) bool: which positions count; None: all
+        draws: of the m samples
+        mask:  (m, T) bool: which positions count; None: all
         """
-        parts = columns_in_halves(self._window, inputs, error, second_half, mask)
+        shape = positions_shape(self._window, inputs)
+        self._stride = self._stride or stride_of(
+            draws, self._samples, shape, mask, self.features, len(self._outputs)
+        )
+        parts = columns_in_halves(
+            self._window, inputs, error, draws, mask=mask, stride=self._stride
+        )
         for half, columns, target in parts:
             assert target is not None
             target = target[self._outputs]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from greedyprune.graph import unfold
 from greedyprune.graph.slices import Slice
-from greedyprune.graph.windows import window_of
+from greedyprune.graph.windows import Window, window_of
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),
@@ -33,6 +34,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+def all_columns(window: Window | None, inputs: Tensor) -> Tensor:
+    """A layer's inputs at all positions: (channels, taps, positions)."""
+    places = torch.arange(math.prod(unfold.positions_shape(window, inputs)))
+    [(columns, _)] = unfold.columns_at(window, inputs, None, places)
+    return columns
+
+
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 @torch.no_grad()
 def test_a_layer_is_a_product(
@@ -44,7 +52,8 @@ def test_a_layer_is_a_product(
     outputs, window = module(inputs), window_of(module)
 
     def check() -> int:
-        parts = list(unfold.unfolded_parts(window, inputs, outputs))
+        positions = math.prod(unfold.positions_shape(window, inputs))
+        parts = list(unfold.columns_at(window, inputs, outputs, torch.arange(positions)))
         columns = torch.cat([part for part, _ in parts], 2).flatten(0, 1)
         expected = torch.cat([target for _, target in parts], 1)
         transposed = type(module).__name__.startswith("ConvTranspose")
@@ -54,10 +63,32 @@ def test_a_layer_is_a_product(
         return len(parts)
 
     assert check() == 1
-    monkeypatch.setattr(unfold, "PART", 1)  # one sample in each part
-    monkeypatch.setattr(unfold, "PRODUCT", 1)
-    tokens = inputs[..., 0].numel() if isinstance(module, nn.Linear) else len(inputs)
-    assert check() == (1 if shape == (6, 11) else tokens)
+    monkeypatch.setattr(unfold, "PART", 1)  # one sample is copied at a time
+    assert check() == 1
+    monkeypatch.setattr(unfold, "PRODUCT", 1)  # one position in each part
+    assert check() == math.prod(unfold.positions_shape(window, inputs))
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@torch.no_grad()
+def test_columns_at_some_positions(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """They are those of all positions at these places; a position may be there twice."""
+    torch.manual_seed(0)
+    module, inputs = make(), torch.randn(shape)
+    outputs, window = module(inputs), window_of(module)
+    assert (
+        unfold.output_shape(
+            window, inputs, outputs.numel() // math.prod(unfold.positions_shape(window, inputs))
+        )
+        == outputs.shape
+    )
+    positions = math.prod(unfold.positions_shape(window, inputs))
+    [(columns, target)] = unfold.columns_at(window, inputs, outputs, torch.arange(positions))
+    places = torch.randint(positions, (max(1, positions // 3),)).sort().values
+    [(some, of_some)] = unfold.columns_at(window, inputs, outputs, places)
+    assert some.equal(columns[..., places])
+    assert target is not None and of_some is not None and of_some.equal(target[:, places])
+    assert list(unfold.columns_at(window, inputs, outputs, places[:0])) == []
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
@@ -66,7 +97,7 @@ def test_inputs_by_position(make: Callable[[], nn.Module], shape: tuple[int, ...
     module, inputs = make(), torch.randn(shape)
     if not isinstance(module, nn.Linear):
         module = type(module)(6, 4, 1)
-    expected = unfold.unfolded(window_of(module), inputs).flatten(0, 1).T
+    expected = all_columns(window_of(module), inputs).flatten(0, 1).T
     assert unfold.by_position(window_of(module), inputs).equal(expected)
 
 
@@ -94,4 +125,4 @@ def test_weights_by_unit_and_back(kind: str, outer: int, inner: int) -> None:
 
 def test_half_precision_is_unfolded_as_float32() -> None:
     inputs = torch.randn(5, 6).bfloat16()
-    assert unfold.unfolded(None, inputs).dtype == torch.float32
+    assert all_columns(None, inputs).dtype == torch.float32

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from greedyprune.data.positions import Draws
 from greedyprune.graph.groups import Group
 from greedyprune.graph.slices import Slice
 from greedyprune.kernels import exchange
@@ -45,8 +46,8 @@ def products_of(*, stream: bool, halves: bool = False, zero: str = "") -> LayerP
     products = LayerProducts.of_consumers(model, group, {}, halves=halves)
     for consumer in products.consumers:
         inputs = torch.randn(SAMPLES, UNITS).double().relu()
-        second = torch.arange(SAMPLES) >= SAMPLES // 2 if halves else None
-        consumer.add(inputs, second_half=second)
+        second = torch.arange(SAMPLES) >= SAMPLES // 2
+        consumer.add(inputs, Draws(second, torch.zeros(SAMPLES).double()))
         for sums in consumer.sums:
             sums.gram.copy_(sums.gram.triu() + sums.gram.triu(1).T)
     return products
