@@ -46,27 +46,41 @@ class Draws(NamedTuple):
 NO_DRAWS = Draws(torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.float64))
 
 
-def stride_of(
-    draws: Draws, samples: int, shape: Sequence[int], mask: Tensor | None, features: int,
-    outputs: int,
-) -> int:  # fmt: skip
-    """k, a power of two: one of every k positions is enough for a layer's sums.
+class Sampling(NamedTuple):
+    """Which positions have a part in a layer's sums.
 
-    Args:
-        draws: of a batch of the data
-        samples: how many the data have; 0: it is unknown, then k = 1
-        shape: of the layer's positions in the batch
-        mask: (m, T) bool, which positions of the batch count; None: all
-        features, outputs: of the layer
+    stride: a power of two; one of every `stride` positions has
+    long:   do the sums take so long that their products are less exact than float64?
     """
-    keep = counted(mask, shape)
-    of_batch = math.prod(shape) if keep is None else int(keep.sum())
-    positions, stride = of_batch * samples // len(draws.starts), 1
-    work = features * (features / 2 + 2 * outputs) + COPIED * (features + outputs)
-    enough = max(ROWS * features, CHEAP / work)
-    while positions >= 2 * stride * enough:
-        stride *= 2
-    return stride
+
+    stride: int
+    long: bool
+
+    @staticmethod
+    def of(
+        draws: Draws, samples: int, shape: Sequence[int], mask: Tensor | None, features: int,
+        outputs: int,
+    ) -> Sampling:  # fmt: skip
+        """Enough positions for a layer, from a batch of the data.
+
+        Args:
+            draws: of the batch
+            samples: how many the data have; 0: it is unknown, then all positions have a part
+            shape: of the layer's positions in the batch
+            mask: (m, T) bool, which positions of the batch count; None: all
+            features, outputs: of the layer
+        """
+        keep = counted(mask, shape)
+        of_batch = math.prod(shape) if keep is None else int(keep.sum())
+        positions, stride = of_batch * samples // len(draws.starts), 1
+        work = features * (features / 2 + 2 * outputs) + COPIED * (features + outputs)
+        enough = max(ROWS * features, CHEAP / work)
+        while positions >= 2 * stride * enough:
+            stride *= 2
+        return Sampling(stride, positions * work > CHEAP)
+
+
+ALL = Sampling(1, False)
 
 
 def places(starts: Tensor, rows: int, stride: int, keep: Tensor | None) -> Tensor:

@@ -132,14 +132,16 @@ class GraphExecutor:
         tensors, left: the network's, as in `Network`
         """
         constants, sums = self.constants(tensors), self._sums_over(left)
-        env = constants | values
+        env, own = constants | values, set[fx.Node]()
         for i in range(start, end):
             node = self.nodes[i]
             if node.op == "placeholder":
                 continue
             if node.op == "output":
                 break
-            value = self.evaluate(node, env, sums.get(node))
+            value = self.evaluate(node, env, sums.get(node), own)
+            if is_new(value, [env[source] for source in node.all_input_nodes]):
+                own.add(node)
             if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
             for source in self._last_uses[i]:
@@ -149,11 +151,13 @@ class GraphExecutor:
         self._interpreter.env = {}
 
     def evaluate(
-        self, node: fx.Node, values: Values, over: tuple[int, Tensor] | None = None
-    ) -> Any:
+        self, node: fx.Node, values: Values, over: tuple[int, Tensor] | None = None,
+        own: Container[fx.Node] = (),
+    ) -> Any:  # fmt: skip
         """One operation; in place ones act on a copy, since two networks may share the values.
 
         over: for a norm or a recurrence over units: its dimension, and the entries left of it
+        own:  nodes whose values nothing else shares
         """
         self._interpreter.env = values
         if not in_place(node) and over is None:
@@ -165,7 +169,10 @@ class GraphExecutor:
             return target(*with_columns(args, over[1]))
         if over is not None:
             return over_entries(node, args, options, *over)
-        return target(args[0].clone(), *args[1:], **options)
+        source = node.args[0]
+        if not (isinstance(source, fx.Node) and source in own and len(source.users) == 1):
+            args = (args[0].clone(), *args[1:])
+        return target(*args, **options)
 
     @cached_property
     def _propagation(self) -> Propagation:
@@ -295,28 +302,26 @@ class GraphExecutor:
         options = {name: value for name, value in node.kwargs.items() if name != "bias"}
         return target(inputs, weight, bias, *node.args[3:], **options)
 
-    def shortcut_error(
+    def shortcuts(
         self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]
-    ) -> Tensor | None:
-        """The shortcut's error, dense minus pruned, as a change of the layer's output.
+    ) -> tuple[Tensor, Tensor] | None:
+        """The shortcut that is added to a layer's output, in both networks, in the output's shape.
 
-        A layer that adds it to its output also compensates for the shortcut's error. None: nothing
-        is added to the layer's output.
+        None: nothing is added.
 
         dense, pruned: the two networks' values just before the layer
         networks:      these two networks
         """
-        path = self.linear_paths[layer]
-        if path.shortcut is None:
+        node, traced = self.linear_paths[layer].shortcut, self.layers[layer]
+        if node is None:
             return None
-        goal, value = (
-            self._value_of(path.shortcut, values, network)
-            for values, network in zip((dense, pruned), networks, strict=True)
-        )
-        traced = self.layers[layer]
         outputs = networks[0].tensors[traced.weight].shape[traced.out_dim]
         shape = output_shape(traced.window, self.input_of(layer, dense), outputs)
-        return path.as_output(goal - value, shape)
+        of_dense, of_pruned = (
+            self._value_of(node, values, network).reshape(shape)
+            for values, network in zip((dense, pruned), networks, strict=True)
+        )
+        return of_dense, of_pruned
 
     def _value_of(self, node: fx.Node, values: Values, network: Network) -> Tensor:
         """A node's value, from values before it. Only what the node is computed from runs."""
@@ -336,7 +341,7 @@ class GraphExecutor:
         Where a ReLU follows, negative values of the dense network only need to stay negative (the
         target of Zhang et al. 2015, arXiv:1505.06798, for one step).
 
-        Arguments as for `shortcut_error`.
+        Arguments as for `shortcuts`.
         """
         path = self.linear_paths[layer]
         end = self._end(layer)
@@ -393,6 +398,18 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def is_new(value: object, operands: object) -> bool:
+    """Is a value a tensor in memory of its own, not that of an operand?"""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    memory = value.untyped_storage().data_ptr()
+    others = (other for other in tree_leaves(operands) if isinstance(other, Tensor))
+    return all(
+        other.layout is torch.strided and other.untyped_storage().data_ptr() != memory
+        for other in others
+    )
 
 
 def bytes_held(values: Sequence[Values]) -> int:

@@ -36,10 +36,13 @@ class LinearPath(NamedTuple):
 
         0 for channels whose scale is next to nothing.
         """
-        difference = difference.reshape(shape)
+        return self.unscaled(difference.reshape(shape), len(shape) - 2)
+
+    def unscaled(self, difference: Tensor, inner: int) -> Tensor:
+        """`as_output` for a difference whose channels have `inner` dimensions after them."""
         if self.scale is None:
             return difference
-        scale = self.scale.reshape(-1, *[1] * (len(shape) - 2))
+        scale = self.scale.reshape(-1, *[1] * inner)
         corrected = scale.abs() > SMALLEST_SCALE * scale.abs().max()
         return torch.where(corrected, difference / torch.where(corrected, scale, 1.0), 0.0)
 

@@ -1,8 +1,8 @@
 """Two copies of a network run side by side: the dense one and the one pruned so far.
 
 Both run through the exported graph from layer to layer (executor.py), so that a whole network is
-selected in one pass through each copy. Between two layers the values of every batch are kept; where
-they do not fit in memory, they are computed again from the inputs.
+selected in one pass through each copy. Between two layers the values of the batches are kept; those
+that do not fit in memory are computed again from the inputs.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from .tracing import Layer
 
 
 class BothInputs(NamedTuple):
-    """A layer's inputs in both networks.
+    """What a layer receives in both networks, and what is added to its output.
 
-    shortcut: the error of the shortcut that is added to the layer's output, dense minus pruned, as
-        a change of that output; None: there is none
+    shortcuts: of the dense network and the pruned one, in the shape of the layer's output; None:
+        nothing is added, or it is the same in both
+    path: what the output goes through before the shortcut is added
     """
 
-    pruned: Tensor
     dense: Tensor
-    shortcut: Tensor | None
+    pruned: Tensor
+    shortcuts: tuple[Tensor, Tensor] | None
+    path: LinearPath
 
 
 Add = Callable[[str, BothInputs, Draws, Tensor | None], None]
@@ -90,7 +92,7 @@ class Replay:
         self._first_layer: str | None = None  # that was changed
         self._differs_from_start = False
         self._executors = GraphExecutors(model)
-        self._states: list[_State] | None = None  # None: computed from the inputs in every pass
+        self._states: list[_State | None] = []  # by batch; None: computed again in every pass
 
     def _first_executor(self) -> GraphExecutor:
         return self._executors.of(self._batches.first())
@@ -142,8 +144,9 @@ class Replay:
         """
         self._changed |= tensors
         self._first_layer = self._first_layer or layer
-        for state in self._states or []:
-            state.separate()
+        for state in self._states:
+            if state is not None:
+                state.separate()
 
     def keep_only(self, left: Entries) -> None:
         """Only these entries have a part in the pruned network's norms and recurrences.
@@ -210,12 +213,13 @@ class Replay:
             place = _place(executor, layer)
             executor.run(pruned, pruned_network.tensors, at, place, pruned_network.left)
             executor.run(dense, dense_network.tensors, at, place)
-            error = None
+            shortcuts = None
             if state.pruned is not None:
-                error = executor.shortcut_error(layer, dense, pruned, networks)
+                shortcuts = executor.shortcuts(layer, dense, pruned, networks)
             inputs = BothInputs(
-                executor.input_of(layer, pruned), executor.input_of(layer, dense), error
-            )
+                executor.input_of(layer, dense), executor.input_of(layer, pruned), shortcuts,
+                executor.linear_paths[layer],
+            )  # fmt: skip
             add(layer, inputs, state.draws, executor.mask_of(layer, state.padding))
             at = place
 
@@ -235,40 +239,30 @@ class Replay:
             yield inputs, error, state.draws, mask
 
     def _all(self, bar: Bar) -> Iterator[_State]:
-        """Every batch, at the layer where the last pass left it or at the inputs."""
-        if self._states is not None:
-            yield from self._held(bar)
-            return
-        unchanged, held, states = not self._changed, 0, list[_State]()
-        for batch in bar(self._batches, "activations"):
-            state = _State(batch, self._executors.of(batch))
-            if not unchanged:
-                state.advance(self._first_change(state.executor), self._dense, self._dense)
-                state.separate()
-            yield state
-            held += state.bytes
-            if held > self._limit:
-                states.clear()
-            else:
-                states.append(state)
-        if held <= self._limit:
-            self._states = states
+        """Every batch, at the layer where the last pass left it or at the first change.
 
-    def _held(self, bar: Bar) -> Iterator[_State]:
-        """Every batch where the last pass left it; all are dropped once they exceed the limit."""
-        assert self._states is not None
-        states: list[_State | None] = [*self._states]
-        held, fits = sum(state.bytes for state in self._states), True
-        self._states = None
-        for i, state in enumerate(bar(states, "activations")):
-            held -= state.bytes
+        As many batches as `limit` allows are held from one pass to the next.
+        """
+        held = sum(state.bytes for state in self._states if state is not None)
+        whole = bool(self._states) and None not in self._states
+        unchanged, states = not self._changed, list[_State | None]()
+        source: Iterable[Batch | None] = [None] * len(self._states) if whole else self._batches
+        for i, batch in enumerate(bar(source, "activations")):
+            state = self._states[i] if i < len(self._states) else None
+            if state is not None:
+                self._states[i] = None
+                held -= state.bytes
+            if batch is not None and (state is None or state.mark != batch.mark):
+                state = _State(batch, self._executors.of(batch))
+                if not unchanged:
+                    state.advance(self._first_change(state.executor), self._dense, self._dense)
+                    state.separate()
+            assert state is not None
             yield state
-            held += state.bytes
-            fits = fits and held <= self._limit
-            if not fits:
-                states[: i + 1] = [None] * (i + 1)
-        if fits:
-            self._states = [state for state in states if state is not None]
+            fits = held + state.bytes <= self._limit
+            held += state.bytes * fits
+            states.append(state if fits else None)
+        self._states = states
 
 
 def _place(executor: GraphExecutor, layer: str) -> int:

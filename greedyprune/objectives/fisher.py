@@ -64,7 +64,7 @@ class Gates(Products):
 
     def add(
         self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
-        dense: BothInputs | None = None,
+        both: BothInputs | None = None,
     ) -> None:  # fmt: skip
         """inputs: u (samples, N)."""
         rows = inputs.double().cpu()

@@ -8,13 +8,14 @@ every least squares problem is K W^T.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import repeat
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..data.positions import NO_DRAWS, Draws, stride_of
+from ..data.forward import all_finite
+from ..data.positions import ALL, NO_DRAWS, Draws, Sampling
 from ..graph.groups import Group
 from ..graph.names import slice_of, weight_of
 from ..graph.replay import BothInputs
@@ -27,7 +28,7 @@ from ..graph.unfold import (
     unit_major,
 )
 from ..kernels.least_squares import Halves, feature_rows
-from ..kernels.products import add_right, add_upper_product, mirror
+from ..kernels.products import FAST, add_right, add_upper_product, mirror
 from ..runtime.distributed import Ranks
 
 
@@ -92,7 +93,7 @@ class Products:
     root:   (C, C) float64, the square root of the metric that errors are measured in; None: I
     given:  are the targets added with the inputs? Else they are the dense outputs for these inputs
     halves: are the sums kept for each half of the samples, to choose a damping by?
-    stride: one of every `stride` positions is in the sums; 0: not known before the first batch
+    sampling: which positions are in the sums; None: it is not known before the first batch
     """
 
     def __init__(
@@ -105,23 +106,23 @@ class Products:
         self.halves = halves
         self.sums = [Sums(self.features, outputs, device) for _ in range(1 + halves)]
         self.root: Tensor | None = None
-        self.stride = 1
+        self.sampling: Sampling | None = ALL
 
     def add(
         self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
-        dense: BothInputs | None = None,
+        both: BothInputs | None = None,
     ) -> None:  # fmt: skip
         """Adds one batch of inputs.
 
         draws: of the m samples; NO_DRAWS: all are in the first half
         mask:  (m, T) bool: which positions count; None: all
-        dense: what the targets follow from, if they are given
+        both:  what the targets follow from, if they are given
         """
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far."""
-        return {"stride": torch.tensor(self.stride)} | {
+        return {"sampling": torch.tensor(self.sampling or (0, 0))} | {
             f"{name} {i}": tensor
             for i, sums in enumerate(self.sums)
             for name, tensor in sums.state().items()
@@ -129,15 +130,17 @@ class Products:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Sets the sums to what `state` returned."""
-        self.stride = int(state["stride"])
+        stride, long = state["sampling"].tolist()
+        self.sampling = Sampling(stride, bool(long)) if stride else None
         for i, sums in enumerate(self.sums):
             own = {name: state[f"{name} {i}"] for name in sums.state()}
             sums.restore(own)
 
     def finish(self, ranks: Ranks, owner: int | None = None) -> None:
         """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
+        stride = self.sampling.stride if self.sampling else 1
         for i, sums in enumerate(self.sums):
-            sums.finish(f"{self.name!r} {i}", ranks, owner, self.stride)
+            sums.finish(f"{self.name!r} {i}", ranks, owner, stride)
 
     def rearrange(self, features: Tensor) -> None:
         """Puts the features into another order, (F,) int64, in place."""
@@ -260,7 +263,7 @@ class ConsumerProducts(Products):
         weight = weight if root is None else root @ weight
         super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
         self.root, self.layer = root, group.producer
-        self._samples, self.stride = samples, 0 if samples else 1
+        self._samples, self.sampling = samples, None if samples else ALL
         self._at, self._dense = at, outputs_first(dense.detach(), at.dim).flatten(1)
         self._window = consumer_window(model, group, name)
         self._rest = at.rest()
@@ -270,28 +273,31 @@ class ConsumerProducts(Products):
 
     def add(
         self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
-        dense: BothInputs | None = None,
+        both: BothInputs | None = None,
     ) -> None:  # fmt: skip
-        if mask is None and not inputs.isfinite().all():
+        if mask is None and not all_finite(inputs):
             raise self._not_finite()
-        shape = positions_shape(self._window, inputs)
-        self.stride = self.stride or stride_of(
-            draws, self._samples, shape, mask, self.features, self.outputs
-        )
-
-        def parts(
-            inputs: Tensor, outputs: Tensor | None = None
-        ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-            return columns_in_halves(
-                self._window, inputs, outputs, draws, halves=len(self.sums) > 1, mask=mask,
-                stride=self.stride,
-            )  # fmt: skip
-
-        given = repeat((0, None, None)) if dense is None else parts(dense.dense, dense.shortcut)
-        for (half, columns, _), (_, of_dense, error) in zip(parts(inputs), given, strict=False):
-            if mask is not None and not columns.isfinite().all():  # hidden positions may be NaN
-                raise self._not_finite()
-            self._add_to(self.sums[half], columns, of_dense, error)
+        if self.sampling is None:
+            shape = positions_shape(self._window, inputs)
+            self.sampling = Sampling.of(
+                draws, self._samples, shape, mask, self.features, self.outputs
+            )
+        parts = partial(
+            columns_in_halves, self._window, draws=draws, halves=len(self.sums) > 1, mask=mask,
+            stride=self.sampling.stride,
+        )  # fmt: skip
+        if both is None:
+            for half, columns, _ in parts(inputs, None):
+                self._add_features(self.sums[half], columns, mask)
+            return
+        goals, values = both.shortcuts or (None, None)
+        pairs = zip(parts(both.dense, goals), parts(inputs, values), strict=True)
+        for (half, dense, goal), (_, columns, value) in pairs:
+            self._add_features(self.sums[half], columns, mask)
+            target = self._dense.to(dense) @ dense.flatten(0, 1)
+            if goal is not None and value is not None:
+                target += both.path.unscaled(goal - value, 1)
+            self._add_target(self.sums[half], columns, target)
 
     def _of_units(self, columns: Tensor) -> Tensor:
         """The channels of the units, those of each unit together: (channels, taps, positions)."""
@@ -306,25 +312,27 @@ class ConsumerProducts(Products):
             "numbers"
         )
 
-    def _add_to(
-        self, sums: Sums, columns: Tensor, dense: Tensor | None, shortcut_error: Tensor | None
-    ) -> None:
-        """Adds columns of the pruned network's inputs; their target is from the dense network's."""
-        rows, positions = self._of_units(columns).flatten(0, 1), columns.shape[-1]
-        # All positions: float64, since the loss can be a small rest. A sample is less exact anyway.
-        dtype = torch.float64 if self.stride == 1 else rows.dtype
-        add_upper_product(sums.gram, rows, dtype)
-        sums.positions += positions
-        if dense is None:
-            return
-        target = self._dense.to(dense) @ dense.flatten(0, 1)
-        if shortcut_error is not None:
-            target += shortcut_error
+    def _add_features(self, sums: Sums, columns: Tensor, mask: Tensor | None) -> None:
+        if mask is not None and not all_finite(columns):  # hidden positions may be NaN
+            raise self._not_finite()
+        add_upper_product(sums.gram, self._of_units(columns).flatten(0, 1), self._dtype)
+        sums.positions += columns.shape[-1]
+
+    def _add_target(self, sums: Sums, columns: Tensor, target: Tensor) -> None:
+        """Adds targets (C, positions): outputs without the bias."""
         if len(self._rest):  # what the other inputs give, as those of a concatenation
-            others = columns[self._rest.to(columns.device)].flatten(0, 1)
-            target = target - (self._of_rest.to(dtype) @ others.to(dtype)).to(target)
+            others, rest = columns[self._rest.to(columns.device)].flatten(0, 1), self._of_rest
+            dtype = target.dtype if self._dtype == FAST else self._dtype
+            target = target - (rest.to(dtype) @ others.to(dtype)).to(target)
         if self.root is not None:
             target = self.root.to(target) @ target
         assert sums.cross is not None
-        add_right(sums.cross, rows, target, dtype)
+        rows = self._of_units(columns).flatten(0, 1)
+        add_right(sums.cross, rows, target, self._dtype)
         sums.target_norm += float(target.double().square().sum())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The type of products: float64 if they take little time; the loss can be a small rest."""
+        assert self.sampling is not None
+        return FAST if self.sampling.long else torch.float64

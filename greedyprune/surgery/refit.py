@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from ..data.batches import Batches
 from ..data.forward import evaluating
 from ..data.padding import NO_POSITION
-from ..data.positions import Draws, stride_of
+from ..data.positions import Draws, Sampling
 from ..graph.groups import QUERY_KEY
 from ..graph.names import weight_name, weight_of
 from ..graph.replay import Replay
@@ -35,7 +35,7 @@ from ..graph.slices import Entries
 from ..graph.tracing import Layer
 from ..graph.unfold import columns_in_halves, module_weight, outputs_first, positions_shape
 from ..kernels.least_squares import Halves, chosen_damping, ridge
-from ..kernels.products import add_right, add_upper_product, mirror
+from ..kernels.products import FAST, add_right, add_upper_product, mirror
 from ..runtime.arguments import is_int, positive_int
 from ..runtime.distributed import Ranks, ranks_of
 from ..runtime.fingerprint import same_on_all
@@ -274,7 +274,8 @@ class _LeastSquares:
         self._grams = [zeros(rows, rows), zeros(rows, rows)]  # of each half of the samples
         self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
         self.rows = 0  # positions in the sums
-        self._samples, self._stride = samples, 0  # one of so many positions is in the sums
+        self._samples = samples
+        self._sampling: Sampling | None = None  # not known before the first batch
         self._change = zeros(rows, outputs)
         self._damping: float | None = None  # chosen in the first round; inf: the weights stay
 
@@ -292,11 +293,12 @@ class _LeastSquares:
         mask:  (m, T) bool: which positions count; None: all
         """
         shape = positions_shape(self._window, inputs)
-        self._stride = self._stride or stride_of(
-            draws, self._samples, shape, mask, self.features, len(self._outputs)
-        )
+        if self._sampling is None:
+            self._sampling = Sampling.of(
+                draws, self._samples, shape, mask, self.features, len(self._outputs)
+            )
         parts = columns_in_halves(
-            self._window, inputs, error, draws, mask=mask, stride=self._stride
+            self._window, inputs, error, draws, mask=mask, stride=self._sampling.stride
         )
         for half, columns, target in parts:
             assert target is not None
@@ -306,14 +308,15 @@ class _LeastSquares:
                     f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
                 )
             rows = columns[self._channels].flatten(0, 1)
+            dtype = FAST if self._sampling.long else rows.dtype
             if self._free:
                 rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
             if self._damping is not None:  # the inputs are the same in every round
-                add_right(self._rights[0], rows, target, rows.dtype)
+                add_right(self._rights[0], rows, target, dtype)
                 continue
             self.rows += rows.shape[1]
-            add_right(self._rights[half], rows, target, rows.dtype)
-            add_upper_product(self._grams[half], rows, rows.dtype)
+            add_right(self._rights[half], rows, target, dtype)
+            add_upper_product(self._grams[half], rows, dtype)
 
     @property
     def stays(self) -> bool:

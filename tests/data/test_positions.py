@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from greedyprune.data import positions
 from greedyprune.data.batches import Batch, Batches
-from greedyprune.data.positions import NO_DRAWS, Draws, places, stride_of
+from greedyprune.data.positions import ALL, NO_DRAWS, Draws, Sampling, places
 
 STARTS = (torch.arange(64) / 64).double()  # every start as often as any other
 
@@ -72,20 +72,22 @@ def test_rows_that_are_not_those_of_the_samples_count_as_one_sample() -> None:
 def test_layers_keep_enough_positions_for_their_features() -> None:
     draws = Draws(torch.zeros(10, dtype=torch.bool), torch.zeros(10).double())
 
-    def stride(features: int, samples: int = 100_000, side: int = 32) -> int:
-        return stride_of(draws, samples, (10, side, side), None, features, 8)
+    def sampling(features: int, samples: int = 100_000, side: int = 32) -> Sampling:
+        return Sampling.of(draws, samples, (10, side, side), None, features, 8)
 
     for features in (16, 64, 256, 1024, 4096):
-        found = stride(features)
-        assert math.log2(found).is_integer()
-        assert 1024 * 100_000 / found >= positions.ROWS * features
-    assert stride(256) > stride(2048) > 1
-    assert stride(256, samples=0) == 1  # unknown
-    assert stride(256, samples=10) == 1  # few
-    assert stride(16, samples=100) == 1  # little work
+        stride, long = sampling(features)
+        assert math.log2(stride).is_integer() and long
+        assert 1024 * 100_000 / stride >= positions.ROWS * features
+    assert sampling(256).stride > sampling(2048).stride > 1
+    assert sampling(256, samples=0) == ALL  # unknown
+    assert sampling(256, samples=10) == ALL  # few
+    assert sampling(16, samples=100) == ALL  # little work
+    assert sampling(4096, samples=200) == Sampling(1, True)  # few for so many features
     mask = torch.zeros(10, 1024, dtype=torch.bool)
     mask[:, :64] = True
-    assert stride_of(draws, 100_000, (10, 1024), mask, 256, 8) == stride(256, side=8)
+    masked = Sampling.of(draws, 100_000, (10, 1024), mask, 256, 8)
+    assert masked == sampling(256, side=8)
 
 
 class Numbers(Dataset[tuple[Tensor, int]]):

@@ -83,7 +83,9 @@ def test_sums_are_those_of_the_sample_times_the_stride() -> None:
     draws = Draws(torch.arange(40) % 2 == 1, torch.rand(40).double())
     sampled = consumer(40, weight)
     sampled.add(inputs, draws)
-    assert sampled.stride == 8  # 64 positions of 40 images, 36 features
+    assert (
+        sampled.sampling is not None and sampled.sampling.stride == 8
+    )  # 64 positions of 40 images, 36 features
     columns = nn.functional.unfold(inputs, 3, padding=1, stride=2)  # (40, 36, 64)
     at = positions.places(draws.starts, 40 * 64, 8, None)
     chosen = columns.transpose(1, 2).reshape(-1, 36)[at].double()
