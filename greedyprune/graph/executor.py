@@ -81,7 +81,7 @@ class GraphExecutor:
         }
         self.refittable = self._refittable()
         self._last_left: tuple[Entries | None, dict[fx.Node, tuple[int, Tensor]]] = None, {}
-        # What `output_of` and `output_error` read, also where the graph uses it nowhere.
+        # What `output_of` and `ends` read, also where the graph uses it nowhere.
         self._read = {*graph.layers, *(path.end for path in self.linear_paths.values())}
 
     def accepts(self, batch: Batch) -> bool:
@@ -304,24 +304,23 @@ class GraphExecutor:
 
     def shortcuts(
         self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> list[Tensor]:
         """The shortcut that is added to a layer's output, in both networks, in the output's shape.
 
-        None: nothing is added.
+        Empty where nothing is added.
 
         dense, pruned: the two networks' values just before the layer
         networks:      these two networks
         """
         node, traced = self.linear_paths[layer].shortcut, self.layers[layer]
         if node is None:
-            return None
+            return []
         outputs = networks[0].tensors[traced.weight].shape[traced.out_dim]
         shape = output_shape(traced.window, self.input_of(layer, dense), outputs)
-        of_dense, of_pruned = (
+        return [
             self._value_of(node, values, network).reshape(shape)
             for values, network in zip((dense, pruned), networks, strict=True)
-        )
-        return of_dense, of_pruned
+        ]
 
     def _value_of(self, node: fx.Node, values: Values, network: Network) -> Tensor:
         """A node's value, from values before it. Only what the node is computed from runs."""
@@ -333,44 +332,25 @@ class GraphExecutor:
         value: Tensor = env[node]
         return value
 
-    def output_error(
+    def ends(
         self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]
-    ) -> Tensor:
-        """The change of the layer's output that makes both networks equal at its path's end.
-
-        Where a ReLU follows, negative values of the dense network only need to stay negative (the
-        target of Zhang et al. 2015, arXiv:1505.06798, for one step).
+    ) -> list[Tensor]:
+        """The values at the end of a layer's linear path, in both networks, in the output's shape.
 
         Arguments as for `shortcuts`.
         """
-        path = self.linear_paths[layer]
-        end = self._end(layer)
-        shape, goal, value = self._values_at(path.end, layer, (dense, pruned), networks, end)
-        if path.rectified:
-            goal = torch.where(goal > 0, goal, value.clamp(max=0))
-        return path.as_output(goal - value, shape)
+        path, place, results = self.linear_paths[layer], self.place[layer], list[Tensor]()
+        for its_values, network in zip((dense, pruned), networks, strict=True):
+            values = dict(its_values)
+            self.run(values, network.tensors, place, place + 1, network.left)
+            shape = self.output_of(layer, values).shape
+            self.run(values, network.tensors, place + 1, self._end(layer), network.left)
+            results.append(values[path.end].reshape(shape))
+        return results
 
     def _end(self, layer: str) -> int:
         """The index just behind a layer's linear path."""
         return self.graph.position[self.linear_paths[layer].end] + 1
-
-    def _values_at(
-        self, node: fx.Node, layer: str, before: Sequence[Values], networks: Sequence[Network],
-        end: int,
-    ) -> tuple[tuple[int, ...], Tensor, Tensor]:  # fmt: skip
-        """The shape of the layer's output, and a node's value in the dense and pruned network.
-
-        before: the networks' values just before the layer
-        """
-        results, place, shape = list[Tensor](), self.place[layer], tuple[int, ...]()
-        for its_values, network in zip(before, networks, strict=True):
-            values = dict(its_values)
-            self.run(values, network.tensors, place, place + 1, network.left)
-            shape = tuple(self.output_of(layer, values).shape)
-            self.run(values, network.tensors, place + 1, end, network.left)
-            results.append(values[node])
-        goal, value = results
-        return shape, goal, value
 
     def _refittable(self) -> dict[int, Layer]:
         graph = self.graph

@@ -31,20 +31,20 @@ class LinearPath(NamedTuple):
     shortcut: fx.Node | None
     rectified: bool
 
-    def as_output(self, difference: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The change of the layer's output, of this shape, that gives a difference at `end`.
+    def scaled(self, change: Tensor) -> Tensor:
+        """The change at `end` for a change of the layer's output, both (C, positions)."""
+        return change if self.scale is None else self.scale[:, None] * change
+
+    def unscaled(self, change: Tensor) -> Tensor:
+        """The change of the layer's output that gives a change at `end`, both (C, positions).
 
         0 for channels whose scale is next to nothing.
         """
-        return self.unscaled(difference.reshape(shape), len(shape) - 2)
-
-    def unscaled(self, difference: Tensor, inner: int) -> Tensor:
-        """`as_output` for a difference whose channels have `inner` dimensions after them."""
         if self.scale is None:
-            return difference
-        scale = self.scale.reshape(-1, *[1] * inner)
+            return change
+        scale = self.scale[:, None]
         corrected = scale.abs() > SMALLEST_SCALE * scale.abs().max()
-        return torch.where(corrected, difference / torch.where(corrected, scale, 1.0), 0.0)
+        return torch.where(corrected, change / torch.where(corrected, scale, 1.0), 0.0)
 
 
 def linear_path(graph: Graph, layer: fx.Node) -> LinearPath:

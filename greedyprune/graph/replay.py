@@ -35,15 +35,33 @@ from .tracing import Layer
 class BothInputs(NamedTuple):
     """What a layer receives in both networks, and what is added to its output.
 
-    shortcuts: of the dense network and the pruned one, in the shape of the layer's output; None:
-        nothing is added, or it is the same in both
+    shortcuts: of the dense network and the pruned one, in the shape of the layer's output; empty
+        where nothing is added, or the same in both
     path: what the output goes through before the shortcut is added
     """
 
     dense: Tensor
     pruned: Tensor
-    shortcuts: tuple[Tensor, Tensor] | None
+    shortcuts: list[Tensor]
     path: LinearPath
+
+
+class PathValues(NamedTuple):
+    """What a layer and its linear path receive of one batch.
+
+    inputs: the layer's; shortcuts are among them where no ReLU follows the path
+    ends:   where a ReLU follows: the values at the path's end in the dense network and in the
+        pruned one, in the shape of the layer's output; empty where something is `known`
+    known:  what the caller keeps of the batch from one round to the next of the same layer. It is
+        empty in the first one, and where the batch did not fit in memory
+    draws, mask: of the samples, and which positions (m, T) count; None: all
+    """
+
+    inputs: BothInputs
+    ends: list[Tensor]
+    known: list[Tensor]
+    draws: Draws
+    mask: Tensor | None
 
 
 Add = Callable[[str, BothInputs, Draws, Tensor | None], None]
@@ -57,13 +75,17 @@ class _State:
         self.draws, self.padding = Draws.of(batch), batch.padding
         self.dense = executor.inputs(batch)
         self.pruned: Values | None = None
+        self.known = list[Tensor]()  # what a caller keeps of the layer that the networks are at
 
     @property
     def bytes(self) -> int:
-        return bytes_held([self.dense, self.pruned or {}])
+        known = sum(tensor.nbytes for tensor in self.known)
+        return bytes_held([self.dense, self.pruned or {}]) + known
 
     def advance(self, to: int, dense: Network, pruned: Network) -> None:
         """Runs both networks up to node `to`."""
+        if to != self.at:
+            self.known.clear()
         if self.pruned is not None:
             self.executor.run(self.pruned, pruned.tensors, self.at, to, pruned.left)
         self.executor.run(self.dense, dense.tensors, self.at, to)
@@ -161,6 +183,16 @@ class Replay:
         self._changed |= tensors
         self._differs_from_start = True
 
+    def maps(self, layer: Layer) -> list[tuple[Tensor, Tensor | float]]:
+        """A layer's weight and bias (0.0: it has none) in the dense network and the pruned one."""
+        return [
+            (
+                network.tensors[layer.weight],
+                0.0 if layer.bias is None else network.tensors[layer.bias],
+            )
+            for network in self._networks()
+        ]
+
     def weight(self, layer: str) -> Tensor:
         """A layer's weight in the pruned network."""
         name = weight_name(self._model, layer)
@@ -213,30 +245,32 @@ class Replay:
             place = _place(executor, layer)
             executor.run(pruned, pruned_network.tensors, at, place, pruned_network.left)
             executor.run(dense, dense_network.tensors, at, place)
-            shortcuts = None
-            if state.pruned is not None:
-                shortcuts = executor.shortcuts(layer, dense, pruned, networks)
-            inputs = BothInputs(
-                executor.input_of(layer, dense), executor.input_of(layer, pruned), shortcuts,
-                executor.linear_paths[layer],
-            )  # fmt: skip
+            inputs = self._inputs(executor, layer, dense, pruned, state.pruned is not None)
             add(layer, inputs, state.draws, executor.mask_of(layer, state.padding))
             at = place
 
-    def errors(self, layer: str, bar: Bar) -> Iterator[tuple[Tensor, Tensor, Draws, Tensor | None]]:
-        """A layer's inputs in the pruned network, the error of its output, the draws and the mask.
-
-        Adding the error to the output would correct it (`GraphExecutor.output_error`). The draws
-        are those of the samples; the mask (m, T) says which positions count, None: all.
-        """
+    def visit_path(self, layer: str, bar: Bar) -> Iterator[PathValues]:
+        """What a layer and its linear path receive, of every batch."""
         for state in self._all(bar):
-            networks = self._networks()
-            state.advance(_place(state.executor, layer), *networks)
-            pruned = state.pruned or state.dense
-            error = state.executor.output_error(layer, state.dense, pruned, networks)
-            inputs = state.executor.input_of(layer, pruned)
-            mask = state.executor.mask_of(layer, state.padding)
-            yield inputs, error, state.draws, mask
+            networks, executor = self._networks(), state.executor
+            state.advance(_place(executor, layer), *networks)
+            dense, pruned = state.dense, state.pruned or state.dense
+            path, ends = executor.linear_paths[layer], list[Tensor]()
+            if path.rectified and not state.known:
+                ends = executor.ends(layer, dense, pruned, networks)
+            inputs = self._inputs(executor, layer, dense, pruned, not path.rectified)
+            mask = executor.mask_of(layer, state.padding)
+            yield PathValues(inputs, ends, state.known, state.draws, mask)
+
+    def _inputs(
+        self, executor: GraphExecutor, layer: str, dense: Values, pruned: Values, shortcuts: bool
+    ) -> BothInputs:
+        """A layer's inputs, from the networks' values before it, with or without the shortcuts."""
+        return BothInputs(
+            executor.input_of(layer, dense), executor.input_of(layer, pruned),
+            executor.shortcuts(layer, dense, pruned, self._networks()) if shortcuts else [],
+            executor.linear_paths[layer],
+        )  # fmt: skip
 
     def _all(self, bar: Bar) -> Iterator[_State]:
         """Every batch, at the layer where the last pass left it or at the first change.

@@ -81,9 +81,9 @@ def module_weight(new: Tensor, dim: int, like: Tensor) -> Tensor:
 
 
 def columns_in_halves(
-    window: Window | None, inputs: Tensor, outputs: Tensor | None, draws: Draws, *,
+    window: Window | None, inputs: Tensor, draws: Draws, outputs: Sequence[Tensor] = (), *,
     halves: bool = True, mask: Tensor | None = None, stride: int = 1,
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
+) -> Iterator[tuple[int, Tensor, list[Tensor]]]:  # fmt: skip
     """A layer's inputs and outputs at the positions of each half: (0 or 1, inputs, outputs).
 
     Both as from `columns_at`. A layer whose positions are not those of m samples is in the half of
@@ -106,44 +106,44 @@ def columns_in_halves(
     elif halves and bool(second[0]):
         of_half = [chosen[:0], chosen]
     for half, its_places in enumerate(of_half):
-        for columns, target in columns_at(window, inputs, outputs, its_places):
-            yield half, columns, target
+        for columns, of_outputs in columns_at(window, inputs, its_places, outputs):
+            yield half, columns, of_outputs
 
 
 def columns_at(
-    window: Window | None, inputs: Tensor, outputs: Tensor | None, at: Tensor
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+    window: Window | None, inputs: Tensor, at: Tensor, outputs: Sequence[Tensor] = ()
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """A layer's inputs and outputs at some positions, a part of these at a time.
 
     The inputs are (channels, taps, positions), float32 or float64, the outputs (C, positions). The
-    outputs are the layer's weight as (C, channels * taps) times the inputs.
+    layer's output is its weight as (C, channels * taps) times the inputs, plus its bias.
 
-    at: the positions' places (n,) int64, in order
+    at:      the positions' places (n,) int64, in order
+    outputs: tensors of the shape of the layer's output
     """
     at = at.to(inputs.device)
     if inputs.dtype not in (torch.float32, torch.float64):
         inputs = inputs.float()
     inputs = _batched(window, inputs)
-    outputs = None if outputs is None else _batched(window, outputs)
+    outputs = [_batched(window, each) for each in outputs]
     taps = 1 if window is None else math.prod(window.kernel_size)
     at_once = max(PRODUCT, PART // max(1, inputs.shape[1] * taps * inputs.element_size()))
     for part in at.split(at_once) if len(at) else ():
         if window is None:
             columns = inputs.index_select(0, part).T[:, None]
-            yield columns, None if outputs is None else outputs.index_select(0, part).T
-            continue
-        columns, target = _windows_at(window, inputs, outputs, part)
-        yield columns, target
+            yield columns, [each.index_select(0, part).T for each in outputs]
+        else:
+            yield _windows_at(window, inputs, part, outputs)
 
 
 def _windows_at(
-    window: Window, inputs: Tensor, outputs: Tensor | None, at: Tensor
-) -> tuple[Tensor, Tensor | None]:
+    window: Window, inputs: Tensor, at: Tensor, outputs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """`columns_at` for a convolution, all in one part."""
     sizes = output_sizes(window, inputs.shape[2:])
     positions, taps = math.prod(sizes), math.prod(window.kernel_size)
     columns = inputs.new_empty(inputs.shape[1], taps, len(at))
-    target = None if outputs is None else outputs.new_empty(outputs.shape[1], len(at))
+    of_outputs = [each.new_empty(each.shape[1], len(at)) for each in outputs]
     first, last = (int(place) // positions for place in (at[0], at[-1]))
     at_once = max(1, PART // max(1, inputs[0].numel() * inputs.element_size()))
     for i in range(first, last + 1, at_once):  # samples, some at a time, to copy few
@@ -159,10 +159,10 @@ def _windows_at(
         offsets = _dot(_grid(window.kernel_size), window.dilation, strides)
         for tap, offset in enumerate(offsets.tolist()):
             columns[:, tap, start:end] = maps.index_select(1, corner + offset)
-        if target is not None and outputs is not None:
-            of_samples = outputs[samples].transpose(0, 1).flatten(1)
-            target[:, start:end] = of_samples.index_select(1, here)
-    return columns, target
+        for output, each in zip(of_outputs, outputs, strict=True):
+            of_samples = each[samples].transpose(0, 1).flatten(1)
+            output[:, start:end] = of_samples.index_select(1, here)
+    return columns, of_outputs
 
 
 def _grid(sizes: Sequence[int]) -> Tensor:

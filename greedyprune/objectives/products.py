@@ -287,16 +287,16 @@ class ConsumerProducts(Products):
             stride=self.sampling.stride,
         )  # fmt: skip
         if both is None:
-            for half, columns, _ in parts(inputs, None):
+            for half, columns, _ in parts(inputs):
                 self._add_features(self.sums[half], columns, mask)
             return
-        goals, values = both.shortcuts or (None, None)
-        pairs = zip(parts(both.dense, goals), parts(inputs, values), strict=True)
-        for (half, dense, goal), (_, columns, value) in pairs:
+        pairs = zip(parts(both.dense), parts(inputs, outputs=both.shortcuts), strict=True)
+        for (half, dense, _), (_, columns, shortcuts) in pairs:
             self._add_features(self.sums[half], columns, mask)
             target = self._dense.to(dense) @ dense.flatten(0, 1)
-            if goal is not None and value is not None:
-                target += both.path.unscaled(goal - value, 1)
+            if shortcuts:
+                of_dense, of_pruned = shortcuts
+                target += both.path.unscaled(of_dense - of_pruned)
             self._add_target(self.sums[half], columns, target)
 
     def _of_units(self, columns: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ layer whose new weights would be no better on held-out samples than W keeps its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..data.batches import Batches
-from ..data.forward import evaluating
+from ..data.forward import all_finite, evaluating
 from ..data.padding import NO_POSITION
-from ..data.positions import Draws, Sampling
+from ..data.positions import Sampling
 from ..graph.groups import QUERY_KEY
+from ..graph.linear_paths import LinearPath
 from ..graph.names import weight_name, weight_of
-from ..graph.replay import Replay
+from ..graph.replay import PathValues, Replay
 from ..graph.slices import Entries
 from ..graph.tracing import Layer
 from ..graph.unfold import columns_in_halves, module_weight, outputs_first, positions_shape
@@ -222,13 +223,14 @@ def _refit_layer(
         shifted, scale = f"{path.norm}.bias", path.scale
     bias = None if shifted is None else full.get_parameter(shifted)
     problem = _LeastSquares(
-        full.get_parameter(layer.weight), layer, left, bias, scale, replay.samples
-    )
+        full.get_parameter(layer.weight), layer, left, bias, scale, replay.maps(layer),
+        replay.samples,
+    )  # fmt: skip
     if (layer.weight, layer.in_dim) in left:
         problem.start_from(model.get_parameter(layer.weight))
     for _ in range(ROUNDS if path.rectified else 1):
-        for inputs, error, draws, mask in replay.errors(layer.name, bar):
-            problem.add(inputs, error, draws, mask)
+        for batch in replay.visit_path(layer.name, bar):
+            problem.add(batch)
         problem.solve(replay.ranks)
         if problem.stays:
             break
@@ -250,12 +252,13 @@ class _LeastSquares:
     bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
         normalisation's; None: there is no constant
     scale: (outputs,), the normalisation's factors of the layer's outputs; None: 1
+    maps: the layer's weight and bias in the dense network and the pruned one, as from `Replay.maps`
     samples: how many the data have; 0: it is unknown
     """
 
     def __init__(
         self, weight: Tensor, layer: Layer, left: Entries, bias: Tensor | None,
-        scale: Tensor | None, samples: int,
+        scale: Tensor | None, maps: Sequence[tuple[Tensor, Tensor | float]], samples: int,
     ) -> None:  # fmt: skip
         self._window, self._name, self._dim = layer.window, layer.name, layer.in_dim
         self._weight, self._bias, self._scale = weight, bias, scale
@@ -274,9 +277,10 @@ class _LeastSquares:
         self._grams = [zeros(rows, rows), zeros(rows, rows)]  # of each half of the samples
         self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
         self.rows = 0  # positions in the sums
-        self._samples = samples
+        self._maps, self._samples = maps, samples
         self._sampling: Sampling | None = None  # not known before the first batch
         self._change = zeros(rows, outputs)
+        self._added = zeros(outputs, rows)  # the last round's change of the weights
         self._damping: float | None = None  # chosen in the first round; inf: the weights stay
 
     def start_from(self, dense: Tensor) -> None:
@@ -286,37 +290,78 @@ class _LeastSquares:
         change = change.index_select(self._out_dim, self._outputs)
         self._change[: self.features] = outputs_first(change, self._dim).flatten(1).T
 
-    def add(self, inputs: Tensor, error: Tensor, draws: Draws, mask: Tensor | None) -> None:
-        """Adds one batch: the layer's inputs, and by what its outputs are to change.
-
-        draws: of the m samples
-        mask:  (m, T) bool: which positions count; None: all
-        """
-        shape = positions_shape(self._window, inputs)
+    def add(self, batch: PathValues) -> None:
+        """Adds one batch: the layer's inputs, and by what its outputs are to change."""
+        inputs, path = batch.inputs, batch.inputs.path
         if self._sampling is None:
+            shape = positions_shape(self._window, inputs.pruned)
             self._sampling = Sampling.of(
-                draws, self._samples, shape, mask, self.features, len(self._outputs)
+                batch.draws, self._samples, shape, batch.mask, self.features, len(self._outputs)
             )
-        parts = columns_in_halves(
-            self._window, inputs, error, draws, mask=mask, stride=self._sampling.stride
+        parts = partial(
+            columns_in_halves, self._window, draws=batch.draws, mask=batch.mask,
+            stride=self._sampling.stride,
+        )  # fmt: skip
+        if path.rectified:
+            self._add_rectified(parts(inputs.pruned, outputs=batch.ends), path, batch.known)
+            return
+        pairs = zip(
+            parts(inputs.dense), parts(inputs.pruned, outputs=inputs.shortcuts), strict=True
         )
-        for half, columns, target in parts:
-            assert target is not None
-            target = target[self._outputs]
-            if not columns.isfinite().all():
-                raise ValueError(
-                    f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
-                )
-            rows = columns[self._channels].flatten(0, 1)
-            dtype = FAST if self._sampling.long else rows.dtype
-            if self._free:
-                rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
-            if self._damping is not None:  # the inputs are the same in every round
-                add_right(self._rights[0], rows, target, dtype)
-                continue
-            self.rows += rows.shape[1]
-            add_right(self._rights[half], rows, target, dtype)
-            add_upper_product(self._grams[half], rows, dtype)
+        for (half, dense, _), (_, columns, shortcuts) in pairs:
+            change = path.scaled(self._output(0, dense) - self._output(1, columns))
+            if shortcuts:
+                change += shortcuts[0] - shortcuts[1]
+            self._add_part(half, self._rows_of(columns), path.unscaled(change)[self._outputs])
+
+    def _output(self, network: int, columns: Tensor) -> Tensor:
+        """The layer's output in the dense network (0) or the pruned one (1): (C, positions)."""
+        weight, bias = self._maps[network]
+        product = outputs_first(weight, self._dim).flatten(1).to(columns) @ columns.flatten(0, 1)
+        return product if isinstance(bias, float) else product + bias.to(product)[:, None]
+
+    def _add_rectified(
+        self, parts: Iterable[tuple[int, Tensor, list[Tensor]]], path: LinearPath,
+        known: list[Tensor],
+    ) -> None:  # fmt: skip
+        """Negative values of the dense network only need to stay negative.
+
+        That is the target of Zhang et al. 2015, arXiv:1505.06798, for one step.
+
+        parts: with the values at the path's end as outputs, unless they are known
+        known: these values, of each part; those of the pruned network are brought up to date
+        """
+        for i, (half, columns, ends) in enumerate(parts):
+            rows = self._rows_of(columns)
+            if ends:
+                known += ends
+            else:
+                change = self._added.to(rows) @ rows
+                if path.scale is not None:
+                    change *= path.scale[self._outputs, None]
+                known[2 * i + 1].index_add_(0, self._outputs, change)
+            goal, value = known[2 * i : 2 * i + 2]
+            goal = torch.where(goal > 0, goal, value.clamp(max=0))
+            self._add_part(half, rows, path.unscaled(goal - value)[self._outputs])
+
+    def _rows_of(self, columns: Tensor) -> Tensor:
+        """A row for each feature: (rows, positions)."""
+        if not all_finite(columns):
+            raise ValueError(
+                f"layer {self._name!r}: NaN or inf in its inputs, expected finite numbers"
+            )
+        rows = columns[self._channels].flatten(0, 1)
+        return torch.cat([rows, rows.new_ones(1, rows.shape[1])]) if self._free else rows
+
+    def _add_part(self, half: int, rows: Tensor, target: Tensor) -> None:
+        assert self._sampling is not None
+        dtype = FAST if self._sampling.long else rows.dtype
+        if self._damping is not None:  # the inputs are the same in every round
+            add_right(self._rights[0], rows, target, dtype)
+            return
+        self.rows += rows.shape[1]
+        add_right(self._rights[half], rows, target, dtype)
+        add_upper_product(self._grams[half], rows, dtype)
 
     @property
     def stays(self) -> bool:
@@ -340,7 +385,7 @@ class _LeastSquares:
         added, self._change = change.to(self._change) - self._change, change.to(self._change)
         for right in self._rights:
             right.zero_()
-        added = added.T
+        self._added = added = added.T
         if self._bias is not None:
             constant = added[:, -1]
             if self._scale is not None:

@@ -81,9 +81,10 @@ def test_a_difference_as_one_of_the_layer_s_output() -> None:
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([2.0, 1e-9, -4.0]))
     path = GraphExecutor(model, batch_of(torch.randn(5, 2, 7))).linear_paths["0"]
-    change = path.as_output(torch.ones(5, 3, 7), (5, 3, 7))
-    expected = torch.tensor([0.5, 0.0, -0.25])[:, None].expand(5, 3, 7)
+    change = path.unscaled(torch.ones(3, 7))
+    expected = torch.tensor([0.5, 0.0, -0.25])[:, None].expand(3, 7)
     torch.testing.assert_close(change, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(path.scaled(change)[[0, 2]], torch.ones(2, 7))
 
 
 def test_layers_that_share_weights_are_not_refitted() -> None:

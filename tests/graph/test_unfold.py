@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def all_columns(window: Window | None, inputs: Tensor) -> Tensor:
     """A layer's inputs at all positions: (channels, taps, positions)."""
     places = torch.arange(math.prod(unfold.positions_shape(window, inputs)))
-    [(columns, _)] = unfold.columns_at(window, inputs, None, places)
+    [(columns, _)] = unfold.columns_at(window, inputs, places)
     return columns
 
 
@@ -53,9 +53,9 @@ def test_a_layer_is_a_product(
 
     def check() -> int:
         positions = math.prod(unfold.positions_shape(window, inputs))
-        parts = list(unfold.columns_at(window, inputs, outputs, torch.arange(positions)))
+        parts = list(unfold.columns_at(window, inputs, torch.arange(positions), [outputs]))
         columns = torch.cat([part for part, _ in parts], 2).flatten(0, 1)
-        expected = torch.cat([target for _, target in parts], 1)
+        expected = torch.cat([target for _, [target] in parts], 1)
         transposed = type(module).__name__.startswith("ConvTranspose")
         weight = unfold.outputs_first(module.weight, 0 if transposed else 1)
         product = weight.flatten(1) @ columns + module.bias[:, None]
@@ -83,12 +83,12 @@ def test_columns_at_some_positions(make: Callable[[], nn.Module], shape: tuple[i
         == outputs.shape
     )
     positions = math.prod(unfold.positions_shape(window, inputs))
-    [(columns, target)] = unfold.columns_at(window, inputs, outputs, torch.arange(positions))
+    [(columns, [target])] = unfold.columns_at(window, inputs, torch.arange(positions), [outputs])
     places = torch.randint(positions, (max(1, positions // 3),)).sort().values
-    [(some, of_some)] = unfold.columns_at(window, inputs, outputs, places)
+    [(some, [of_some, again])] = unfold.columns_at(window, inputs, places, [outputs, 2 * outputs])
     assert some.equal(columns[..., places])
-    assert target is not None and of_some is not None and of_some.equal(target[:, places])
-    assert list(unfold.columns_at(window, inputs, outputs, places[:0])) == []
+    assert of_some.equal(target[:, places]) and again.equal(2 * of_some)
+    assert list(unfold.columns_at(window, inputs, places[:0], [outputs])) == []
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
