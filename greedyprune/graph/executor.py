@@ -80,7 +80,8 @@ class GraphExecutor:
             name: linear_path(graph, self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
-        self._last_left: tuple[Entries | None, dict[fx.Node, tuple[int, Tensor]]] = None, {}
+        # The last entries that `_sums_over` was asked for: of the network, and without a group.
+        self._last_left: list[tuple[Entries, dict[fx.Node, tuple[int, Tensor]]]] = []
         # What `output_of` and `ends` read, also where the graph uses it nowhere.
         self._read = {*graph.layers, *(path.end for path in self.linear_paths.values())}
 
@@ -186,7 +187,8 @@ class GraphExecutor:
         """The norms and recurrences over units of which some go, with the entries that are left."""
         if not left:
             return {}
-        if self._last_left[0] is not left:
+        known = [sums for entries, sums in self._last_left if entries is left]
+        if not known:
             recurrences = {
                 node: (layer.in_dim, left[layer.weight, layer.in_dim])
                 for node, layer in self.graph.tied.items()
@@ -195,8 +197,9 @@ class GraphExecutor:
             norms = self._propagation.entries_in_norms(left)
             if not self._propagation.are_whole(left):  # heads become smaller
                 norms |= self._head_propagation.entries_in_norms(left)
-            self._last_left = left, norms | recurrences
-        return self._last_left[1]
+            known = [norms | recurrences]
+            self._last_left = [(left, known[0]), *self._last_left[:1]]
+        return known[0]
 
     def goes_over(self, layer: Layer, left: Entries) -> bool:
         """Is the layer a convolution along units of which some go?"""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, Batches
 from ..data.forward import not_run
+from ..data.parts import Parts
 from ..data.positions import Draws
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
@@ -108,6 +109,7 @@ class Replay:
     def __init__(self, model: nn.Module, batches: Batches, limit: int) -> None:
         self._model, self._batches, self._limit = model, batches, limit
         self.ranks = batches.ranks
+        self._parts = Parts(model, batches)
         self._dense = Network(tensors_of(model))
         self._changed: dict[str, Tensor] = {}
         self._left: Entries = {}
@@ -117,7 +119,7 @@ class Replay:
         self._states: list[_State | None] = []  # by batch; None: computed again in every pass
 
     def _first_executor(self) -> GraphExecutor:
-        return self._executors.of(self._batches.first())
+        return self._executors.of(self._parts.first())
 
     def order(self, names: Sequence[str]) -> dict[str, int]:
         """At which place in the graph each of these layers runs."""
@@ -273,15 +275,17 @@ class Replay:
         )  # fmt: skip
 
     def _all(self, bar: Bar) -> Iterator[_State]:
-        """Every batch, at the layer where the last pass left it or at the first change.
+        """Every part of a batch, at the layer where the last pass left it or at the first change.
 
-        As many batches as `limit` allows are held from one pass to the next.
+        As many parts as `limit` allows are held from one pass to the next.
         """
         held = sum(state.bytes for state in self._states if state is not None)
         whole = bool(self._states) and None not in self._states
         unchanged, states = not self._changed, list[_State | None]()
-        source: Iterable[Batch | None] = [None] * len(self._states) if whole else self._batches
-        for i, batch in enumerate(bar(source, "activations")):
+        source: Iterable[Batch | None] = (
+            [None] * len(self._states) if whole else self._parts.all(bar)
+        )
+        for i, batch in enumerate(bar(source, "activations") if whole else source):
             state = self._states[i] if i < len(self._states) else None
             if state is not None:
                 self._states[i] = None

@@ -7,7 +7,7 @@ no float64 copy of all the features is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ from .backend import has_extension, instruction_set
 # Samples in one product in the features' own type: the length of the longest sum in that type.
 # csrc/kernels.h has the same number as kProductTile, and a test compares the two.
 PRODUCT = 4096
+ENOUGH = 1024  # samples of which a product is made
 FLOAT64_SAMPLES = 1024  # the most samples that are multiplied in float64 at a time
 FLOAT64_ENTRIES = 2**23  # the most entries of features that are copied to float64 at a time
 PANEL_ROWS = 512  # rows of the Gram matrix that are computed together, from the diagonal on
@@ -86,6 +87,48 @@ def _add_upper_product(gram: Tensor, features: Tensor, dtype: torch.dtype) -> No
             for r in range(0, len(rows), COPIED_ROWS):  # the addition copies them to float64
                 end = min(i + r + COPIED_ROWS, i + len(rows))
                 gram[i + r : end, i:] += product[r : r + COPIED_ROWS]
+
+
+class PendingColumns:
+    """Columns of features and targets that wait until they are enough for one product.
+
+    Adding a product to the sums takes the same time for few columns as for many.
+    """
+
+    def __init__(self) -> None:
+        self.rows, self.targets = list[Tensor](), list[Tensor]()
+
+    def add(self, rows: Tensor, target: Tensor | None = None) -> bool:
+        """Adds rows (F, m) and a target (C, m). Returns whether there are enough."""
+        self.rows.append(rows)
+        if target is not None:
+            self.targets.append(target)
+        return sum(part.shape[1] for part in self.rows) >= ENOUGH
+
+    def to_sums(self, gram: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> None:
+        """Adds the columns to the sums, those that are not None, and forgets them."""
+        if not self.rows:
+            return
+        rows = torch.cat(self.rows, 1) if len(self.rows) > 1 else self.rows[0]
+        if gram is not None:
+            add_upper_product(gram, rows, dtype)
+        if right is not None:
+            targets = torch.cat(self.targets, 1) if len(self.targets) > 1 else self.targets[0]
+            add_right(right, rows, targets, dtype)
+        self.rows, self.targets = [], []
+
+    def state(self) -> dict[str, Tensor]:
+        """The columns that wait, to go on with after an interruption."""
+        state = {}
+        for name, parts in (("rows", self.rows), ("targets", self.targets)):
+            if parts:
+                state[name] = torch.cat(parts, 1)
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.rows, self.targets = (
+            [state[name]] if name in state else [] for name in ("rows", "targets")
+        )
 
 
 def mirror(gram: Tensor) -> None:

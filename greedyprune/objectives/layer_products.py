@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.forward import check_finite, hooked, run_model
 from ..data.padding import NO_PADDING, NO_POSITION
+from ..data.parts import Parts
 from ..data.positions import NO_DRAWS, Draws
 from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
@@ -288,10 +289,11 @@ def collect(
             consumer.add(inputs.detach(), draws, padding.of(name))
 
     # Hooks do not see the input of every linear map; the graph has them all.
+    parts = Parts(model, batches)
     executors = GraphExecutors(model) if any(group.inner for group in groups) else None
     tensors = tensors_of(model)
     with hooked(model, takers if executors is None else (), before=add):
-        for batch in resumed.new(bar(batches, "activations")):
+        for batch in resumed.new(parts.all(bar)):
             draws = Draws.of(batch)
             padding = batch.padding
             if executors is None:

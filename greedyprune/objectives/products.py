@@ -28,7 +28,7 @@ from ..graph.unfold import (
     unit_major,
 )
 from ..kernels.least_squares import Halves, feature_rows
-from ..kernels.products import FAST, add_right, add_upper_product, mirror
+from ..kernels.products import FAST, PendingColumns, mirror
 from ..runtime.distributed import Ranks
 
 
@@ -39,23 +39,33 @@ class Sums:
     cross:       (F, C) float64, <x_i, target>; None: the target is the dense output of X
     positions:   how many columns X has
     target_norm: |target|^2
+    pending:     columns that are in `positions` and `target_norm` only, until `add_pending`
     """
 
     def __init__(self, features: int, outputs: int | None, device: torch.device) -> None:
         self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.cross = None if outputs is None else self.gram.new_zeros(features, outputs)
         self.positions, self.target_norm = 0, 0.0
+        self.pending = PendingColumns()
+
+    def add_pending(self, dtype: torch.dtype) -> None:
+        self.pending.to_sums(self.gram, self.cross, dtype)
 
     def state(self) -> dict[str, Tensor]:
         numbers = torch.tensor([self.positions, self.target_norm], dtype=torch.float64)
         cross = {} if self.cross is None else {"cross": self.cross}
-        return {"gram": self.gram, "numbers": numbers, **cross}
+        pending = {f"pending {name}": part for name, part in self.pending.state().items()}
+        return {"gram": self.gram, "numbers": numbers, **cross, **pending}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.gram.copy_(state["gram"])
         self.positions, self.target_norm = int(state["numbers"][0]), float(state["numbers"][1])
         if self.cross is not None:
             self.cross.copy_(state["cross"])
+        before = "pending "
+        self.pending.restore(
+            {name.removeprefix(before): state[name] for name in state if name.startswith(before)}
+        )
 
     def finish(self, name: str, ranks: Ranks, owner: int | None, stride: int) -> None:
         """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU.
@@ -133,13 +143,14 @@ class Products:
         stride, long = state["sampling"].tolist()
         self.sampling = Sampling(stride, bool(long)) if stride else None
         for i, sums in enumerate(self.sums):
-            own = {name: state[f"{name} {i}"] for name in sums.state()}
-            sums.restore(own)
+            of_half = f" {i}"
+            sums.restore({n.removesuffix(of_half): state[n] for n in state if n.endswith(of_half)})
 
     def finish(self, ranks: Ranks, owner: int | None = None) -> None:
         """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
         stride = self.sampling.stride if self.sampling else 1
         for i, sums in enumerate(self.sums):
+            sums.add_pending(self.dtype)
             sums.finish(f"{self.name!r} {i}", ranks, owner, stride)
 
     def rearrange(self, features: Tensor) -> None:
@@ -189,6 +200,11 @@ class Products:
             grams.append(gram)
             rights.append(right - gram @ dense)
         return Halves(grams, rights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of products: float64 if they take little time; the loss can be a small rest."""
+        return FAST if self.sampling is not None and self.sampling.long else torch.float64
 
     @property
     def mass(self) -> float:
@@ -288,16 +304,15 @@ class ConsumerProducts(Products):
         )  # fmt: skip
         if both is None:
             for half, columns, _ in parts(inputs):
-                self._add_features(self.sums[half], columns, mask)
+                self._add_columns(self.sums[half], columns, None, mask)
             return
         pairs = zip(parts(both.dense), parts(inputs, outputs=both.shortcuts), strict=True)
         for (half, dense, _), (_, columns, shortcuts) in pairs:
-            self._add_features(self.sums[half], columns, mask)
             target = self._dense.to(dense) @ dense.flatten(0, 1)
             if shortcuts:
                 of_dense, of_pruned = shortcuts
                 target += both.path.unscaled(of_dense - of_pruned)
-            self._add_target(self.sums[half], columns, target)
+            self._add_columns(self.sums[half], columns, target, mask)
 
     def _of_units(self, columns: Tensor) -> Tensor:
         """The channels of the units, those of each unit together: (channels, taps, positions)."""
@@ -312,27 +327,20 @@ class ConsumerProducts(Products):
             "numbers"
         )
 
-    def _add_features(self, sums: Sums, columns: Tensor, mask: Tensor | None) -> None:
+    def _add_columns(
+        self, sums: Sums, columns: Tensor, target: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Adds inputs (channels, taps, positions) and outputs (C, positions) without the bias."""
         if mask is not None and not all_finite(columns):  # hidden positions may be NaN
             raise self._not_finite()
-        add_upper_product(sums.gram, self._of_units(columns).flatten(0, 1), self._dtype)
         sums.positions += columns.shape[-1]
-
-    def _add_target(self, sums: Sums, columns: Tensor, target: Tensor) -> None:
-        """Adds targets (C, positions): outputs without the bias."""
-        if len(self._rest):  # what the other inputs give, as those of a concatenation
-            others, rest = columns[self._rest.to(columns.device)].flatten(0, 1), self._of_rest
-            dtype = target.dtype if self._dtype == FAST else self._dtype
-            target = target - (rest.to(dtype) @ others.to(dtype)).to(target)
-        if self.root is not None:
-            target = self.root.to(target) @ target
-        assert sums.cross is not None
-        rows = self._of_units(columns).flatten(0, 1)
-        add_right(sums.cross, rows, target, self._dtype)
-        sums.target_norm += float(target.double().square().sum())
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The type of products: float64 if they take little time; the loss can be a small rest."""
-        assert self.sampling is not None
-        return FAST if self.sampling.long else torch.float64
+        if target is not None:
+            if len(self._rest):  # what the other inputs give, as those of a concatenation
+                others, rest = columns[self._rest.to(columns.device)].flatten(0, 1), self._of_rest
+                dtype = target.dtype if self.dtype == FAST else self.dtype
+                target = target - (rest.to(dtype) @ others.to(dtype)).to(target)
+            if self.root is not None:
+                target = self.root.to(target) @ target
+            sums.target_norm += float(target.double().square().sum())
+        if sums.pending.add(self._of_units(columns).flatten(0, 1), target):
+            sums.add_pending(self.dtype)

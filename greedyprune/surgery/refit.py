@@ -36,7 +36,7 @@ from ..graph.slices import Entries
 from ..graph.tracing import Layer
 from ..graph.unfold import columns_in_halves, module_weight, outputs_first, positions_shape
 from ..kernels.least_squares import Halves, chosen_damping, ridge
-from ..kernels.products import FAST, add_right, add_upper_product, mirror
+from ..kernels.products import FAST, PendingColumns, mirror
 from ..runtime.arguments import is_int, positive_int
 from ..runtime.distributed import Ranks, ranks_of
 from ..runtime.fingerprint import same_on_all
@@ -276,6 +276,8 @@ class _LeastSquares:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
         self._grams = [zeros(rows, rows), zeros(rows, rows)]  # of each half of the samples
         self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
+        self._pending = [PendingColumns(), PendingColumns()]
+        self._dtype = torch.float32  # of products
         self.rows = 0  # positions in the sums
         self._maps, self._samples = maps, samples
         self._sampling: Sampling | None = None  # not known before the first batch
@@ -298,6 +300,8 @@ class _LeastSquares:
             self._sampling = Sampling.of(
                 batch.draws, self._samples, shape, batch.mask, self.features, len(self._outputs)
             )
+            wide = torch.float64 if inputs.pruned.dtype == torch.float64 else torch.float32
+            self._dtype = FAST if self._sampling.long else wide
         parts = partial(
             columns_in_halves, self._window, draws=batch.draws, mask=batch.mask,
             stride=self._sampling.stride,
@@ -334,7 +338,7 @@ class _LeastSquares:
         for i, (half, columns, ends) in enumerate(parts):
             rows = self._rows_of(columns)
             if ends:
-                known += ends
+                known += [end.to(rows) for end in ends]
             else:
                 change = self._added.to(rows) @ rows
                 if path.scale is not None:
@@ -354,14 +358,16 @@ class _LeastSquares:
         return torch.cat([rows, rows.new_ones(1, rows.shape[1])]) if self._free else rows
 
     def _add_part(self, half: int, rows: Tensor, target: Tensor) -> None:
-        assert self._sampling is not None
-        dtype = FAST if self._sampling.long else rows.dtype
         if self._damping is not None:  # the inputs are the same in every round
-            add_right(self._rights[0], rows, target, dtype)
-            return
-        self.rows += rows.shape[1]
-        add_right(self._rights[half], rows, target, dtype)
-        add_upper_product(self._grams[half], rows, dtype)
+            half = 0
+        else:
+            self.rows += rows.shape[1]
+        if self._pending[half].add(rows, target):
+            self._add_pending(half)
+
+    def _add_pending(self, half: int) -> None:
+        gram = self._grams[half] if self._damping is None else None
+        self._pending[half].to_sums(gram, self._rights[half], self._dtype)
 
     @property
     def stays(self) -> bool:
@@ -371,6 +377,7 @@ class _LeastSquares:
     def solve(self, ranks: Ranks) -> None:
         """Changes the layer's weight and the bias, in place, for the sums over all ranks."""
         for half, right in enumerate(self._rights):
+            self._add_pending(half)
             ranks.sum(f"right side {self._name!r} {half}", right)
         if self._damping is None:
             for half, gram in enumerate(self._grams):

@@ -64,14 +64,17 @@ def test_what_is_known_is_not_done_again(tmp_path: Path) -> None:
             model, data, objective=Imitation(sequential=False), checkpoint=folder
         )
 
+    def batches() -> int:
+        return ran.count(30)  # others are a few samples of the first one
+
     run(None)  # traces more
     expected = run(None)
-    whole = len(ran)
+    whole = batches()
     assert stopped(8, lambda: run(tmp_path / "a"))  # the call, the memory, six batches
     check_same(run(tmp_path / "a"), expected, exactly=True)
-    assert len(ran) == whole - 6
+    assert batches() == whole - 6
     check_same(run(tmp_path / "a"), expected, exactly=True)
-    assert len(ran) == whole - 8
+    assert batches() == whole - 8
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "a").iterdir()) == [
         ".lock", "call", "data", "layer", "layer", "memory.json"
     ]  # fmt: skip
