@@ -38,10 +38,13 @@ class Network(NamedTuple):
     tensors: parameters and buffers by name
     left:    what is left of each dimension that is cut. The tensors have their whole size; only the
              norms over units and the recurrences need to know
+    used:    by the name of a weight, the input channels (n,) int64 of which its layer has weights
+             other than zero; layers that are not named use all
     """
 
     tensors: Mapping[str, Tensor]
     left: Entries = MappingProxyType({})
+    used: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class GraphExecutor:
@@ -80,6 +83,8 @@ class GraphExecutor:
             name: linear_path(graph, self.nodes[i]) for name, i in self.place.items()
         }
         self.refittable = self._refittable()
+        # Of the last two networks that ran:
+        self._known_constants: list[tuple[Network, Values]] = []
         # The last entries that `_sums_over` was asked for: of the network, and without a group.
         self._last_left: list[tuple[Entries, dict[fx.Node, tuple[int, Tensor]]]] = []
         # What `output_of` and `ends` read, also where the graph uses it nowhere.
@@ -124,15 +129,18 @@ class GraphExecutor:
                 found[node] = tensors[name] if name in tensors else traced[spec.target]
         return found
 
-    def run(
-        self, values: Values, tensors: Mapping[str, Tensor], start: int, end: int,
-        left: Entries | None = None,
-    ) -> None:  # fmt: skip
-        """Runs nodes [start, end) on `values`, in place; values without later use are dropped.
+    def _constants_of(self, network: Network) -> Values:
+        """`constants`, kept for the last two networks."""
+        for known, constants in self._known_constants:
+            if known is network:
+                return constants
+        constants = self.constants(network.tensors)
+        self._known_constants = [(network, constants), *self._known_constants[:1]]
+        return constants
 
-        tensors, left: the network's, as in `Network`
-        """
-        constants, sums = self.constants(tensors), self._sums_over(left)
+    def run(self, values: Values, network: Network, start: int, end: int) -> None:
+        """Runs nodes [start, end) on `values`, in place; values without later use are dropped."""
+        constants, sums = self._constants_of(network), self._sums_over(network.left)
         env, own = constants | values, set[fx.Node]()
         for i in range(start, end):
             node = self.nodes[i]
@@ -140,7 +148,9 @@ class GraphExecutor:
                 continue
             if node.op == "output":
                 break
-            value = self.evaluate(node, env, sums.get(node), own)
+            value = self._on_used_inputs(node, env, network)
+            if value is None:
+                value = self.evaluate(node, env, sums.get(node), own)
             if is_new(value, [env[source] for source in node.all_input_nodes]):
                 own.add(node)
             if node.users or (i == end - 1 and node in self._read):
@@ -150,6 +160,34 @@ class GraphExecutor:
         values.clear()
         values.update({node: value for node, value in env.items() if node not in constants})
         self._interpreter.env = {}
+
+    def inputs_used(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`Network.used` for these weights, by name."""
+        used = {}
+        for layer in self.layers.values():
+            if layer.groups == 1 and layer.weight in tensors:
+                weight = tensors[layer.weight]
+                others = [dim for dim in range(weight.dim()) if dim != layer.in_dim]
+                used[layer.weight] = (weight != 0).any(others).nonzero().flatten()
+        return used
+
+    def _on_used_inputs(self, node: fx.Node, values: Values, network: Network) -> Tensor | None:
+        """The output of a layer that does not use all input channels; None: it uses all."""
+        layer = self.graph.layers.get(node)
+        used = None if layer is None else network.used.get(layer.weight)
+        if layer is None or used is None or operation(node) in PRODUCTS | {"addmm", EXPERTS}:
+            return None
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or self.graph.tensors.get(weight.name) != layer.weight:
+            return None
+        inputs, weights = values[data_input(node)], network.tensors[layer.weight]
+        if not 0 < len(used) < weights.shape[layer.in_dim]:
+            return None
+        bias = None if layer.bias is None else network.tensors[layer.bias]
+        return self.linear_map(
+            layer.name, inputs.index_select(layer.channel_dim, used),
+            weights.index_select(layer.in_dim, used), bias,
+        )  # fmt: skip
 
     def evaluate(
         self, node: fx.Node, values: Values, over: tuple[int, Tensor] | None = None,
@@ -224,7 +262,7 @@ class GraphExecutor:
     ) -> Any:  # fmt: skip
         """The model's output from the values just before node `start`; these are not changed."""
         values = dict(values)
-        self.run(values, tensors, start, len(self.nodes), left)
+        self.run(values, Network(tensors, left or {}), start, len(self.nodes))
         return self.returned(values)
 
     def returned(self, values: Values) -> Any:
@@ -246,8 +284,9 @@ class GraphExecutor:
         """
         by_end = {self._end(layer): layer for layer in layers}
         values, start, ends = self.inputs(batch), 0, dict[str, Tensor]()
+        network = Network(tensors)
         for end, layer in sorted(by_end.items()):
-            self.run(values, tensors, start, end)
+            self.run(values, network, start, end)
             start, path = end, self.linear_paths[layer]
             value: Tensor = values[path.end]
             ends[layer] = value.relu() if path.rectified else value
@@ -284,11 +323,11 @@ class GraphExecutor:
         add: Callable[[str, Tensor], None],
     ) -> None:  # fmt: skip
         """Runs the model and calls add(layer, input) at every use of these layers."""
-        values, start = self.inputs(batch), 0
+        values, start, network = self.inputs(batch), 0, Network(tensors)
         for node, layer in self.graph.layers.items():
             if layer.name in layers:
                 end = self.graph.position[node]
-                self.run(values, tensors, start, end)
+                self.run(values, network, start, end)
                 start = end
                 add(layer.name, self._input_of(node, values))
 
@@ -327,7 +366,7 @@ class GraphExecutor:
 
     def _value_of(self, node: fx.Node, values: Values, network: Network) -> Tensor:
         """A node's value, from values before it. Only what the node is computed from runs."""
-        env, sums = self.constants(network.tensors) | values, self._sums_over(network.left)
+        env, sums = self._constants_of(network) | values, self._sums_over(network.left)
         missing = {other for other in ancestors(node, env.__contains__) if other not in env}
         for other in sorted(missing, key=self.graph.position.__getitem__):
             env[other] = self.evaluate(other, env, sums.get(other))
@@ -345,9 +384,9 @@ class GraphExecutor:
         path, place, results = self.linear_paths[layer], self.place[layer], list[Tensor]()
         for its_values, network in zip((dense, pruned), networks, strict=True):
             values = dict(its_values)
-            self.run(values, network.tensors, place, place + 1, network.left)
+            self.run(values, network, place, place + 1)
             shape = self.output_of(layer, values).shape
-            self.run(values, network.tensors, place + 1, self._end(layer), network.left)
+            self.run(values, network, place + 1, self._end(layer))
             results.append(values[path.end].reshape(shape))
         return results
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 from ..data.batches import Batch
-from .executor import GraphExecutor
+from .executor import GraphExecutor, Network
 from .nodes import ATTENTION, ancestors, operation
 from .tracing import Graph
 
@@ -32,12 +32,12 @@ def visit_queries(
     names:   of nodes of the graph, as in `Group.scores`
     """
     values, start = executor.inputs(batch), 0
-    constants = executor.constants(tensors)
+    constants, network = executor.constants(tensors), Network(tensors)
     for node in executor.nodes:
         if node.name not in names:
             continue
         end = executor.graph.position[node]
-        executor.run(values, tensors, start, end)
+        executor.run(values, network, start, end)
         start = end
         first = 1 if operation(node) == "baddbmm" else 0
         known = values | constants

@@ -88,8 +88,8 @@ class _State:
         if to != self.at:
             self.known.clear()
         if self.pruned is not None:
-            self.executor.run(self.pruned, pruned.tensors, self.at, to, pruned.left)
-        self.executor.run(self.dense, dense.tensors, self.at, to)
+            self.executor.run(self.pruned, pruned, self.at, to)
+        self.executor.run(self.dense, dense, self.at, to)
         self.at = to
 
     def separate(self) -> None:
@@ -111,7 +111,9 @@ class Replay:
         self.ranks = batches.ranks
         self._parts = Parts(model, batches)
         self._dense = Network(tensors_of(model))
+        self._pruned: Network | None = None  # None: it has changed
         self._changed: dict[str, Tensor] = {}
+        self._used: dict[str, Tensor] = {}
         self._left: Entries = {}
         self._first_layer: str | None = None  # that was changed
         self._differs_from_start = False
@@ -167,7 +169,8 @@ class Replay:
         Layers are changed in the order in which they run.
         """
         self._changed |= tensors
-        self._first_layer = self._first_layer or layer
+        self._pruned, self._first_layer = None, self._first_layer or layer
+        self._used |= self._first_executor().inputs_used(tensors)
         for state in self._states:
             if state is not None:
                 state.separate()
@@ -178,12 +181,12 @@ class Replay:
         A layer is changed next. The networks have not run beyond the first of the norms and
         recurrences that this concerns.
         """
-        self._left = left
+        self._left, self._pruned = left, None
 
     def change_all(self, tensors: Mapping[str, Tensor]) -> None:
         """Gives layers anywhere in the pruned network these tensors, before any has run."""
         self._changed |= tensors
-        self._differs_from_start = True
+        self._differs_from_start, self._pruned = True, None
 
     def maps(self, layer: Layer) -> list[tuple[Tensor, Tensor | float]]:
         """A layer's weight and bias (0.0: it has none) in the dense network and the pruned one."""
@@ -202,7 +205,10 @@ class Replay:
 
     def _networks(self) -> tuple[Network, Network]:
         """The dense network and the pruned one."""
-        return self._dense, Network({**self._dense.tensors, **self._changed}, self._left)
+        if self._pruned is None:
+            tensors = {**self._dense.tensors, **self._changed}
+            self._pruned = Network(tensors, self._left, self._used)
+        return self._dense, self._pruned
 
     @property
     def samples(self) -> int:
@@ -245,8 +251,8 @@ class Replay:
         pruned = dict(state.dense if state.pruned is None else state.pruned)
         for layer in layers:
             place = _place(executor, layer)
-            executor.run(pruned, pruned_network.tensors, at, place, pruned_network.left)
-            executor.run(dense, dense_network.tensors, at, place)
+            executor.run(pruned, pruned_network, at, place)
+            executor.run(dense, dense_network, at, place)
             inputs = self._inputs(executor, layer, dense, pruned, state.pruned is not None)
             add(layer, inputs, state.draws, executor.mask_of(layer, state.padding))
             at = place

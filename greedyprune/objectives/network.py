@@ -19,6 +19,7 @@ from ..data.forward import is_separate, main_output, run_model
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.padding import NO_LABEL
 from ..data.targets import joined, joined_over, part_of
+from ..graph import executor
 from ..graph.executor import (
     GraphExecutor,
     bytes_held,
@@ -50,8 +51,9 @@ class NetworkState:
 
     def advance(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
         if self.executor is not None:
-            self.executor.run(self.values, tensors, self.at, self.executor.place[layer])
-            self.at = self.executor.place[layer]
+            place = self.executor.place[layer]
+            self.executor.run(self.values, executor.Network(tensors), self.at, place)
+            self.at = place
 
     def outputs(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         if self.executor is not None:

@@ -28,7 +28,7 @@ from ..graph.unfold import (
     unit_major,
 )
 from ..kernels.least_squares import Halves, feature_rows
-from ..kernels.products import FAST, PendingColumns, mirror
+from ..kernels.products import FAST, PendingColumns, mirror, products_in
 from ..runtime.distributed import Ranks
 
 
@@ -308,7 +308,8 @@ class ConsumerProducts(Products):
             return
         pairs = zip(parts(both.dense), parts(inputs, outputs=both.shortcuts), strict=True)
         for (half, dense, _), (_, columns, shortcuts) in pairs:
-            target = self._dense.to(dense) @ dense.flatten(0, 1)
+            with products_in(self.dtype):
+                target = self._dense.to(dense) @ dense.flatten(0, 1)
             if shortcuts:
                 of_dense, of_pruned = shortcuts
                 target += both.path.unscaled(of_dense - of_pruned)

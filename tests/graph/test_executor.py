@@ -11,12 +11,9 @@ import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import main_output
 from greedyprune.graph import executors as executors_module
-from greedyprune.graph.executor import (
-    GraphExecutor,
-    bytes_held,
-    tensors_of,
-)
+from greedyprune.graph.executor import GraphExecutor, Network, bytes_held, tensors_of
 from greedyprune.graph.executors import GraphExecutors
+from greedyprune.graph.nodes import in_place
 
 
 def batch_of(inputs: Inputs) -> Batch:
@@ -29,7 +26,7 @@ def test_piece_by_piece_is_the_whole(name: str) -> None:
     """Every node by itself: the same output, and no values are left that nothing uses."""
     model, inputs = network(name)
     executor, tensors = GraphExecutor(model, batch_of(inputs)), tensors_of(model)
-    values = executor.inputs(batch_of(inputs))
+    values, network_of_model = executor.inputs(batch_of(inputs)), Network(tensors)
     for start in range(len(executor.nodes)):
         later = {source for node in executor.nodes[start:] for source in node.all_input_nodes}
         assert set(values) <= later | set(executor.inputs(batch_of(inputs)))
@@ -38,7 +35,7 @@ def test_piece_by_piece_is_the_whole(name: str) -> None:
             output = main_output(executor.outputs(values, tensors, start))
             torch.testing.assert_close(output, outputs_of(model, inputs), rtol=0, atol=0)
             assert values == before
-        executor.run(values, tensors, start, start + 1)
+        executor.run(values, network_of_model, start, start + 1)
     assert main_output(executor.returned(values)).equal(outputs_of(model, inputs))
 
 
@@ -48,17 +45,77 @@ def test_a_layer_s_input_gives_its_output(name: str) -> None:
     """By its linear map on the padded input, and by the module on the input without padding."""
     model, inputs = network(name)
     executor, tensors = GraphExecutor(model, batch_of(inputs)), tensors_of(model)
-    values, start = executor.inputs(batch_of(inputs)), 0
+    values, start, whole = executor.inputs(batch_of(inputs)), 0, Network(tensors)
     for layer, place in executor.place.items():
-        executor.run(values, tensors, start, place)
+        executor.run(values, whole, start, place)
         start = place
         weight, bias = (tensors.get(name or "") for name in executor.layers[layer][1:3])
         padded = executor.input_of(layer, values, padded=True)
         output = executor.linear_map(layer, padded, weight, bias)
         assert model.get_submodule(layer)(executor.input_of(layer, values)).equal(output)
         after = dict(values)
-        executor.run(after, tensors, place, place + 1)
+        executor.run(after, whole, place, place + 1)
         assert executor.output_of(layer, after).equal(output)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_inputs_without_weights_are_left_out(name: str) -> None:
+    """The output is as with zeros in their place, of every layer that is a module."""
+    model, inputs = network(name)
+    executor, tensors = GraphExecutor(model, batch_of(inputs)), tensors_of(model)
+    changed, fewer = dict(tensors), 0
+    for layer in executor.layers.values():
+        if layer.groups == 1:
+            weight = tensors[layer.weight].clone()
+            weight.index_fill_(layer.in_dim, torch.arange(0, weight.shape[layer.in_dim], 3), 0.0)
+            changed[layer.weight] = weight
+    used = executor.inputs_used(changed)
+    for weight, channels in used.items():
+        dim = next(layer.in_dim for layer in executor.layers.values() if layer.weight == weight)
+        size = changed[weight].shape[dim]
+        fewer += len(channels) < size
+        assert channels.equal(torch.arange(size)[torch.arange(size) % 3 > 0])
+    assert fewer
+    ends = []
+    for whole in (Network(changed), Network(changed, used=used)):
+        values = executor.inputs(batch_of(inputs))
+        executor.run(values, whole, 0, len(executor.nodes))
+        ends.append(main_output(executor.returned(values)))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_operations_in_place_change_no_value_that_is_used_again() -> None:
+    """Those of one network are not those of the other, which has the same value before."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = self.first(x)
+            own += x  # nothing else reads what is changed
+            shared = self.second(own).relu_()
+            return (shared.view(24) + 0).view(6, 4) + shared.add_(own)
+
+    torch.manual_seed(0)
+    model, inputs = InPlace(), torch.randn(6, 4)
+    executor, batch = GraphExecutor(model, batch_of(inputs)), batch_of(inputs)
+    whole, end = Network(tensors_of(model)), len(executor.nodes)
+    assert sum(map(in_place, executor.nodes)) == 3
+    expected = model(inputs.clone())
+    for stop in range(end):
+        values = executor.inputs(batch)
+        executor.run(values, whole, 0, stop)
+        other, before = dict(values), {node: value.clone() for node, value in values.items()}
+        for both in (other, values):
+            executor.run(both, whole, stop, end)
+            assert main_output(executor.returned(both)).equal(expected)
+            if both is other:
+                assert all(values[node].equal(before[node]) for node in values)
+    assert batch.args[0].equal(inputs)
 
 
 def test_linear_paths_end_at_what_is_not_linear() -> None:
