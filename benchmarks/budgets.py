@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,24 +39,31 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    images, labels = read_cifar(args.data, "train")
     held_out = read_cifar(args.data, "test")
     print("| network | channels kept | draw | sizes | FLOPs left | select | then refit | seconds |")
     print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
-    for network in args.networks:
+    for network, model, inner, seed, data in draws(args.data, args.networks, args.seeds):
+        rows = Rows(network, model, data, held_out, seed, inner)
+        for keep in args.keep:
+            selection = rows.selected(keep, "one share", keep)
+            dense, left = selection.change("flops") or (1, 1)
+            for name, trials in (("own", 0), ("trials", TRIALS * len(selection.layers))):
+                rows.selected(keep, name, Budget(flops=left / dense, trials=trials))
+                rows.resized(keep, name, Budget(flops=left / dense), trials)
+
+
+def draws(
+    folder: Path, networks: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, nn.Module, list[str] | None, int, Data]]:
+    """A network's name, the network, its inner layers (None: all), a seed and its images."""
+    images, labels = read_cifar(folder, "train")
+    for network in networks:
         model = kept(network)
         inner = [name for name, _ in model.named_modules() if name.endswith("conv1")] or None
-        for seed in args.seeds:
+        for seed in seeds:
             torch.manual_seed(seed)
             some = torch.randperm(len(images))[:IMAGES]
-            data = images[some], labels[some]
-            rows = Rows(network, model, data, held_out, seed, inner)
-            for keep in args.keep:
-                selection = rows.selected(keep, "one share", keep)
-                dense, left = selection.change("flops") or (1, 1)
-                for name, trials in (("own", 0), ("trials", TRIALS * len(selection.layers))):
-                    rows.selected(keep, name, Budget(flops=left / dense, trials=trials))
-                    rows.resized(keep, name, Budget(flops=left / dense), trials)
+            yield network, model, inner, seed, (images[some], labels[some])
 
 
 class Rows:

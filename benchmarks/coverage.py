@@ -38,9 +38,10 @@ import greedyprune
 from greedyprune.data.batches import example_batch
 from greedyprune.data.forward import leaves_of
 from greedyprune.graph.costs import count_flops
-from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.export import without_cache
 from greedyprune.graph.names import slice_of, weight_of
+from greedyprune.graph.networks import tensors_of
 from greedyprune.graph.tracing import LAYER_TYPES
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.proof import example_of

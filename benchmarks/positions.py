@@ -23,9 +23,8 @@ import greedyprune
 from greedyprune.data import positions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from cifar import NETWORKS, accuracy, kept, read_cifar
-
-IMAGES = 1024
+from budgets import draws
+from cifar import NETWORKS, accuracy, read_cifar
 
 
 def main() -> None:
@@ -36,35 +35,29 @@ def main() -> None:
     parser.add_argument("--rows", type=float, nargs="+", default=[4, 8, 16, 32, 64, 128])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    images, labels = read_cifar(args.data, "train")
     held_out = read_cifar(args.data, "test")
     positions.CHEAP = 0  # also in layers whose sums take little time
     print("| network | draw | rows | select | then refit | units in common | select | refit |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for network in args.networks:
-        model = kept(network)
-        inner = [name for name, _ in model.named_modules() if name.endswith("conv1")] or None
-        for seed in args.seeds:
-            torch.manual_seed(seed)
-            some = torch.randperm(len(images))[:IMAGES]
-            data, whole = (images[some], labels[some]), None
-            for rows in (math.inf, *args.rows):
-                positions.ROWS = rows
-                start = time.perf_counter()
-                selection = greedyprune.select(
-                    model, data, layers=inner, size=args.size, progress=False
-                )
-                middle = time.perf_counter()
-                refitted = greedyprune.refit(model, selection, data, progress=False)
-                end = time.perf_counter()
-                whole = whole or selection
-                small = greedyprune.prune(model, selection)
-                print(
-                    f"| {network} | {seed} | {rows:g} | {accuracy(small, held_out):.2%} | "
-                    f"{accuracy(refitted, held_out):.2%} | {in_common(whole, selection):.1%} | "
-                    f"{middle - start:.1f} | {end - middle:.1f} |",
-                    flush=True,
-                )
+    for network, model, inner, seed, data in draws(args.data, args.networks, args.seeds):
+        whole = None
+        for rows in (math.inf, *args.rows):
+            positions.ROWS = rows
+            start = time.perf_counter()
+            selection = greedyprune.select(
+                model, data, layers=inner, size=args.size, progress=False
+            )
+            middle = time.perf_counter()
+            refitted = greedyprune.refit(model, selection, data, progress=False)
+            end = time.perf_counter()
+            whole = whole or selection
+            small = greedyprune.prune(model, selection)
+            print(
+                f"| {network} | {seed} | {rows:g} | {accuracy(small, held_out):.2%} | "
+                f"{accuracy(refitted, held_out):.2%} | {in_common(whole, selection):.1%} | "
+                f"{middle - start:.1f} | {end - middle:.1f} |",
+                flush=True,
+            )
 
 
 def in_common(whole: greedyprune.Selection, other: greedyprune.Selection) -> float:

@@ -17,7 +17,7 @@ from .data.as_written import as_deployed
 from .data.batches import Batch
 from .data.forward import hooked, run_model
 from .graph.costs import Cost, blocks_of
-from .graph.executor import tensors_of
+from .graph.networks import tensors_of
 from .sizes.kinds import Kinds, sizes_in_one_share
 from .surgery.cut import cut_to
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .data.batches import Batch, samples_of
 from .data.forward import run_model
 from .graph.costs import Cost
-from .graph.executor import tensors_of
+from .graph.networks import tensors_of
 from .sizes.kinds import Kinds, KindSizes
 from .sizes.knapsack import Numbers
 from .surgery.cut import cut_to

@@ -15,7 +15,7 @@ from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 from greedyprune.kernels import backend as _backend
 from greedyprune.objectives import layer_products
 from greedyprune.runtime import resume
-from greedyprune.surgery import refit
+from greedyprune.surgery import layer_fit
 
 os.environ["MPLBACKEND"] = "agg"  # pictures without a screen
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
@@ -40,7 +40,7 @@ def least_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> tuple[float, float]:
         return damping, 1.0
 
-    for module in (refit, layer_products):
+    for module in (layer_fit, layer_products):
         monkeypatch.setattr(module, "chosen_damping", least)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import greedyprune
 from greedyprune import Selection
 from greedyprune.data import positions
+from greedyprune.kernels import products
 from greedyprune.runtime import distributed, files, resume
 
 pytestmark = [
@@ -164,6 +165,7 @@ def test_a_sample_of_positions_is_the_same(team: Team) -> None:
 
 def sampled(rank: int, ranks: int) -> Selection:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "has_fast_products", lambda: False)
         patch.setattr(positions, "CHEAP", 0)
         patch.setattr(positions, "ROWS", 4)
         if ranks == 1:

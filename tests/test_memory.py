@@ -140,7 +140,7 @@ def many_targets(_: int, limit: int) -> int:
 
 @pytest.mark.parametrize(
     ("limit", "options"),
-    [(2**24, {"size": 0.25, **in_sequence(swaps=0)}),
+    [(9 * 2**21, {"size": 0.25, **in_sequence(swaps=0)}),
      (2**23, {"size": 1, "objective": Loss(candidates=2)})],
 )  # fmt: skip
 def test_values_between_layers_are_in_the_limit(

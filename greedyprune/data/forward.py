@@ -281,7 +281,7 @@ def not_run(layer: str) -> ValueError:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Are all entries finite? It takes no memory, other than `isfinite().all()`."""
+    """Are all entries finite? `isfinite().all()` would make a tensor of their shape first."""
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 

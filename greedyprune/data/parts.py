@@ -16,6 +16,7 @@ from .batches import Batches
 from .forward import is_separate, leaves_of, run_model
 
 ACTIVATION = 2**25  # the most bytes of an activation
+FEW = 4  # samples that show how large activations are, and whether the samples are separate
 ALL = 2**62  # samples: more than a batch has
 
 
@@ -43,9 +44,10 @@ def _at_once(model: nn.Module, batch: Batch) -> int:
     if count == 1:
         return ALL
     try:
-        of_sample = _largest_activation(model, batch.few(2)) // 2
+        few = batch.few(FEW)
+        of_sample = _largest_activation(model, few) // (samples_of(few) or 1)
         at_once = max(1, ACTIVATION // max(1, of_sample))
-        if at_once < count and is_separate(model, batch.few(max(2, at_once))):
+        if at_once < count and is_separate(model, few):
             return at_once
     except (ValueError, RuntimeError):  # the model runs on no part of the batch
         pass

@@ -100,7 +100,8 @@ def samples_in_all(source: object) -> int | None:
     except TypeError:  # a stream has no length
         return None
     if isinstance(source, (list, tuple)):
-        return sum(next(map(len, filter(_has_length, tree_leaves(batch))), 0) for batch in source)
+        lengths = [next(filter(_has_length, tree_leaves(batch)), ()) for batch in source]
+        return sum(map(len, lengths)) if all(map(len, lengths)) else None
     return None
 
 

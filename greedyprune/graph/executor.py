@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,10 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from ..data.batches import Batch
 from ..data.forward import not_run
 from ..data.padding import Padding
-from ..runtime.sparse import bytes_of
 from .experts import EXPERTS
 from .head_labels import HeadPropagation
 from .linear_paths import linear_path
+from .networks import Network, Values, is_new
 from .nodes import PRODUCTS, ancestors, data_input, in_place, operation, shape_of
 from .norms import over_entries
 from .propagate import Propagation
@@ -27,24 +26,6 @@ from .recurrences import is_recurrence, with_columns
 from .slices import Entries
 from .tracing import Graph, Layer
 from .unfold import output_shape
-
-# The values of nodes that have run and are still needed: tensors, or tuples of them.
-Values = dict[fx.Node, Any]
-
-
-class Network(NamedTuple):
-    """A network that an executor runs: the model with other weights, or without some units.
-
-    tensors: parameters and buffers by name
-    left:    what is left of each dimension that is cut. The tensors have their whole size; only the
-             norms over units and the recurrences need to know
-    used:    by the name of a weight, the input channels (n,) int64 of which its layer has weights
-             other than zero; layers that are not named use all
-    """
-
-    tensors: Mapping[str, Tensor]
-    left: Entries = MappingProxyType({})
-    used: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class GraphExecutor:
@@ -151,7 +132,8 @@ class GraphExecutor:
             value = self._on_used_inputs(node, env, network)
             if value is None:
                 value = self.evaluate(node, env, sums.get(node), own)
-            if is_new(value, [env[source] for source in node.all_input_nodes]):
+            in_own = in_place(node) and node.args[0] in own  # the value stays where it was
+            if in_own or is_new(value, [env[source] for source in node.all_input_nodes]):
                 own.add(node)
             if node.users or (i == end - 1 and node in self._read):
                 env[node] = value
@@ -184,10 +166,8 @@ class GraphExecutor:
         if not 0 < len(used) < weights.shape[layer.in_dim]:
             return None
         bias = None if layer.bias is None else network.tensors[layer.bias]
-        return self.linear_map(
-            layer.name, inputs.index_select(layer.channel_dim, used),
-            weights.index_select(layer.in_dim, used), bias,
-        )  # fmt: skip
+        inputs = inputs.index_select(layer.channel_dim, used)
+        return _linear_map(node, inputs, weights.index_select(layer.in_dim, used), bias)
 
     def evaluate(
         self, node: fx.Node, values: Values, over: tuple[int, Tensor] | None = None,
@@ -337,12 +317,7 @@ class GraphExecutor:
 
     def linear_map(self, layer: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A layer's output for its (padded) inputs, with this weight and bias."""
-        node = self.nodes[self.place[layer]]
-        if operation(node) in PRODUCTS | {"addmm"}:
-            return inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
-        target: Any = node.target
-        options = {name: value for name, value in node.kwargs.items() if name != "bias"}
-        return target(inputs, weight, bias, *node.args[3:], **options)
+        return _linear_map(self.nodes[self.place[layer]], inputs, weight, bias)
 
     def shortcuts(
         self, layer: str, dense: Values, pruned: Values, networks: Sequence[Network]
@@ -414,31 +389,10 @@ class GraphExecutor:
         }
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, by every name that they have."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def is_new(value: object, operands: object) -> bool:
-    """Is a value a tensor in memory of its own, not that of an operand?"""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return False
-    memory = value.untyped_storage().data_ptr()
-    others = (other for other in tree_leaves(operands) if isinstance(other, Tensor))
-    return all(
-        other.layout is torch.strided and other.untyped_storage().data_ptr() != memory
-        for other in others
-    )
-
-
-def bytes_held(values: Sequence[Values]) -> int:
-    """The memory of all tensors among these values, each counted once."""
-    tensors = {
-        id(value): value
-        for value in tree_leaves([list(nodes.values()) for nodes in values])
-        if isinstance(value, Tensor)
-    }
-    return sum(map(bytes_of, tensors.values()))
+def _linear_map(node: fx.Node, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A layer's operation on other operands."""
+    if operation(node) in PRODUCTS | {"addmm"}:
+        return inputs @ weight if bias is None else torch.addmm(bias, inputs, weight)
+    target: Any = node.target
+    options = {name: value for name, value in node.kwargs.items() if name != "bias"}
+    return target(inputs, weight, bias, *node.args[3:], **options)

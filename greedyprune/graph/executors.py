@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_flatten
 
 from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs, traceable
-from .executor import GraphExecutor, tensors_of
+from .executor import GraphExecutor
 from .export import without_cache
+from .networks import tensors_of
 
 MOST_SHAPES = 16  # of batches that take a trace of their own
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 from ..data.batches import Batch
-from .executor import GraphExecutor, Network
+from .executor import GraphExecutor
+from .networks import Network
 from .nodes import ATTENTION, ancestors, operation
 from .tracing import Graph
 

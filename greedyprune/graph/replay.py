@@ -18,17 +18,12 @@ from ..data.parts import Parts
 from ..data.positions import Draws
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
-from .executor import (
-    GraphExecutor,
-    Network,
-    Values,
-    bytes_held,
-    tensors_of,
-)
+from .executor import GraphExecutor
 from .executors import GraphExecutors
 from .groups import Group
 from .linear_paths import LinearPath
 from .names import layer_name, weight_name
+from .networks import Network, Values, bytes_held, tensors_of
 from .slices import Entries
 from .tracing import Layer
 
@@ -188,14 +183,11 @@ class Replay:
         self._changed |= tensors
         self._differs_from_start, self._pruned = True, None
 
-    def maps(self, layer: Layer) -> list[tuple[Tensor, Tensor | float]]:
-        """A layer's weight and bias (0.0: it has none) in the dense network and the pruned one."""
+    def maps(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+        """A layer's weight and bias, if it has one, in the dense network and the pruned one."""
         return [
-            (
-                network.tensors[layer.weight],
-                0.0 if layer.bias is None else network.tensors[layer.bias],
-            )
-            for network in self._networks()
+            (tensors[layer.weight], None if layer.bias is None else tensors[layer.bias])
+            for tensors, *_ in self._networks()
         ]
 
     def weight(self, layer: str) -> Tensor:

@@ -20,24 +20,23 @@ from .backend import has_extension, instruction_set
 # Samples in one product in the features' own type: the length of the longest sum in that type.
 # csrc/kernels.h has the same number as kProductTile, and a test compares the two.
 PRODUCT = 4096
-ENOUGH = 1024  # samples of which a product is made
+MOST_PENDING = 1024  # columns that wait for one product
 FLOAT64_SAMPLES = 1024  # the most samples that are multiplied in float64 at a time
 FLOAT64_ENTRIES = 2**23  # the most entries of features that are copied to float64 at a time
 PANEL_ROWS = 512  # rows of the Gram matrix that are computed together, from the diagonal on
 COPIED_ROWS = 64  # rows of the Gram matrix for which a copy of their size is made at a time
 
 
-# Products of float32 whose inputs may be rounded to bfloat16. An entry of a feature is then off by
-# up to 2^-9 of itself. In sums over thousands of samples such errors cancel: a Gram matrix is about
-# as close as with float32. What remains acts as a ridge of 1e-6 of the features' squares.
-FAST = torch.bfloat16
-
-
 @contextmanager
-def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """For FAST, lets products of float32 on the CPU round their inputs to bfloat16."""
+def rounded_inputs(allowed: bool = True) -> Iterator[None]:
+    """Lets products of float32 round their inputs to bfloat16 where the CPU then multiplies faster.
+
+    An entry of a feature is then off by up to 2^-9 of itself. A Gram matrix is exactly that of the
+    rounded features, so it stays positive semidefinite. For least squares their rounding is noise:
+    it acts as a ridge of about 1e-6 of the features' squares, far below the least damping.
+    """
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != FAST or not has_fast_products() or not hasattr(settings, "fp32_precision"):
+    if not allowed or not has_fast_products() or not hasattr(settings, "fp32_precision"):
         yield
         return
     before = settings.fp32_precision
@@ -61,15 +60,8 @@ def add_upper_product(gram: Tensor, features: Tensor, dtype: torch.dtype) -> Non
     Args:
         gram: (N, N) float64, changed in place; `mirror` fills its lower half
         features: (N, m), of any floating type
-        dtype: the type in which at most PRODUCT samples are multiplied; longer sums are float64.
-            FAST: the features' own, with inputs rounded to bfloat16 where the processor multiplies
-            these faster
+        dtype: the type in which at most PRODUCT samples are multiplied; longer sums are float64
     """
-    with products_in(dtype):
-        _add_upper_product(gram, features, features.dtype if dtype == FAST else dtype)
-
-
-def _add_upper_product(gram: Tensor, features: Tensor, dtype: torch.dtype) -> None:
     if dtype == gram.dtype:
         samples = max(64, min(FLOAT64_SAMPLES, FLOAT64_ENTRIES // len(gram)))
         for s in range(0, features.shape[1], samples):
@@ -89,6 +81,11 @@ def _add_upper_product(gram: Tensor, features: Tensor, dtype: torch.dtype) -> No
                 gram[i + r : end, i:] += product[r : r + COPIED_ROWS]
 
 
+def most_pending(features: int) -> int:
+    """How many columns wait for one product: their bytes are a quarter of the Gram matrix's."""
+    return min(MOST_PENDING, features // 2)
+
+
 class PendingColumns:
     """Columns of features and targets that wait until they are enough for one product.
 
@@ -103,18 +100,32 @@ class PendingColumns:
         self.rows.append(rows)
         if target is not None:
             self.targets.append(target)
-        return sum(part.shape[1] for part in self.rows) >= ENOUGH
+        return sum(part.shape[1] for part in self.rows) >= most_pending(len(rows))
 
-    def to_sums(self, gram: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> None:
-        """Adds the columns to the sums, those that are not None, and forgets them."""
+    def to_sums(
+        self,
+        gram: Tensor | None,
+        right: Tensor | None,
+        dtype: torch.dtype | None,
+        *,
+        rounded: bool,
+    ) -> None:
+        """Adds the columns to the sums, those that are not None, and forgets them.
+
+        gram, dtype: as for `add_upper_product`; None: the columns' own dtype
+        right:       as for `add_right`
+        rounded:     may products round their inputs?
+        """
         if not self.rows:
             return
         rows = torch.cat(self.rows, 1) if len(self.rows) > 1 else self.rows[0]
-        if gram is not None:
-            add_upper_product(gram, rows, dtype)
-        if right is not None:
-            targets = torch.cat(self.targets, 1) if len(self.targets) > 1 else self.targets[0]
-            add_right(right, rows, targets, dtype)
+        dtype = rows.dtype if dtype is None else dtype
+        with rounded_inputs(rounded):
+            if gram is not None:
+                add_upper_product(gram, rows, dtype)
+            if right is not None:
+                target = torch.cat(self.targets, 1) if len(self.targets) > 1 else self.targets[0]
+                add_right(right, rows, target, dtype)
         self.rows, self.targets = [], []
 
     def state(self) -> dict[str, Tensor]:
@@ -146,13 +157,11 @@ def add_right(right: Tensor, rows: Tensor, target: Tensor, dtype: torch.dtype) -
     Args:
         right: (F, C) float64, changed in place
         rows: (F, m) features; target: (C, m)
-        dtype: as for `add_upper_product`
+        dtype: the type in which at most PRODUCT samples are multiplied; longer sums are float64
     """
-    with products_in(dtype):
-        dtype = rows.dtype if dtype == FAST else dtype
-        for s in range(0, rows.shape[1], PRODUCT):
-            part = target[:, s : s + PRODUCT].to(dtype)
-            right += rows[:, s : s + PRODUCT].to(dtype) @ part.T
+    for s in range(0, rows.shape[1], PRODUCT):
+        part = target[:, s : s + PRODUCT].to(dtype)
+        right += rows[:, s : s + PRODUCT].to(dtype) @ part.T
 
 
 def float64_rounding(samples: int) -> float:

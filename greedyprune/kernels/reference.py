@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..data.losses import Target
-from .least_squares import on_units
+from .least_squares import DEPENDENT, on_units
 from .loop import greedy
 from .path import Moments, NestedFit, Path, Rule, Step, first_picks
 
 CHUNK_ENTRIES = 2**24  # the most entries of a temporary
+TINY = 1e-150  # its square can be divided by
 
 
 def candidate_loss(
@@ -182,7 +183,10 @@ def swap_gains(
     pull: Tensor,
     costs: Tensor,
 ) -> Tensor:
-    """The drop of a squared error by each exchange of a kept for a dropped unit: (p, d)."""
+    """The drop of a squared error by each exchange of a kept for a dropped unit: (p, d).
+
+    A feature of which less than DEPENDENT is left beside the kept ones gains nothing.
+    """
     width = inner.shape[-1]
     rows = torch.arange(len(right)).view(-1, width)
     gains = torch.empty(len(kept), len(dropped), dtype=torch.float64)
@@ -191,5 +195,9 @@ def swap_gains(
             across = swept[rows[p]][:, rows[j]]
             gram_j = swept[rows[j]][:, rows[j]] + across.T @ inner[i] @ across
             right_j = right[rows[j]] + across.T @ pull[i]
-            gains[i, k] = (right_j * torch.linalg.lstsq(gram_j, right_j).solution).sum() - costs[i]
+            scale = norms[rows[j]].sqrt().clamp(min=TINY)  # to correlations
+            correlations = gram_j / (scale[:, None] * scale)
+            inverse = torch.linalg.pinv(correlations, atol=DEPENDENT, rtol=0.0, hermitian=True)
+            scaled = right_j / scale[:, None]
+            gains[i, k] = (scaled * (inverse @ scaled)).sum() - costs[i]
     return gains

@@ -19,10 +19,10 @@ from ..data.forward import check_finite, hooked, run_model
 from ..data.padding import NO_PADDING, NO_POSITION
 from ..data.parts import Parts
 from ..data.positions import NO_DRAWS, Draws
-from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
 from ..graph.names import owner_of
+from ..graph.networks import tensors_of
 from ..kernels import exchange, ops
 from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
 from ..kernels.path import Moments, NestedFit, Path, Rule, Step

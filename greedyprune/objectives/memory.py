@@ -17,7 +17,7 @@ from ..graph.names import weight_of
 from ..graph.unfold import outputs_of
 from ..kernels.exchange import eliminates
 from ..kernels.path import Rule
-from ..kernels.products import FLOAT64_ENTRIES
+from ..kernels.products import FLOAT64_ENTRIES, most_pending
 from .job import Job
 
 WORD = 8  # bytes of a float64
@@ -58,6 +58,8 @@ def bytes_of(
     weights = "none" if group.scores else weights
     halves = 1 + (weights in ("auto", "refit") and not gates and not picked)
     sums = sum(halves * f * f + (1 + halves) * f * c for f, c in shapes)  # with W and K W^T
+    if not gates and not group.scores:  # and columns that wait, of half a word each
+        sums += sum(halves * most_pending(f) * (f + c) // 2 for f, c in shapes)
     picks, widths = rule.most(units), [f // units for f, _ in shapes]
     sides = 3 * sum(f * c for f, c in shapes)
     if weights not in ("auto", "refit"):

@@ -19,15 +19,12 @@ from ..data.forward import is_separate, main_output, run_model
 from ..data.losses import Criterion, loss_of_function, slope_in
 from ..data.padding import NO_LABEL
 from ..data.targets import joined, joined_over, part_of
-from ..graph import executor
-from ..graph.executor import (
-    GraphExecutor,
-    bytes_held,
-    tensors_of,
-)
+from ..graph.executor import GraphExecutor
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group
 from ..graph.names import slice_of, weight_name
+from ..graph.networks import Network as GraphNetwork
+from ..graph.networks import bytes_held, tensors_of
 from ..runtime.distributed import Ranks
 from ..runtime.progress import Bar
 from ..surgery.copying import copied
@@ -52,7 +49,7 @@ class NetworkState:
     def advance(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
         if self.executor is not None:
             place = self.executor.place[layer]
-            self.executor.run(self.values, executor.Network(tensors), self.at, place)
+            self.executor.run(self.values, GraphNetwork(tensors), self.at, place)
             self.at = place
 
     def outputs(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from ..graph.executor import GraphExecutor, Values
+from ..graph.executor import GraphExecutor
+from ..graph.networks import Values
 from ..graph.nodes import CONVOLUTIONS, LINEAR, TRANSPOSED, in_place, operation, shape_of
 from ..graph.propagate import RESHAPING
 

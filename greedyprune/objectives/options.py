@@ -61,10 +61,9 @@ class Imitation:
         if self.swaps is not None and not (is_int(self.swaps) and self.swaps >= 0):
             raise ValueError(f"swaps: found {self.swaps!r}, expected an int of at least 0")
         _check_damping(self.damping)
-        if not isinstance(self.exact_losses, bool):
-            raise TypeError(f"exact_losses: found {self.exact_losses!r}, expected True or False")
+        _check_bool("exact_losses", self.exact_losses)
         one_of("metric", self.metric, METRICS)
-        _check_sequential(self.sequential)
+        _check_bool("sequential", self.sequential)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Loss:
             )
         if self.metric is not None and not callable(self.metric):
             raise TypeError(f"metric: found {self.metric!r}, expected a function or None")
-        _check_sequential(self.sequential)
+        _check_bool("sequential", self.sequential)
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,6 @@ def _check_damping(damping: object) -> None:
         raise ValueError(f"damping: found {damping!r}, expected a number above 0")
 
 
-def _check_sequential(sequential: object) -> None:
-    if not isinstance(sequential, bool):
-        raise TypeError(f"sequential: found {sequential!r}, expected True or False")
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: found {value!r}, expected True or False")

@@ -28,7 +28,7 @@ from ..graph.unfold import (
     unit_major,
 )
 from ..kernels.least_squares import Halves, feature_rows
-from ..kernels.products import FAST, PendingColumns, mirror, products_in
+from ..kernels.products import PendingColumns, mirror, rounded_inputs
 from ..runtime.distributed import Ranks
 
 
@@ -48,8 +48,10 @@ class Sums:
         self.positions, self.target_norm = 0, 0.0
         self.pending = PendingColumns()
 
-    def add_pending(self, dtype: torch.dtype) -> None:
-        self.pending.to_sums(self.gram, self.cross, dtype)
+    def add_pending(self, long: bool) -> None:
+        """long: as in `Sampling`. Other products are in float64: the loss can be a small rest."""
+        dtype = None if long else torch.float64
+        self.pending.to_sums(self.gram, self.cross, dtype, rounded=long)
 
     def state(self) -> dict[str, Tensor]:
         numbers = torch.tensor([self.positions, self.target_norm], dtype=torch.float64)
@@ -150,7 +152,7 @@ class Products:
         """Adds up all ranks' sums, for all ranks or the owner, and moves them to the CPU."""
         stride = self.sampling.stride if self.sampling else 1
         for i, sums in enumerate(self.sums):
-            sums.add_pending(self.dtype)
+            sums.add_pending(self.long)
             sums.finish(f"{self.name!r} {i}", ranks, owner, stride)
 
     def rearrange(self, features: Tensor) -> None:
@@ -202,9 +204,9 @@ class Products:
         return Halves(grams, rights)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type of products: float64 if they take little time; the loss can be a small rest."""
-        return FAST if self.sampling is not None and self.sampling.long else torch.float64
+    def long(self) -> bool:
+        """Do the sums take so long that their products are less exact than float64?"""
+        return self.sampling is not None and self.sampling.long
 
     @property
     def mass(self) -> float:
@@ -308,7 +310,7 @@ class ConsumerProducts(Products):
             return
         pairs = zip(parts(both.dense), parts(inputs, outputs=both.shortcuts), strict=True)
         for (half, dense, _), (_, columns, shortcuts) in pairs:
-            with products_in(self.dtype):
+            with rounded_inputs(self.long):
                 target = self._dense.to(dense) @ dense.flatten(0, 1)
             if shortcuts:
                 of_dense, of_pruned = shortcuts
@@ -338,10 +340,10 @@ class ConsumerProducts(Products):
         if target is not None:
             if len(self._rest):  # what the other inputs give, as those of a concatenation
                 others, rest = columns[self._rest.to(columns.device)].flatten(0, 1), self._of_rest
-                dtype = target.dtype if self.dtype == FAST else self.dtype
+                dtype = target.dtype if self.long else torch.float64
                 target = target - (rest.to(dtype) @ others.to(dtype)).to(target)
             if self.root is not None:
                 target = self.root.to(target) @ target
             sums.target_norm += float(target.double().square().sum())
         if sums.pending.add(self._of_units(columns).flatten(0, 1), target):
-            sums.add_pending(self.dtype)
+            sums.add_pending(self.long)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..data.padding import Padding
-from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.groups import Group, Scores
+from ..graph.networks import tensors_of
 from ..graph.queries import Given, visit_queries
 from ..runtime.resume import Pass
 from ..surgery.layer_selection import LayerSelection

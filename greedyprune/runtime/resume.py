@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoint import Batch, Checkpoint, MarkDigest, checked_read, file_name
 from .files import read_tensors, write_tensors
 
-FORMAT = "greedyprune-checkpoint-1"
+FORMAT = "greedyprune-checkpoint-2"
 SECONDS = 20.0  # the least time between two writes of unfinished work, or
 SHARE = 20  # this many times as long as the last write took
 B = TypeVar("B", bound=Batch)

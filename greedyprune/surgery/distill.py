@@ -27,9 +27,9 @@ from ..data.batches import Batch, Batches, samples_of
 from ..data.forward import evaluating, is_separate
 from ..data.halves import held_out
 from ..data.padding import Padding, counted
-from ..graph.executor import tensors_of
 from ..graph.executors import GraphExecutors
 from ..graph.names import module_of_layer
+from ..graph.networks import tensors_of
 from ..graph.tracing import Layer
 from ..graph.windows import CONVOLUTION_TYPES
 from ..runtime.progress import Bar

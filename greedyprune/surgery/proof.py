@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch, placed
 from ..data.forward import evaluating, run_model, same_outputs
-from ..graph.executor import GraphExecutor, tensors_of
+from ..graph.executor import GraphExecutor
 from ..graph.export import without_cache
+from ..graph.networks import tensors_of
 from ..graph.slices import Entries
 
 SAMPLES = 2  # that a Selection keeps for the proof

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch
-from ..graph.executor import tensors_of
 from ..graph.groups import Group
 from ..graph.names import layer_name
+from ..graph.networks import tensors_of
 from ..graph.slices import Slice
 from ..graph.structure import analyse
 from ..runtime.arguments import is_int

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.executor import tensors_of
+from ..graph.networks import tensors_of
 from ..runtime.files import read_tensors, write_tensors
 from ..runtime.modules import module_of
 from .attention import fit_attention

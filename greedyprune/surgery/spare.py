@@ -10,7 +10,7 @@ from collections.abc import Collection
 from torch import nn
 
 from ..data.forward import State
-from ..graph.executor import tensors_of
+from ..graph.networks import tensors_of
 from .copying import copied
 
 

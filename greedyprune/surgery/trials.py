@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from ..data.batches import Batch
 from ..data.forward import run_model, same_outputs
 from ..data.random_state import preserving_random_state, seed_all
-from ..graph.executor import GraphExecutor, tensors_of
+from ..graph.executor import GraphExecutor
 from ..graph.export import without_cache
 from ..graph.groups import Group
+from ..graph.networks import tensors_of
 from ..graph.queries import Given, visit_queries
 from ..graph.refusals import without_layer
 from ..graph.slices import Entries, NotPrunableError

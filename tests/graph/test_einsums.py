@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.executor import GraphExecutor
+from greedyprune.graph.networks import tensors_of
 from greedyprune.graph.nodes import operation
 
 EQUATIONS = {

@@ -11,8 +11,9 @@ import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import main_output
 from greedyprune.graph import executors as executors_module
-from greedyprune.graph.executor import GraphExecutor, Network, bytes_held, tensors_of
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.executors import GraphExecutors
+from greedyprune.graph.networks import Network, bytes_held, tensors_of
 from greedyprune.graph.nodes import in_place
 
 

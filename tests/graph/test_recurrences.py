@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.groups import Group
+from greedyprune.graph.networks import tensors_of
 from greedyprune.graph.recurrences import is_recurrence
 from greedyprune.graph.structure import analyse
 

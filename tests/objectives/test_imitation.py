@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,9 +12,14 @@ from torch import Tensor, nn
 
 import greedyprune
 from greedyprune import Imitation
+from greedyprune.data.batches import Batches
+from greedyprune.data.positions import Draws
 from greedyprune.graph.executors import GraphExecutors
-from greedyprune.graph.replay import Replay
+from greedyprune.graph.replay import BothInputs, Replay
 from greedyprune.objectives import imitation
+from greedyprune.runtime.checkpoint import NO_CHECKPOINT
+from greedyprune.runtime.progress import bars
+from greedyprune.runtime.resume import Pass
 from greedyprune.surgery.cut import masked
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -270,3 +275,53 @@ def test_a_tolerance_stops_each_layer() -> None:
         assert 1 < len(layer.order) < len(layer.counts)
         assert float(layer.losses[-1]) <= enough
         assert (layer.losses[:-1] > enough).all()
+
+
+@pytest.mark.parametrize("limit", [0, 12_000, 10**9])
+def test_as_many_batches_are_held_as_fit(limit: int) -> None:
+    """Whichever are held, each pass has every batch once, though their order changes."""
+    torch.manual_seed(0)
+    middle = nn.Linear(64, 64)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), middle, nn.ReLU(), nn.Linear(64, 3)).eval()
+    parts = list(torch.randn(90, 8).split(10))
+    read = 0
+
+    class Shuffled:
+        def __len__(self) -> int:
+            return len(parts)
+
+        def __iter__(self) -> Iterator[Tensor]:
+            nonlocal read
+            read += 1
+            order = parts if read < 3 else parts[3::-1] + parts[4:]
+            return iter(order)
+
+    batches = Batches(Shuffled(), model)
+    replay = Replay(model, batches, limit)
+    halved = {"2.weight": middle.weight.detach() / 2}
+    for layer, change in (("2", halved), ("4", {})):
+        seen = list[Tensor]()
+
+        def add(
+            name: str, inputs: BothInputs, draws: Draws, mask: Tensor | None,
+            seen: list[Tensor] = seen,
+        ) -> None:  # fmt: skip
+            seen.append(torch.cat([inputs.dense, inputs.pruned], 1))
+
+        replay.visit([layer], add, bars(False), Pass(NO_CHECKPOINT, layer))
+        dense = model[1](model[0](torch.cat(parts)))
+        pruned = dense
+        if layer == "4":
+            dense, pruned = (
+                nn.functional.linear(dense, weight, middle.bias).relu()
+                for weight in (middle.weight, halved["2.weight"])
+            )
+        expected = torch.cat([dense, pruned], 1)
+        inputs = torch.cat(seen)
+        torch.testing.assert_close(
+            inputs[inputs.sum(1).argsort()], expected[expected.sum(1).argsort()]
+        )
+        held = sum(state is not None for state in replay._states)
+        assert {0: held == 0, 12_000: 0 < held < 9, 10**9: held == 9}[limit]
+        if change:
+            replay.change(layer, change)

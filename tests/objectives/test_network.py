@@ -14,8 +14,9 @@ import greedyprune
 from greedyprune import Loss
 from greedyprune.data.batches import Batch
 from greedyprune.graph import executors
-from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.executors import GraphExecutors
+from greedyprune.graph.networks import tensors_of
 from greedyprune.objectives.network import Network
 
 

@@ -16,6 +16,7 @@ from greedyprune.data import positions
 from greedyprune.data.positions import Draws
 from greedyprune.graph.groups import Group
 from greedyprune.graph.slices import Slice
+from greedyprune.kernels import products
 from greedyprune.objectives.products import ConsumerProducts
 from greedyprune.runtime.distributed import ALONE
 
@@ -24,7 +25,8 @@ IMAGES = 96
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are sampled as large ones are."""
+    """Small layers are sampled as large ones are, with products that round no inputs."""
+    monkeypatch.setattr(products, "has_fast_products", lambda: False)
     monkeypatch.setattr(positions, "CHEAP", 0)
     monkeypatch.setattr(positions, "ROWS", 8)
 

@@ -121,7 +121,7 @@ def test_a_shuffled_loader_with_a_seed_goes_on(kind: str, tmp_path: Path) -> Non
 
     def run(folder: Path) -> Selection:
         return greedyprune.select(
-            two_layers(), shuffled(kind), size=9, memory_limit=64_000,
+            two_layers(), shuffled(kind), size=9, memory_limit=80_000,
             objective=Imitation(swaps=0, sequential=False), checkpoint=folder,
         )  # fmt: skip
 

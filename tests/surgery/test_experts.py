@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.data.batches import Batch
-from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.names import weight_of
+from greedyprune.graph.networks import tensors_of
 from greedyprune.surgery.cut import masked
 
 pytest.importorskip("transformers.integrations.moe")  # which registers the product

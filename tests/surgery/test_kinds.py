@@ -17,8 +17,9 @@ from torch.nn import functional
 import greedyprune
 from greedyprune.data.batches import Batch
 from greedyprune.data.forward import leaves_of
-from greedyprune.graph.executor import GraphExecutor, tensors_of
+from greedyprune.graph.executor import GraphExecutor
 from greedyprune.graph.names import slice_of, weight_of
+from greedyprune.graph.networks import tensors_of
 from greedyprune.surgery.cut import masked
 from greedyprune.surgery.remaining import entries_left
 
