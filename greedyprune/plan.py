@@ -143,7 +143,7 @@ def plan(job: Job, request: Request, groups: Sequence[Group]) -> dict[str, str]:
             memory.check_least_squares(group.producer, units, job.memory_limit)
     _check_passes(job.batches, judges, request.budget)
     if request.imitation.swaps:
-        _check_swaps(job.model, imitating, request.imitation.swaps)
+        _check_swaps(job, imitating, request.imitation.swaps)
     return judges
 
 
@@ -195,11 +195,17 @@ def _check_passes(batches: Batches, judges: Mapping[str, str], budget: Budget | 
         )
 
 
-def _check_swaps(model: nn.Module, groups: Sequence[Group], swaps: int) -> None:
+def _check_swaps(job: Job, groups: Sequence[Group], swaps: int) -> None:
     for group in groups:
         for name in group.consumers:
-            weight = weight_of(model, name)
-            width = weight.numel() // outputs_of(model, group, name) // group.units
+            weight = weight_of(job.model, name)
+            width = weight.numel() // outputs_of(job.model, group, name) // group.units
+            if group.producer in job.wide:
+                raise ValueError(
+                    f"swaps: found {swaps}, but {name!r} takes {width * group.units} features of "
+                    f"layer {group.producer!r}, too many for exchanges; expected swaps=None, which "
+                    "exchanges no such units"
+                )
             if width > WIDEST:
                 raise ValueError(
                     f"swaps: found {swaps}, but a unit of layer {group.producer!r} has {width} "
@@ -245,7 +251,7 @@ def sizes_within(
             return scores.collect(job, turn, purpose)
         return collect(
             job.model, turn, job.batches, {}, job.bar, job.checkpoint, purpose, owned=True,
-            halves=job.refits, exact=job.imitation.exact_losses,
+            halves=job.refits, exact=job.imitation.exact_losses, wide=job.wide,
         )  # fmt: skip
 
     def path_of(products: LayerProducts) -> LayerSelection:

@@ -24,6 +24,7 @@ from .graph.unrun import UsedTensors, warn_of_unrun
 from .kernels import backend as backends
 from .objectives.job import Job
 from .objectives.options import Fisher, Imitation, Loss
+from .objectives.wide import wide_groups
 from .plan import (
     FISHER,
     NETWORK_LOSS,
@@ -224,6 +225,7 @@ def _selection(job: Job, request: Request, loss_named: bool) -> Selection:
     # One rank's first batch may have NaN, or leave its outputs as they are in an operation after.
     output_layers = set.intersection(*job.ranks.gather("output layers", output_layers))
     groups = [_with_output(model, group, output_layers) for group in groups]
+    job = replace(job, wide=wide_groups(job, groups, flops))
     judges = {judge_of(request, group) for group in groups}
     by_loss = bool(judges & {OUTPUT_LOSS, NETWORK_LOSS, FISHER})
     if by_loss or request.imitation.metric == "fisher":

@@ -15,7 +15,7 @@ from backends import INSTRUCTION_SETS, ON_GPU, Kernels
 from greedyprune.kernels import backend as _backend
 from greedyprune.objectives import layer_products
 from greedyprune.runtime import resume
-from greedyprune.surgery import layer_fit
+from greedyprune.surgery import weight_change
 
 os.environ["MPLBACKEND"] = "agg"  # pictures without a screen
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors
@@ -35,12 +35,10 @@ def seeded() -> None:
 def least_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     """All least squares get the least ridge, whatever held-out samples say."""
 
-    def least(
-        problems: object, damping: float, squares: object, free: int = 0
-    ) -> tuple[float, float]:
+    def least(problems: object, damping: float) -> tuple[float, float]:
         return damping, 1.0
 
-    for module in (layer_fit, layer_products):
+    for module in (weight_change, layer_products):
         monkeypatch.setattr(module, "chosen_damping", least)
 
 

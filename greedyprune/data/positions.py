@@ -23,7 +23,11 @@ from .padding import counted
 
 ROWS = 64  # positions for each feature of a layer
 CHEAP = 1e10  # multiplications for a layer's sums that take little time anyway
+KEPT_ROWS = 8192  # positions of a layer of so many features that the columns themselves are kept
 COPIED = 256  # copying a feature or an output takes about as long as so many multiplications
+FEW_FEATURES = 8192  # up to here sums are never too large
+MOST_FEATURES = 12288  # from here on they always are: a Gram matrix has 1.2 GB
+SHARE = 4  # between the two they are where there are so many times fewer positions than features
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly
 
 
@@ -59,7 +63,7 @@ class Sampling(NamedTuple):
     @staticmethod
     def of(
         draws: Draws, samples: int, shape: Sequence[int], mask: Tensor | None, features: int,
-        outputs: int,
+        outputs: int, *, wide: bool = False,
     ) -> Sampling:  # fmt: skip
         """Enough positions for a layer, from a batch of the data.
 
@@ -69,18 +73,33 @@ class Sampling(NamedTuple):
             shape: of the layer's positions in the batch
             mask: (m, T) bool, which positions of the batch count; None: all
             features, outputs: of the layer
+            wide: are the columns kept, in the place of sums of their products?
         """
         keep = counted(mask, shape)
         of_batch = math.prod(shape) if keep is None else int(keep.sum())
-        positions, stride = of_batch * samples // len(draws.starts), 1
+        positions = of_batch * samples // len(draws.starts)
         work = features * (features / 2 + 2 * outputs) + COPIED * (features + outputs)
-        enough = max(ROWS * features, CHEAP / work)
-        while positions >= 2 * stride * enough:
-            stride *= 2
+        enough = KEPT_ROWS if wide else max(ROWS * features, CHEAP / work)
+        stride = stride_for(positions, enough)
         return Sampling(stride, positions * work > CHEAP)
 
 
 ALL = Sampling(1, False)
+
+
+def stride_for(positions: int, enough: float) -> int:
+    """The largest power of two that leaves enough positions of all."""
+    stride = 1
+    while positions >= 2 * stride * enough:
+        stride *= 2
+    return stride
+
+
+def is_wide(features: int, positions: int) -> bool:
+    """Are a layer's columns kept, with this many positions in the data? 0: it is unknown."""
+    if features > MOST_FEATURES:
+        return True
+    return features > FEW_FEATURES and 0 < SHARE * positions <= features
 
 
 def places(starts: Tensor, rows: int, stride: int, keep: Tensor | None) -> Tensor:

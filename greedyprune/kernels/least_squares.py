@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,20 +58,45 @@ MOST_DAMPING = 100.0  # the largest that is tried
 UNTESTED_DAMPING = 0.1  # where there are no held-out samples to choose by
 
 
-class Halves(NamedTuple):
-    """Least squares problems in two halves of the samples, for the change of weights.
+class Held(Protocol):
+    """A least squares problem for the change of weights, in two halves of the samples."""
 
-    grams:  G = X X^T of each half, (F, F) float64
-    rights: X E^T of each half, (F, C) float64
+    @property
+    def has_samples(self) -> bool:
+        """Has each half any?"""
+
+    def held_out_gain(self, damping: float) -> float:
+        """By how much the change that each half asks for lowers the squared error in the other."""
+
+
+class Halves(NamedTuple):
+    """The problem from Gram matrices, with the ridge of `ridge`.
+
+    grams:   G = X X^T of each half, (F, F) float64
+    rights:  X E^T of each half, (F, C) float64
+    squares: (F - free,) float64, the features' squared norms over both halves
+    free:    how many of the last features have no ridge, such as a constant
     """
 
     grams: Sequence[Tensor]
     rights: Sequence[Tensor]
+    squares: Tensor
+    free: int = 0
+
+    @property
+    def has_samples(self) -> bool:
+        return all(bool(gram.any()) for gram in self.grams)
+
+    def held_out_gain(self, damping: float) -> float:
+        gain, added = 0.0, ridge(self.squares, damping)
+        for half in (0, 1):
+            change = damped_change(self.grams[half], self.rights[half], added, self.free)
+            gram, right = self.grams[1 - half], self.rights[1 - half]
+            gain += float((change * (2 * right - gram @ change)).sum())
+        return gain
 
 
-def chosen_damping(
-    problems: Sequence[Halves], least: float, squares: Sequence[Tensor], free: int = 0
-) -> tuple[float, float]:
+def chosen_damping(problems: Sequence[Held], least: float) -> tuple[float, float]:
     """The damping for the lowest error on held-out samples: 2-fold cross-validation.
 
     In each of two halves of the samples, weights that are there already leave an error E of the
@@ -85,8 +110,6 @@ def chosen_damping(
     Args:
         problems: of each layer that the damping is for
         least: the least damping, above 0
-        squares: for each layer, the features' squared norms over both halves, (F,) float64 each
-        free: how many of the last features have no ridge, such as a constant
 
     Returns:
         the damping, and by how much it lowers the squared error in both halves together;
@@ -99,33 +122,20 @@ def chosen_damping(
         >>> from greedyprune.kernels.least_squares import Halves, chosen_damping
         >>> gram, right = torch.eye(2).double(), torch.ones(2, 1).double()
         >>> squares = 2 * gram.diagonal()
-        >>> chosen_damping([Halves([gram, gram], [right, right])], 1e-4, [squares])[0]
+        >>> chosen_damping([Halves([gram, gram], [right, right], squares)], 1e-4)[0]
         0.0001
-        >>> chosen_damping([Halves([gram, gram], [right, -right])], 1e-4, [squares])[0]
+        >>> chosen_damping([Halves([gram, gram], [right, -right], squares)], 1e-4)[0]
         100.0
     """
-    if any(not bool(gram.any()) for problem in problems for gram in problem.grams):
+    if not all(problem.has_samples for problem in problems):
         return max(least, UNTESTED_DAMPING), 0.0
     best, damping = (least, -math.inf), least
     while damping <= max(least, MOST_DAMPING) * (1 + 1e-9):
-        gain = sum(
-            _held_out_gain(problem, ridge(square, damping), free)
-            for problem, square in zip(problems, squares, strict=True)
-        )
+        gain = sum(problem.held_out_gain(damping) for problem in problems)
         if gain < best[1]:
             break
         best, damping = (damping, gain), damping * DAMPING_FACTOR
     return best
-
-
-def _held_out_gain(problem: Halves, added: Tensor, free: int) -> float:
-    """By how much the change that each half asks for lowers the squared error in the other."""
-    gain = 0.0
-    for half in (0, 1):
-        change = damped_change(problem.grams[half], problem.rights[half], added, free)
-        gram, right = problem.grams[1 - half], problem.rights[1 - half]
-        gain += float((change * (2 * right - gram @ change)).sum())
-    return gain
 
 
 def damped_change(gram: Tensor, right: Tensor, added: Tensor, free: int = 0) -> Tensor:

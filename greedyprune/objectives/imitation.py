@@ -55,7 +55,7 @@ def _from_one_pass(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str,
     def products_of(turn: Sequence[Group]) -> dict[str, LayerProducts]:
         return collect(
             job.model, turn, job.batches, roots, job.bar, job.checkpoint, owned=True,
-            halves=job.refits, exact=job.imitation.exact_losses,
+            halves=job.refits, exact=job.imitation.exact_losses, wide=job.wide,
         )  # fmt: skip
 
     in_memory = turns(groups, needed, limit, once=job.batches.once)
@@ -80,7 +80,7 @@ def _in_sequence(job: Job, groups: Sequence[Group], roots: Roots) -> dict[str, L
             if group.repeated:  # from the dense network, since its uses are many places in it
                 products = collect(
                     job.model, [group], job.batches, roots, job.bar, job.checkpoint,
-                    halves=job.refits, exact=job.imitation.exact_losses,
+                    halves=job.refits, exact=job.imitation.exact_losses, wide=job.wide,
                 )[group.producer]  # fmt: skip
             else:
                 products = _replayed(job, group, replay, roots)
@@ -100,6 +100,7 @@ def _replayed(job: Job, group: Group, replay: Replay, roots: Roots) -> LayerProd
     products = LayerProducts.of_consumers(
         job.model, group, roots, given=True, halves=job.refits, weights=weights,
         samples=0 if job.imitation.exact_losses else job.batches.samples,
+        wide=group.producer in job.wide,
     )  # fmt: skip
     by_name = {consumer.name: consumer for consumer in products.consumers}
     resumed = Pass(job.checkpoint, group.producer)

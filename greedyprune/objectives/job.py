@@ -40,6 +40,8 @@ class Job:
     memory_limit: bytes
     backend:      "cpu", "cuda" or "reference"
     before:       the layers that are selected already
+    wide:         the layers whose consumers' columns are kept (wide.py), and how many of each
+                  consumer, by name
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Job:
     bar: Bar
     checkpoint: Checkpoint[LayerSelection]
     before: Mapping[str, LayerSelection] = field(default_factory=dict)
+    wide: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Ranks:

@@ -7,7 +7,7 @@ Either each consumer's products of features (products.py), or the products of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -24,15 +24,18 @@ from ..graph.groups import Group
 from ..graph.names import owner_of
 from ..graph.networks import tensors_of
 from ..kernels import exchange, ops
-from ..kernels.least_squares import chosen_damping, feature_rows, on_units, ridge
-from ..kernels.path import Moments, NestedFit, Path, Rule, Step
+from ..kernels.dual import DualPart, greedy_dual
+from ..kernels.least_squares import chosen_damping, on_units, ridge
+from ..kernels.path import Moments, NestedFit, Path, Rule, Step, first_picks
 from ..runtime.checkpoint import NO_CHECKPOINT, Checkpoint
 from ..runtime.progress import Bar
 from ..runtime.resume import Pass
-from ..surgery.layer_selection import LayerSelection, distinct_counts
+from ..surgery.layer_selection import Fit, LayerSelection, distinct_counts
 from .memory import WIDEST
 from .products import ConsumerProducts, Products
+from .row_products import RowProducts
 
+Fits = dict[str, Fit]  # by consumer
 Roots = Mapping[str, Tensor]  # square roots of the metrics of consumers' output errors, by name
 
 
@@ -54,17 +57,19 @@ class LayerProducts:
     @staticmethod
     def of_consumers(
         model: nn.Module, group: Group, roots: Roots, *, given: bool = False, halves: bool = False,
-        weights: Mapping[str, Tensor] | None = None, samples: int = 0,
+        weights: Mapping[str, Tensor] | None = None, samples: int = 0, wide: bool = False,
     ) -> LayerProducts:  # fmt: skip
         """Empty sums; ValueError where weights are not finite.
 
         given, halves, samples: as for `ConsumerProducts`
+        wide: are columns kept, and no sums?
         weights: the weights that the consumers have by now; None: the dense ones
         """
         for name in (*group.producers, *group.consumers):
             check_finite(name, owner_of(model, name))
+        kind = RowProducts if wide else ConsumerProducts
         consumers = [
-            ConsumerProducts(
+            kind(
                 model,
                 group,
                 name,
@@ -143,18 +148,13 @@ class LayerProducts:
         norms = [f * each.contributions() for f, each in zip(factors, consumers, strict=True)]
         kept = max(1, min(kept, self.group.units // 2))
         units = torch.stack(norms).sum(0).argsort(descending=True, stable=True)[:kept].sort().values
-        problems = [consumer.errors_without(units) for consumer in consumers]
-        for factor, problem in zip(factors, problems, strict=True):
-            for right in problem.rights:
-                right *= math.sqrt(factor)
-        squares = [
-            consumer.squares()[feature_rows(units, consumer.width)] for consumer in consumers
-        ]
-        return chosen_damping(problems, least, squares)[0]
+        pairs = zip(consumers, factors, strict=True)
+        problems = [consumer.errors_without(units, factor) for consumer, factor in pairs]
+        return chosen_damping(problems, least)[0]
 
     def refit_path(
         self, rule: Rule, backend: str, step: Step | None, *, swaps: int, damping: float
-    ) -> tuple[Path, dict[str, NestedFit]]:
+    ) -> tuple[Path, Fits]:
         """Greedy steps of least squares refitted in each (eq. (4)), then exchanges.
 
         The ridge R, a diagonal matrix, is towards the dense weights W: with the weights B on the
@@ -165,6 +165,8 @@ class LayerProducts:
         Each consumer is a part of its own. Its factor multiplies its gains where the right side is
         multiplied by the root of the factor; what was solved is divided by that root in the end.
         """
+        if self.wide:
+            return self._dual_path(rule, step, damping)
         consumers, factors = self.consumers, self.factors
         widths = [consumer.width for consumer in consumers]
         ridges = [ridge(consumer.squares(), damping) for consumer in consumers]
@@ -195,7 +197,7 @@ class LayerProducts:
                 path = Path(best, losses, None, path.scored, path.rescored)
         for gram, diagonal in zip(grams, undamped, strict=True):
             gram.diagonal().copy_(diagonal)
-        by_consumer, losses = {}, path.losses
+        by_consumer, losses = dict[str, Fit](), path.losses
         at = distinct_counts(path.order) - 1
         for factor, consumer, added, fit in zip(factors, consumers, ridges, fits, strict=True):
             if factor:
@@ -210,11 +212,31 @@ class LayerProducts:
             by_consumer[consumer.name] = replace(part, units=part.units.clone())
         return replace(path, losses=losses.clamp(min=0)), by_consumer
 
-    def refit_on(self, units: Tensor, damping: float) -> dict[str, NestedFit]:
+    def _dual_path(self, rule: Rule, step: Step | None, damping: float) -> tuple[Path, Fits]:
+        """`refit_path` from the columns themselves; there are no exchanges."""
+        parts = list[DualPart]()
+        for consumer, factor in zip(self.consumers, self.factors, strict=True):
+            assert isinstance(consumer, RowProducts)
+            scale, added = math.sqrt(factor), ridge(consumer.squares(), damping)
+            dense = consumer.weight if scale == 1 else consumer.weight * scale
+            targets = consumer.targets * scale
+            parts.append(DualPart(consumer.rows, targets, dense, added, consumer.width))
+        path, _ = greedy_dual(parts, rule, scale=1 / self.mass, step=step)
+        parts.clear()
+        return path, self.refit_on(first_picks(path.order), damping)
+
+    @property
+    def wide(self) -> bool:
+        return any(consumer.wide for consumer in self.consumers)
+
+    def refit_on(self, units: Tensor, damping: float) -> Fits:
         """Each consumer's least squares on given units (K,) int64, towards the dense weights."""
-        fitted = {}
+        fitted = dict[str, Fit]()
         for consumer in self.consumers:
             added = ridge(consumer.squares(), damping)
+            if isinstance(consumer, RowProducts):
+                fitted[consumer.name] = consumer.fit(units, added)
+                continue
             right = _right(consumer, added)
             fitted[consumer.name] = on_units(consumer.gram, right, units, consumer.width, added)
         return fitted
@@ -259,7 +281,7 @@ def reweighted_losses(units: Tensor, weights: str, gram: Tensor, moments: Moment
 def collect(
     model: nn.Module, groups: Sequence[Group], batches: Batches, roots: Roots, bar: Bar,
     checkpoint: Checkpoint[LayerSelection] = NO_CHECKPOINT, purpose: str = "", *,
-    owned: bool = False, halves: bool = False, exact: bool = False,
+    owned: bool = False, halves: bool = False, exact: bool = False, wide: Container[str] = (),
 ) -> dict[str, LayerProducts]:  # fmt: skip
     """The products of every group by the name of its layer, in one pass over the data.
 
@@ -267,11 +289,14 @@ def collect(
     owned:   each group's are wanted on one rank only, its owner
     halves:  as for `Products`
     exact:   are all positions in the sums?
+    wide:    the layers whose consumers' columns are kept
     """
     ranks = batches.ranks
     samples = 0 if exact else batches.samples
     every = [
-        LayerProducts.of_consumers(model, group, roots, halves=halves, samples=samples)
+        LayerProducts.of_consumers(
+            model, group, roots, halves=halves, samples=samples, wide=group.producer in wide
+        )
         for group in groups
     ]
     consumers = [consumer for products in every for consumer in products.consumers]

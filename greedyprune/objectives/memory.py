@@ -6,15 +6,17 @@ layers are chosen together as `memory_limit` allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..graph.groups import Group
 from ..graph.names import weight_of
 from ..graph.unfold import outputs_of
+from ..kernels.dual import COPIED_FEATURES
 from ..kernels.exchange import eliminates
 from ..kernels.path import Rule
 from ..kernels.products import FLOAT64_ENTRIES, most_pending
@@ -40,14 +42,17 @@ class Bytes(NamedTuple):
 
 def bytes_of(
     model: nn.Module, group: Group, rule: Rule, weights: str, *, swaps: bool = False,
-    picked: bool = False, gates: bool = False,
+    picked: bool = False, gates: bool = False, wide: Mapping[str, int] | None = None,
 ) -> Bytes:  # fmt: skip
     """The bytes of one layer.
 
     swaps:  may exchanges follow?
     picked: are the units known already, and only their weights refitted?
     gates:  is the layer judged by gates, of one feature a unit?
+    wide:   how many columns each consumer keeps; None: sums are kept
     """
+    if wide and not gates:
+        return _wide_bytes(model, group, rule, wide)
     units = group.units
     shapes = [(group.units * group.heads, 1)]  # features and outputs of each consumer
     if not gates and not group.scores:
@@ -82,6 +87,27 @@ def bytes_of(
     return Bytes(WORD * sums, WORD * work)
 
 
+def _wide_bytes(model: nn.Module, group: Group, rule: Rule, wide: Mapping[str, int]) -> Bytes:
+    """The bytes of a layer whose consumers' columns are kept (kernels/dual.py).
+
+    Of each consumer with F features and C outputs there are m columns and the weights, and while
+    units are picked r (F, C), M and kernels (m, m), s (F, w), V (w, F), and blocks of float64. In
+    the end there is the least squares of the picked units.
+    """
+    sums, work, picks = 0, 0, rule.most(group.units)
+    for name, columns in wide.items():
+        weight, outputs = weight_of(model, name), outputs_of(model, group, name)
+        features = weight.numel() // outputs
+        width, word = features // group.units, 8 if weight.dtype == torch.float64 else 4
+        sums += word * features * (columns + outputs) + WORD * columns * outputs
+        kept = picks * width
+        path = word * features * (outputs + columns // 16) + WORD * 3 * features * width
+        fit = word * kept * (columns + outputs) + WORD * kept * outputs
+        blocks = COPIED_FEATURES * columns + 3 * columns**2 + 3 * columns * outputs
+        work += max(path, word * kept * columns) + fit + WORD * blocks
+    return Bytes(sums, work)
+
+
 def _exchange_words(shapes: Sequence[tuple[int, int]], units: int, picks: int) -> int:
     """The float64 numbers that exchanges take, beside the right sides."""
     swept = sum(f * f for f, _ in shapes)
@@ -96,7 +122,10 @@ def _exchange_words(shapes: Sequence[tuple[int, int]], units: int, picks: int) -
 def imitation_bytes(job: Job, group: Group) -> Bytes:
     """The bytes of a layer that imitates."""
     swaps = job.imitation.swaps != 0 and job.tolerance is None
-    return bytes_of(job.model, group, job.rule(group), job.weights, swaps=swaps)
+    return bytes_of(
+        job.model, group, job.rule(group), job.weights, swaps=swaps,
+        wide=job.wide.get(group.producer),
+    )  # fmt: skip
 
 
 def gates_bytes(job: Job, group: Group, *, swaps: bool = True) -> Bytes:
@@ -107,7 +136,9 @@ def gates_bytes(job: Job, group: Group, *, swaps: bool = True) -> Bytes:
 
 def refit_bytes(job: Job, group: Group) -> Bytes:
     """The bytes of least squares on units that the network's loss has picked."""
-    return bytes_of(job.model, group, job.rule(group), "refit", picked=True)
+    return bytes_of(
+        job.model, group, job.rule(group), "refit", picked=True, wide=job.wide.get(group.producer)
+    )
 
 
 def metric_bytes(job: Job, groups: Sequence[Group]) -> int:

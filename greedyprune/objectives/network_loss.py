@@ -63,7 +63,9 @@ def select_layers(job: Job, groups: Sequence[Group]) -> dict[str, LayerSelection
             if job.weights == "refit":
                 earlier = Selection(selected if job.loss.sequential else {})
                 pruned = masked(job.model, earlier)
-                products = collect(pruned, [group], job.batches, {}, job.bar)[group.producer]
+                products = collect(pruned, [group], job.batches, {}, job.bar, wide=job.wide)[
+                    group.producer
+                ]
             layer = select_layer(job, group, network, samples, products)
         selected[group.producer] = job.checkpoint.finish(group.producer, layer)
         if job.loss.sequential:

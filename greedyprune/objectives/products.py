@@ -8,6 +8,7 @@ every least squares problem is K W^T.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -27,7 +28,7 @@ from ..graph.unfold import (
     positions_shape,
     unit_major,
 )
-from ..kernels.least_squares import Halves, feature_rows
+from ..kernels.least_squares import Halves, Held, feature_rows
 from ..kernels.products import PendingColumns, mirror, rounded_inputs
 from ..runtime.distributed import Ranks
 
@@ -43,10 +44,18 @@ class Sums:
     """
 
     def __init__(self, features: int, outputs: int | None, device: torch.device) -> None:
-        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self.cross = None if outputs is None else self.gram.new_zeros(features, outputs)
         self.positions, self.target_norm = 0, 0.0
         self.pending = PendingColumns()
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.cross = None if outputs is None else self.gram.new_zeros(features, outputs)
+
+    def add(self, rows: Tensor, target: Tensor | None, long: bool) -> None:
+        """Adds features (F, n) and targets (C, n)."""
+        self.positions += rows.shape[1]
+        if target is not None:
+            self.target_norm += float(target.double().square().sum())
+        if self.pending.add(rows, target):
+            self.add_pending(long)
 
     def add_pending(self, long: bool) -> None:
         """long: as in `Sampling`. Other products are in float64: the loss can be a small rest."""
@@ -54,16 +63,24 @@ class Sums:
         self.pending.to_sums(self.gram, self.cross, dtype, rounded=long)
 
     def state(self) -> dict[str, Tensor]:
-        numbers = torch.tensor([self.positions, self.target_norm], dtype=torch.float64)
         cross = {} if self.cross is None else {"cross": self.cross}
-        pending = {f"pending {name}": part for name, part in self.pending.state().items()}
-        return {"gram": self.gram, "numbers": numbers, **cross, **pending}
+        return {"gram": self.gram, **cross, **self.columns()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.gram.copy_(state["gram"])
-        self.positions, self.target_norm = int(state["numbers"][0]), float(state["numbers"][1])
         if self.cross is not None:
             self.cross.copy_(state["cross"])
+        self.set_columns(state)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that wait, and the numbers of `state`."""
+        numbers = torch.tensor([self.positions, self.target_norm], dtype=torch.float64)
+        pending = {f"pending {name}": part for name, part in self.pending.state().items()}
+        return {"numbers": numbers, **pending}
+
+    def set_columns(self, state: Mapping[str, Tensor]) -> None:
+        """Sets them to what `columns` returned."""
+        self.positions, self.target_norm = int(state["numbers"][0]), float(state["numbers"][1])
         before = "pending "
         self.pending.restore(
             {name.removeprefix(before): state[name] for name in state if name.startswith(before)}
@@ -105,6 +122,7 @@ class Products:
     root:   (C, C) float64, the square root of the metric that errors are measured in; None: I
     given:  are the targets added with the inputs? Else they are the dense outputs for these inputs
     halves: are the sums kept for each half of the samples, to choose a damping by?
+    wide:   are the columns kept, and no sums (row_products.py)?
     sampling: which positions are in the sums; None: it is not known before the first batch
     """
 
@@ -114,11 +132,16 @@ class Products:
     ) -> None:  # fmt: skip
         self.name, self.units, self.weight = name, units, weight
         self.outputs, self.features = weight.shape
-        outputs = self.outputs if given else None
-        self.halves = halves
-        self.sums = [Sums(self.features, outputs, device) for _ in range(1 + halves)]
+        self.is_given, self.halves = given, halves
+        self.sums = [self._empty(device) for _ in range(1 + halves)]
         self.root: Tensor | None = None
         self.sampling: Sampling | None = ALL
+
+    wide = False
+
+    def _empty(self, device: torch.device) -> Sums:
+        """The sums of no columns."""
+        return Sums(self.features, self.outputs if self.is_given else None, device)
 
     def add(
         self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
@@ -189,10 +212,11 @@ class Products:
         """The features' squared norms: (F,) float64."""
         return torch.stack([sums.gram.diagonal() for sums in self.sums]).sum(0)
 
-    def errors_without(self, units: Tensor) -> Halves:
+    def errors_without(self, units: Tensor, factor: float) -> Held:
         """The least squares problem, in both halves, of the error that keeping `units` leaves.
 
-        units: (K,) int64; they have their dense weights
+        units:  (K,) int64; they have their dense weights
+        factor: of the squared error
         """
         rows = feature_rows(units, self.width)
         dense, grams, rights = self.weight.T[rows], [], []
@@ -200,8 +224,8 @@ class Products:
             gram = sums.gram[rows[:, None], rows]
             right = sums.gram[rows] @ self.weight.T if sums.cross is None else sums.cross[rows]
             grams.append(gram)
-            rights.append(right - gram @ dense)
-        return Halves(grams, rights)
+            rights.append((right - gram @ dense).mul_(math.sqrt(factor)))
+        return Halves(grams, rights, self.squares()[rows])
 
     @property
     def long(self) -> bool:
@@ -277,8 +301,8 @@ class ConsumerProducts(Products):
             positions are in the sums
         """
         dense, at = weight_of(model, name), slice_of(group.slices, name)
-        weight = unit_major(dense.detach().double().cpu(), at)
-        weight = weight if root is None else root @ weight
+        weight = self._stored(unit_major(dense.detach(), at).cpu())
+        weight = weight if root is None else (root @ weight.double()).to(weight)
         super().__init__(name, group.units, weight, dense.device, given=given, halves=halves)
         self.root, self.layer = root, group.producer
         self._samples, self.sampling = samples, None if samples else ALL
@@ -287,7 +311,11 @@ class ConsumerProducts(Products):
         self._rest = at.rest()
         current = dense if current is None else current
         rest = Slice(at.dim, self._rest[:, None], at.size)
-        self._of_rest = unit_major(current.detach().double(), rest)
+        self._of_rest = unit_major(current.detach(), rest).double()
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """The dense weight in the type that it is kept in."""
+        return weight.double()
 
     def add(
         self, inputs: Tensor, draws: Draws = NO_DRAWS, mask: Tensor | None = None,
@@ -298,7 +326,7 @@ class ConsumerProducts(Products):
         if self.sampling is None:
             shape = positions_shape(self._window, inputs)
             self.sampling = Sampling.of(
-                draws, self._samples, shape, mask, self.features, self.outputs
+                draws, self._samples, shape, mask, self.features, self.outputs, wide=self.wide
             )
         parts = partial(
             columns_in_halves, self._window, draws=draws, halves=len(self.sums) > 1, mask=mask,
@@ -336,7 +364,6 @@ class ConsumerProducts(Products):
         """Adds inputs (channels, taps, positions) and outputs (C, positions) without the bias."""
         if mask is not None and not all_finite(columns):  # hidden positions may be NaN
             raise self._not_finite()
-        sums.positions += columns.shape[-1]
         if target is not None:
             if len(self._rest):  # what the other inputs give, as those of a concatenation
                 others, rest = columns[self._rest.to(columns.device)].flatten(0, 1), self._of_rest
@@ -344,6 +371,4 @@ class ConsumerProducts(Products):
                 target = target - (rest.to(dtype) @ others.to(dtype)).to(target)
             if self.root is not None:
                 target = self.root.to(target) @ target
-            sums.target_norm += float(target.double().square().sum())
-        if sums.pending.add(self._of_units(columns).flatten(0, 1), target):
-            sums.add_pending(self.long)
+        sums.add(self._of_units(columns).flatten(0, 1), target, self.long)

@@ -12,7 +12,7 @@ from ..data.losses import bound
 from ..graph.groups import Group
 from ..kernels import ops
 from ..kernels.path import NestedFit, first_picks
-from ..surgery.layer_selection import LayerSelection, distinct_counts
+from ..surgery.layer_selection import Fit, LayerSelection, distinct_counts
 from .head_match import matched
 from .job import (
     Job,
@@ -73,7 +73,7 @@ def select_from(
         products.end_losses() if moments is None else (moments.dense_loss, moments.empty_loss)
     )
     goal = -math.inf if job.tolerance is None else job.tolerance * empty_loss
-    fitted: dict[str, NestedFit] = {}
+    fitted: dict[str, Fit] = {}
     with job.bar(total=rule.steps, desc=f"layer {group.producer}: greedy steps") as shown:
         stop = until(goal, shown)
         if gram is None or moments is None:
@@ -97,6 +97,7 @@ def select_from(
     warn_of_repeats(job, group, order)
     certified = moments is not None and weights == "counts" and rule.replacement
     gates = fitted.pop(products.gates) if fitted and products.gates else None
+    assert gates is None or isinstance(gates, NestedFit)
     return LayerSelection.of_path(
         group.units, order, weights, fitted or None, gates, losses=losses,
         gap=None if gap is None else gap[:k],

@@ -10,26 +10,24 @@ import torch
 from torch import Tensor
 
 from ..data.forward import all_finite
-from ..data.padding import NO_POSITION
-from ..data.positions import Sampling
+from ..data.positions import Sampling, is_wide
 from ..graph.linear_paths import LinearPath
 from ..graph.replay import PathValues
 from ..graph.slices import Entries
 from ..graph.tracing import Layer
 from ..graph.unfold import columns_in_halves, module_weight, outputs_first, positions_shape
-from ..kernels.least_squares import Halves, chosen_damping, ridge
-from ..kernels.products import PendingColumns, mirror
 from ..runtime.distributed import Ranks
+from .weight_change import Change, ChangeFromRows, ChangeFromSums
 
-DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
+FEW_FEATURES = 1024  # up to here sums are as fast
+SHARE_OF_FEW = 2  # columns are kept where there are so many times fewer positions than features
 
 
 class LayerFit:
-    """One layer's least squares: sums over all data, in float64, and their solution.
+    """One layer's least squares: its inputs, what its outputs are to be, and its new weights.
 
-    A row of the sums is a feature: an input channel, for a convolution one of its taps, and last a
-    constant 1, where there is a bias. The change D of the weights is the whole change from the
-    weights that the layer had before its first round.
+    A row of the inputs is a feature: an input channel, for a convolution one of its taps, and last
+    a constant 1, where there is a bias.
 
     left: what stays of each dimension that is cut; of the layer's outputs only these are solved for
     bias: the bias that changes with the constant's weight, times `scale`: the layer's own or its
@@ -57,35 +55,44 @@ class LayerFit:
         self._free = int(self._bias is not None)
         rows = self.features + self._free
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._weight.device)
-        self._grams = [zeros(rows, rows), zeros(rows, rows)]  # of each half of the samples
-        self._rights = [zeros(rows, outputs), zeros(rows, outputs)]
-        self._pending = [PendingColumns(), PendingColumns()]
-        self.rows = 0  # positions in the sums
         self._maps, self._samples = maps, samples
-        self._sampling: Sampling | None = None  # not known before the first batch
-        self._change = zeros(rows, outputs)
+        self._start = zeros(rows, outputs)  # the change before the first round
+        self._sampling: Sampling | None = None  # like the problem, not known before the first batch
+        self._problem: Change | None = None
         self._added = zeros(outputs, rows)  # the last round's change of the weights
-        self._damping: float | None = None  # chosen in the first round; inf: the weights stay
 
     def start_from(self, dense: Tensor) -> None:
         """The weights that the ridge is towards: the dense ones of the kept channels."""
-        self._change[: self.features] = self._change_from(dense).T
+        self._start[: self.features] = self._change_from(dense).T
 
     def _change_from(self, before: Tensor) -> Tensor:
         """By how much the weights differ from others: (outputs, features) float64."""
-        change = self._weight.double() - before.double()
-        change = change.index_select(self._dim, self._channels)
-        change = change.index_select(self._out_dim, self._outputs)
+        change = self._kept_of(self._weight) - self._kept_of(before)
         return outputs_first(change, self._dim).flatten(1)
+
+    def _kept_of(self, weight: Tensor) -> Tensor:
+        """The part of a weight that the pruned network has, in float64."""
+        weight = weight.index_select(self._dim, self._channels)
+        return weight.index_select(self._out_dim, self._outputs).double()
 
     def add(self, batch: PathValues) -> None:
         """Adds one batch: the layer's inputs, and by what its outputs are to change."""
         inputs, path = batch.inputs, batch.inputs.path
         if self._sampling is None:
             shape = positions_shape(self._window, inputs.pruned)
+            positions = math.prod(shape) * self._samples // len(batch.draws.starts)
+            wide = is_wide(self.features, positions)
             self._sampling = Sampling.of(
-                batch.draws, self._samples, shape, batch.mask, self.features, len(self._outputs)
-            )
+                batch.draws, self._samples, shape, batch.mask, self.features, len(self._outputs),
+                wide=wide,
+            )  # fmt: skip
+            rows = positions // self._sampling.stride
+            few = 0 < SHARE_OF_FEW * rows <= self.features > FEW_FEATURES
+            if wide or few:
+                self._problem = ChangeFromRows(self._name, self._start, self._free)
+            else:
+                self._problem = self._from_sums(self._sampling.long)
+        assert self._sampling is not None
         parts = partial(
             columns_in_halves, self._window, draws=batch.draws, mask=batch.mask,
             stride=self._sampling.stride,
@@ -142,45 +149,25 @@ class LayerFit:
         return torch.cat([rows, rows.new_ones(1, rows.shape[1])]) if self._free else rows
 
     def _add_part(self, half: int, rows: Tensor, target: Tensor) -> None:
-        if self._damping is not None:  # the inputs are the same in every round
-            half = 0
-        else:
-            self.rows += rows.shape[1]
-        if self._pending[half].add(rows, target):
-            self._add_pending(half)
+        assert self._problem is not None
+        self._problem.add(half, rows, target)
 
-    def _add_pending(self, half: int) -> None:
-        gram = self._grams[half] if self._damping is None else None
-        long = self._sampling is not None and self._sampling.long
-        self._pending[half].to_sums(gram, self._rights[half], None, rounded=long)
+    def _from_sums(self, long: bool) -> Change:
+        return ChangeFromSums(self._name, self._start, self._free, long)
 
     @property
     def stays(self) -> bool:
         """Are the new weights no better than the dense ones on held-out samples?"""
-        return self._damping == math.inf
+        return self._problem is not None and self._problem.damping == math.inf
 
     def solve(self, ranks: Ranks) -> None:
-        """Changes the layer's weight and the bias, in place, for the sums over all ranks."""
-        stride = self._sampling.stride if self._sampling else 1  # each position stands for so many
-        for half, right in enumerate(self._rights):
-            self._add_pending(half)
-            right *= stride
-            ranks.sum(f"right side {self._name!r} {half}", right)
-        if self._damping is None:
-            for half, gram in enumerate(self._grams):
-                gram *= stride
-                ranks.sum_upper(f"products {self._name!r} {half}", gram)
-            [rows] = ranks.sum_numbers(f"rows {self._name!r}", self.rows)
-            self.rows = int(rows)
-            if not self.rows:
-                raise ValueError(NO_POSITION)
-        change, self._damping = ranks.on_first(f"weights {self._name!r}", self._solution)
+        """Changes the layer's weight and the bias, in place, for the data of all ranks."""
+        problem = self._problem = self._problem or self._from_sums(False)
+        added = -problem.change
+        problem.solve(ranks, self._sampling.stride if self._sampling else 1)
         if self.stays:
             return
-        added, self._change = change.to(self._change) - self._change, change.to(self._change)
-        for right in self._rights:
-            right.zero_()
-        added, before = added.T, self._weight.clone()
+        added, before = (added + problem.change).T, self._weight.clone()
         if self._bias is not None:
             constant = added[:, -1]
             if self._scale is not None:
@@ -193,30 +180,3 @@ class LayerFit:
         whole.index_copy_(self._out_dim, self._outputs, shaped)
         self._weight.index_add_(self._dim, self._channels, whole)
         self._added[:, : self.features] = self._change_from(before)  # as rounded to their type
-
-    def _solution(self) -> tuple[Tensor, float]:
-        """The whole change D of the weights, (rows, outputs), and its damping; inf for no change.
-
-        A later round's error is what the change so far leaves. With G = X X^T, its right side
-        therefore lacks D G, which is the right side that D solved, less ridge D.
-        """
-        if self._damping is None:
-            for gram, right in zip(self._grams, self._rights, strict=True):
-                mirror(gram)
-                right += gram @ self._change
-            squares = (self._grams[0] + self._grams[1]).diagonal()[: self.features]
-            problem = Halves(self._grams, self._rights)
-            damping, gain = chosen_damping([problem], DAMPING, [squares], self._free)
-            if gain < 0:
-                return self._change.cpu(), math.inf
-            self._damping = damping
-            self._ridge = torch.zeros_like(self._change[:, :1])  # none for the constant
-            self._ridge[: self.features, 0] = ridge(squares, damping)
-            damped = self._grams[0].add_(self._grams.pop())
-            damped.diagonal().add_(self._ridge[:, 0])
-            self._factor = torch.linalg.cholesky(damped)
-            del self._grams[0]
-            self._whole_right = self._rights[0] + self._rights[1]
-        else:
-            self._whole_right += self._rights[0] - self._ridge * self._change
-        return torch.cholesky_solve(self._whole_right, self._factor).cpu(), self._damping

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..graph.slices import Slice
+from ..kernels.dual import DualFit
 from ..kernels.path import NestedFit
 from ..runtime.arguments import is_int
+
+Fit = NestedFit | DualFit  # a consumer's least squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ class LayerSelection:
     weighting: str
     loss: str
     objective: str
-    fitted: Mapping[str, NestedFit] | None = field(default=None, repr=False)
+    fitted: Mapping[str, Fit] | None = field(default=None, repr=False)
     gates: NestedFit | None = field(default=None, repr=False)
     also: Mapping[str, Slice] = field(default_factory=dict, repr=False)
     sizes: Mapping[str, Slice] = field(default_factory=dict, repr=False)
@@ -84,7 +87,7 @@ class LayerSelection:
 
     @classmethod
     def of_path(
-        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, NestedFit] | None,
+        cls, units: int, order: Tensor, weighting: str, fitted: Mapping[str, Fit] | None,
         gates: NestedFit | None = None, **fields: Any,
     ) -> LayerSelection:  # fmt: skip
         """The record of the picks `order` (k,) among `units` units.
@@ -139,7 +142,7 @@ class LayerSelection:
         return _outgoing_ascending(self.fitted[consumer], len(self.kept))
 
 
-def _outgoing_ascending(fitted: NestedFit, distinct: int) -> Tensor:
+def _outgoing_ascending(fitted: Fit, distinct: int) -> Tensor:
     """The least squares on the first `distinct` units, with these units in ascending order."""
     return fitted.outgoing(distinct)[:, fitted.units[:distinct].argsort()]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..graph.costs import Cost
 from ..graph.slices import Slice
+from ..kernels.dual import DualFit
 from ..kernels.path import NestedFit
 from ..runtime.arguments import ByName, one_of
 from ..runtime.files import read_tensors, write_tensors
@@ -22,7 +23,7 @@ from ..sizes.budget import Budget, BudgetReport
 from ..sizes.curves import Curves
 from ..sizes.frontier import Frontier
 from . import selection_report
-from .layer_selection import LayerSelection
+from .layer_selection import Fit, LayerSelection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +34,6 @@ TENSORS = (
     "order", "counts", "kept", "weights", "losses", "dense_loss", "bound", "gap", "distinct",
 )  # fmt: skip
 PLACES = ("slices", "also", "sizes")
-REFIT_FIELDS = tuple(item.name for item in dataclasses.fields(NestedFit))
 MOST_NAMES = 8  # of layers in an error message
 
 
@@ -264,8 +264,8 @@ class Selection:
                 for key, at in getattr(layer, places).items():
                     tensors[f"{i}.{places}.{key}"] = at.places.int()
             for key, refit in refits.items():
-                for item in REFIT_FIELDS:
-                    tensors[f"{i}.{key}.{item}"] = getattr(refit, item)
+                for item in dataclasses.fields(refit):
+                    tensors[f"{i}.{key}.{item.name}"] = getattr(refit, item.name)
             layers.append({
                 "name": name, "outputs": dict(layer.outputs), "weighting": layer.weighting,
                 "tied": layer.tied, "share": layer.share, "part": layer.part,
@@ -298,11 +298,12 @@ class Selection:
                     for key, (dim, size) in fields[places].items()
                 }
             refits = {
-                key: NestedFit(**{item: tensors[f"{i}.{key}.{item}"] for item in REFIT_FIELDS})
+                key: _fit_of(tensors, f"{i}.{key}.")
                 for key in ("gates", *(f"fitted.{consumer}" for consumer in fields["outputs"]))
                 if f"{i}.{key}.units" in tensors
             }
             gates, name = refits.pop("gates", None), fields.pop("name")
+            assert gates is None or isinstance(gates, NestedFit)
             fitted = {key.removeprefix("fitted."): refit for key, refit in refits.items()}
             fields |= {key: tuple(fields.get(key, ())) for key in ("tied", "share", "rescaled")}
             layers[name] = LayerSelection(**fields, fitted=fitted or None, gates=gates)
@@ -343,6 +344,11 @@ class Selection:
             for name, layer in self.layers.items()
         )
         return f"Selection({{{layers}}})"
+
+
+def _fit_of(tensors: Mapping[str, Tensor], prefix: str) -> Fit:
+    kind = DualFit if f"{prefix}rows" in tensors else NestedFit
+    return kind(**{item.name: tensors[prefix + item.name] for item in dataclasses.fields(kind)})
 
 
 def _check_resizing(budget: Budget, curves: Curves) -> None:

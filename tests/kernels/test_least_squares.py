@@ -19,7 +19,7 @@ def test_a_ridge_scales_as_the_features_do() -> None:
 def halves_of(rows: Tensor, error: Tensor) -> least_squares.Halves:
     pairs = zip(rows.chunk(2, 1), error.chunk(2, 1), strict=True)
     grams, rights = zip(*((x @ x.T, x @ e.T) for x, e in pairs), strict=True)
-    return least_squares.Halves(grams, rights)
+    return least_squares.Halves(grams, rights, rows.square().sum(1)[:-1], free=1)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
@@ -39,7 +39,7 @@ def test_the_damping_is_the_best_of_cross_validation(noise: float) -> None:
             found = torch.linalg.solve(x @ x.T + ridge.diag(), x @ e.T).T
             total += float((error[:, other] - found @ rows[:, other]).square().sum())
         errors[10.0**power] = total
-    damping, gain = least_squares.chosen_damping([halves_of(rows, error)], 1e-4, [squares], free=1)
+    damping, gain = least_squares.chosen_damping([halves_of(rows, error)], 1e-4)
     best = min(errors, key=errors.__getitem__)
     assert damping == pytest.approx(best)
     assert gain == pytest.approx(float(error.square().sum()) - errors[best])
@@ -49,9 +49,9 @@ def test_the_damping_is_the_best_of_cross_validation(noise: float) -> None:
 def test_without_held_out_samples_the_damping_is_large() -> None:
     nothing, right = torch.zeros(2, 2).double(), torch.ones(2, 1).double()
     gram = torch.eye(2).double()
-    problem = least_squares.Halves([gram, nothing], [right, 0 * right])
-    assert least_squares.chosen_damping([problem], 1e-4, [gram.diagonal()]) == (0.1, 0.0)
-    assert least_squares.chosen_damping([problem], 0.5, [gram.diagonal()]) == (0.5, 0.0)
+    problem = least_squares.Halves([gram, nothing], [right, 0 * right], gram.diagonal())
+    assert least_squares.chosen_damping([problem], 1e-4) == (0.1, 0.0)
+    assert least_squares.chosen_damping([problem], 0.5) == (0.5, 0.0)
 
 
 def test_dependent_features_get_a_row_of_the_identity() -> None:

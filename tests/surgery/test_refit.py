@@ -15,10 +15,10 @@ from torch.nn import functional
 
 import greedyprune
 from greedyprune.kernels import least_squares
-from greedyprune.surgery import layer_fit
 from greedyprune.surgery import refit as refitting
+from greedyprune.surgery import weight_change
 from greedyprune.surgery.cut import cut
-from greedyprune.surgery.layer_fit import DAMPING
+from greedyprune.surgery.weight_change import DAMPING
 
 # Networks of Linears and of convolutions over images, whose patches torch can unfold.
 PLAIN = ["resnet", "vgg", "excited", "bert", "gpt2", "llama", "vit"]
@@ -289,7 +289,7 @@ def test_layers_that_held_out_samples_speak_against_stay(monkeypatch: pytest.Mon
     def never(*args: object) -> tuple[float, float]:
         return 1.0, -1.0
 
-    monkeypatch.setattr(layer_fit, "chosen_damping", never)
+    monkeypatch.setattr(weight_change, "chosen_damping", never)
     with pytest.warns(UserWarning, match=r"layers keep their weights: 'wide', 'up', 'down'\."):
         small = greedyprune.refit(model, selection, [images])
     for key, value in greedyprune.prune(model, selection).state_dict().items():
