@@ -1,7 +1,7 @@
 """`select` and `refit` of ImageNet-size networks, in forward passes over the same images.
 
     python benchmarks/large.py [--network resnet50] [--images 1024] [--batch 32] [--size 0.5]
-        [--refit]
+        [--refit] [--memory-limit GIB]
 
 The networks have random weights. The images are noise in which neighbouring pixels are alike.
 Prints the seconds of a forward pass over all images, of `select` and of `refit`, their ratios, and
@@ -84,9 +84,37 @@ def resnet34() -> nn.Module:
     return resnet((3, 4, 6, 3), False, stem, 10)
 
 
+def plain(widths: tuple[int | None, ...], kernels: tuple[int, ...], side: int) -> nn.Module:
+    """Convolutions of these widths, each with a ReLU, and pooling at None; then three Linears."""
+    layers, inputs, sizes = list[nn.Module](), 3, iter(kernels)
+    for width in widths:
+        if width is None:
+            layers.append(nn.MaxPool2d(3 if kernels[0] > 3 else 2, 2))
+            continue
+        kernel = next(sizes)
+        layers += [nn.Conv2d(inputs, width, kernel, 4 if kernel > 5 else 1, kernel // 2), nn.ReLU()]
+        inputs = width
+    layers += [nn.Flatten(), nn.Linear(inputs * side * side, 4096), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000))
+
+
+def alexnet() -> nn.Module:
+    """Krizhevsky 2014, arXiv:1404.5997."""
+    return plain((64, None, 192, None, 384, 256, 256, None), (11, 5, 3, 3, 3), 6)
+
+
+def vgg16() -> nn.Module:
+    """Simonyan and Zisserman 2015, arXiv:1409.1556."""
+    stages = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)]
+    widths = [each for width, depth in stages for each in (*[width] * depth, None)]
+    return plain(tuple(widths), (3,) * 13, 7)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet50": (resnet50, 224),
     "resnet34": (resnet34, 32),
+    "alexnet": (alexnet, 224),
+    "vgg16": (vgg16, 224),
 }
 
 
@@ -102,8 +130,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=float, default=0.5)
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--memory-limit", type=float, help="of select and refit, GiB")
     args = parser.parse_args()
     torch.manual_seed(0)
+    limit = args.memory_limit and int(args.memory_limit * 2**30)
     make, side = NETWORKS[args.network]
     model = make().eval()
     data = list(images_of(args.images, side).split(args.batch))
@@ -115,12 +145,12 @@ def main() -> None:
         forward = time.perf_counter() - start
     print(f"{args.network}, {args.images} images, {len(data)} batches: forward {forward:.1f} s")
     start = time.perf_counter()
-    selection = greedyprune.select(model, data, size=args.size, progress=False)
+    selection = greedyprune.select(model, data, size=args.size, memory_limit=limit, progress=False)
     seconds = time.perf_counter() - start
     print(f"select {seconds:.1f} s, {seconds / forward:.2f} forward passes", flush=True)
     if args.refit:
         start = time.perf_counter()
-        greedyprune.refit(model, selection, data, progress=False)
+        greedyprune.refit(model, selection, data, memory_limit=limit, progress=False)
         seconds = time.perf_counter() - start
         print(f"refit {seconds:.1f} s, {seconds / forward:.2f} forward passes")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -154,6 +154,24 @@ def checkpointed(rank: int, name: str, folder: str, stopped_rank: int, stop: int
         )  # fmt: skip
 
 
+def test_wide_layers_are_the_same(team: Team) -> None:
+    """Their columns are gathered, in `select` and in `refit`."""
+    expected, state = wide(0, 1)
+    for selection, other in team.results(2, wide, 2):
+        check_same(selection, expected)
+        for name, tensor in state.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def wide(rank: int, ranks: int) -> tuple[Selection, dict[str, Tensor]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positions, "MOST_FEATURES", 0)
+        data = batches_of(tensors("classes"), 60) if ranks == 1 else part(rank, ranks, "classes")
+        options: dict[str, Any] = {} if ranks == 1 else {"process_group": group_of(ranks)}
+        selection = greedyprune.select(cnn(), data, **options)
+        return selection, greedyprune.refit(cnn(), selection, data, **options).state_dict()
+
+
 def test_a_sample_of_positions_is_the_same(team: Team) -> None:
     """Each rank adds up its share of it."""
     expected = sampled(0, 1)

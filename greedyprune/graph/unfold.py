@@ -122,9 +122,7 @@ def columns_at(
     outputs: tensors of the shape of the layer's output
     """
     at = at.to(inputs.device)
-    if inputs.dtype not in (torch.float32, torch.float64):
-        inputs = inputs.float()
-    inputs = _batched(window, inputs)
+    inputs = _batched(window, inputs.to(kept_type(inputs)))
     outputs = [_batched(window, each) for each in outputs]
     taps = 1 if window is None else math.prod(window.kernel_size)
     at_once = max(PRODUCT, PART // max(1, inputs.shape[1] * taps * inputs.element_size()))
@@ -134,6 +132,11 @@ def columns_at(
             yield columns, [each.index_select(0, part).T for each in outputs]
         else:
             yield _windows_at(window, inputs, part, outputs)
+
+
+def kept_type(inputs: Tensor) -> torch.dtype:
+    """The type of a layer's columns."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
 def _windows_at(

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..runtime.distributed import Ranks
 from .least_squares import ridge
 from .loop import greedy
 from .path import Path, Rule, Step, first_picks
@@ -66,6 +67,36 @@ class DualFit:
         left = residual(kernel_of(rows, added), self.targets - product(rows, dense.T))
         weights = dense.double() + change_of(rows, left, added).T
         return weights.reshape(-1, distinct, self.width)
+
+
+def gathered(
+    what: str, halves: list[list[Tensor]], size: int, dtype: torch.dtype, ranks: Ranks
+) -> tuple[Tensor, int]:
+    """All ranks' columns of both halves as rows of one matrix (m, size), on the CPU.
+
+    halves: parts (size, n) of each half; the lists are empty afterwards
+
+    Returns also how many rows the first half has.
+    """
+    parts, counts = list[Tensor](), list[int]()
+    for i, half in enumerate(halves):
+        if ranks.size > 1:
+            half[:] = [ranks.joined(f"{what} {i}", _as_rows(half, size, dtype)).T]
+        counts.append(sum(part.shape[1] for part in half))
+        parts += half
+        half.clear()
+    return _as_rows(parts, size, dtype), counts[0]
+
+
+def _as_rows(parts: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
+    """Parts (size, m) as rows of one matrix. Each part's memory is free once it is copied."""
+    rows, end = torch.empty(sum(part.shape[1] for part in parts), size, dtype=dtype), 0
+    for i in range(len(parts)):
+        part, parts[i] = parts[i], parts[i][:, :0]
+        rows[end : end + part.shape[1]] = part.T
+        end += part.shape[1]
+    parts.clear()
+    return rows
 
 
 def product(rows: Tensor, weights: Tensor) -> Tensor:

@@ -128,10 +128,6 @@ class PendingColumns:
                 add_right(right, rows, target, dtype)
         self.rows, self.targets = [], []
 
-    def taken(self, features: int, outputs: int) -> tuple[Tensor, Tensor]:
-        """The columns as rows (m, F), and their targets (m, C), on the CPU; forgets them."""
-        return as_rows(self.rows, features), as_rows(self.targets, outputs)
-
     def state(self) -> dict[str, Tensor]:
         """The columns that wait, to go on with after an interruption."""
         state = {}
@@ -144,18 +140,6 @@ class PendingColumns:
         self.rows, self.targets = (
             [state[name]] if name in state else [] for name in ("rows", "targets")
         )
-
-
-def as_rows(parts: list[Tensor], size: int) -> Tensor:
-    """Parts (size, m) as rows of one matrix. Each part's memory is free once it is copied."""
-    dtype = parts[0].dtype if parts else torch.float32
-    rows, end = torch.empty(sum(part.shape[1] for part in parts), size, dtype=dtype), 0
-    for i in range(len(parts)):
-        part, parts[i] = parts[i], parts[i][:, :0]
-        rows[end : end + part.shape[1]] = part.T
-        end += part.shape[1]
-    parts.clear()
-    return rows
 
 
 def mirror(gram: Tensor) -> None:

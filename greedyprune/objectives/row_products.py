@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..kernels.dual import DualFit, DualHalves, product
+from ..kernels.dual import DualFit, DualHalves, gathered, product
 from ..kernels.least_squares import Held, feature_rows
 from ..kernels.products import PendingColumns
 from ..runtime.distributed import Ranks
@@ -61,19 +61,16 @@ class RowProducts(ConsumerProducts):
         return weight if weight.dtype == torch.float64 else weight.float()
 
     def finish(self, ranks: Ranks, owner: int | None = None) -> None:
-        stride = self.sampling.stride if self.sampling else 1
-        halves, of_targets = list[Tensor](), list[Tensor]()
-        for i, sums in enumerate(self.sums):
-            columns, targets = sums.pending.taken(self.features, self.outputs)
-            halves.append(ranks.joined(f"columns {self.name!r} {i}", columns))
-            of_targets.append(ranks.joined(f"targets {self.name!r} {i}", targets))
-            del columns
-        self.first = len(halves[0])
-        self.rows = halves[0] if len(halves) == 1 else torch.cat(halves)
-        del halves
-        self.weight = self.weight.to(self.rows)
+        stride, dtype = self.sampling.stride if self.sampling else 1, self.weight.dtype
+        halves = [sums.pending for sums in self.sums]
+        self.rows, self.first = gathered(
+            f"columns {self.name!r}", [half.rows for half in halves], self.features, dtype, ranks
+        )
         if self.is_given:
-            self.targets = torch.cat(of_targets).double()
+            self.targets = gathered(
+                f"targets {self.name!r}", [half.targets for half in halves], self.outputs,
+                torch.float64, ranks,
+            )[0]  # fmt: skip
         else:
             self.targets = product(self.rows, self.weight.T)
         if stride > 1:  # each position stands for so many

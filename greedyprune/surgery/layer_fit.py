@@ -15,7 +15,13 @@ from ..graph.linear_paths import LinearPath
 from ..graph.replay import PathValues
 from ..graph.slices import Entries
 from ..graph.tracing import Layer
-from ..graph.unfold import columns_in_halves, module_weight, outputs_first, positions_shape
+from ..graph.unfold import (
+    columns_in_halves,
+    kept_type,
+    module_weight,
+    outputs_first,
+    positions_shape,
+)
 from ..runtime.distributed import Ranks
 from .weight_change import Change, ChangeFromRows, ChangeFromSums
 
@@ -89,7 +95,9 @@ class LayerFit:
             rows = positions // self._sampling.stride
             few = 0 < SHARE_OF_FEW * rows <= self.features > FEW_FEATURES
             if wide or few:
-                self._problem = ChangeFromRows(self._name, self._start, self._free)
+                self._problem = ChangeFromRows(
+                    self._name, self._start, self._free, kept_type(inputs.pruned)
+                )
             else:
                 self._problem = self._from_sums(self._sampling.long)
         assert self._sampling is not None

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data.padding import NO_POSITION
-from ..kernels.dual import DualHalves, change_of, product
+from ..kernels.dual import DualHalves, change_of, gathered, product
 from ..kernels.least_squares import Halves, chosen_damping, ridge
-from ..kernels.products import PendingColumns, as_rows, mirror
+from ..kernels.products import PendingColumns, mirror
 from ..runtime.distributed import Ranks
 
 DAMPING = 1e-3  # the least ridge, as a share of the features' mean square
@@ -124,10 +124,13 @@ class ChangeFromRows(Change):
 
     The constant has no ridge. So the best one makes the mean of what is left zero, and D is least
     squares for X and E less their means.
+
+    dtype: in which X and E are kept, float32 or float64
     """
 
-    def __init__(self, name: str, change: Tensor, free: int) -> None:
+    def __init__(self, name: str, change: Tensor, free: int, dtype: torch.dtype) -> None:
         super().__init__(name, change, free)
+        self._dtype = dtype
         self._parts: list[list[Tensor]] = [[], []]  # of X, in each half
         self._errors: list[list[Tensor]] = [[], []]
 
@@ -138,14 +141,14 @@ class ChangeFromRows(Change):
 
     def solve(self, ranks: Ranks, stride: int) -> None:
         name, outputs = self.name, self.change.shape[1]
-        halves = [as_rows(errors, outputs) for errors in self._errors]
-        joined = [ranks.joined(f"errors {name!r} {i}", half) for i, half in enumerate(halves)]
-        error = torch.cat(joined).double() * math.sqrt(stride)
+        error, _ = gathered(f"errors {name!r}", self._errors, outputs, torch.float64, ranks)
+        error *= math.sqrt(stride)
         if self.damping is None:
-            parts = [as_rows(parts, self.features + self.free) for parts in self._parts]
-            rows = [ranks.joined(f"columns {name!r} {i}", half) for i, half in enumerate(parts)]
-            del parts
-            self._first, self._rows = len(rows[0]), torch.cat(rows) * math.sqrt(stride)
+            size = self.features + self.free
+            self._rows, self._first = gathered(
+                f"columns {name!r}", self._parts, size, self._dtype, ranks
+            )
+            self._rows *= math.sqrt(stride)
             if not len(self._rows):
                 raise ValueError(NO_POSITION)
         change, self.damping = ranks.on_first(f"weights {name!r}", lambda: self._solution(error))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from greedyprune.data import positions
 from greedyprune.data.positions import is_wide
 from greedyprune.kernels.dual import DualFit
 from greedyprune.kernels.path import NestedFit
+from greedyprune.runtime import resume
 
 NO_SWAPS = greedyprune.Imitation(swaps=0)
 
@@ -139,6 +142,34 @@ def test_files_and_shorter_paths(tmp_path: Path) -> None:
     assert small(images[0]).shape == (8, 4)
 
 
+class Stopping(list[Tensor]):
+    """Batches of which the third can't be read in the first three passes."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        for i in range(len(self)):
+            if i == 2 and self.passes <= 3:
+                raise InterruptedError("stop")
+            yield self[i]
+
+
+@pytest.mark.usefixtures("all_wide")
+def test_an_interrupted_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(resume, "SHARE", 0)
+    model, images = model_and_images(torch.float32)
+    expected = greedyprune.select(model, images, layers=["first"])
+    data, folder = Stopping(images), tmp_path / "folder"
+    for _ in range(9):
+        with suppress(InterruptedError):
+            found = greedyprune.select(model, data, layers=["first"], checkpoint=folder)
+            break
+    assert data.passes > 3
+    same(found, expected, rtol=0.0, atol=0.0)
+
+
 @pytest.mark.usefixtures("all_wide")
 def test_budgets_and_nested_data() -> None:
     model, images = model_and_images(torch.float32)
@@ -167,8 +198,8 @@ def test_refits_are_those_of_sums(layers: list[str], monkeypatch: pytest.MonkeyP
 
 
 def test_the_rule() -> None:
-    """A Gram matrix of 12288 features has 1.2 GB. Below 8192 nothing is wide."""
-    assert not is_wide(8192, 10)
+    """A Gram matrix of 12288 features has 1.2 GB. Up to 2048 features nothing is wide."""
+    assert not is_wide(2048, 10)
     assert is_wide(9216, 2304)
     assert not is_wide(9216, 2305)
     assert not is_wide(9216, 0)  # it is unknown
