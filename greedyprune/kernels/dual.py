@@ -65,8 +65,8 @@ class DualFit:
         size = distinct * self.width
         rows, dense, added = self.rows[:, :size], self.dense[:, :size], self.ridge[:size]
         left = residual(kernel_of(rows, added), self.targets - product(rows, dense.T))
-        weights = dense.double() + change_of(rows, left, added).T
-        return weights.reshape(-1, distinct, self.width)
+        weights = change_of(rows, left, added).add_(dense.T)
+        return weights.T.unflatten(1, (distinct, self.width))
 
 
 def gathered(

@@ -94,12 +94,8 @@ class LayerFit:
             )  # fmt: skip
             rows = positions // self._sampling.stride
             few = 0 < SHARE_OF_FEW * rows <= self.features > FEW_FEATURES
-            if wide or few:
-                self._problem = ChangeFromRows(
-                    self._name, self._start, self._free, kept_type(inputs.pruned)
-                )
-            else:
-                self._problem = self._from_sums(self._sampling.long)
+            kept = kept_type(inputs.pruned) if wide or few else None
+            self._problem = self._new_problem(self._sampling.long, kept)
         assert self._sampling is not None
         parts = partial(
             columns_in_halves, self._window, draws=batch.draws, mask=batch.mask,
@@ -160,8 +156,13 @@ class LayerFit:
         assert self._problem is not None
         self._problem.add(half, rows, target)
 
-    def _from_sums(self, long: bool) -> Change:
-        return ChangeFromSums(self._name, self._start, self._free, long)
+    def _new_problem(self, long: bool, kept: torch.dtype | None = None) -> Change:
+        """The least squares, from columns kept in this type; None: from sums."""
+        start = self._start
+        del self._start
+        if kept is None:
+            return ChangeFromSums(self._name, start, self._free, long)
+        return ChangeFromRows(self._name, start, self._free, kept)
 
     @property
     def stays(self) -> bool:
@@ -170,12 +171,12 @@ class LayerFit:
 
     def solve(self, ranks: Ranks) -> None:
         """Changes the layer's weight and the bias, in place, for the data of all ranks."""
-        problem = self._problem = self._problem or self._from_sums(False)
+        problem = self._problem = self._problem or self._new_problem(long=False)
         added = -problem.change
         problem.solve(ranks, self._sampling.stride if self._sampling else 1)
         if self.stays:
             return
-        added, before = (added + problem.change).T, self._weight.clone()
+        added, before = added.add_(problem.change).T, self._weight.clone()
         if self._bias is not None:
             constant = added[:, -1]
             if self._scale is not None:
