@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from .path import Path, Rule, Step, first_picks
 from .products import add_upper_product, mirror
 
 GAIN_ENTRIES = 2**22  # the most entries of r_j whose gains are computed together
+NEAR = 1e-4  # gains in float32 whose relative difference is below this are computed again
+MOST_NEAR = 16  # as many units at most, those with the largest gains
 COPIED_FEATURES = 2048  # features that are copied to float64 at a time
 
 
@@ -189,6 +192,14 @@ def _squares(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64).square()
 
 
+class _Exact(NamedTuple):
+    """M X_j (m, w), s_j^1/2 (w, w) and s_j^-1/2 r_j (w, C) of one unit, float64."""
+
+    weighted: Tensor
+    root: Tensor
+    solved: Tensor
+
+
 class DualPart:
     """One consumer's least squares while units are picked.
 
@@ -219,20 +230,29 @@ class DualPart:
         rights = self._right.view(self.units, self.width, outputs)
         unit, gains = torch.eye(self.width, dtype=torch.float64), []
         for some in torch.arange(self.units).split(max(1, GAIN_ENTRIES // (self.width * outputs))):
-            root = torch.linalg.cholesky(self._blocks[some])
+            root, failed = torch.linalg.cholesky_ex(self._blocks[some])
+            for i in failed.nonzero().flatten().tolist():  # rounding exceeds a very small ridge
+                root[i] = self._exact(int(some[i])).root
             inverse = torch.linalg.solve_triangular(root, unit, upper=False).to(rights)
             solved = inverse @ rights[some[0] : some[-1] + 1]
             gains.append(torch.linalg.vector_norm(solved, dim=2).double().square().sum(1))
         return torch.cat(gains)
 
-    def add(self, unit: int) -> float:
-        """Picks a unit. Returns its gain."""
+    def exact_gain(self, unit: int) -> float:
+        """One of `gains`, in float64."""
+        return float(self._exact(unit).solved.square().sum())
+
+    def _exact(self, unit: int) -> _Exact:
         at = slice(unit * self.width, (unit + 1) * self.width)
         features, added = self.rows[:, at].double(), self.added[at]
-        weighted = self._inverse @ features  # M X_j
+        weighted = self._inverse @ features
         root = torch.linalg.cholesky(features.T @ weighted + torch.diag(added))
         right = features.T @ self.left + added[:, None] * self.dense[:, at].T.double()
-        solved = torch.linalg.solve_triangular(root, right, upper=False)
+        return _Exact(weighted, root, torch.linalg.solve_triangular(root, right, upper=False))
+
+    def add(self, unit: int) -> float:
+        """Picks a unit. Returns its gain."""
+        weighted, root, solved = self._exact(unit)
         along = torch.linalg.solve_triangular(root, weighted.T, upper=False)  # U^T
         self._inverse.addmm_(along.T, along, alpha=-1)
         self.left.addmm_(along.T, solved, alpha=-1)
@@ -262,7 +282,19 @@ class DualObjective:
     def scores(self, k: int, candidates: Tensor, everywhere: bool = False) -> Tensor:
         gains = torch.stack([part.gains() for part in self._parts]).sum(0)
         gains[self._picked] = 0
+        if self._parts[0].rows.dtype == torch.float32:
+            self._decide(gains, candidates)
         return self._scale * (self._error - gains[candidates])
+
+    def _decide(self, gains: Tensor, candidates: Tensor) -> None:
+        """Computes the gains again that float32 can't tell from the largest, in place."""
+        of_candidates = gains[candidates]
+        best = float(of_candidates.max())
+        near = candidates[of_candidates >= best - NEAR * abs(best)]
+        near = near[gains[near].argsort(descending=True, stable=True)[:MOST_NEAR]]
+        for unit in near.tolist() if len(near) > 1 else ():
+            if not self._picked[unit]:
+                gains[unit] = sum(part.exact_gain(unit) for part in self._parts)
 
     def add(self, k: int, unit: int) -> None:
         if not self._picked[unit]:

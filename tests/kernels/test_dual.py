@@ -79,6 +79,32 @@ def test_rows_in_float32(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(path.losses[k - 1], error.square().sum(), rtol=1e-6, atol=1e-9)
 
 
+def test_what_float32_can_not_tell_is_decided_in_float64() -> None:
+    """Each unit has a twin that differs from it by about a millionth."""
+    p = Problem(40, 3, 50, 37)
+    for array in (p.rows, p.dense):
+        array[:, 60:] = array[:, :60]
+    p.rows[:, 60:] += 1e-6 * torch.randn(50, 60).double()
+    p.rows, p.dense = p.rows.float().double(), p.dense.float().double()
+    p.added, p.targets = ridge(p.rows.square().sum(0), 0.03), p.rows @ p.dense.T
+    path, _ = dual.greedy_dual([p.part(torch.float32)], Rule(20, 20, False))
+    assert path.order.equal(dual.greedy_dual([p.part()], Rule(20, 20, False))[0].order)
+
+
+def test_a_ridge_below_the_rounding_of_float32() -> None:
+    """What is left of a unit whose twin is picked is then less than its rounding."""
+    p = Problem(12, 4, 60, 3)
+    p.rows[:, 8:12] = p.rows[:, 4:8] + 1e-5 * p.rows[:, 8:12]
+    p.rows[:, 12:16] = 300 * p.rows[:, 4:8]
+    p.targets, p.added = p.rows @ p.dense.T, ridge(p.rows.square().sum(0), 1e-8)
+    part, failed = p.part(torch.float32), False
+    for unit in (1, 3, 0, 5):
+        part.add(unit)
+        failed |= bool(torch.linalg.cholesky_ex(part._blocks)[1].any())
+        assert part.gains().isfinite().all()
+    assert failed
+
+
 def test_a_repeated_pick_changes_nothing() -> None:
     p = Problem(4, 3, 7, 2)
     path, units = dual.greedy_dual([p.part()], Rule(9, 4, True))
