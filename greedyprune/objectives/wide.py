@@ -37,7 +37,8 @@ def wide_groups(
             positions = int(flops.get(name, 0) / (2 * weight.numel()) * batches)
             stride = 1 if job.imitation.exact_losses else stride_for(positions, KEPT_ROWS)
             columns[name] = positions // stride
-            is_any_wide |= is_wide(features, positions)
+            asked = bool(job.imitation.swaps)  # for exchanges, which need sums
+            is_any_wide |= is_wide(features, 0 if asked else positions)
         if is_any_wide and all(columns.values()):
             wide[group.producer] = columns
     return job.ranks.from_rank(0, "wide layers", wide)

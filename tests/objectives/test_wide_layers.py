@@ -198,8 +198,8 @@ def test_refits_are_those_of_sums(layers: list[str], monkeypatch: pytest.MonkeyP
 
 
 def test_the_rule() -> None:
-    """A Gram matrix of 12288 features has 1.2 GB. Up to 2048 features nothing is wide."""
-    assert not is_wide(2048, 10)
+    """A Gram matrix of 12288 features has 1.2 GB. Up to 8192 features nothing is wide."""
+    assert not is_wide(8192, 10)
     assert is_wide(9216, 2304)
     assert not is_wide(9216, 2305)
     assert not is_wide(9216, 0)  # it is unknown
@@ -218,6 +218,16 @@ def test_exchanges_are_refused_for_wide_layers() -> None:
     model, images = flattened(16, 28), [torch.randn(8, 1, 28, 28)]
     with pytest.raises(ValueError, match="swaps: found 3, but '3' takes 12544 features of layer"):
         greedyprune.select(model, images, objective=greedyprune.Imitation(swaps=3), layers=["0"])
+
+
+def test_exchanges_that_are_asked_for_get_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are few positions, but not more features than sums may have."""
+    monkeypatch.setattr(positions, "FEW_FEATURES", 100)
+    model, images = flattened(8, 8), [torch.randn(8, 1, 8, 8)]
+    for objective, kind in (("auto", DualFit), (greedyprune.Imitation(swaps=3), NestedFit)):
+        selection = greedyprune.select(model, images, objective=objective, layers=["0"])
+        [fit] = (selection.layers["0"].fitted or {}).values()
+        assert isinstance(fit, kind)
 
 
 def test_memory_is_that_of_the_columns() -> None:
